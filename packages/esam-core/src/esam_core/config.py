@@ -1,0 +1,184 @@
+"""Hyperparameters, validated once for every backend."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from esam_core import sds, swp, validation
+from esam_core.errors import ESAMTypeError, ESAMValueError
+from esam_core.perturbation import NORMS
+
+__all__ = ["ON_NONFINITE", "ESAMConfig", "component_from_dict", "component_to_dict"]
+
+#: What to do when a loss or an ascent gradient is not finite. "propagate": no synchronisation;
+#: epsilon is 0 and the non-finite values reach the gradients. "skip": leave the gradients as they
+#: are. "raise": raise NonFiniteError. The last two cost one synchronisation a step.
+ON_NONFINITE = ("propagate", "skip", "raise")
+
+_COMPONENTS = {
+    cls.__name__: cls
+    for cls in (
+        swp.Bernoulli,
+        swp.Everything,
+        swp.Suffix,
+        swp.RandomSuffix,
+        swp.Only,
+        swp.Every,
+        swp.Between,
+        swp.Sometimes,
+        sds.TopIncrease,
+        sds.TopLoss,
+        sds.Random,
+        sds.Proportional,
+        sds.All,
+    )
+}
+
+
+def component_to_dict(component: Any) -> dict[str, Any] | None:
+    """Return a sampler or selector as plain data, or None if it holds a function or is not ours.
+
+    Example:
+        >>> component_to_dict(swp.Every(10, swp.Bernoulli(0.5)))["inner"]
+        {'name': 'Bernoulli', 'beta': 0.5, 'unit': 'tensor'}
+    """
+    name = type(component).__name__
+    if _COMPONENTS.get(name) is not type(component):
+        return None
+    data: dict[str, Any] = {"name": name}
+    for spec in dataclasses.fields(component):
+        value = getattr(component, spec.name)
+        if spec.name == "inner":
+            value = component_to_dict(value)
+            if value is None:
+                return None
+        elif callable(value):
+            return None
+        data[spec.name] = list(value) if isinstance(value, tuple) else value
+    return data
+
+
+def component_from_dict(data: Mapping[str, Any]) -> Any:
+    """Return the sampler or selector that `component_to_dict` described."""
+    arguments = dict(data)
+    name = arguments.pop("name", None)
+    if name not in _COMPONENTS:
+        raise ESAMValueError(
+            f"`name` must be one of {', '.join(map(repr, _COMPONENTS))}. Received: name={name!r}."
+        )
+    for key, value in arguments.items():
+        if key == "inner":
+            arguments[key] = component_from_dict(value)
+        elif isinstance(value, list):
+            arguments[key] = tuple(value)
+    return _COMPONENTS[name](**arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ESAMConfig:
+    """Every hyperparameter of ESAM, checked. Backends make it with `from_arguments`.
+
+    Args:
+        rho: radius of the perturbation, finite, >= 0; 0 is the base optimizer. Default 0.05.
+        perturb: the sampler of masks. Default Bernoulli(0.6), the paper's.
+        select: the selector of samples. Default TopIncrease(0.5), the paper's.
+        adaptive: scale the perturbation with the weights (ASAM). Default False.
+        norm: one of "masked" (default), "estimated", "full", "none": see `perturbation.NORMS`.
+        norm_eps: added to the gradient's norm, finite, > 0. Default 1e-12.
+        seed: of masks and random selections, in [0, 2**63). Default 0.
+        on_nonfinite: "propagate" (default), "skip" or "raise": see `ON_NONFINITE`.
+
+    Raises:
+        ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
+
+    Example:
+        >>> ESAMConfig.from_arguments(beta=0.5, gamma=1.0).perturb
+        Bernoulli(beta=0.5, unit='tensor')
+    """
+
+    rho: float = 0.05
+    perturb: swp.Sampler = field(default_factory=swp.Bernoulli)
+    select: sds.Selector = field(default_factory=sds.TopIncrease)
+    adaptive: bool = False
+    norm: str = "masked"
+    norm_eps: float = 1e-12
+    seed: int = 0
+    on_nonfinite: str = "propagate"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rho", validation.nonnegative("rho", self.rho))
+        swp.check_sampler("perturb", self.perturb)
+        sds.check_selector("select", self.select)
+        validation.flag("adaptive", self.adaptive)
+        validation.choice("norm", self.norm, NORMS)
+        object.__setattr__(self, "norm_eps", validation.positive("norm_eps", self.norm_eps))
+        seed = validation.count_number("seed", self.seed, most=2**63 - 1)
+        object.__setattr__(self, "seed", seed)
+        validation.choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+
+    @classmethod
+    def from_arguments(
+        cls,
+        *,
+        beta: float | None = None,
+        gamma: float | None = None,
+        perturb: swp.Sampler | None = None,
+        select: sds.Selector | None = None,
+        **others: Any,
+    ) -> "ESAMConfig":
+        """Return a configuration from the public arguments of the optimizers.
+
+        Args:
+            beta: short for `perturb=Bernoulli(beta)`; giving both is an error.
+            gamma: short for `select=TopIncrease(gamma)`; giving both is an error.
+            perturb: a sampler, or None for Bernoulli(0.6).
+            select: a selector, or None for TopIncrease(0.5).
+            **others: the remaining fields of this class by name.
+        """
+        names = {spec.name for spec in dataclasses.fields(cls)}
+        for name in others:
+            if name not in names:
+                known = ", ".join(sorted(names | {"beta", "gamma"}))
+                raise ESAMTypeError(f"`{name}` is not a hyperparameter of ESAM. Known: {known}.")
+        if beta is not None and perturb is not None:
+            raise ESAMValueError(
+                "`beta` is short for `perturb=Bernoulli(beta)`: give one of the two. "
+                f"Received: beta={beta!r}, perturb={perturb!r}."
+            )
+        if gamma is not None and select is not None:
+            raise ESAMValueError(
+                "`gamma` is short for `select=TopIncrease(gamma)`: give one of the two. "
+                f"Received: gamma={gamma!r}, select={select!r}."
+            )
+        if perturb is None:
+            perturb = swp.Bernoulli() if beta is None else swp.Bernoulli(beta)
+        if select is None:
+            select = sds.TopIncrease() if gamma is None else sds.TopIncrease(gamma)
+        return cls(perturb=perturb, select=select, **others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data (numbers, text, lists) that `from_dict` reads.
+
+        A sampler that holds a function, or is not ours, becomes None.
+        """
+        data = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        data["perturb"] = component_to_dict(self.perturb)
+        data["select"] = component_to_dict(self.select)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ESAMConfig":
+        """Return the configuration that `to_dict` wrote.
+
+        Raises:
+            ESAMValueError: the sampler could not be written as data.
+        """
+        arguments = dict(data)
+        for key in ("perturb", "select"):
+            if arguments[key] is None:
+                raise ESAMValueError(
+                    f"`{key}` holds a function and could not be saved: give it again in code."
+                )
+            arguments[key] = component_from_dict(arguments[key])
+        return cls(**arguments)

@@ -1,0 +1,123 @@
+"""The perturbation epsilon from the ascent gradient: the literal NumPy twin of the backends.
+
+Equations. SAM (Foret et al. 2021, eq. 2) with SWP (Du et al. 2022, eq. 6):
+
+    eps_t = (m_t / p_t) rho g_t / (||g|| + norm_eps)
+
+and, adaptive (Kwon et al. 2021, ASAM, with its eta = 0):
+
+    eps_t = (m_t / p_t) rho theta_t^2 g_t / (|| |theta| g || + norm_eps)
+
+One norm runs over all units, accumulated in float64 here and in float32 or wider elsewhere.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esam_core.errors import ESAMValueError
+
+__all__ = ["NORMS", "perturbation_norm", "perturbations", "squared_norms"]
+
+#: "masked": norm of the gradient that was computed (the authors' code); the perturbation then
+#: has norm rho/p. "estimated": ||g||^2 ~ sum of m_t ||g_t||^2 / p_t, unbiased for the square and
+#: free. "full": the whole gradient's norm, at the price of the full backward. "none": Algorithm 1
+#: as printed, eps = (rho / p) g.
+NORMS = ("masked", "estimated", "full", "none")
+
+Array = NDArray[np.floating[Any]]
+
+
+def squared_norms(
+    gradients: Sequence[Array | None], parameters: Sequence[Array], adaptive: Sequence[bool]
+) -> list[float]:
+    """Return ||g_t||^2, or || |theta_t| g_t ||^2 for adaptive units; 0 where there is no g_t."""
+    squares = []
+    for g, theta, is_adaptive in zip(gradients, parameters, adaptive, strict=True):
+        if g is None:
+            squares.append(0.0)
+        else:
+            scaled = np.abs(theta) * g if is_adaptive else g
+            squares.append(float(np.sum(np.square(scaled, dtype=np.float64))))
+    return squares
+
+
+def perturbation_norm(
+    gradients: Sequence[Array | None],
+    parameters: Sequence[Array],
+    scale: Sequence[float | Array],
+    *,
+    norm: str,
+    adaptive: Sequence[bool],
+) -> float:
+    """Return the denominator ||g|| of the equations above, before norm_eps is added.
+
+    Args:
+        gradients: T arrays, None for units whose gradient was not computed.
+        parameters: T arrays theta_t.
+        scale: T factors m_t / p_t; an array of theta_t's shape where single weights are masked.
+        norm: one of `NORMS`.
+        adaptive: T booleans.
+
+    Returns:
+        The norm; 1.0 for `norm="none"`.
+    """
+    if norm == "none":
+        return 1.0
+    if norm == "full":
+        return float(np.sqrt(sum(squared_norms(gradients, parameters, adaptive))))
+    if norm == "estimated":
+        factors = [np.sqrt(s) for s in scale]  # so that the squares carry m_t / p_t
+    elif norm == "masked":
+        factors = [np.asarray(s) > 0 for s in scale]
+    else:
+        raise ESAMValueError(f"`norm` must be one of {NORMS}. Received: norm={norm!r}.")
+    weighted = [None if g is None else f * g for f, g in zip(factors, gradients, strict=True)]
+    return float(np.sqrt(sum(squared_norms(weighted, parameters, adaptive))))
+
+
+def perturbations(
+    gradients: Sequence[Array | None],
+    parameters: Sequence[Array],
+    scale: Sequence[float | Array],
+    *,
+    rho: Sequence[float],
+    norm: str = "masked",
+    norm_eps: float = 1e-12,
+    adaptive: Sequence[bool],
+) -> list[Array]:
+    """Return the T perturbations eps_t; zeros for units left alone or if g is not finite.
+
+    Args:
+        gradients: T arrays, None where not computed.
+        parameters: T arrays theta_t.
+        scale: T factors m_t / p_t; an array of theta_t's shape where single weights are masked.
+        rho: T radii >= 0.
+        norm: one of `NORMS`.
+        norm_eps: added to the norm, > 0.
+        adaptive: T booleans.
+
+    Example:
+        >>> (eps,) = perturbations([np.array([3.0, 4.0])], [np.zeros(2)], [1.0], rho=[0.5],
+        ...                        adaptive=[False])
+        >>> eps.round(6).tolist()
+        [0.3, 0.4]
+    """
+    length = perturbation_norm(gradients, parameters, scale, norm=norm, adaptive=adaptive)
+    if norm == "none":
+        norm_eps = 0.0
+    finite = np.isfinite(length) and all(
+        g is None or bool(np.isfinite(g).all()) for g in gradients
+    )
+    result = []
+    for g, theta, s, radius, is_adaptive in zip(
+        gradients, parameters, scale, rho, adaptive, strict=True
+    ):
+        if g is None or not finite:
+            result.append(np.zeros_like(theta))
+        else:
+            direction = np.square(theta) * g if is_adaptive else g
+            result.append(np.asarray(s * radius * direction / (length + norm_eps)))
+    return result

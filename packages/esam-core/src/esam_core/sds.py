@@ -1,0 +1,292 @@
+"""Sharpness-sensitive data selection (SDS): on which samples the descent gradient is taken.
+
+A *selector* says by what score samples are kept and how many. `select` is the literal NumPy
+twin of what every backend does on its own device.
+
+Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.3, equations 7 to 10, appendix A.2.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esam_core import validation
+from esam_core.draws import SELECTION_STREAM, uniforms
+from esam_core.errors import ESAMTypeError, ESAMValueError
+
+__all__ = [
+    "All",
+    "Proportional",
+    "Random",
+    "Selection",
+    "Selector",
+    "TopIncrease",
+    "TopLoss",
+    "inclusion_probabilities",
+    "random_indices",
+    "select",
+    "subset_size",
+    "systematic_indices",
+    "systematic_offset",
+    "top_indices",
+]
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """What `select=` takes: one of the classes below. Backends read these three fields.
+
+    Attributes:
+        gamma: share of the batch that is kept, in (0, 1].
+        rule: "top" (largest scores), "random" (uniform), "proportional" (drawn by score) or "all".
+        score: "increase" (perturbed minus unperturbed loss), "loss" (unperturbed) or None.
+    """
+
+    @property
+    def gamma(self) -> float: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def score(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class TopIncrease:
+    """Keep the samples whose loss the perturbation raises most: the paper, the default.
+
+    Args:
+        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+
+    Example:
+        >>> import numpy as np
+        >>> before, after = np.array([1.0, 1.0, 1.0, 1.0]), np.array([1.1, 1.4, 1.2, 1.3])
+        >>> select(TopIncrease(0.5), before, after, seed=0, count=0).indices.tolist()
+        [1, 3]
+    """
+
+    gamma: float = 0.5
+    rule: ClassVar[str] = "top"
+    score: ClassVar[str | None] = "increase"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gamma", validation.open_unit("gamma", self.gamma))
+
+
+@dataclass(frozen=True)
+class TopLoss:
+    """Keep the samples of largest loss: no selection pass (appendix A.2: the two correlate).
+
+    Args:
+        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+    """
+
+    gamma: float = 0.5
+    rule: ClassVar[str] = "top"
+    score: ClassVar[str | None] = "loss"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gamma", validation.open_unit("gamma", self.gamma))
+
+
+@dataclass(frozen=True)
+class Random:
+    """Keep a uniformly random subset, drawn on the host from (seed, count). The control.
+
+    Args:
+        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+    """
+
+    gamma: float = 0.5
+    rule: ClassVar[str] = "random"
+    score: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gamma", validation.open_unit("gamma", self.gamma))
+
+
+@dataclass(frozen=True)
+class Proportional:
+    """Keep exactly k samples drawn in proportion to a score, and weight them back.
+
+    Sample i is kept with probability pi_i proportional to its score plus a floor, and weighted
+    1 / (b pi_i): what 1/beta is for weights, so that the expected descent gradient is that of the
+    whole batch. Ours, not the paper's.
+
+    Args:
+        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+        score: "loss" (default; free) or "increase" (costs the selection pass). Negative scores
+            count as 0.
+        floor: what is added to each score, as a multiple of the mean score, > 0. Default 1.0: no
+            sample is less than half as likely as under uniform sampling, so no weight is more
+            than 2/k.
+    """
+
+    gamma: float = 0.5
+    score: str | None = "loss"
+    floor: float = 1.0
+    rule: ClassVar[str] = "proportional"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gamma", validation.open_unit("gamma", self.gamma))
+        validation.choice("score", self.score, ("loss", "increase"))
+        object.__setattr__(self, "floor", validation.positive("floor", self.floor))
+
+
+@dataclass(frozen=True)
+class All:
+    """Keep every sample: gamma = 1, no selection pass, no data selection."""
+
+    gamma: ClassVar[float] = 1.0
+    rule: ClassVar[str] = "all"
+    score: ClassVar[str | None] = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step keeps of its batch.
+
+    Args:
+        indices: (k,) ascending indices into the batch.
+        weights: (k,) factors w_i of the losses in the descent pass.
+        threshold: alpha, the k-th largest sharpness; None where no sharpness was computed.
+    """
+
+    indices: NDArray[np.intp]
+    weights: NDArray[np.float64]
+    threshold: float | None
+
+
+def subset_size(gamma: float, batch_size: int) -> int:
+    """Return k = max(1, ceil(gamma b)), by exact rational arithmetic.
+
+    In floats 0.07 * 100 is a hair over 7 and its ceiling 8; gamma is therefore read as the
+    nearest fraction with a denominator up to 10**6.
+
+    Args:
+        gamma: share, in (0, 1].
+        batch_size: b >= 1.
+
+    Example:
+        >>> subset_size(0.07, 100), subset_size(0.5, 7), subset_size(0.1, 1)
+        (7, 4, 1)
+    """
+    if batch_size < 1:
+        raise ESAMValueError(f"The batch must not be empty. Received: batch_size={batch_size}.")
+    product = Fraction(gamma).limit_denominator(10**6) * batch_size
+    return max(1, -(-product.numerator // product.denominator))
+
+
+def top_indices(scores: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
+    """Return the indices of the k largest scores, ascending; ties go to the lower index."""
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    return np.sort(order[:k])
+
+
+def random_indices(batch_size: int, k: int, *, seed: int, count: int) -> NDArray[np.intp]:
+    """Return k of b indices, uniformly drawn on the host, ascending: the same on every backend."""
+    keys = uniforms(batch_size, seed=seed, count=count, stream=SELECTION_STREAM)
+    return top_indices(keys, k)
+
+
+def systematic_offset(*, seed: int, count: int) -> float:
+    """Return the one uniform number in [0, 1) that a systematic sample needs."""
+    return float(uniforms(1, seed=seed, count=count, stream=SELECTION_STREAM)[0])
+
+
+def inclusion_probabilities(
+    scores: NDArray[np.floating[Any]], k: int, floor: float
+) -> NDArray[np.float64]:
+    """Return pi_i in (0, 1], proportional to score plus floor where that is below 1, summing to k.
+
+    Where k q_i / sum(q) passes 1 the sample is certain, and the rest share what is left.
+
+    Args:
+        scores: (b,); negative ones count as 0. If all are 0, the draw is uniform.
+        k: how many are drawn, 1 <= k <= b.
+        floor: multiple of the mean score that each gets on top, > 0.
+
+    Example:
+        >>> inclusion_probabilities(np.array([0.0, 0.0, 8.0, 0.0]), 2, floor=0.5).tolist()
+        [0.3333333333333333, 0.3333333333333333, 1.0, 0.3333333333333333]
+    """
+    clipped = np.maximum(np.asarray(scores, dtype=np.float64), 0.0)
+    mean = clipped.mean()
+    if mean == 0.0:
+        return np.full(len(clipped), k / len(clipped))
+    q = clipped + floor * mean
+    certain = np.zeros(len(q), dtype=bool)
+    while True:
+        left = k - int(certain.sum())
+        pi = np.where(certain, 1.0, left * q / q[~certain].sum()) if left else certain * 1.0
+        over = ~certain & (pi >= 1.0)
+        if not over.any():
+            return pi
+        certain |= over
+        if certain.all():
+            return np.ones(len(q))
+
+
+def systematic_indices(pi: NDArray[np.floating[Any]], offset: float) -> NDArray[np.intp]:
+    """Return exactly k = sum(pi) indices, i with probability pi_i, ascending.
+
+    Lay the samples end to end as intervals of length pi_i and keep those that hold one of the
+    points offset, offset + 1, ..., offset + k - 1.
+    """
+    ends = np.cumsum(np.asarray(pi, dtype=np.float64))
+    k = int(np.rint(ends[-1]))
+    found = np.searchsorted(ends, offset + np.arange(k), side="right")
+    return np.minimum(found, len(ends) - 1)
+
+
+def select(
+    selector: Selector,
+    losses: NDArray[np.floating[Any]],
+    perturbed_losses: NDArray[np.floating[Any]] | None,
+    *,
+    seed: int,
+    count: int,
+) -> Selection:
+    """Return what `selector` keeps of a batch: the literal twin of every backend's selection.
+
+    Args:
+        selector: one of this module's selectors.
+        losses: (b,) losses at theta.
+        perturbed_losses: (b,) losses at theta + epsilon; None where the selector's score does
+            not need them, or where k = b.
+        seed: in [0, 2**64).
+        count: the number of the ascent, >= 0.
+
+    Returns:
+        A `Selection`. With k = b everything is kept with weights 1/b, whatever the selector.
+    """
+    b = len(losses)
+    k = subset_size(selector.gamma, b)
+    increase = None if perturbed_losses is None else perturbed_losses - losses
+    threshold = None if increase is None else float(np.sort(increase)[b - k])
+    if k == b:
+        return Selection(np.arange(b), np.full(b, 1.0 / b), threshold)
+    if selector.rule == "random":
+        indices = random_indices(b, k, seed=seed, count=count)
+        return Selection(indices, np.full(k, 1.0 / k), threshold)
+    scores = increase if selector.score == "increase" else losses
+    if scores is None:
+        raise ESAMValueError(f"{selector!r} must be given the perturbed losses. Received: None.")
+    if selector.rule == "top":
+        return Selection(top_indices(scores, k), np.full(k, 1.0 / k), threshold)
+    assert isinstance(selector, Proportional)  # for the type checker: the rules are these four
+    pi = inclusion_probabilities(scores, k, selector.floor)
+    indices = systematic_indices(pi, systematic_offset(seed=seed, count=count))
+    return Selection(indices, 1.0 / (b * pi[indices]), threshold)
+
+
+def check_selector(name: str, value: Any) -> Selector:
+    """Return `value` if it is one of our selectors, and not its class."""
+    if not isinstance(value, TopIncrease | TopLoss | Random | Proportional | All):
+        raise ESAMTypeError(
+            f"`{name}` must be a selector such as TopIncrease(0.5) or TopLoss(0.5). "
+            f"Received: {name}={value!r}."
+        )
+    return value

@@ -1,0 +1,145 @@
+"""What a step reports, and running means of it.
+
+A report holds the arrays that the step had in hand anyway, on their device. Its properties are
+computed when they are read: a report that nobody reads costs nothing, and none of them waits
+for the device until it is turned into a Python number.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["REPORTED_MEANS", "RunningMeans", "StepReport"]
+
+#: The scalar properties of a report, in the order in which tables show them.
+REPORTED_MEANS = (
+    "loss",
+    "perturbed_loss",
+    "sharpness",
+    "selected_sharpness",
+    "rejected_sharpness",
+    "threshold",
+    "perturbation_norm",
+    "gradient_norm",
+    "weight_share",
+    "sample_share",
+)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one ESAM step saw. Fields that the step had no reason to compute are None.
+
+    Args:
+        count: the number of this ascent, from 0.
+        losses: (b,) losses at theta.
+        perturbed_losses: (b,) losses at theta + epsilon; None without a selection pass.
+        indices: (k,) indices of the selected samples, ascending; None if all were selected.
+        sample_weights: (k,) their weights in the descent pass; None if all were selected.
+        perturbation_norm: ||epsilon||, a scalar; 0.0 for a base step.
+        gradient_norm: ||g|| of the ascent, as `norm` defines it; None for a base step.
+        perturbed: names of the perturbed units.
+        weight_share: share of the perturbable scalar weights that were perturbed, in [0, 1].
+        sample_share: share of the batch in the descent pass, in (0, 1].
+        outputs: whatever the user's function returned beside the losses.
+    """
+
+    count: int
+    losses: Any
+    perturbed_losses: Any = None
+    indices: Any = None
+    sample_weights: Any = None
+    perturbation_norm: Any = 0.0
+    gradient_norm: Any = None
+    perturbed: tuple[str, ...] = ()
+    weight_share: float = 0.0
+    sample_share: float = 1.0
+    outputs: Any = None
+
+    @property
+    def loss(self) -> Any:
+        """L_B: mean loss at theta."""
+        return self.losses.mean()
+
+    @property
+    def perturbed_loss(self) -> Any:
+        """Mean loss at theta + epsilon, or None."""
+        return None if self.perturbed_losses is None else self.perturbed_losses.mean()
+
+    @property
+    def increases(self) -> Any:
+        """(b,) per-sample sharpness: the rise of each loss under the perturbation, or None."""
+        return None if self.perturbed_losses is None else self.perturbed_losses - self.losses
+
+    @property
+    def sharpness(self) -> Any:
+        """R_B: mean per-sample sharpness (equation 7), or None."""
+        increases = self.increases
+        return None if increases is None else increases.mean()
+
+    @property
+    def selected_sharpness(self) -> Any:
+        """R_B+: mean sharpness of the selected samples (equation 8), or None."""
+        increases = self.increases
+        if increases is None or self.indices is None:
+            return None
+        return increases[self.indices].mean()
+
+    @property
+    def rejected_sharpness(self) -> Any:
+        """R_B-: mean sharpness of the rejected samples (equation 8), or None."""
+        increases = self.increases
+        if increases is None or self.indices is None:
+            return None
+        rejected = len(self.losses) - len(self.indices)
+        return (increases.sum() - increases[self.indices].sum()) / rejected
+
+    @property
+    def threshold(self) -> Any:
+        """Alpha: the k-th largest sharpness, or None."""
+        increases = self.increases
+        if increases is None or self.indices is None:
+            return None
+        ascending = increases.argsort()
+        return increases[ascending[len(self.losses) - len(self.indices)]]
+
+
+@dataclass
+class RunningMeans:
+    """Means of report fields over steps, kept on the device: `update` never waits for it.
+
+    Args:
+        fields: names of scalar report fields; default `REPORTED_MEANS`.
+
+    Example:
+        >>> import numpy as np
+        >>> means = RunningMeans(("loss",))
+        >>> means.update(StepReport(count=0, losses=np.array([1.0, 3.0])))
+        >>> means.update(StepReport(count=1, losses=np.array([4.0])))
+        >>> means.result()
+        {'loss': 3.0}
+    """
+
+    fields: Iterable[str] = REPORTED_MEANS
+    _sums: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _counts: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.fields = tuple(self.fields)
+
+    def update(self, report: StepReport) -> None:
+        """Add one step. Steps that did not compute a field do not count for it."""
+        for name in self.fields:
+            value = getattr(report, name)
+            if value is not None:
+                self._sums[name] = value + self._sums[name] if name in self._sums else value
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def result(self) -> dict[str, float]:
+        """Return the means as Python numbers; here, and only here, the device is waited for."""
+        return {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
+
+    def reset(self) -> None:
+        """Forget every step."""
+        self._sums.clear()
+        self._counts.clear()

@@ -1,0 +1,523 @@
+"""Stochastic weight perturbation (SWP): which units are perturbed in a step.
+
+A *unit* is one parameter tensor. A *sampler* maps (units, seed, count) to a `Mask`, and does so
+as a pure function: nothing is stored, so the masks of a resumed run are those of the run that
+was cut off, on every platform, backend and rank.
+
+Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2, equation 6 and appendix A.4.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from esam_core import validation
+from esam_core.draws import derived_seed, uniforms
+from esam_core.errors import ESAMTypeError, ESAMValueError
+
+__all__ = [
+    "KINDS",
+    "Bernoulli",
+    "Between",
+    "Every",
+    "Everything",
+    "Mask",
+    "Only",
+    "RandomSuffix",
+    "Sampler",
+    "Sometimes",
+    "Suffix",
+    "Unit",
+    "block_order",
+]
+
+#: What a unit can be. "norm" is a scale or shift of a normalisation layer, "bias" any other
+#: bias, "embedding" a look-up table, "weight" everything else.
+KINDS = ("weight", "bias", "norm", "embedding")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One parameter tensor, as samplers and the cost model see it.
+
+    Args:
+        name: the parameter's full name, such as "layer3.0.conv1.weight".
+        shape: its shape; () for a scalar.
+        kind: one of `KINDS`.
+        block: the name of the block that uses it, such as "layer3.0".
+        cost: forward cost of the layer that it drives, >= 0, in any unit common to the model
+            (multiply-adds, say). Only shares of the total matter.
+        depth: place of the block in the order of execution, >= 0. Blocks of equal depth keep the
+            order in which the units name them.
+
+    Example:
+        >>> Unit("head.weight", (10, 64), kind="weight", block="head", cost=640.0, depth=2).size
+        640
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str = "weight"
+    block: str = ""
+    cost: float = 0.0
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        validation.choice("kind", self.kind, KINDS)
+        validation.nonnegative("cost", self.cost)
+        validation.count_number("depth", self.depth)
+
+    @property
+    def size(self) -> int:
+        """Number of scalar weights."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which units one step perturbs, and how likely that was. Hashable.
+
+    Args:
+        perturbed: T booleans, m_t.
+        probability: T inclusion probabilities p_t in [0, 1], conditional on the step being
+            active; p_t > 0 wherever m_t.
+        weight_beta: None, or the share in (0, 1] of the *scalar weights* of the perturbed units
+            that are perturbed; backends draw them natively from `weight_seed`, each on its own.
+        weight_seed: seed in [0, 2**63) of that native draw, else None.
+    """
+
+    perturbed: tuple[bool, ...]
+    probability: tuple[float, ...]
+    weight_beta: float | None = None
+    weight_seed: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is perturbed. If not, the step is the base optimizer's own."""
+        return any(self.perturbed)
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """The T factors m_t / p_t of equation 6; 0 for units left alone."""
+        return tuple(
+            1.0 / p if m else 0.0 for m, p in zip(self.perturbed, self.probability, strict=True)
+        )
+
+    def within(self, allowed: Iterable[bool]) -> "Mask":
+        """Return this mask with every unit left out whose `allowed` is false."""
+        kept = tuple(m and bool(a) for m, a in zip(self.perturbed, allowed, strict=True))
+        return Mask(kept, self.probability, self.weight_beta, self.weight_seed)
+
+
+def _empty(units: Sequence[Unit]) -> Mask:
+    """Return the mask of a step that perturbs nothing."""
+    return Mask((False,) * len(units), (1.0,) * len(units))
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What `perturb=` takes. Implement it to bring a sampler of your own."""
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether `draw` looks at `Unit.block`, `cost` or `depth`, and not just at names."""
+        ...
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        """Return the mask of ascent number `count`: a pure function of its arguments."""
+        ...
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        """Return every mask that `draw` can return where they are few enough to list, or None.
+
+        Backends that compile make one function for each listed mask.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Perturb each unit on its own with probability beta: the paper's SWP, and the default.
+
+    The inclusion probability is beta, also for the rare draw that is empty. `unit="weight"`
+    draws each scalar weight on its own (equation 6 as printed), which saves no time;
+    `unit="tensor"` is what the authors' code does and what appendix A.4 argues for.
+
+    Args:
+        beta: in (0, 1]. Default 0.6, the paper's for ResNet-18.
+        unit: "tensor" (default) or "weight".
+
+    Example:
+        >>> units = [Unit(f"w{i}", (3,)) for i in range(4)]
+        >>> Bernoulli(1.0).draw(units, seed=0, count=0).perturbed
+        (True, True, True, True)
+    """
+
+    beta: float = 0.6
+    unit: str = "tensor"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", validation.open_unit("beta", self.beta))
+        validation.choice("unit", self.unit, ("tensor", "weight"))
+
+    @property
+    def needs_blocks(self) -> bool:
+        return False
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        probability = (self.beta,) * len(units)
+        if self.unit == "weight" and self.beta < 1.0:
+            weight_seed = derived_seed(seed=seed, count=count, stream=stream)
+            return Mask((True,) * len(units), probability, self.beta, weight_seed)
+        drawn = uniforms(len(units), seed=seed, count=count, stream=stream) < self.beta
+        return Mask(tuple(drawn.tolist()), probability)
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        return Everything().masks(units) if self.beta == 1.0 else None
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Perturb every unit: SAM (Foret et al. 2021).
+
+    Example:
+        >>> Everything().draw([Unit("w", (2,))], seed=0, count=0)
+        Mask(perturbed=(True,), probability=(1.0,), weight_beta=None, weight_seed=None)
+    """
+
+    @property
+    def needs_blocks(self) -> bool:
+        return False
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        return Mask((True,) * len(units), (1.0,) * len(units))
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        return (self.draw(units, seed=0, count=0),)
+
+
+def block_order(units: Sequence[Unit]) -> tuple[str, ...]:
+    """Return the names of the blocks in the order in which they run."""
+    depths: dict[str, int] = {}
+    for unit in units:
+        depths[unit.block] = min(depths.get(unit.block, unit.depth), unit.depth)
+    return tuple(sorted(depths, key=lambda block: depths[block]))  # sorted() is stable
+
+
+def _cut(start: str | float, units: Sequence[Unit]) -> int:
+    """Return the index in `block_order` of the first block of the suffix."""
+    blocks = block_order(units)
+    if isinstance(start, str):
+        for index, block in enumerate(blocks):
+            if block == start or block.startswith(start + "."):
+                return index
+        raise ESAMValueError(
+            f"`start` must name a block of the model, one of {', '.join(map(repr, blocks))}. "
+            f"Received: start={start!r}."
+        )
+    costs = [sum(unit.cost for unit in units if unit.block == block) for block in blocks]
+    total = sum(costs)
+    if total == 0.0:
+        raise ESAMValueError(
+            f"`start` as a share needs units with a known cost, and all are 0. "
+            f"Received: start={start!r}. Name a block instead: {', '.join(map(repr, blocks))}."
+        )
+    # The longest suffix that costs no more than the share asked for, and at least one block. The
+    # slack absorbs the rounding of the sum: a share computed from these costs keeps its block.
+    cut = len(blocks) - 1
+    while cut > 0 and sum(costs[cut - 1 :]) <= start * total * (1.0 + 1e-9):
+        cut -= 1
+    return cut
+
+
+def _check_start(start: Any) -> str | float:
+    """Return a block's name or a share in (0, 1]."""
+    if isinstance(start, str):
+        if not start:
+            raise ESAMValueError("`start` must be a block's name or in (0, 1]. Received: start=''.")
+        return start
+    return validation.open_unit("start", start)
+
+
+def _in_suffix(cut: int, units: Sequence[Unit]) -> tuple[bool, ...]:
+    """Return for each unit whether its block is at or behind the cut."""
+    place = {block: index for index, block in enumerate(block_order(units))}
+    return tuple(place[unit.block] >= cut for unit in units)
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """Perturb the blocks from `start` to the output, always the same ones (p = 1).
+
+    Back-propagation of the ascent pass stops at the cut, and the forward before it is not run
+    again: with a suffix of share s and gamma = .5 a step costs (1 + 3 s + 1.5) / 3 base steps.
+
+    Args:
+        start: the name of a block ("layer3"; a name before a dot names all inside it), or a share
+            of the forward cost in (0, 1]: the longest suffix that costs no more, and at least the
+            last block.
+
+    Example:
+        >>> units = [Unit("a", (2,), block="stem"), Unit("b", (2,), block="head")]
+        >>> Suffix("head").draw(units, seed=0, count=0).perturbed
+        (False, True)
+    """
+
+    start: str | float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", _check_start(self.start))
+
+    @property
+    def needs_blocks(self) -> bool:
+        return True
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        return Mask(_in_suffix(_cut(self.start, units), units), (1.0,) * len(units))
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        return (self.draw(units, seed=0, count=0),)
+
+
+@dataclass(frozen=True)
+class RandomSuffix:
+    """Perturb one of several suffixes, drawn anew for each step.
+
+    A unit's inclusion probability is the summed probability of the suffixes that hold it, so
+    units near the output are perturbed often and little, deep ones seldom and much.
+
+    Args:
+        starts: one or more starts, each as in `Suffix`.
+        probabilities: as many numbers in (0, 1] that add up to 1; default equal.
+
+    Example:
+        >>> units = [Unit("a", (2,), block="stem"), Unit("b", (2,), block="head")]
+        >>> RandomSuffix(("stem", "head"), (0.25, 0.75)).draw(units, seed=0, count=0).probability
+        (0.25, 1.0)
+    """
+
+    starts: tuple[str | float, ...]
+    probabilities: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.starts, str) or not isinstance(self.starts, Sequence) or not self.starts:
+            raise ESAMTypeError(
+                "`starts` must be a non-empty sequence of block names or shares. "
+                f"Received: starts={self.starts!r}."
+            )
+        starts = tuple(_check_start(start) for start in self.starts)
+        given = tuple(self.probabilities) or (1.0 / len(starts),) * len(starts)
+        probabilities = tuple(validation.open_unit("probabilities", p) for p in given)
+        if len(probabilities) != len(starts) or abs(sum(probabilities) - 1.0) > 1e-9:
+            raise ESAMValueError(
+                f"`probabilities` must be {len(starts)} numbers (one a start) that add up to 1. "
+                f"Received: probabilities={self.probabilities!r}."
+            )
+        object.__setattr__(self, "starts", starts)
+        object.__setattr__(self, "probabilities", probabilities)
+
+    @property
+    def needs_blocks(self) -> bool:
+        return True
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        (u,) = uniforms(1, seed=seed, count=count, stream=stream)
+        bounds = np.cumsum(self.probabilities)
+        chosen = min(int(np.searchsorted(bounds, u, side="right")), len(self.starts) - 1)
+        return self.masks(units)[chosen]
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...]:
+        suffixes = [_in_suffix(_cut(start, units), units) for start in self.starts]
+        probability = tuple(
+            # Rounding may leave a hair over 1 where every suffix holds the unit.
+            min(1.0, sum(p for p, s in zip(self.probabilities, suffixes, strict=True) if s[t]))
+            for t in range(len(units))
+        )
+        return tuple(Mask(suffix, probability) for suffix in suffixes)
+
+
+@dataclass(frozen=True)
+class Only:
+    """Perturb, of what `inner` perturbs, only one kind of unit.
+
+    `Only("norm")` is SAM-ON (Mueller et al. 2023): normalisation layers alone.
+
+    Args:
+        kind: one of `KINDS`, or a pattern over names with the wildcards of `fnmatch`
+            ("*.attention.*"), or a function of a `Unit` that returns a bool.
+        inner: any sampler; default `Everything()`. Its inclusion probabilities are kept.
+
+    Example:
+        >>> units = [Unit("conv.weight", (3,)), Unit("bn.weight", (3,), kind="norm")]
+        >>> Only("norm").draw(units, seed=0, count=0).perturbed
+        (False, True)
+    """
+
+    kind: str | Callable[[Unit], bool]
+    inner: Sampler = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        if not (callable(self.kind) or (isinstance(self.kind, str) and self.kind)):
+            raise ESAMTypeError(
+                f"`kind` must be one of {', '.join(map(repr, KINDS))}, a name pattern or a "
+                f"function of a Unit. Received: kind={self.kind!r}."
+            )
+        check_sampler("inner", self.inner)
+
+    def _allows(self, unit: Unit) -> bool:
+        """Say whether this unit is of the kind."""
+        if callable(self.kind):
+            return bool(self.kind(unit))
+        if self.kind in KINDS:
+            return unit.kind == self.kind
+        return fnmatch.fnmatchcase(unit.name, self.kind)
+
+    @property
+    def needs_blocks(self) -> bool:
+        return callable(self.kind) or self.inner.needs_blocks
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        mask = self.inner.draw(units, seed=seed, count=count, stream=stream)
+        return mask.within([self._allows(unit) for unit in units])
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        allowed = [self._allows(unit) for unit in units]
+        inner = self.inner.masks(units)
+        return None if inner is None else _distinct(mask.within(allowed) for mask in inner)
+
+
+def _distinct(masks: Iterable[Mask]) -> tuple[Mask, ...]:
+    """Return the masks in order, each once."""
+    return tuple(dict.fromkeys(masks))
+
+
+def _with_empty(inner: tuple[Mask, ...] | None, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+    """Return the inner masks and the empty one, or None where those are too many."""
+    return None if inner is None else _distinct((*inner, _empty(units)))
+
+
+@dataclass(frozen=True)
+class Every:
+    """Perturb on every n-th ascent (0, n, 2n, ...), and take base steps between them.
+
+    A schedule: the inclusion probabilities stay the inner sampler's.
+
+    Args:
+        n: >= 1.
+        inner: any sampler; default `Everything()`.
+
+    Example:
+        >>> [Every(2).draw([Unit("w", (1,))], seed=0, count=c).active for c in range(4)]
+        [True, False, True, False]
+    """
+
+    n: int
+    inner: Sampler = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "n", validation.count_number("n", self.n, least=1))
+        check_sampler("inner", self.inner)
+
+    @property
+    def needs_blocks(self) -> bool:
+        return self.inner.needs_blocks
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        if count % self.n:
+            return _empty(units)
+        return self.inner.draw(units, seed=seed, count=count, stream=stream)
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        inner = self.inner.masks(units)
+        return inner if self.n == 1 else _with_empty(inner, units)
+
+
+@dataclass(frozen=True)
+class Between:
+    """Perturb on ascents start <= count < stop, and take base steps outside.
+
+    Late-phase SAM is `Between(int(0.88 * total_steps))`.
+
+    Args:
+        start: the first ascent that perturbs, >= 0.
+        stop: the first that no longer does, >= start, or None (default) for never.
+        inner: any sampler; default `Everything()`.
+
+    Example:
+        >>> [Between(1, 3).draw([Unit("w", (1,))], seed=0, count=c).active for c in range(4)]
+        [False, True, True, False]
+    """
+
+    start: int
+    stop: int | None = None
+    inner: Sampler = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        start = validation.count_number("start", self.start)
+        object.__setattr__(self, "start", start)
+        if self.stop is not None:
+            stop = validation.count_number("stop", self.stop, least=start)
+            object.__setattr__(self, "stop", stop)
+        check_sampler("inner", self.inner)
+
+    @property
+    def needs_blocks(self) -> bool:
+        return self.inner.needs_blocks
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        if count < self.start or (self.stop is not None and count >= self.stop):
+            return _empty(units)
+        return self.inner.draw(units, seed=seed, count=count, stream=stream)
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        return _with_empty(self.inner.masks(units), units)
+
+
+@dataclass(frozen=True)
+class Sometimes:
+    """Perturb on a random share p of the ascents, and take base steps on the others.
+
+    A schedule: never rescaled by 1/p.
+
+    Args:
+        p: probability in (0, 1] that a step perturbs.
+        inner: any sampler; default `Everything()`. Drawn independently of the schedule.
+
+    Example:
+        >>> Sometimes(1.0).draw([Unit("w", (1,))], seed=0, count=0).active
+        True
+    """
+
+    p: float
+    inner: Sampler = field(default_factory=Everything)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", validation.open_unit("p", self.p))
+        check_sampler("inner", self.inner)
+
+    @property
+    def needs_blocks(self) -> bool:
+        return self.inner.needs_blocks
+
+    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
+        (u,) = uniforms(1, seed=seed, count=count, stream=stream)
+        if u >= self.p:
+            return _empty(units)
+        return self.inner.draw(units, seed=seed, count=count, stream=stream + 1)
+
+    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
+        inner = self.inner.masks(units)
+        return inner if self.p == 1.0 else _with_empty(inner, units)
+
+
+def check_sampler(name: str, value: Any) -> Sampler:
+    """Return `value` if it is a sampler, and not its class."""
+    if isinstance(value, type) or not isinstance(value, Sampler):
+        raise ESAMTypeError(
+            f"`{name}` must be a sampler such as Bernoulli(0.6) or Suffix('layer3'). "
+            f"Received: {name}={value!r}."
+        )
+    return value

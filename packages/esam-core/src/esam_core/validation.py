@@ -1,0 +1,70 @@
+"""Checks of single arguments, each with the house's error: what must hold, and what came."""
+
+import math
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+from esam_core.errors import ESAMTypeError, ESAMValueError
+
+__all__ = ["choice", "count_number", "flag", "nonnegative", "open_unit", "positive"]
+
+
+def _real(name: str, value: Any, must: str) -> float:
+    """Return `value` as a float, refusing booleans, text and NaN."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ESAMTypeError(f"`{name}` must be {must}. Received: {name}={value!r}.")
+    number = float(value)
+    if math.isnan(number):
+        raise ESAMValueError(f"`{name}` must be {must}. Received: {name}={value!r}.")
+    return number
+
+
+def open_unit(name: str, value: Any) -> float:
+    """Return `value` as a float in (0, 1]."""
+    number = _real(name, value, "a number in (0, 1]")
+    if not 0.0 < number <= 1.0:
+        raise ESAMValueError(f"`{name}` must be in (0, 1]. Received: {name}={value!r}.")
+    return number
+
+
+def nonnegative(name: str, value: Any) -> float:
+    """Return `value` as a finite float >= 0."""
+    number = _real(name, value, "a finite number >= 0")
+    if number < 0.0 or math.isinf(number):
+        raise ESAMValueError(f"`{name}` must be finite and >= 0. Received: {name}={value!r}.")
+    return number
+
+
+def positive(name: str, value: Any) -> float:
+    """Return `value` as a finite float > 0."""
+    number = _real(name, value, "a finite number > 0")
+    if number <= 0.0 or math.isinf(number):
+        raise ESAMValueError(f"`{name}` must be finite and > 0. Received: {name}={value!r}.")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise ESAMTypeError(f"`{name}` must be True or False. Received: {name}={value!r}.")
+    return value
+
+
+def count_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+    """Return `value` as an int in [least, most]."""
+    bound = f">= {least}" if most is None else f"in [{least}, {most}]"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ESAMTypeError(f"`{name}` must be an integer {bound}. Received: {name}={value!r}.")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise ESAMValueError(f"`{name}` must be {bound}. Received: {name}={value!r}.")
+    return number
+
+
+def choice(name: str, value: Any, options: Collection[str]) -> str:
+    """Return `value` if it is one of `options`."""
+    if not isinstance(value, str) or value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ESAMValueError(f"`{name}` must be one of {listed}. Received: {name}={value!r}.")
+    return value
