@@ -1,0 +1,376 @@
+"""What a backend implements so that the conformance kit can drive it.
+
+The kit never sees a framework. It hands a problem as data to an *adapter*, which builds the
+native model, optimizer and batches, and gives a *session* back: one training run that the kit
+steps and looks at through NumPy arrays. A backend needs two small classes:
+
+    class Adapter:
+        name = "my backend"
+        dtypes = ("float64", "float32")
+        conventions = Conventions()
+        gaps = {"faults": "the step is compiled: nothing can be raised inside it"}
+
+        def session(self, problem, base, esam, *, dtype, frozen, groups, seed): ...
+
+    class MySession:
+        def step(self, batch): ...
+        def weights(self): ...
+        ...
+
+Layouts. Problems are written channels last, and the adapter translates on the way in and out:
+
+- `Dense.weight` is (in, out): the layer computes `x @ weight + bias`. torch transposes it.
+- `Conv.weight` is (height, width, in, out); stride 1, no padding ("valid"), cross-correlation.
+  torch permutes it to (out, in, height, width), and its inputs to channels first.
+- Inputs are (b, features), (b, height, width, channels), or (b, length) integers for an
+  `Embedding`, whose output is (b, length, features).
+- `GlobalMean` averages over every axis between the first and the last of that layout.
+
+Names. A parameter is "<layer's name>.weight" or "<layer's name>.bias" (in a `BatchNorm`: scale
+and shift), a running statistic "<layer's name>.mean" or "<layer's name>.variance", whatever the
+framework calls it. Where a sampler needs blocks, the block of a parameter is its layer's name,
+and the blocks run in the order of `Problem.layers`.
+
+What a backend cannot show, it declares in `gaps`, with the reason: no check is left out silently.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+__all__ = [
+    "CAPABILITIES",
+    "Adapter",
+    "Base",
+    "Batch",
+    "BatchNorm",
+    "Conv",
+    "Conventions",
+    "Dense",
+    "Dropout",
+    "Embedding",
+    "Fault",
+    "GlobalMean",
+    "Layer",
+    "Observed",
+    "Problem",
+    "Relu",
+    "Session",
+    "Tanh",
+]
+
+Array = NDArray[Any]
+
+#: What a session can be asked for beyond `step`, `weights` and `buffers`. Each is taken for
+#: granted unless the adapter's `gaps` names it; the checks that need it are then reported as gaps.
+CAPABILITIES: Mapping[str, str] = {
+    "losses": "`Observed.losses`",
+    "perturbed_losses": "`Observed.perturbed_losses`",
+    "indices": "`Observed.indices`",
+    "sample_weights": "`Observed.sample_weights`",
+    "perturbed": "`Observed.perturbed`",
+    "perturbation_norm": "`Observed.perturbation_norm`",
+    "gradient_norm": "`Observed.gradient_norm`",
+    "gradient": "`Observed.gradient`, the descent gradient that the base optimizer was given",
+    "passes": "`Observed.passes`, how many samples each pass evaluated",
+    "backward": "`Session.backward`, `gradients`, `zero_gradients` and `apply`: passes and update apart",
+    "faults": "the `fault` argument of `step`: raise inside a pass",
+    "state": "`Session.state` and `load`: save and resume",
+    "random": "`Session.random_probe`: the state of the native random generators",
+    "dropout": "`Dropout` layers",
+    "groups": "`groups`: rho, adaptive and perturb of single parameters",
+    "frozen": "`frozen`: parameters that are not trained",
+    "weight_masks": "masks of single weights, `Bernoulli(beta, unit='weight')`",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """`x @ weight + bias`; weight (in, out), bias (out,) or None."""
+
+    name: str
+    weight: Array
+    bias: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Conv:
+    """2-D cross-correlation, stride 1, no padding; weight (height, width, in, out), bias (out,)."""
+
+    name: str
+    weight: Array
+    bias: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """Normalise over every axis but the last, then scale by weight and shift by bias.
+
+    In training with the batch's mean and (biased) variance; `mean` and `variance` are the
+    running statistics to start from, updated as
+    `running = (1 - momentum) * running + momentum * batch`. Keras calls `1 - momentum` momentum.
+    Whether the batch variance that enters `running` is unbiased: see `Conventions`.
+    """
+
+    name: str
+    weight: Array
+    bias: Array
+    mean: Array
+    variance: Array
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """Zero each element with probability `rate`, scale the others by 1 / (1 - rate).
+
+    The noise is the framework's own, drawn from a generator that the session seeds with `seed`.
+    """
+
+    name: str
+    rate: float = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """Look integers up in weight (entries, features)."""
+
+    name: str
+    weight: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Tanh:
+    """The hyperbolic tangent."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Relu:
+    """max(x, 0), with derivative 0 at 0."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalMean:
+    """Mean over every axis between the first and the last."""
+
+    name: str
+
+
+Layer = Dense | Conv | BatchNorm | Dropout | Embedding | Tanh | Relu | GlobalMean
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Inputs (b, ...), float64 or integers, and integer targets (b,) in [0, classes)."""
+
+    inputs: Array
+    targets: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model as data, with batches to train it on.
+
+    The last layer's output (b, classes) are logits; the losses are the softmax cross-entropies,
+    one a sample. Adapters need `layers` only: batches come with each step.
+
+    Args:
+        name: of the problem.
+        layers: in order of execution. Weights are float64; the adapter casts them.
+        batches: what the kit trains on, in order. They need not be of equal size.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    batches: tuple[Batch, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer: the framework's own SGD, Adam or AdamW with these settings.
+
+    Args:
+        kind: "sgd", "adam" or "adamw".
+        lr: learning rate; 0 is allowed.
+        momentum, nesterov: of SGD.
+        weight_decay: of SGD (see `Conventions`) and AdamW (decoupled).
+        betas, eps: of Adam and AdamW.
+    """
+
+    kind: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """Where frameworks differ lawfully. The kit's reference follows the adapter's; torch's here.
+
+    Args:
+        unbiased_running_variance: BatchNorm's running variance takes the unbiased batch variance
+            (torch) or the biased one (Keras: False).
+        decoupled_sgd_decay: SGD's weight decay is theta -= lr * decay * theta beside the momentum
+            (Keras: True) or is added to the gradient (torch: False).
+        adam_eps_in_corrected_root: Adam divides by sqrt(v / (1 - beta2^t)) + eps (torch), or by
+            sqrt(v) + eps with the corrections in the learning rate (Keras: False).
+    """
+
+    unbiased_running_variance: bool = True
+    decoupled_sgd_decay: bool = False
+    adam_eps_in_corrected_root: bool = True
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is to go wrong inside a step: in evaluation number `call` of the losses, raise `error`.
+
+    Args:
+        call: 1 for the ascent pass; then the selection pass, where there is one; then the descent.
+        error: the exception to raise there, after the forward of that pass.
+    """
+
+    call: int
+    error: BaseException
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What one step showed, as NumPy arrays and Python numbers, copied.
+
+    A field is None where the step had no reason to compute it, exactly as in `StepReport`, or
+    where `gaps` names it. The first seven are the report's fields of that name.
+
+    Args:
+        losses: (b,), in the session's dtype.
+        perturbed_losses: (b,) or None.
+        indices: (k,) integers or None.
+        sample_weights: (k,) or None.
+        perturbed: names (see the module) of the perturbed parameters.
+        perturbation_norm: 0.0 for a base step.
+        gradient_norm: None for a base step.
+        gradient: by name, the gradients that the base optimizer's update was given (for `step`)
+            or that this call left (for `backward`).
+        passes: the number of samples of each evaluation of the losses, in order: (8, 8, 4) for
+            b = 8 and gamma = .5; (8,) for a base step.
+    """
+
+    losses: Array | None = None
+    perturbed_losses: Array | None = None
+    indices: Array | None = None
+    sample_weights: Array | None = None
+    perturbed: tuple[str, ...] | None = None
+    perturbation_norm: float | None = None
+    gradient_norm: float | None = None
+    gradient: Mapping[str, Array] | None = None
+    passes: tuple[int, ...] | None = None
+
+
+class Session(Protocol):
+    """One training run. Methods named in `CAPABILITIES` are called only without such a gap."""
+
+    def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
+        """Make one whole training step, update included, as the backend's user would.
+
+        Gradients of earlier steps do not enter. Without ESAM (`esam=None`): one step of the base
+        optimizer on the mean loss; only `Observed.losses` may then be filled.
+        """
+        ...
+
+    def weights(self) -> dict[str, Array]:
+        """Return copies of all parameters by name, frozen ones included, bit for bit."""
+        ...
+
+    def buffers(self) -> dict[str, Array]:
+        """Return copies of all running statistics by name."""
+        ...
+
+    def trainable(self) -> dict[str, bool]:
+        """Return whether each parameter is trained, read from the framework (gap "frozen")."""
+        ...
+
+    def backward(self, batch: Batch) -> Observed:
+        """Make the passes of one step, adding to the gradients, without the update."""
+        ...
+
+    def gradients(self) -> dict[str, Array]:
+        """Return copies of the gradients as the framework holds them; absent ones left out."""
+        ...
+
+    def zero_gradients(self) -> None:
+        """Forget all gradients, as the framework's user would before a step."""
+        ...
+
+    def apply(self) -> None:
+        """Make the base optimizer's own update with the gradients as they stand."""
+        ...
+
+    def state(self) -> Any:
+        """Return all that a checkpoint holds: weights, buffers and the optimizer's state."""
+        ...
+
+    def load(self, state: Any) -> None:
+        """Go on from what `state` of another session, made with the same arguments, returned."""
+        ...
+
+    def random_probe(self) -> Array:
+        """Return numbers that tell states of the native generators apart, and change none.
+
+        For example their raw state, or what they would draw next.
+        """
+        ...
+
+
+class Adapter(Protocol):
+    """How the kit reaches a backend.
+
+    Attributes:
+        name: shown in reports.
+        dtypes: "float64" and/or "float32"; most checks run in the first, some in all.
+        conventions: see `Conventions`.
+        gaps: capability (a key of `CAPABILITIES`) or name of a check -> why the backend cannot.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtypes(self) -> tuple[str, ...]: ...
+    @property
+    def conventions(self) -> Conventions: ...
+    @property
+    def gaps(self) -> Mapping[str, str]: ...
+
+    def session(
+        self,
+        problem: Problem,
+        base: Base,
+        esam: Mapping[str, Any] | None,
+        *,
+        dtype: str,
+        frozen: Collection[str] = (),
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        seed: int = 0,
+    ) -> Session:
+        """Build model, base optimizer and ESAM, and return them as a run to be stepped.
+
+        Args:
+            problem: the model; in training mode.
+            base: the base optimizer over all parameters that are not frozen.
+            esam: keyword arguments of the backend's `ESAM` beside base optimizer and model, given
+                to it as they are (errors must come from there); None for the base alone.
+            dtype: of weights, inputs, losses and gradients.
+            frozen: names of parameters that are not trained; always whole layers.
+            groups: name of a parameter -> its own "rho", "adaptive" or "perturb"; or None.
+            seed: of the native random generators (dropout, masks of single weights).
+        """
+        ...
