@@ -41,6 +41,7 @@ class StepReport:
         perturbed: names of the perturbed units.
         weight_share: share of the perturbable scalar weights that were perturbed, in [0, 1].
         sample_share: share of the batch in the descent pass, in (0, 1].
+        skipped: whether the step was left out because something in it was not finite.
         outputs: whatever the user's function returned beside the losses.
     """
 
@@ -54,6 +55,7 @@ class StepReport:
     perturbed: tuple[str, ...] = ()
     weight_share: float = 0.0
     sample_share: float = 1.0
+    skipped: bool = False
     outputs: Any = None
 
     @property

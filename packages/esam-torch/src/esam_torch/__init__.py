@@ -1,0 +1,50 @@
+"""esam-torch: efficient sharpness-aware minimisation for PyTorch.
+
+One line changes in a training script::
+
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05)
+
+and `optimizer.backward(losses, inputs, targets)` stands where `loss.backward()` stood.
+"""
+
+from esam_core import (
+    All,
+    Bernoulli,
+    Between,
+    Every,
+    Everything,
+    Only,
+    Proportional,
+    Random,
+    RandomSuffix,
+    RunningMeans,
+    Sometimes,
+    StepReport,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
+from esam_torch.batch import Whole
+from esam_torch.optimizer import ESAM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ESAM",
+    "All",
+    "Bernoulli",
+    "Between",
+    "Every",
+    "Everything",
+    "Only",
+    "Proportional",
+    "Random",
+    "RandomSuffix",
+    "RunningMeans",
+    "Sometimes",
+    "StepReport",
+    "Suffix",
+    "TopIncrease",
+    "TopLoss",
+    "Whole",
+]

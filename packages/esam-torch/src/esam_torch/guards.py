@@ -1,0 +1,106 @@
+"""What a step must leave as it found it: random state, buffers, gradients, weights.
+
+Each guard takes what it needs when it is made and puts it back when told to. None of them waits
+for the device.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Buffers", "Gradients", "RandomState", "Weights"]
+
+
+class RandomState:
+    """torch's global generators: the CPU's, and those of the devices that the model lives on."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._others = [
+            (device, torch.get_device_module(device).get_rng_state(device))
+            for device in sorted(set(devices), key=str)
+            if device.type not in ("cpu", "meta")
+        ]
+
+    def restore(self) -> None:
+        """Put every generator back to where it was."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+class Buffers:
+    """Copies of the buffers of all modules in training mode (BatchNorm's statistics, say).
+
+    Copied back only *after* a backward: autograd still reads them between forward and backward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = [
+            (module, name, buffer)
+            for module in model.modules()
+            if module.training
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self._copies = [buffer.data.clone() for _, _, buffer in self._places]
+
+    def restore(self) -> None:
+        """Copy the values back, into the same tensors, also where a forward put others there."""
+        for module, name, buffer in self._places:
+            if module._buffers.get(name) is not buffer:
+                module._buffers[name] = buffer
+        if self._places:
+            torch._foreach_copy_([buffer.data for _, _, buffer in self._places], self._copies)
+
+
+class Gradients:
+    """The `.grad` of parameters: copies where there is one, to be put back after a failure."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._tensors = [p.grad for p in parameters]
+        self._copies = [None if g is None else g.clone() for g in self._tensors]
+
+    def restore(self) -> None:
+        """Give every parameter the tensor it had as `.grad`, with the values it had."""
+        rows = zip(self._parameters, self._tensors, self._copies, strict=True)
+        for parameter, tensor, copied in rows:
+            if tensor is not None and copied is not None:
+                if tensor.is_sparse:  # a sparse tensor's number of entries may have grown
+                    tensor.data = copied
+                else:  # in place: the tensor may be a view into a bucket of DDP's
+                    tensor.data.copy_(copied)
+            parameter.grad = tensor
+
+
+class Weights:
+    """Copies of the weights about to be perturbed.
+
+    Written through `.data`, so that the version counters of autograd stay: the values come back
+    bit for bit, and a graph that the user holds on to remains valid.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._weights = [p.data for p in parameters]
+        self._copies = [torch.empty_like(weight) for weight in self._weights]
+        if self._weights:
+            torch._foreach_copy_(self._copies, self._weights)
+
+    def add(self, perturbations: Sequence[Tensor]) -> None:
+        """Go to theta + epsilon."""
+        torch._foreach_add_(self._weights, list(perturbations))
+
+    def restore(self) -> None:
+        """Go back to theta, bit for bit."""
+        if self._weights:
+            torch._foreach_copy_(self._weights, self._copies)
+
+
+def statistics_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the BatchNorm layers (of every kind) that are in training mode."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]

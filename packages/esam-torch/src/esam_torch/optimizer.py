@@ -1,0 +1,348 @@
+"""The optimizer that people use."""
+
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from esam_core import (
+    ESAMConfig,
+    ESAMRuntimeError,
+    ESAMTypeError,
+    ESAMValueError,
+    Mask,
+    Sampler,
+    Selector,
+    StepReport,
+)
+from esam_torch.losses import LossFunction
+from esam_torch.step import Step, perturbable
+from esam_torch.units import Parameter, parameters_of
+
+__all__ = ["ESAM"]
+
+
+class ESAM(torch.optim.Optimizer):
+    """Efficient sharpness-aware minimisation around any optimizer.
+
+    Args:
+        base_optimizer: an optimizer over parameters of `model`, such as
+            `torch.optim.SGD(model.parameters(), lr=0.1)`. Any whose `step` needs no closure.
+        model: the module that `losses` calls; with DistributedDataParallel, that object.
+        rho: radius of the perturbation, finite, >= 0. Default 0.05. 0 is the base optimizer.
+        beta: share of the parameter tensors that is perturbed in each step, in (0, 1]; short for
+            `perturb=Bernoulli(beta)`. Default 0.6.
+        gamma: share of the samples in the descent pass, in (0, 1]; short for
+            `select=TopIncrease(gamma)`. Default 0.5.
+        perturb: a mask sampler in place of `beta`, such as `Suffix("layer3")`.
+        select: a data selector in place of `gamma`, such as `TopLoss(0.5)`.
+        adaptive: scale the perturbation with the weights (ASAM). Default False.
+        norm: "masked" (default), "estimated", "full" or "none": which norm the ascent gradient is
+            divided by.
+        norm_eps: added to that norm, finite, > 0. Default 1e-12.
+        seed: of masks and random selections, in [0, 2**63). Default 0.
+        on_nonfinite: "propagate" (default), "skip" or "raise".
+        scaler: the `torch.amp.GradScaler` of fp16 training. Default None.
+        blocks: the model's blocks in execution order, as modules or their names, for samplers that
+            cut the model. Default: found by watching one forward.
+
+    Raises:
+        ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
+
+    Differences from the paper: masks are drawn for the step at hand, from (seed, count) alone;
+    k = ceil(gamma b) samples are kept, with ties to the lower index; see the documentation.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn import functional as F
+        >>> from esam_torch import ESAM
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05)
+        >>> def losses(inputs, targets):
+        ...     return F.cross_entropy(model(inputs), targets, reduction="none")
+        >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> report = optimizer.step(losses, inputs, targets)
+        >>> report.losses.shape, report.sample_share
+        (torch.Size([8]), 0.5)
+
+    Source: Du et al., ICLR 2022 (arXiv 2110.03141), algorithm 1.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        rho: float = 0.05,
+        beta: float | None = None,
+        gamma: float | None = None,
+        perturb: Sampler | None = None,
+        select: Selector | None = None,
+        adaptive: bool = False,
+        norm: str = "masked",
+        norm_eps: float = 1e-12,
+        seed: int = 0,
+        on_nonfinite: str = "propagate",
+        scaler: Any = None,
+        blocks: Iterable[nn.Module | str] | None = None,
+    ) -> None:
+        _check_base(base_optimizer)
+        self._config = ESAMConfig.from_arguments(
+            rho=rho,
+            beta=beta,
+            gamma=gamma,
+            perturb=perturb,
+            select=select,
+            adaptive=adaptive,
+            norm=norm,
+            norm_eps=norm_eps,
+            seed=seed,
+            on_nonfinite=on_nonfinite,
+        )
+        parameters_of(model, base_optimizer.param_groups)  # refuses parameters of another model
+        self._base = base_optimizer
+        self._model = model
+        self._scaler = _check_scaler(scaler, on_nonfinite)
+        self._blocks = None if blocks is None else list(blocks)
+        self._count = 0
+        self._pending = False
+        self._warned_plain = False
+        # torch's way to make an optimizer without parameter groups of its own: the groups and the
+        # state are the base's (see the properties), hooks and the profiler's wrapper are ours.
+        self.__setstate__({"defaults": dict(base_optimizer.defaults)})
+
+    # -- the base optimizer's, at all times -------------------------------------------------------
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that makes the update."""
+        return self._base
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's parameter groups: the very list."""
+        return self._base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state."""
+        return self._base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; its parameters must be the model's."""
+        self._base.add_param_group(param_group)
+        try:
+            parameters_of(self._model, self._base.param_groups)
+        except ESAMValueError:
+            self._base.param_groups.pop()
+            raise
+
+    def train(self) -> None:
+        """Call the base optimizer's `train()` where it has one (schedule-free optimizers)."""
+        if hasattr(self._base, "train"):
+            self._base.train()
+
+    def eval(self) -> None:
+        """Call the base optimizer's `eval()` where it has one (schedule-free optimizers)."""
+        if hasattr(self._base, "eval"):
+            self._base.eval()
+
+    # -- the step ---------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> ESAMConfig:
+        """The hyperparameters."""
+        return self._config
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that `losses` calls."""
+        return self._model
+
+    @property
+    def count(self) -> int:
+        """How many `backward` calls there have been: what masks and schedules are drawn from."""
+        return self._count
+
+    def backward(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> StepReport:
+        """Add ESAM's gradient to `.grad`: what stands where `loss.backward()` stood.
+
+        The weights are bit for bit what they were when this returns or raises.
+
+        Args:
+            losses: a function of the batch that calls the model and returns one loss a sample, a
+                floating tensor of shape (b,), or a tuple of that and anything else, which comes
+                back as `report.outputs`.
+            *batch: its arguments: tensors, and tuples, lists and mappings of them. Every tensor
+                with b rows is sliced in the descent pass; `Whole(x)` marks one that must not be.
+            **kwargs: its keyword arguments, likewise.
+
+        Returns:
+            A `StepReport`. Nothing in it has waited for the device.
+
+        Raises:
+            ESAMValueError, ESAMTypeError: `losses` did not return one floating loss a sample.
+            NonFiniteError: `on_nonfinite="raise"`, and a loss or gradient was not finite.
+        """
+        if not callable(losses):
+            raise ESAMTypeError(
+                "`losses` must be a function that returns one loss a sample. "
+                f"Received: {type(losses).__name__}."
+            )
+        parameters = parameters_of(self._model, self._base.param_groups)
+        step = Step(
+            model=self._model,
+            config=self._config,
+            parameters=parameters,
+            mask=self._mask(parameters),
+            count=self._count,
+            scaler=self._scaler,
+        )
+        report = step.run(losses, batch, kwargs)
+        self._count += 1
+        self._pending = True
+        return report
+
+    def step(self, closure: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Make the base optimizer's update; with `losses` and a batch, the whole step.
+
+        Args:
+            closure: None (default): update with the gradients that `backward` has left. Or
+                `losses`, as in `backward`: gradients are zeroed, computed and used.
+            *batch: arguments of `losses`.
+            **kwargs: keyword arguments of `losses`.
+
+        Returns:
+            What the base optimizer's `step` returns; the `StepReport` where `losses` is given.
+
+        Raises:
+            ESAMRuntimeError: `losses` is given while gradients of a `backward` wait for a step.
+        """
+        if closure is None:
+            if batch or kwargs:
+                raise ESAMTypeError("step() with a batch needs `losses` as its first argument.")
+            if not self._pending and not self._warned_plain:
+                self._warned_plain = True
+                warnings.warn(
+                    "step() without a backward(losses, ...) since the last one: this update is the "
+                    "base optimizer's own, without any sharpness in it.",
+                    stacklevel=2,
+                )
+            self._pending = False
+            return self._base.step()
+        if self._pending:
+            raise ESAMRuntimeError(
+                "step(losses, ...) zeroes the gradients, and those of a backward(losses, ...) still "
+                "wait for a step(). Call step() or zero_grad() first."
+            )
+        if self._scaler is not None:
+            raise ESAMRuntimeError(
+                "With `scaler`, call backward(losses, ...), then scaler.step(optimizer) and "
+                "scaler.update(): only the scaler knows whether the update may be made."
+            )
+        self.zero_grad()
+        report = self.backward(closure, *batch, **kwargs)
+        self._pending = False
+        self._base.step()
+        return report
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self._pending = False
+        self._base.zero_grad(set_to_none)
+
+    def _mask(self, parameters: list[Parameter]) -> Mask:
+        """Return the mask of the coming step, without the units that may not be perturbed."""
+        units = [p.unit for p in parameters]
+        config = self._config
+        mask = config.perturb.draw(units, seed=config.seed, count=self._count)
+        return mask.within(
+            perturbable(p) and p.group.get("esam_rho", config.rho) > 0.0 for p in parameters
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state dict and one more entry, "esam".
+
+        It loads into the bare base optimizer too.
+        """
+        state = self._base.state_dict()
+        state["esam"] = {"count": self._count, "config": self._config.to_dict()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, or a bare base optimizer's.
+
+        Hyperparameters, seed and count come from the checkpoint, as the learning rate does. A
+        sampler that holds a function cannot be saved, and stays the one given in code.
+        """
+        state = dict(state_dict)
+        own = state.pop("esam", None)
+        self._base.load_state_dict(state)
+        if own is not None:
+            saved = dict(own["config"])
+            if saved["perturb"] is None:
+                saved["perturb"] = self._config.to_dict()["perturb"]
+            self._config = (
+                ESAMConfig.from_dict(saved) if saved["perturb"] is not None else self._config
+            )
+            self._count = int(own["count"])
+        self._pending = False
+
+    def __repr__(self) -> str:
+        config = self._config
+        return (
+            f"ESAM({type(self._base).__name__}, rho={config.rho}, perturb={config.perturb!r}, "
+            f"select={config.select!r}, norm={config.norm!r}, count={self._count})"
+        )
+
+
+def _check_base(base: Any) -> None:
+    """Refuse what cannot be a base optimizer, with the reason."""
+    if isinstance(base, type):
+        raise ESAMTypeError(
+            "`base_optimizer` must be an optimizer, not a class: "
+            f"ESAM({base.__name__}(model.parameters(), ...), model). Received: {base!r}."
+        )
+    if isinstance(base, ESAM):
+        raise ESAMTypeError("`base_optimizer` must not be another ESAM.")
+    if not isinstance(base, torch.optim.Optimizer):
+        raise ESAMTypeError(
+            "`base_optimizer` must be a torch.optim.Optimizer. "
+            f"Received: {type(base).__name__}."
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if needs_closure or isinstance(base, torch.optim.LBFGS):
+        raise ESAMTypeError(
+            f"`base_optimizer` must make its update without a closure, and {type(base).__name__} "
+            "evaluates the loss again within its step: it would leave the perturbed gradient."
+        )
+
+
+def _check_scaler(scaler: Any, on_nonfinite: str) -> Any:
+    """Return the scaler if it can do its work."""
+    if scaler is None:
+        return None
+    if not (callable(getattr(scaler, "scale", None)) and callable(getattr(scaler, "unscale_", None))):
+        raise ESAMTypeError(
+            f"`scaler` must be a torch.amp.GradScaler. Received: {type(scaler).__name__}."
+        )
+    if on_nonfinite != "propagate":
+        raise ESAMValueError(
+            '`on_nonfinite` must be "propagate" beside `scaler`, which finds overflows in `.grad` '
+            f"and skips the update itself. Received: on_nonfinite={on_nonfinite!r}."
+        )
+    return scaler

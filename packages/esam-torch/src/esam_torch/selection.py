@@ -1,0 +1,86 @@
+"""Data selection on the device: the fast twin of `esam_core.sds.select`."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from esam_core import sds
+
+__all__ = ["Selected", "select"]
+
+
+@dataclass(frozen=True)
+class Selected:
+    """(k,) ascending indices and (k,) weights of the descent pass, on the losses' device."""
+
+    indices: Tensor
+    weights: Tensor
+
+
+def top_indices(scores: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest scores, ascending; ties go to the lower index."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return torch.sort(order[:k]).values
+
+
+def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
+    """Return (b,) probabilities proportional to score plus floor, at most 1, that sum to k.
+
+    The reference finds the certain samples in a loop, which would wait for the device. In
+    descending order they are the first c, where c is the first place at which the next one
+    would get no more than probability 1.
+    """
+    # Wide, where the device has it: the probabilities are summed up and compared with integers.
+    wide = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
+    clipped = torch.nan_to_num(wide.clamp_min(0.0), nan=0.0)
+    mean = clipped.mean()
+    q = torch.where(mean > 0, clipped + floor * mean, torch.ones_like(clipped))
+    descending, order = torch.sort(q, descending=True, stable=True)
+    tails = descending.flip(0).cumsum(0).flip(0)  # sum of q from each place on
+    left = k - torch.arange(len(q), device=q.device, dtype=q.dtype)
+    fits = left * descending <= tails
+    certain = torch.argmax(fits.to(torch.uint8), dim=0, keepdim=True)  # the first place that fits
+    share = left.gather(0, certain) / tails.gather(0, certain)  # no indexing: it would wait
+    places = torch.arange(len(q), device=q.device)
+    pi = torch.where(places < certain, torch.ones_like(q), share * descending)
+    return torch.empty_like(pi).scatter_(0, order, pi)
+
+
+def systematic_indices(pi: Tensor, k: int, offset: float) -> Tensor:
+    """Return k ascending indices, i with probability pi_i: the intervals that hold a point."""
+    ends = pi.cumsum(0)
+    points = offset + torch.arange(k, device=pi.device, dtype=pi.dtype)
+    return torch.searchsorted(ends, points, right=True).clamp_max(len(pi) - 1)
+
+
+def select(
+    selector: sds.Selector,
+    losses: Tensor,
+    perturbed_losses: Tensor | None,
+    *,
+    seed: int,
+    count: int,
+) -> Selected:
+    """Return what `selector` keeps of a batch of which it does not keep everything.
+
+    Args:
+        selector: any selector of esam-core.
+        losses: (b,) losses at theta.
+        perturbed_losses: (b,) losses at theta + epsilon, or None where its score needs none.
+        seed: in [0, 2**63).
+        count: the number of the ascent, >= 0.
+    """
+    b, device = len(losses), losses.device
+    k = sds.subset_size(selector.gamma, b)
+    even = torch.full((k,), 1.0 / k, device=device, dtype=losses.dtype)
+    if selector.rule == "random":
+        drawn = torch.from_numpy(sds.random_indices(b, k, seed=seed, count=count))
+        return Selected(drawn.to(device, non_blocking=True), even)
+    scores = losses if selector.score == "loss" else cast(Tensor, perturbed_losses) - losses
+    if selector.rule == "top":
+        return Selected(top_indices(scores, k), even)
+    pi = inclusion_probabilities(scores, k, cast(sds.Proportional, selector).floor)
+    indices = systematic_indices(pi, k, sds.systematic_offset(seed=seed, count=count))
+    return Selected(indices, (1.0 / (b * pi[indices])).to(losses.dtype))

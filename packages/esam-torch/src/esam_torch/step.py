@@ -1,0 +1,269 @@
+"""One step, pass by pass: mask, ascent, perturbation, selection, descent, restore.
+
+Reads top to bottom as the table in the documentation does; each pass is one function. Whatever
+fails or interrupts, weights, buffers, gradients and random state are as they were.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_core import ESAMConfig, ESAMValueError, Mask, NonFiniteError, StepReport, sds
+from esam_core.swp import Unit
+from esam_torch import batch as batches
+from esam_torch.ascent import ascent_gradients
+from esam_torch.guards import Buffers, Gradients, RandomState, Weights, statistics_layers
+from esam_torch.losses import LossFunction, per_sample
+from esam_torch.perturbation import Ascent, Direction, perturb
+from esam_torch.selection import Selected, select
+from esam_torch.synchronisation import unsynchronised
+from esam_torch.units import Parameter
+
+__all__ = ["Step"]
+
+
+@dataclass
+class Step:
+    """Everything that one step works on. Made anew for each step; keeps nothing.
+
+    Args:
+        model: what `losses` calls.
+        config: the hyperparameters.
+        parameters: all units in the model's order, with their groups.
+        mask: which of them this step perturbs, already restricted to those that can be.
+        count: the number of this ascent.
+        scaler: the gradient scaler of fp16 training, or None.
+    """
+
+    model: nn.Module
+    config: ESAMConfig
+    parameters: Sequence[Parameter]
+    mask: Mask
+    count: int
+    scaler: Any = None
+
+    def run(self, losses: LossFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StepReport:
+        """Add the step's gradient to `.grad` and return its report."""
+        trained = [p.tensor for p in self.parameters]
+        random = RandomState(p.device for p in trained)
+        buffers = Buffers(self.model)
+        gradients = Gradients(trained)
+        try:
+            with torch.enable_grad():
+                if any(self.mask.perturbed):
+                    report = self._perturbed_step(losses, (args, dict(kwargs)), random)
+                else:
+                    report = self._base_step(losses, (args, dict(kwargs)))
+            if self.config.on_nonfinite != "propagate" and not _all_finite(trained):
+                report = self._nonfinite(report)
+                buffers.restore()
+                gradients.restore()
+            return report
+        except BaseException:
+            random.restore()
+            buffers.restore()
+            gradients.restore()
+            raise
+
+    def _nonfinite(self, report: StepReport) -> StepReport:
+        """Raise, or return the report of a step that is skipped."""
+        if self.config.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"A loss or gradient of step {self.count} is not finite; weights, gradients and "
+                'buffers are as before the call. Use on_nonfinite="skip" to leave such steps out.'
+            )
+        return StepReport(count=report.count, losses=report.losses, skipped=True, outputs=report.outputs)
+
+    # -- passes ---------------------------------------------------------------------------------
+
+    def _base_step(self, losses: LossFunction, batch: Any) -> StepReport:
+        """Nothing is perturbed: forward and backward of the whole batch, and no more."""
+        values, rest = self._forward(losses, batches.unwrapped(batch))
+        self._backward(values.mean())
+        return StepReport(count=self.count, losses=values.detach(), outputs=rest)
+
+    def _perturbed_step(self, losses: LossFunction, batch: Any, random: RandomState) -> StepReport:
+        """Passes 2 to 6 of the step."""
+        with unsynchronised(self.model):
+            values, rest = self._forward(losses, batches.unwrapped(batch))
+            after_forward = RandomState(p.tensor.device for p in self.parameters)
+            at_theta = Buffers(self.model)
+            ascent = self._ascent(values)
+        b = len(values)
+        k = sds.subset_size(self.config.select.gamma, b)
+        before = values.detach()
+        del values
+        weights = Weights([self.parameters[t].tensor for t in self._perturbed])
+        after: Tensor | None = None
+        selected: Selected | None = None
+        try:
+            weights.add(ascent.perturbations)
+            ascent.perturbations.clear()  # epsilon is in the weights; its memory is not needed
+            if k < b:
+                if self.config.select.score == "increase":
+                    random.restore()
+                    after = self._selection(losses, batch, b)
+                selected = select(
+                    self.config.select, before, after, seed=self.config.seed, count=self.count
+                )
+            random.restore()
+            self._descent(losses, batch, b, selected, ascent.finite)
+        finally:
+            weights.restore()
+        at_theta.restore()
+        after_forward.restore()
+        return self._report(before, after, selected, ascent, rest)
+
+    def _forward(self, losses: LossFunction, batch: Any, expected: int | None = None) -> tuple[Tensor, Any]:
+        """Return (b,) losses with their graph, and what else the user's function returned."""
+        args, kwargs = batch
+        values, rest = per_sample(losses(*args, **kwargs), expected=expected)
+        rest = batches.detached(rest)  # or a kept report would keep the graph
+        if torch.is_grad_enabled() and not values.requires_grad:
+            raise ESAMValueError(
+                "`losses` must depend on the model's parameters. Received: losses without a graph. "
+                "Were they detached, or computed under torch.no_grad()?"
+            )
+        return values, rest
+
+    def _ascent(self, values: Tensor) -> Ascent:
+        """Return epsilon, from the gradient of the mean loss for the perturbed units."""
+        adaptive = [self._of_group(p, "esam_adaptive", self.config.adaptive) for p in self.parameters]
+        perturbed = self._perturbed
+        wanted = perturbed
+        if self.config.norm == "full":
+            wanted = perturbed + [t for t in self._perturbable if t not in set(perturbed)]
+        found = ascent_gradients(
+            values.mean(), [self.parameters[t].tensor for t in wanted], scaler=self.scaler
+        )
+        chosen = found[: len(perturbed)]
+        others = [
+            (g, self.parameters[t].tensor, adaptive[t])
+            for t, g in zip(wanted[len(perturbed) :], found[len(perturbed) :], strict=True)
+        ]
+        return perturb(
+            chosen,
+            [self.parameters[t].tensor for t in perturbed],
+            [
+                Direction(
+                    self.mask.scale[t],
+                    self._of_group(self.parameters[t], "esam_rho", self.config.rho),
+                    adaptive[t],
+                )
+                for t in perturbed
+            ],
+            values.detach(),
+            norm=self.config.norm,
+            norm_eps=self.config.norm_eps,
+            weight_masks=self._weight_masks(chosen),
+            others=others,
+        )
+
+    def _selection(self, losses: LossFunction, batch: Any, b: int) -> Tensor:
+        """Return the (b,) losses at theta + epsilon; builds no graph."""
+        with torch.no_grad(), unsynchronised(self.model):
+            values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
+        return values
+
+    def _descent(
+        self, losses: LossFunction, batch: Any, b: int, selected: Selected | None, finite: Tensor
+    ) -> None:
+        """Add the gradient of the weighted losses of the selected samples at theta + epsilon."""
+        if selected is None:
+            values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
+            total = values.mean()
+        else:
+            k = len(selected.indices)
+            with _running_statistics(self.model, when=k == 1):
+                part = batches.take(batch, selected.indices, b)
+                values, _ = self._forward(losses, part, expected=k)
+                total = (selected.weights * values).sum()
+        # A non-finite ascent must be seen in `.grad`, even if the selected samples are harmless.
+        self._backward(total * torch.where(finite, 1.0, torch.nan))
+
+    def _backward(self, total: Tensor) -> None:
+        """Back-propagate into `.grad`, scaled where the user scales."""
+        (total if self.scaler is None else self.scaler.scale(total)).backward()
+
+    # -- what the passes need to know -------------------------------------------------------------
+
+    @property
+    def _perturbed(self) -> list[int]:
+        """Places of the perturbed units."""
+        return [t for t, m in enumerate(self.mask.perturbed) if m]
+
+    @property
+    def _perturbable(self) -> list[int]:
+        """Places of the units that a mask may hit."""
+        return [t for t, p in enumerate(self.parameters) if perturbable(p)]
+
+    @staticmethod
+    def _of_group(parameter: Parameter, key: str, default: Any) -> Any:
+        """Return a parameter group's own value of an option, or the default."""
+        return parameter.group.get(key, default)
+
+    def _weight_masks(self, like: Sequence[Tensor]) -> list[Tensor] | None:
+        """Draw the masks of single weights natively, from the seed that the host drew."""
+        if self.mask.weight_beta is None or self.mask.weight_seed is None:
+            return None
+        generators: dict[torch.device, torch.Generator] = {}
+        masks = []
+        for tensor in like:
+            device = tensor.device
+            if device not in generators:
+                generators[device] = torch.Generator(device).manual_seed(self.mask.weight_seed)
+            drawn = torch.rand(tensor.shape, generator=generators[device], device=device)
+            masks.append(drawn < self.mask.weight_beta)
+        return masks
+
+    def _report(
+        self, before: Tensor, after: Tensor | None, selected: Selected | None, ascent: Ascent, rest: Any
+    ) -> StepReport:
+        """Return what the step saw."""
+        b = len(before)
+        units: list[Unit] = [p.unit for p in self.parameters]
+        perturbed, whole = (sum(units[t].size for t in s) for s in (self._perturbed, self._perturbable))
+        return StepReport(
+            count=self.count,
+            losses=before,
+            perturbed_losses=after,
+            indices=None if selected is None else selected.indices,
+            sample_weights=None if selected is None else selected.weights,
+            perturbation_norm=ascent.perturbation_norm,
+            gradient_norm=ascent.gradient_norm,
+            perturbed=tuple(units[t].name for t in self._perturbed),
+            weight_share=perturbed / whole * (self.mask.weight_beta or 1.0),
+            sample_share=1.0 if selected is None else len(selected.indices) / b,
+            outputs=rest,
+        )
+
+
+def perturbable(parameter: Parameter) -> bool:
+    """Say whether a mask may hit a parameter: it is trained, and its group allows it."""
+    return (
+        parameter.tensor.requires_grad
+        and parameter.group.get("esam_perturb", True)
+    )
+
+
+def _all_finite(parameters: Sequence[Tensor]) -> bool:
+    """Say whether every gradient is finite: the one synchronisation of "skip" and "raise"."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+@contextlib.contextmanager
+def _running_statistics(model: nn.Module, *, when: bool) -> Iterator[None]:
+    """Let BatchNorm use its running statistics: one sample has none of its own."""
+    layers = statistics_layers(model) if when else []
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
