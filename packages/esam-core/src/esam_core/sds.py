@@ -8,7 +8,7 @@ Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.3, equations 7 to 10,
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +46,19 @@ class Selector(Protocol):
     """
 
     @property
-    def gamma(self) -> float: ...
+    def gamma(self) -> float:
+        """Share of the batch that is kept."""
+        ...
+
     @property
-    def rule(self) -> str: ...
+    def rule(self) -> str:
+        """How samples are kept."""
+        ...
+
     @property
-    def score(self) -> str | None: ...
+    def score(self) -> str | None:
+        """By what samples are kept."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -180,8 +188,12 @@ def subset_size(gamma: float, batch_size: int) -> int:
 
 
 def top_indices(scores: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
-    """Return the indices of the k largest scores, ascending; ties go to the lower index."""
-    order = np.argsort(-np.asarray(scores), kind="stable")
+    """Return the indices of the k largest scores, ascending; ties go to the lower index.
+
+    NaN counts as the largest score: a sample that went wrong must not be selected away.
+    """
+    scores = np.asarray(scores)
+    order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), kind="stable")
     return np.sort(order[:k])
 
 
@@ -204,7 +216,8 @@ def inclusion_probabilities(
     Where k q_i / sum(q) passes 1 the sample is certain, and the rest share what is left.
 
     Args:
-        scores: (b,); negative ones count as 0. If all are 0, the draw is uniform.
+        scores: (b,); negative ones count as 0. If all are 0, or one is not finite, the draw is
+            uniform.
         k: how many are drawn, 1 <= k <= b.
         floor: multiple of the mean score that each gets on top, > 0.
 
@@ -214,7 +227,7 @@ def inclusion_probabilities(
     """
     clipped = np.maximum(np.asarray(scores, dtype=np.float64), 0.0)
     mean = clipped.mean()
-    if mean == 0.0:
+    if mean == 0.0 or not np.isfinite(mean):
         return np.full(len(clipped), k / len(clipped))
     q = clipped + floor * mean
     certain = np.zeros(len(q), dtype=bool)
@@ -276,8 +289,8 @@ def select(
         raise ESAMValueError(f"{selector!r} must be given the perturbed losses. Received: None.")
     if selector.rule == "top":
         return Selection(top_indices(scores, k), np.full(k, 1.0 / k), threshold)
-    assert isinstance(selector, Proportional)  # for the type checker: the rules are these four
-    pi = inclusion_probabilities(scores, k, selector.floor)
+    floor = cast(Proportional, selector).floor  # the rules are these four
+    pi = inclusion_probabilities(scores, k, floor)
     indices = systematic_indices(pi, systematic_offset(seed=seed, count=count))
     return Selection(indices, 1.0 / (b * pi[indices]), threshold)
 

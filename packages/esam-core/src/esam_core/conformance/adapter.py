@@ -75,7 +75,7 @@ CAPABILITIES: Mapping[str, str] = {
     "gradient_norm": "`Observed.gradient_norm`",
     "gradient": "`Observed.gradient`, the descent gradient that the base optimizer was given",
     "passes": "`Observed.passes`, how many samples each pass evaluated",
-    "backward": "`Session.backward`, `gradients`, `zero_gradients` and `apply`: passes and update apart",
+    "backward": "`Session.backward`, `gradients`, `zero_gradients`, `apply`: update set apart",
     "faults": "the `fault` argument of `step`: raise inside a pass",
     "state": "`Session.state` and `load`: save and resume",
     "random": "`Session.random_probe`: the state of the native random generators",
@@ -342,13 +342,24 @@ class Adapter(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
     @property
-    def dtypes(self) -> tuple[str, ...]: ...
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes to check, the most precise first."""
+        ...
+
     @property
-    def conventions(self) -> Conventions: ...
+    def conventions(self) -> Conventions:
+        """Where the framework differs lawfully."""
+        ...
+
     @property
-    def gaps(self) -> Mapping[str, str]: ...
+    def gaps(self) -> Mapping[str, str]:
+        """What the backend cannot do or show, each with the reason."""
+        ...
 
     def session(
         self,

@@ -1,0 +1,226 @@
+"""A chain of layers with per-sample losses: the model that reference problems train.
+
+`Model` is what the reference step asks of any model; `Network` is one, built from a problem's
+layer records.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esam_core.conformance.adapter import (
+    Batch,
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    Embedding,
+    GlobalMean,
+    Layer,
+    Relu,
+    Tanh,
+)
+from esam_core.reference import layers as functions
+from esam_core.swp import Unit
+
+__all__ = ["Evaluation", "Model", "Network"]
+
+Array = NDArray[Any]
+
+
+class Evaluation(Protocol):
+    """One forward pass.
+
+    Attributes:
+        losses: (b,) l_i, one a sample.
+    """
+
+    losses: Array
+
+    def gradient(self, weights: Array) -> dict[str, Array]:
+        """Return the gradient of the sum of w_i l_i, by parameter name."""
+        ...
+
+
+class Model(Protocol):
+    """What the reference step needs of a model.
+
+    Attributes:
+        parameters: theta, by name, in the order of the units. The step changes the arrays in
+            place and puts them back.
+        buffers: running statistics by name, changed in place.
+        units: a record for each trainable parameter, in that order.
+        random_state: all that the noise of `evaluate` depends on. Assignable.
+    """
+
+    parameters: dict[str, Array]
+    buffers: dict[str, Array]
+    random_state: Any
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The records of the trainable parameters."""
+        ...
+
+    def evaluate(self, batch: Batch, *, statistics: str, update: bool) -> Evaluation:
+        """Return the losses of a batch at the current parameters.
+
+        Args:
+            batch: the samples.
+            statistics: "batch" or "running": by what BatchNorm normalises.
+            update: whether BatchNorm's running statistics take the batch's in.
+        """
+        ...
+
+
+class _Evaluated:
+    """An `Evaluation` that goes back through the layers when asked."""
+
+    def __init__(self, losses: Array, gradient: Callable[[Array], dict[str, Array]]) -> None:
+        self.losses = losses
+        self.gradient = gradient
+
+
+def _kind(layer: Layer, role: str) -> str:
+    """Return the `Unit.kind` of a layer's parameter."""
+    if isinstance(layer, BatchNorm):
+        return "norm"
+    if isinstance(layer, Embedding):
+        return "embedding"
+    return role
+
+
+class Network:
+    """A chain of layers that ends in a softmax cross-entropy, in NumPy.
+
+    Args:
+        layers: the records, in order of execution; their arrays are copied.
+        dtype: of all arrays. Default float64.
+        seed: of the dropout noise. Default 0.
+        frozen: names of parameters that are not trained: they have no unit and no gradient.
+        unbiased_running_variance: see `esam_core.conformance.adapter.Conventions`.
+
+    Example:
+        >>> import numpy as np
+        >>> from esam_core.conformance.adapter import Batch, Dense
+        >>> network = Network([Dense("head", np.zeros((3, 2)))])
+        >>> batch = Batch(np.ones((4, 3)), np.array([0, 1, 0, 1]))
+        >>> network.evaluate(batch).losses.round(4).tolist()
+        [0.6931, 0.6931, 0.6931, 0.6931]
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        *,
+        dtype: str = "float64",
+        seed: int = 0,
+        frozen: Sequence[str] = (),
+        unbiased_running_variance: bool = True,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.dtype = np.dtype(dtype)
+        self.parameters: dict[str, Array] = {}
+        self.buffers: dict[str, Array] = {}
+        self._frozen = frozenset(frozen)
+        self._unbiased = unbiased_running_variance
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+        units = []
+        for depth, layer in enumerate(self.layers):
+            for role in ("weight", "bias"):
+                value = getattr(layer, role, None)
+                if value is None:
+                    continue
+                name = f"{layer.name}.{role}"
+                self.parameters[name] = np.array(value, dtype=self.dtype)
+                if name not in self._frozen:
+                    units.append(
+                        Unit(name, value.shape, _kind(layer, role), layer.name, depth=depth)
+                    )
+            if isinstance(layer, BatchNorm):
+                self.buffers[f"{layer.name}.mean"] = np.array(layer.mean, dtype=self.dtype)
+                self.buffers[f"{layer.name}.variance"] = np.array(layer.variance, dtype=self.dtype)
+        self._units = tuple(units)
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """A record for each trainable parameter."""
+        return self._units
+
+    @property
+    def random_state(self) -> Any:
+        """The state of the generator of the dropout noise."""
+        return self._generator.bit_generator.state
+
+    @random_state.setter
+    def random_state(self, state: Mapping[str, Any]) -> None:
+        self._generator.bit_generator.state = state
+
+    def evaluate(
+        self, batch: Batch, *, statistics: str = "batch", update: bool = False
+    ) -> Evaluation:
+        """Return the losses of a batch, and the way back. See `Model.evaluate`."""
+        x = np.asarray(batch.inputs)
+        if np.issubdtype(x.dtype, np.floating):
+            x = x.astype(self.dtype)
+        backwards: list[functions.Backward] = []
+        for layer in self.layers:
+            x, backward = self._forward(layer, x, statistics, update)
+            backwards.append(backward)
+        losses, backward_losses = functions.softmax_cross_entropy(x, batch.targets)
+
+        def gradient(weights: Array) -> dict[str, Array]:
+            found: dict[str, Array] = {}
+            dx = backward_losses(weights)
+            for layer, backward in zip(reversed(self.layers), reversed(backwards), strict=True):
+                dx, own = backward(dx)
+                found.update({f"{layer.name}.{role}": g for role, g in own.items()})
+            return {unit.name: found[unit.name] for unit in self.units}
+
+        return _Evaluated(losses, gradient)
+
+    def _forward(
+        self, layer: Layer, x: Array, statistics: str, update: bool
+    ) -> tuple[Array, functions.Backward]:
+        """Run one layer."""
+        weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+        theta = self.parameters
+        match layer:
+            case Dense():
+                return functions.dense(x, theta[weight], theta.get(bias))
+            case Conv():
+                return functions.conv(x, theta[weight], theta.get(bias))
+            case Embedding():
+                return functions.embedding(x, theta[weight])
+            case BatchNorm():
+                return self._batchnorm(layer, x, theta[weight], theta[bias], statistics, update)
+            case Dropout():
+                noise = self._generator.random(x.shape)
+                return functions.dropout(x, layer.rate, noise)
+            case Tanh():
+                return functions.tanh(x)
+            case Relu():
+                return functions.relu(x)
+            case GlobalMean():
+                return functions.global_mean(x)
+
+    def _batchnorm(
+        self, layer: BatchNorm, x: Array, weight: Array, bias: Array, statistics: str, update: bool
+    ) -> tuple[Array, functions.Backward]:
+        """Normalise by the batch or by the running statistics, and update the latter if asked."""
+        running_mean = self.buffers[f"{layer.name}.mean"]
+        running_variance = self.buffers[f"{layer.name}.variance"]
+        if statistics == "running":
+            return functions.batchnorm_running(
+                x, weight, bias, running_mean.copy(), running_variance.copy(), layer.eps
+            )
+        y, backward, mean, variance = functions.batchnorm(x, weight, bias, layer.eps)
+        if update:
+            values = x.size // x.shape[-1]
+            correction = values / max(values - 1, 1) if self._unbiased else 1.0
+            new = layer.momentum
+            running_mean[...] = (1 - new) * running_mean + new * mean
+            running_variance[...] = (1 - new) * running_variance + new * variance * correction
+        return y, backward
