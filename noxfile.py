@@ -1,0 +1,160 @@
+"""The one entry point: `nox` runs everything that must pass, `nox -s demo` shows the thing at work.
+
+Sessions share three environments under .nox/, made with pip and reused between runs: a PyTorch
+install is large, so all that need one use the same. `nox -s SESSION -- ARGUMENTS` passes the
+arguments on to what the session runs.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests"]
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
+DIST = ROOT / "dist"
+
+#: What must pass, in this order.
+PARTS = (
+    "lint",
+    "typing",
+    "build",
+    "docs",
+    "conformance",
+    "tests_core",
+    "tests_torch",
+)
+
+#: What is installed into each shared environment, in addition to pip.
+ENVIRONMENTS = {
+    # NumPy and pytest, nothing else: what esam-core promises to get by with.
+    "core": ("-e", "packages/esam-core[test]"),
+    "lint": ("ruff",),
+    "torch": (
+        *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
+        *("scikit-learn", "matplotlib"),
+        *("mypy", "build", "sybil", "sphinx", "myst-parser", "furo"),
+    ),
+}
+
+
+def python_of(session: nox.Session, name: str) -> str:
+    """Return the Python of a shared environment, made or brought up to date where needed."""
+    folder = ROOT / ".nox" / f"env-{name}"
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    requirements = ENVIRONMENTS[name]
+    # An environment is as it should be while nothing that decides what goes into it has changed.
+    stamp = folder / "installed.txt"
+    sources = (CONSTRAINTS, *(ROOT / "packages" / p / "pyproject.toml" for p in PACKAGES))
+    wanted = "\n".join([sys.version, *requirements, *(s.read_text("utf-8") for s in sources)])
+    if not stamp.exists() or stamp.read_text("utf-8") != wanted:
+        new_environment(session, folder)
+        session.run(
+            *(str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS)),
+            *requirements,
+        )
+        stamp.write_text(wanted, "utf-8")
+    return str(python)
+
+
+def new_environment(session: nox.Session, folder: Path) -> None:
+    """Make an empty environment in a folder, in place of what is there."""
+    session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder))
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Everything that must pass: the default."""
+    for part in PARTS:
+        session.notify(part)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Ruff: its checks, and that everything is formatted."""
+    python = python_of(session, "lint")
+    session.run(python, "-m", "ruff", "check", ".")
+    session.run(python, "-m", "ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none")
+def typing(session: nox.Session) -> None:
+    """Strict mypy over the packages."""
+    python = python_of(session, "torch")
+    for package in PACKAGES:
+        session.run(python, "-m", "mypy", f"packages/{package}/src")
+
+
+@nox.session(venv_backend="none")
+def build(session: nox.Session) -> None:
+    """Wheels and sdists into dist/, tests of them, and the import of each in an empty environment."""
+    python = python_of(session, "torch")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        session.run(python, "-m", "build", "--outdir", str(DIST), f"packages/{package}", silent=True)
+    session.run(python, "-m", "pytest", "tests/packaging", env={"ESAM_DIST": str(DIST)})
+    for package in PACKAGES:
+        module = package.replace("-", "_")
+        folder = ROOT / ".nox" / f"empty-{package}"
+        alone = folder / Path(python).relative_to(ROOT / ".nox" / "env-torch")
+        new_environment(session, folder)
+        session.run(
+            *(str(alone), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS)),
+            *("--find-links", str(DIST), str(next(DIST.glob(f"{module}-*.whl")))),
+        )
+        session.run(str(alone), "-m", "pip", "check")
+        session.run(str(alone), "-c", f"import {module}; print({module}.__version__)")
+        session.run(str(alone), "-m", "esam_core.conformance", "--help", silent=True)
+        shutil.rmtree(folder)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """The pages, in docs/_build/html, and every Python block of them and of the READMEs."""
+    python = python_of(session, "torch")
+    session.run(python, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "docs/_build/html")
+    session.run(python, "-m", "pytest", "tests/docs", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def conformance(session: nox.Session) -> None:
+    """The conformance kit without pytest, on the reference and on each backend."""
+    python = python_of(session, "torch")
+    adapters = session.posargs or ("esam_core.reference:adapter", "esam_torch.conformance:adapter")
+    for adapter in adapters:
+        session.run(python, "-m", "esam_core.conformance", adapter)
+
+
+@nox.session(venv_backend="none")
+def tests_core(session: nox.Session) -> None:
+    """esam-core's tests and its docstrings' examples, with NumPy and pytest alone."""
+    python = python_of(session, "core")
+    where = session.posargs or ("tests/core", "packages/esam-core/src")
+    session.run(python, "-m", "pytest", "--doctest-modules", *where)
+
+
+@nox.session(venv_backend="none")
+def tests_torch(session: nox.Session) -> None:
+    """esam-torch's tests and its docstrings' examples."""
+    python = python_of(session, "torch")
+    where = session.posargs or ("tests/torch", "packages/esam-torch/src")
+    session.run(python, "-m", "pytest", "--doctest-modules", *where)
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Train with SGD, SAM and ESAM on real images: a table, loss curves, loss landscapes."""
+    python = python_of(session, "torch")
+    session.run(python, "-m", "demo", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """What a step costs, in time and FLOPs, against the base optimizer's."""
+    python = python_of(session, "torch")
+    session.run(python, "-m", "benchmarks.speed", *session.posargs)
