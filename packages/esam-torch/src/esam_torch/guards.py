@@ -23,6 +23,18 @@ class RandomState:
             if device.type not in ("cpu", "meta")
         ]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RandomState) and all(
+            torch.equal(a, b)
+            for a, b in zip(
+                [self._cpu, *(state for _, state in self._others)],
+                [other._cpu, *(state for _, state in other._others)],
+                strict=True,
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     def restore(self) -> None:
         """Put every generator back to where it was."""
         torch.set_rng_state(self._cpu)

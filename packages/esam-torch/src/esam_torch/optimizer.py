@@ -18,8 +18,13 @@ from esam_core import (
     Selector,
     StepReport,
 )
+from esam_torch.batch import unwrapped
+from esam_torch.blocks import Blocks, compiled_as_a_whole, find_blocks
+from esam_torch.guards import Buffers, RandomState
 from esam_torch.losses import LossFunction
+from esam_torch.prefix import Prefix
 from esam_torch.step import Step, perturbable
+from esam_torch.synchronisation import unsynchronised
 from esam_torch.units import Parameter, parameters_of
 
 __all__ = ["ESAM"]
@@ -108,8 +113,10 @@ class ESAM(torch.optim.Optimizer):
         self._scaler = _check_scaler(scaler, on_nonfinite)
         self._blocks = None if blocks is None else list(blocks)
         self._count = 0
+        self._blocks_found: tuple[tuple[int, ...], Blocks] | None = None
         self._pending = False
         self._warned_plain = False
+        self._warned_compiled = False
         # torch's way to make an optimizer without parameter groups of its own: the groups and the
         # state are the base's (see the properties), hooks and the profiler's wrapper are ours.
         self.__setstate__({"defaults": dict(base_optimizer.defaults)})
@@ -200,14 +207,17 @@ class ESAM(torch.optim.Optimizer):
                 "`losses` must be a function that returns one loss a sample. "
                 f"Received: {type(losses).__name__}."
             )
-        parameters = parameters_of(self._model, self._base.param_groups)
+        blocks = self._found_blocks(losses, batch, kwargs)
+        parameters = parameters_of(self._model, self._base.param_groups, blocks)
+        mask = self._mask(parameters)
         step = Step(
             model=self._model,
             config=self._config,
             parameters=parameters,
-            mask=self._mask(parameters),
+            mask=mask,
             count=self._count,
             scaler=self._scaler,
+            prefix=self._prefix(blocks, parameters, mask),
         )
         report = step.run(losses, batch, kwargs)
         self._count += 1
@@ -270,6 +280,73 @@ class ESAM(torch.optim.Optimizer):
         return mask.within(
             perturbable(p) and p.group.get("esam_rho", config.rho) > 0.0 for p in parameters
         )
+
+    # -- what need not be run ---------------------------------------------------------------------
+
+    def _found_blocks(
+        self, losses: LossFunction, batch: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Blocks | None:
+        """Return the model's blocks if the sampler, or a deterministic mask, can use them.
+
+        Found once, by one more forward without a graph; again if the model's parameters change.
+        """
+        parameters = parameters_of(self._model, self._base.param_groups)
+        if not self._uses_blocks(parameters):
+            return None
+        known = tuple(id(p) for p in self._model.parameters())
+        if self._blocks_found is None or self._blocks_found[0] != known:
+            tensors = [p.tensor for p in parameters]
+            random = RandomState(t.device for t in tensors)
+            buffers = Buffers(self._model)
+            args, keywords = unwrapped((batch, kwargs))
+            try:
+                with unsynchronised(self._model):
+                    blocks = find_blocks(
+                        self._model, lambda: losses(*args, **keywords), self._blocks
+                    )
+            finally:
+                buffers.restore()
+                random.restore()
+            self._blocks_found = (known, blocks)
+        return self._blocks_found[1]
+
+    def _uses_blocks(self, parameters: list[Parameter]) -> bool:
+        """Say whether to look for blocks: it costs one forward, once."""
+        if self._blocks is not None or self._config.perturb.needs_blocks:
+            return True
+        units = [p.unit for p in parameters]
+        masks = self._config.perturb.masks(units)
+        # A mask that is always the same and leaves out the first unit leaves a prefix untouched.
+        return masks is not None and any(m.active and not m.perturbed[0] for m in masks)
+
+    def _prefix(
+        self, blocks: Blocks | None, parameters: list[Parameter], mask: Mask
+    ) -> Prefix | None:
+        """Return the prefix that this step need not run twice, or None."""
+        if blocks is None or not mask.active:
+            return None
+        graph = self._config.select.gamma == 1.0
+        prefix = Prefix(
+            blocks,
+            {id(p.tensor) for p, m in zip(parameters, mask.perturbed, strict=True) if m},
+            sorted({p.tensor.device for p in parameters}, key=str),
+            graph=graph,
+            keep=graph or self._config.select.score == "increase",
+        )
+        if not prefix.worthwhile:
+            return None
+        if compiled_as_a_whole(self._model, blocks):
+            if not self._warned_compiled:
+                self._warned_compiled = True
+                warnings.warn(
+                    "The model is compiled as a whole, so the blocks before the first perturbed one "
+                    "cannot be left out, and the compiled backward computes every weight gradient. "
+                    "Compile the blocks instead: for block in (model.layer1, model.layer2, ...): "
+                    "block.compile().",
+                    stacklevel=4,
+                )
+            return None
+        return prefix
 
     # -- checkpoints ------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from esam_torch.ascent import ascent_gradients
 from esam_torch.guards import Buffers, Gradients, RandomState, Weights, statistics_layers
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.perturbation import Ascent, Direction, perturb
+from esam_torch.prefix import Prefix
 from esam_torch.selection import Selected, select
 from esam_torch.synchronisation import unsynchronised
 from esam_torch.units import Parameter
@@ -37,6 +38,7 @@ class Step:
         mask: which of them this step perturbs, already restricted to those that can be.
         count: the number of this ascent.
         scaler: the gradient scaler of fp16 training, or None.
+        prefix: the blocks that are not run twice, or None where nothing can be left out.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Step:
     mask: Mask
     count: int
     scaler: Any = None
+    prefix: Prefix | None = None
 
     def run(self, losses: LossFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StepReport:
         """Add the step's gradient to `.grad` and return its report."""
@@ -89,7 +92,8 @@ class Step:
     def _perturbed_step(self, losses: LossFunction, batch: Any, random: RandomState) -> StepReport:
         """Passes 2 to 6 of the step."""
         with unsynchronised(self.model):
-            values, rest = self._forward(losses, batches.unwrapped(batch))
+            with self._recording():
+                values, rest = self._forward(losses, batches.unwrapped(batch))
             after_forward = RandomState(p.tensor.device for p in self.parameters)
             at_theta = Buffers(self.model)
             ascent = self._ascent(values)
@@ -111,6 +115,8 @@ class Step:
                     self.config.select, before, after, seed=self.config.seed, count=self.count
                 )
             random.restore()
+            if self.prefix is not None and k < b:
+                self.prefix.clear()
             self._descent(losses, batch, b, selected, ascent.finite)
         finally:
             weights.restore()
@@ -121,6 +127,9 @@ class Step:
     def _forward(self, losses: LossFunction, batch: Any, expected: int | None = None) -> tuple[Tensor, Any]:
         """Return (b,) losses with their graph, and what else the user's function returned."""
         args, kwargs = batch
+        # Where the script holds autocast open around the step, casts of the weights are kept
+        # between passes: of other weights, or of the same without a graph.
+        torch.clear_autocast_cache()
         values, rest = per_sample(losses(*args, **kwargs), expected=expected)
         rest = batches.detached(rest)  # or a kept report would keep the graph
         if torch.is_grad_enabled() and not values.requires_grad:
@@ -165,7 +174,7 @@ class Step:
 
     def _selection(self, losses: LossFunction, batch: Any, b: int) -> Tensor:
         """Return the (b,) losses at theta + epsilon; builds no graph."""
-        with torch.no_grad(), unsynchronised(self.model):
+        with torch.no_grad(), unsynchronised(self.model), self._replaying():
             values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
         return values
 
@@ -174,7 +183,8 @@ class Step:
     ) -> None:
         """Add the gradient of the weighted losses of the selected samples at theta + epsilon."""
         if selected is None:
-            values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
+            with self._replaying():
+                values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
             total = values.mean()
         else:
             k = len(selected.indices)
@@ -184,6 +194,14 @@ class Step:
                 total = (selected.weights * values).sum()
         # A non-finite ascent must be seen in `.grad`, even if the selected samples are harmless.
         self._backward(total * torch.where(finite, 1.0, torch.nan))
+
+    def _recording(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of the ascent's forward."""
+        return contextlib.nullcontext() if self.prefix is None else self.prefix.recording()
+
+    def _replaying(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of the one later forward on the whole batch."""
+        return contextlib.nullcontext() if self.prefix is None else self.prefix.replaying()
 
     def _backward(self, total: Tensor) -> None:
         """Back-propagate into `.grad`, scaled where the user scales."""

@@ -1,12 +1,14 @@
 """The model's parameters as the `Unit` records that samplers see."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMTypeError, ESAMValueError, Unit
+
+if TYPE_CHECKING:
+    from esam_torch.blocks import Blocks
 
 __all__ = ["Parameter", "bare_model", "parameters_of"]
 
@@ -40,7 +42,9 @@ def _kind(owner: nn.Module, leaf: str) -> str:
     return "bias" if "bias" in leaf else "weight"
 
 
-def parameters_of(model: nn.Module, groups: list[dict[str, Any]]) -> list[Parameter]:
+def parameters_of(
+    model: nn.Module, groups: list[dict[str, Any]], blocks: "Blocks | None" = None
+) -> list[Parameter]:
     """Return the optimizer's parameters, in the model's order, with names and kinds.
 
     The model's order and not that of the groups: how a user sorts parameters into groups does
@@ -49,6 +53,7 @@ def parameters_of(model: nn.Module, groups: list[dict[str, Any]]) -> list[Parame
     Args:
         model: what is trained; wrappers are looked through.
         groups: the base optimizer's parameter groups.
+        blocks: the model's blocks, where they have been found.
 
     Raises:
         ESAMValueError: the optimizer holds a parameter that is not the model's.
@@ -62,9 +67,15 @@ def parameters_of(model: nn.Module, groups: list[dict[str, Any]]) -> list[Parame
         for leaf, tensor in module.named_parameters(recurse=False):
             group = group_of.pop(id(tensor), None)  # a tied parameter counts where it is first
             if group is not None:
-                name = f"{prefix}.{leaf}" if prefix else leaf
+                name = (f"{prefix}.{leaf}" if prefix else leaf).replace("_orig_mod.", "")
+                place = 0 if blocks is None else blocks.block_of[id(tensor)]
                 unit = Unit(
-                    name.replace("_orig_mod.", ""), tuple(tensor.shape), _kind(module, leaf)
+                    name,
+                    tuple(tensor.shape),
+                    _kind(module, leaf),
+                    block="" if blocks is None else blocks.names[place],
+                    cost=0.0 if blocks is None else blocks.cost_of[id(tensor)],
+                    depth=place,
                 )
                 found.append(Parameter(tensor, unit, group))
     if group_of:

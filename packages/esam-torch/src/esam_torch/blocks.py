@@ -1,0 +1,282 @@
+"""The model's blocks in the order in which they run, and what each costs.
+
+Found by watching one forward: which modules are called, in which order, with how many
+floating-point operations, and where each parameter is used first. Nothing is left on the model.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.units import bare_model
+
+__all__ = ["Blocks", "compiled_as_a_whole", "find_blocks"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What one forward showed.
+
+    Args:
+        names: the blocks' names, such as "layer3", in the order of their first call.
+        modules: the blocks.
+        calls: the block called by each call, in order; a block may be called more than once.
+        block_of: place of the block in which, or before which, each parameter is used first, by
+            the parameter's id.
+        cost_of: floating-point operations of the forward that each parameter accounts for, by id.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    calls: tuple[int, ...]
+    block_of: dict[int, int]
+    cost_of: dict[int, float]
+
+
+@dataclass
+class _Watch:
+    """Notes taken during one forward."""
+
+    entries: list[str] = field(default_factory=list)  # module names in the order of their calls
+    flops: dict[str, int] = field(default_factory=dict)
+    stack: list[tuple[str, int]] = field(default_factory=list)  # name, operations at its entry
+    # by parameter id: the modules open at its first use, and how many calls there had been
+    first_use: dict[int, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+
+
+class _FirstUses(TorchFunctionMode):
+    """Notes where in the forward each parameter is used first."""
+
+    def __init__(self, parameters: Iterable[Tensor], watch: _Watch) -> None:
+        super().__init__()
+        self._wanted = {id(p) for p in parameters}
+        self._watch = watch
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # Reading an attribute (a shape, a dtype) is not a use.
+        if getattr(func, "__name__", "") != "__get__":
+            for value in _tensors((args, kwargs or {})):
+                if id(value) in self._wanted and id(value) not in self._watch.first_use:
+                    open_modules = tuple(name for name, _ in self._watch.stack)
+                    self._watch.first_use[id(value)] = (open_modules, len(self._watch.entries))
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dictionaries."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
+
+
+@contextlib.contextmanager
+def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterator[None]:
+    """Note every module's calls and operations while the context lasts."""
+    handles: list[Any] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            watch.entries.append(name)
+            watch.stack.append((name, counter.get_total_flops()))
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            _, before = watch.stack.pop()
+            watch.flops[name] = watch.flops.get(name, 0) + counter.get_total_flops() - before
+
+        return hook
+
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_blocks(
+    model: nn.Module,
+    forward: Callable[[], Any],
+    chosen: Sequence[nn.Module | str] | None = None,
+) -> Blocks:
+    """Watch one forward and return the blocks of a model.
+
+    Without a choice the blocks are the modules that the model itself calls; where one of them
+    does more than half of the work, the modules that it calls stand in its place, and so on.
+
+    Args:
+        model: what is trained; wrappers are looked through.
+        forward: runs the model once on a batch. It is called without a graph; the caller guards
+            buffers and random state.
+        chosen: the blocks as modules of the model or their names, or None.
+
+    Raises:
+        ESAMValueError: a chosen block is not a module of the model, holds another one, or does
+            not run in a forward.
+    """
+    inner = bare_model(model)
+    names = {id(module): name for name, module in inner.named_modules()}
+    modules = dict(inner.named_modules())
+    fixed = None if chosen is None else _chosen_names(chosen, names, modules)
+    watch = _Watch()
+    counter = FlopCounterMode(display=False)
+    with (
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),  # compiled code shows no modules
+        counter,
+        _FirstUses(inner.parameters(), watch),
+        _hooks(inner, watch, counter),
+    ):
+        forward()
+    order = tuple(dict.fromkeys(watch.entries))  # each module once, by first call
+    if not order:
+        raise ESAMValueError("`losses` must call `model`. Received: a function that did not.")
+    blocks = _opened(order, watch) if fixed is None else fixed
+    blocks = sorted(blocks, key=lambda name: order.index(name) if name in order else -1)
+    if blocks[0] not in order:
+        raise ESAMValueError(f"`blocks` must run in a forward. Received: {blocks[0]!r}, which did not.")
+    place = {name: i for i, name in enumerate(blocks)}
+    # How many block calls there had been before each module call.
+    calls, seen = [], [0]
+    for name in watch.entries:
+        if name in place:
+            calls.append(place[name])
+        seen.append(len(calls))
+    block_of: dict[int, int] = {}
+    for parameter_id, (stack, position) in watch.first_use.items():
+        inside = [place[name] for name in stack if name in place]
+        # Used between blocks: it counts with the block that runs next.
+        following = calls[seen[position]] if seen[position] < len(calls) else len(blocks) - 1
+        block_of[parameter_id] = inside[0] if inside else following
+    for name, parameter in inner.named_parameters():
+        if id(parameter) not in block_of:  # unused: it stays with the block that holds it
+            holders = [place[b] for b in blocks if name.startswith(b + ".")]
+            block_of[id(parameter)] = holders[0] if holders else len(blocks) - 1
+    clean = tuple(name.replace("_orig_mod.", "").removesuffix("._orig_mod") for name in blocks)
+    costs = _costs(inner, watch, block_of, blocks)
+    return Blocks(clean, tuple(modules[b] for b in blocks), tuple(calls), block_of, costs)
+
+
+def _chosen_names(
+    chosen: Sequence[nn.Module | str], names: dict[int, str], modules: dict[str, nn.Module]
+) -> list[str]:
+    """Return the names of the user's blocks, checked."""
+    found: list[str] = []
+    for block in chosen:
+        if isinstance(block, str):
+            if block not in modules:
+                raise ESAMValueError(f"`blocks` must name modules of the model. Received: {block!r}.")
+            found.append(block)
+        elif isinstance(block, nn.Module):
+            if id(block) not in names:
+                raise ESAMValueError(
+                    f"`blocks` must be modules of the model. Received: a {type(block).__name__} "
+                    "that is not."
+                )
+            found.append(names[id(block)])
+        else:
+            raise ESAMTypeError(f"`blocks` must be modules or their names. Received: {block!r}.")
+    if not found:
+        raise ESAMValueError("`blocks` must not be empty.")
+    for a in found:
+        for b in found:
+            if a != b and (b.startswith(a + ".") or a == ""):
+                raise ESAMValueError(f"`blocks` must not hold one another. Received: {a!r}, {b!r}.")
+    return list(dict.fromkeys(found))
+
+
+def _called_below(parent: str, order: Sequence[str]) -> list[str]:
+    """Return the called modules below a parent that have no called module between."""
+    prefix = parent + "." if parent else ""
+    below = [name for name in order if name != parent and name.startswith(prefix)]
+    return [
+        name
+        for name in below
+        if not any(name.startswith(other + ".") for other in below if other != name)
+    ]
+
+
+def _opened(order: Sequence[str], watch: _Watch) -> list[str]:
+    """Return the called children of the model, opened where one does most of the work."""
+    root = min(order, key=len)
+    blocks = _called_below(root, order) or [root]
+    total = max(1, watch.flops.get(root, 0))
+    while True:
+        for name in blocks:
+            children = _called_below(name, order)
+            if children and watch.flops.get(name, 0) > total / 2:
+                place = blocks.index(name)
+                blocks[place : place + 1] = children
+                break
+        else:
+            return blocks
+
+
+def _costs(
+    model: nn.Module, watch: _Watch, block_of: dict[int, int], blocks: Sequence[str]
+) -> dict[int, float]:
+    """Share out the operations of each block over its parameters.
+
+    A module's own operations go to the parameters used in it, by size, matrices before vectors;
+    what is left of a block (attention's products, say) is spread over its parameters likewise.
+    """
+    users: dict[str, list[Tensor]] = {}
+    for parameter in model.parameters():
+        stack, _ = watch.first_use.get(id(parameter), ((), 0))
+        if stack:
+            users.setdefault(stack[-1], []).append(parameter)
+    costs = {id(parameter): 0.0 for parameter in model.parameters()}
+    for name, parameters in users.items():
+        children = _called_below(name, tuple(watch.flops))
+        own = watch.flops.get(name, 0) - sum(watch.flops[child] for child in children)
+        matrices = [p for p in parameters if p.dim() > 1] or parameters
+        size = sum(p.numel() for p in matrices)
+        for parameter in matrices:
+            costs[id(parameter)] = own * parameter.numel() / size
+    for place, name in enumerate(blocks):
+        members = [p for p, block in block_of.items() if block == place]
+        known = sum(costs[p] for p in members)
+        if known > 0:
+            for p in members:
+                costs[p] *= max(1.0, watch.flops.get(name, 0) / known)
+    if not any(costs.values()):  # nothing that is counted: size stands for work
+        costs = {id(p): float(p.numel()) for p in model.parameters()}
+    return costs
+
+
+def compiled_as_a_whole(model: nn.Module, blocks: Blocks) -> bool:
+    """Say whether torch.compile holds the model, or a module around blocks, in one piece."""
+    inner = bare_model(model)
+    outer: list[nn.Module] = [inner]
+    wrapped: nn.Module = model
+    while wrapped is not inner:
+        if hasattr(wrapped, "_orig_mod"):
+            return True
+        wrapped = wrapped.module
+    for name in blocks.names:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            with contextlib.suppress(AttributeError):
+                outer.append(inner.get_submodule(".".join(parts[:depth])))
+    return any(
+        module.__dict__.get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod")
+        for module in outer
+    )
