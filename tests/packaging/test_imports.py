@@ -1,0 +1,76 @@
+"""Importing a package costs no more than it must: nothing optional comes along."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+#: Run in a fresh interpreter: import argv[2:] after argv[1], and print what was asked for of the
+#: forbidden ones, whether or not it is installed here.
+WATCHED_IMPORT = """
+import importlib, sys
+
+before, module, *forbidden = sys.argv[1:]
+if before:
+    importlib.import_module(before)
+
+class Watch:
+    asked = set()
+
+    def find_spec(self, name, path=None, target=None):
+        root = name.partition(".")[0]
+        if root in forbidden:
+            self.asked.add(root)
+
+sys.meta_path.insert(0, Watch())
+importlib.import_module(module)
+print(*sorted(Watch.asked))
+"""
+
+FRAMEWORKS = ("torch", "tensorflow", "jax", "keras")
+EXTRAS = ("matplotlib", "pytest", "rich", "tqdm", "scipy", "sklearn", "lightning", "transformers")
+
+
+def optional_imports(module, forbidden, *, after=""):
+    """Return which of the forbidden packages `import module` asks for, once `after` is loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED_IMPORT, after, module, *forbidden],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def test_the_watch_sees_an_import():
+    assert optional_imports("colorsys", ["colorsys"]) == ["colorsys"]
+
+
+def test_the_watch_sees_an_import_of_what_is_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "asks.py").write_text("try:\n    import no_such_package\nexcept ImportError: pass\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert optional_imports("asks", ["no_such_package"]) == ["no_such_package"]
+
+
+@pytest.mark.parametrize("module", ["esam_core", "esam_core.reference", "esam_core.conformance"])
+def test_core_imports_no_framework(module):
+    assert optional_imports(module, FRAMEWORKS + EXTRAS) == []
+
+
+def test_torch_imports_torch_and_nothing_optional():
+    others = tuple(name for name in FRAMEWORKS if name != "torch")
+    # Torch itself looks for a few of these, so that it is loaded before the watch begins.
+    assert optional_imports("esam_torch", others + EXTRAS, after="torch") == []
+
+
+@pytest.mark.parametrize("package", ["esam-core", "esam-torch"])
+def test_version_is_the_metadata_s(package):
+    module = package.replace("-", "_")
+    printed = subprocess.run(
+        [sys.executable, "-c", f"import {module}; print({module}.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert printed.stdout.strip() == version(package)
