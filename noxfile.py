@@ -92,11 +92,13 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Wheels and sdists into dist/, tests of them, and the import of each in an empty environment."""
+    """Wheels and sdists into dist/, tests of them, the import of each in an empty environment."""
     python = python_of(session, "torch")
     shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
-        session.run(python, "-m", "build", "--outdir", str(DIST), f"packages/{package}", silent=True)
+        session.run(
+            python, "-m", "build", "--outdir", str(DIST), f"packages/{package}", silent=True
+        )
     session.run(python, "-m", "pytest", "tests/packaging", env={"ESAM_DIST": str(DIST)})
     for package in PACKAGES:
         module = package.replace("-", "_")
@@ -117,7 +119,9 @@ def build(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The pages, in docs/_build/html, and every Python block of them and of the READMEs."""
     python = python_of(session, "torch")
-    session.run(python, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "docs/_build/html")
+    session.run(
+        python, "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "docs", "docs/_build/html"
+    )
     session.run(python, "-m", "pytest", "tests/docs", *session.posargs)
 
 

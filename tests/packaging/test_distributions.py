@@ -101,5 +101,7 @@ def test_sdist_builds_on_its_own(dist, package):
 @pytest.mark.parametrize("read", [wheel_files, sdist_files], ids=["wheel", "sdist"])
 def test_no_path_of_the_building_machine_is_inside(dist, package, read):
     told = [str(ROOT).encode(), str(Path.home()).encode() + b"/"]
-    found = [name for name, data in read(dist, package).items() if any(path in data for path in told)]
+    found = [
+        name for name, data in read(dist, package).items() if any(path in data for path in told)
+    ]
     assert found == []

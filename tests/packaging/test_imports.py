@@ -48,7 +48,9 @@ def test_the_watch_sees_an_import():
 
 
 def test_the_watch_sees_an_import_of_what_is_not_installed(tmp_path, monkeypatch):
-    (tmp_path / "asks.py").write_text("try:\n    import no_such_package\nexcept ImportError: pass\n")
+    (tmp_path / "asks.py").write_text(
+        "try:\n    import no_such_package\nexcept ImportError: pass\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert optional_imports("asks", ["no_such_package"]) == ["no_such_package"]
 
