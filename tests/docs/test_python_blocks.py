@@ -23,7 +23,7 @@ PAGES = sorted(
     if "_build" not in page.parts
 )
 #: Ways to open a Python block. Only the first is executed, so that only it may be used.
-PYTHON_FENCE = re.compile(r"^\s*(?:```|~~~)\s*\{?(py\w*)", re.MULTILINE)
+PYTHON_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*\{?(py\w*)", re.MULTILINE)
 
 
 def python_blocks(page):
