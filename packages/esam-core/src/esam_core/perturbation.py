@@ -108,9 +108,7 @@ def perturbations(
     length = perturbation_norm(gradients, parameters, scale, norm=norm, adaptive=adaptive)
     if norm == "none":
         norm_eps = 0.0
-    finite = np.isfinite(length) and all(
-        g is None or bool(np.isfinite(g).all()) for g in gradients
-    )
+    finite = np.isfinite(length) and all(g is None or bool(np.isfinite(g).all()) for g in gradients)
     result = []
     for g, theta, s, radius, is_adaptive in zip(
         gradients, parameters, scale, rho, adaptive, strict=True

@@ -9,7 +9,9 @@ from torch import Tensor
 __all__ = ["ascent_gradients"]
 
 
-def ascent_gradients(loss: Tensor, parameters: Sequence[Tensor], *, scaler: Any = None) -> list[Tensor]:
+def ascent_gradients(
+    loss: Tensor, parameters: Sequence[Tensor], *, scaler: Any = None
+) -> list[Tensor]:
     """Return the dense gradients of a loss; zeros for parameters that it does not depend on.
 
     `torch.autograd.grad` computes no weight gradient that is not asked for, and goes no deeper

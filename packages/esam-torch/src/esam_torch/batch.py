@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esam_core import ESAMValueError

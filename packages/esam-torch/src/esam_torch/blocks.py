@@ -7,7 +7,7 @@ floating-point operations, and where each parameter is used first. Nothing is le
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,7 @@ class _FirstUses(TorchFunctionMode):
         self._wanted = {id(p) for p in parameters}
         self._watch = watch
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Reading an attribute (a shape, a dtype) is not a use.
         if getattr(func, "__name__", "") != "__get__":
             for value in _tensors((args, kwargs or {})):
@@ -89,14 +87,14 @@ def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterato
     handles: list[Any] = []
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any) -> None:  # noqa: ARG001
             watch.entries.append(name)
             watch.stack.append((name, counter.get_total_flops()))
 
         return hook
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
             _, before = watch.stack.pop()
             watch.flops[name] = watch.flops.get(name, 0) + counter.get_total_flops() - before
 
@@ -152,7 +150,9 @@ def find_blocks(
     blocks = _opened(order, watch) if fixed is None else fixed
     blocks = sorted(blocks, key=lambda name: order.index(name) if name in order else -1)
     if blocks[0] not in order:
-        raise ESAMValueError(f"`blocks` must run in a forward. Received: {blocks[0]!r}, which did not.")
+        raise ESAMValueError(
+            f"`blocks` must run in a forward. Received: {blocks[0]!r}, which did not."
+        )
     place = {name: i for i, name in enumerate(blocks)}
     # How many block calls there had been before each module call.
     calls, seen = [], [0]
@@ -183,7 +183,9 @@ def _chosen_names(
     for block in chosen:
         if isinstance(block, str):
             if block not in modules:
-                raise ESAMValueError(f"`blocks` must name modules of the model. Received: {block!r}.")
+                raise ESAMValueError(
+                    f"`blocks` must name modules of the model. Received: {block!r}."
+                )
             found.append(block)
         elif isinstance(block, nn.Module):
             if id(block) not in names:
@@ -249,8 +251,8 @@ def _costs(
         own = watch.flops.get(name, 0) - sum(watch.flops[child] for child in children)
         matrices = [p for p in parameters if p.dim() > 1] or parameters
         size = sum(p.numel() for p in matrices)
-        for parameter in matrices:
-            costs[id(parameter)] = own * parameter.numel() / size
+        for matrix in matrices:
+            costs[id(matrix)] = own * matrix.numel() / size
     for place, name in enumerate(blocks):
         members = [p for p, block in block_of.items() if block == place]
         known = sum(costs[p] for p in members)
@@ -270,7 +272,7 @@ def compiled_as_a_whole(model: nn.Module, blocks: Blocks) -> bool:
     while wrapped is not inner:
         if hasattr(wrapped, "_orig_mod"):
             return True
-        wrapped = wrapped.module
+        wrapped = cast(nn.Module, wrapped.module)
     for name in blocks.names:
         parts = name.split(".")
         for depth in range(1, len(parts)):

@@ -129,7 +129,7 @@ class ESAM(torch.optim.Optimizer):
         return self._base
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups: the very list."""
         return self._base.param_groups
 
@@ -138,7 +138,7 @@ class ESAM(torch.optim.Optimizer):
         self._base.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base optimizer's state."""
         return self._base.state
 
@@ -224,7 +224,7 @@ class ESAM(torch.optim.Optimizer):
         self._pending = True
         return report
 
-    def step(self, closure: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Any:
         """Make the base optimizer's update; with `losses` and a batch, the whole step.
 
         Args:
@@ -253,8 +253,8 @@ class ESAM(torch.optim.Optimizer):
             return self._base.step()
         if self._pending:
             raise ESAMRuntimeError(
-                "step(losses, ...) zeroes the gradients, and those of a backward(losses, ...) still "
-                "wait for a step(). Call step() or zero_grad() first."
+                "step(losses, ...) zeroes the gradients, and those of a backward(losses, ...) "
+                "still wait for a step(). Call step() or zero_grad() first."
             )
         if self._scaler is not None:
             raise ESAMRuntimeError(
@@ -325,13 +325,18 @@ class ESAM(torch.optim.Optimizer):
         """Return the prefix that this step need not run twice, or None."""
         if blocks is None or not mask.active:
             return None
-        graph = self._config.select.gamma == 1.0
+        # The full norm takes gradients through the prefix, and uses its graph up.
+        full = self._config.norm == "full"
+        everything = self._config.select.gamma == 1.0
+        keep = not full if everything else self._config.select.score == "increase"
+        if full and not keep:
+            return None
         prefix = Prefix(
             blocks,
             {id(p.tensor) for p, m in zip(parameters, mask.perturbed, strict=True) if m},
             sorted({p.tensor.device for p in parameters}, key=str),
-            graph=graph,
-            keep=graph or self._config.select.score == "increase",
+            graph=full or everything,
+            keep=keep,
         )
         if not prefix.worthwhile:
             return None
@@ -339,8 +344,8 @@ class ESAM(torch.optim.Optimizer):
             if not self._warned_compiled:
                 self._warned_compiled = True
                 warnings.warn(
-                    "The model is compiled as a whole, so the blocks before the first perturbed one "
-                    "cannot be left out, and the compiled backward computes every weight gradient. "
+                    "The model is compiled as a whole, so the blocks before the first perturbed "
+                    "one cannot be left out, and its backward computes every weight gradient. "
                     "Compile the blocks instead: for block in (model.layer1, model.layer2, ...): "
                     "block.compile().",
                     stacklevel=4,
@@ -397,8 +402,7 @@ def _check_base(base: Any) -> None:
         raise ESAMTypeError("`base_optimizer` must not be another ESAM.")
     if not isinstance(base, torch.optim.Optimizer):
         raise ESAMTypeError(
-            "`base_optimizer` must be a torch.optim.Optimizer. "
-            f"Received: {type(base).__name__}."
+            f"`base_optimizer` must be a torch.optim.Optimizer. Received: {type(base).__name__}."
         )
     closure = inspect.signature(base.step).parameters.get("closure")
     needs_closure = closure is not None and closure.default is inspect.Parameter.empty
@@ -413,7 +417,9 @@ def _check_scaler(scaler: Any, on_nonfinite: str) -> Any:
     """Return the scaler if it can do its work."""
     if scaler is None:
         return None
-    if not (callable(getattr(scaler, "scale", None)) and callable(getattr(scaler, "unscale_", None))):
+    if not (
+        callable(getattr(scaler, "scale", None)) and callable(getattr(scaler, "unscale_", None))
+    ):
         raise ESAMTypeError(
             f"`scaler` must be a torch.amp.GradScaler. Received: {type(scaler).__name__}."
         )

@@ -82,7 +82,9 @@ def perturb(
     with torch.no_grad():
         whole = _lengths(gradients, parameters, [d.adaptive for d in directions], device)
         if weight_masks is not None:
-            torch._foreach_mul_(gradients, [m.to(g.dtype) for m, g in zip(weight_masks, gradients, strict=True)])
+            torch._foreach_mul_(
+                gradients, [m.to(g.dtype) for m, g in zip(weight_masks, gradients, strict=True)]
+            )
             masked = _lengths(gradients, parameters, [d.adaptive for d in directions], device)
         else:
             masked = whole
@@ -90,7 +92,9 @@ def perturb(
         if norm == "estimated":
             length = torch.linalg.vector_norm(masked * scales.sqrt().to(device, non_blocking=True))
         elif norm == "full" and others:
-            rest = _lengths([o[0] for o in others], [o[1] for o in others], [o[2] for o in others], device)
+            rest = _lengths(
+                [o[0] for o in others], [o[1] for o in others], [o[2] for o in others], device
+            )
             length = torch.linalg.vector_norm(torch.cat([whole, rest.to(whole.dtype)]))
         elif norm == "full":
             length = torch.linalg.vector_norm(whole)

@@ -65,7 +65,8 @@ class Prefix:
         blocks: the model's blocks.
         perturbed: ids of the perturbed parameters.
         devices: where the model's random numbers come from.
-        graph: whether to keep the prefix's graph for the descent pass to go through (gamma = 1).
+        graph: whether the prefix is run with a graph: for the descent pass to go through
+            (gamma = 1), or for the full gradient's norm.
         keep: whether there will be a replay at all.
     """
 
@@ -99,7 +100,7 @@ class Prefix:
         """Let go of what was kept."""
         self._records.clear()
 
-    # -- the ascent pass ----------------------------------------------------------------------------
+    # -- the ascent pass ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -136,7 +137,7 @@ class Prefix:
         with self._patched(run):
             yield
 
-    # -- the pass that replays ------------------------------------------------------------------------
+    # -- the pass that replays ---------------------------------------------------------------------
 
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
@@ -167,7 +168,7 @@ class Prefix:
         with self._patched(run):
             yield
 
-    # -- patching -------------------------------------------------------------------------------------
+    # -- patching ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _patched(self, run: Callable[[int, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
@@ -192,7 +193,9 @@ class Prefix:
 
 
 def _through(
-    run: Callable[[int, Callable[..., Any], Any, Any], Any], place: int, original: Callable[..., Any]
+    run: Callable[[int, Callable[..., Any], Any, Any], Any],
+    place: int,
+    original: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Return a function that sends a call of one block through `run`."""
 

@@ -49,7 +49,9 @@ class Step:
     scaler: Any = None
     prefix: Prefix | None = None
 
-    def run(self, losses: LossFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StepReport:
+    def run(
+        self, losses: LossFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> StepReport:
         """Add the step's gradient to `.grad` and return its report."""
         trained = [p.tensor for p in self.parameters]
         random = RandomState(p.device for p in trained)
@@ -79,7 +81,9 @@ class Step:
                 f"A loss or gradient of step {self.count} is not finite; weights, gradients and "
                 'buffers are as before the call. Use on_nonfinite="skip" to leave such steps out.'
             )
-        return StepReport(count=report.count, losses=report.losses, skipped=True, outputs=report.outputs)
+        return StepReport(
+            count=report.count, losses=report.losses, skipped=True, outputs=report.outputs
+        )
 
     # -- passes ---------------------------------------------------------------------------------
 
@@ -124,7 +128,9 @@ class Step:
         after_forward.restore()
         return self._report(before, after, selected, ascent, rest)
 
-    def _forward(self, losses: LossFunction, batch: Any, expected: int | None = None) -> tuple[Tensor, Any]:
+    def _forward(
+        self, losses: LossFunction, batch: Any, expected: int | None = None
+    ) -> tuple[Tensor, Any]:
         """Return (b,) losses with their graph, and what else the user's function returned."""
         args, kwargs = batch
         # Where the script holds autocast open around the step, casts of the weights are kept
@@ -141,7 +147,9 @@ class Step:
 
     def _ascent(self, values: Tensor) -> Ascent:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
-        adaptive = [self._of_group(p, "esam_adaptive", self.config.adaptive) for p in self.parameters]
+        adaptive = [
+            self._of_group(p, "esam_adaptive", self.config.adaptive) for p in self.parameters
+        ]
         perturbed = self._perturbed
         wanted = perturbed
         if self.config.norm == "full":
@@ -239,12 +247,19 @@ class Step:
         return masks
 
     def _report(
-        self, before: Tensor, after: Tensor | None, selected: Selected | None, ascent: Ascent, rest: Any
+        self,
+        before: Tensor,
+        after: Tensor | None,
+        selected: Selected | None,
+        ascent: Ascent,
+        rest: Any,
     ) -> StepReport:
         """Return what the step saw."""
         b = len(before)
         units: list[Unit] = [p.unit for p in self.parameters]
-        perturbed, whole = (sum(units[t].size for t in s) for s in (self._perturbed, self._perturbable))
+        perturbed, whole = (
+            sum(units[t].size for t in s) for s in (self._perturbed, self._perturbable)
+        )
         return StepReport(
             count=self.count,
             losses=before,
@@ -262,10 +277,7 @@ class Step:
 
 def perturbable(parameter: Parameter) -> bool:
     """Say whether a mask may hit a parameter: it is trained, and its group allows it."""
-    return (
-        parameter.tensor.requires_grad
-        and parameter.group.get("esam_perturb", True)
-    )
+    return parameter.tensor.requires_grad and parameter.group.get("esam_perturb", True)
 
 
 def _all_finite(parameters: Sequence[Tensor]) -> bool:
