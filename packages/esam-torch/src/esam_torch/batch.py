@@ -8,7 +8,7 @@ from torch import Tensor
 
 from esam_core import ESAMValueError
 
-__all__ = ["Whole", "detached", "take", "unwrapped"]
+__all__ = ["Whole", "detached", "mapped", "take", "unwrapped"]
 
 
 class Whole:
@@ -33,16 +33,16 @@ class Whole:
         return f"Whole({self.value!r})"
 
 
-def _map(tree: Any, leaf: Callable[[Any], Any]) -> Any:
+def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     """Return the same nest of containers with `leaf` applied to what is in them."""
     if isinstance(tree, tuple):
-        mapped = [_map(item, leaf) for item in tree]
+        mapped = [mapped(item, leaf) for item in tree]
         # Named tuples take their fields as separate arguments.
         return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
     if isinstance(tree, list):
-        return [_map(item, leaf) for item in tree]
+        return [mapped(item, leaf) for item in tree]
     if isinstance(tree, Mapping):
-        mapped_items = {key: _map(value, leaf) for key, value in tree.items()}
+        mapped_items = {key: mapped(value, leaf) for key, value in tree.items()}
         if type(tree) is dict:
             return mapped_items
         # Mappings of other libraries keep their type, and whatever else they carry.
@@ -54,12 +54,12 @@ def _map(tree: Any, leaf: Callable[[Any], Any]) -> Any:
 
 def unwrapped(batch: Any) -> Any:
     """Return the batch with every `Whole` replaced by its value."""
-    return _map(batch, lambda x: x.value if isinstance(x, Whole) else x)
+    return mapped(batch, lambda x: x.value if isinstance(x, Whole) else x)
 
 
 def detached(tree: Any) -> Any:
     """Return the same nest with every tensor cut off from its graph."""
-    return _map(tree, lambda x: x.detach() if isinstance(x, Tensor) else x)
+    return mapped(tree, lambda x: x.detach() if isinstance(x, Tensor) else x)
 
 
 def take(batch: Any, indices: Tensor, batch_size: int) -> Any:
@@ -84,10 +84,10 @@ def take(batch: Any, indices: Tensor, batch_size: int) -> Any:
             return x.index_select(0, indices.to(x.device, non_blocking=True))
         return x
 
-    result = _map(batch, leaf)
+    result = mapped(batch, leaf)
     if not sliced:
         shapes: list[tuple[int, ...]] = []
-        _map(batch, lambda x: shapes.append(tuple(x.shape)) if isinstance(x, Tensor) else None)
+        mapped(batch, lambda x: shapes.append(tuple(x.shape)) if isinstance(x, Tensor) else None)
         raise ESAMValueError(
             f"`losses` returned {batch_size} losses, so the batch must hold a tensor with "
             f"{batch_size} rows to select from. Received: tensors of shapes {shapes}."

@@ -1,6 +1,7 @@
 """The optimizer that people use."""
 
 import inspect
+import operator
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -113,7 +114,8 @@ class ESAM(torch.optim.Optimizer):
         self._scaler = _check_scaler(scaler, on_nonfinite)
         self._blocks = None if blocks is None else list(blocks)
         self._count = 0
-        self._blocks_found: tuple[tuple[int, ...], Blocks] | None = None
+        # The groups with their parameters at the time, the blocks, and what came of them.
+        self._laid_out: tuple[_Groups, Blocks | None, list[Parameter]] | None = None
         self._pending = False
         self._warned_plain = False
         self._warned_compiled = False
@@ -207,8 +209,7 @@ class ESAM(torch.optim.Optimizer):
                 "`losses` must be a function that returns one loss a sample. "
                 f"Received: {type(losses).__name__}."
             )
-        blocks = self._found_blocks(losses, batch, kwargs)
-        parameters = parameters_of(self._model, self._base.param_groups, blocks)
+        blocks, parameters = self._layout(losses, batch, kwargs)
         mask = self._mask(parameters)
         step = Step(
             model=self._model,
@@ -283,32 +284,40 @@ class ESAM(torch.optim.Optimizer):
 
     # -- what need not be run ---------------------------------------------------------------------
 
-    def _found_blocks(
+    def _layout(
         self, losses: LossFunction, batch: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Blocks | None:
-        """Return the model's blocks if the sampler, or a deterministic mask, can use them.
+    ) -> tuple[Blocks | None, list[Parameter]]:
+        """Return the model's blocks, or None if no use is made of them, and its parameters.
 
-        Found once, by one more forward without a graph; again if the model's parameters change.
+        Kept from step to step; made anew when the optimizer's groups hold other parameters.
         """
-        parameters = parameters_of(self._model, self._base.param_groups)
-        if not self._uses_blocks(parameters):
-            return None
-        known = tuple(id(p) for p in self._model.parameters())
-        if self._blocks_found is None or self._blocks_found[0] != known:
-            tensors = [p.tensor for p in parameters]
-            random = RandomState(t.device for t in tensors)
-            buffers = Buffers(self._model)
-            args, keywords = unwrapped((batch, kwargs))
-            try:
-                with unsynchronised(self._model):
-                    blocks = find_blocks(
-                        self._model, lambda: losses(*args, **keywords), self._blocks
-                    )
-            finally:
-                buffers.restore()
-                random.restore()
-            self._blocks_found = (known, blocks)
-        return self._blocks_found[1]
+        groups = [(group, tuple(group["params"])) for group in self._base.param_groups]
+        if self._laid_out is None or not _same_groups(groups, self._laid_out[0]):
+            parameters = parameters_of(self._model, self._base.param_groups)
+            blocks = None
+            if self._uses_blocks(parameters):
+                blocks = self._watched_blocks(parameters, losses, batch, kwargs)
+                parameters = parameters_of(self._model, self._base.param_groups, blocks)
+            self._laid_out = (groups, blocks, parameters)
+        return self._laid_out[1:]
+
+    def _watched_blocks(
+        self,
+        parameters: list[Parameter],
+        losses: LossFunction,
+        batch: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Blocks:
+        """Find the blocks by one more forward without a graph, which leaves nothing behind."""
+        random = RandomState(p.tensor.device for p in parameters)
+        buffers = Buffers(self._model)
+        args, keywords = unwrapped((batch, kwargs))
+        try:
+            with unsynchronised(self._model):
+                return find_blocks(self._model, lambda: losses(*args, **keywords), self._blocks)
+        finally:
+            buffers.restore()
+            random.restore()
 
     def _uses_blocks(self, parameters: list[Parameter]) -> bool:
         """Say whether to look for blocks: it costs one forward, once."""
@@ -381,6 +390,7 @@ class ESAM(torch.optim.Optimizer):
                 ESAMConfig.from_dict(saved) if saved["perturb"] is not None else self._config
             )
             self._count = int(own["count"])
+        self._laid_out = None  # the sampler may be another one
         self._pending = False
 
     def __repr__(self) -> str:
@@ -389,6 +399,17 @@ class ESAM(torch.optim.Optimizer):
             f"ESAM({type(self._base).__name__}, rho={config.rho}, perturb={config.perturb!r}, "
             f"select={config.select!r}, norm={config.norm!r}, count={self._count})"
         )
+
+
+_Groups = list[tuple[dict[str, Any], tuple[Any, ...]]]
+
+
+def _same_groups(groups: _Groups, before: _Groups) -> bool:
+    """Say whether these are the same groups with the same parameters."""
+    return len(groups) == len(before) and all(
+        group is then and len(held) == len(old) and all(map(operator.is_, held, old))
+        for (group, held), (then, old) in zip(groups, before, strict=True)
+    )
 
 
 def _check_base(base: Any) -> None:
