@@ -161,4 +161,4 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """What a step costs, in time and FLOPs, against the base optimizer's."""
     python = python_of(session, "torch")
-    session.run(python, "-m", "benchmarks.speed", *session.posargs)
+    session.run(python, "-m", "benchmarks", *(session.posargs or ["speed"]))
