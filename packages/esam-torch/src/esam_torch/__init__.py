@@ -25,6 +25,7 @@ from esam_core import (
     TopLoss,
 )
 from esam_torch.batch import Whole
+from esam_torch.fitting import History, accuracy, evaluate, fit
 from esam_torch.optimizer import ESAM
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Between",
     "Every",
     "Everything",
+    "History",
     "Only",
     "Proportional",
     "Random",
@@ -47,4 +49,7 @@ __all__ = [
     "TopIncrease",
     "TopLoss",
     "Whole",
+    "accuracy",
+    "evaluate",
+    "fit",
 ]

@@ -36,9 +36,9 @@ class Whole:
 def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     """Return the same nest of containers with `leaf` applied to what is in them."""
     if isinstance(tree, tuple):
-        mapped = [mapped(item, leaf) for item in tree]
+        items = [mapped(item, leaf) for item in tree]
         # Named tuples take their fields as separate arguments.
-        return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     if isinstance(tree, list):
         return [mapped(item, leaf) for item in tree]
     if isinstance(tree, Mapping):

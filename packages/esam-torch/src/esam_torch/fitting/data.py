@@ -1,0 +1,39 @@
+"""What a loader yields: onto the device, and into arguments."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esam_torch.batch import Whole, mapped
+
+__all__ = ["Arguments", "arguments", "chosen_device", "moved"]
+
+Arguments = tuple[Any, ...]
+
+
+def chosen_device(device: torch.device | str) -> torch.device:
+    """Return a device; "auto" is the accelerator where there is one, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    for name in ("cuda", "xpu", "mps"):
+        module = getattr(torch, name, None)
+        if module is not None and module.is_available():
+            return torch.device(name)
+    return torch.device("cpu")
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on a device; from pinned memory without waiting."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, Whole):
+            return Whole(moved(x.value, device))
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+    return mapped(batch, leaf)
+
+
+def arguments(batch: Any) -> Arguments:
+    """Return a batch as arguments: a tuple or list is several, anything else is one."""
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)

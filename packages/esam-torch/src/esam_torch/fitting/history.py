@@ -1,0 +1,64 @@
+"""What training leaves behind: one row of numbers an epoch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from esam_core import ESAMValueError
+
+__all__ = ["History"]
+
+
+@dataclass
+class History:
+    """A table of training: one row an epoch, numbers by name.
+
+    Args:
+        rows: the rows, from the first epoch on. Default: none yet.
+
+    Example:
+        >>> rows = [{"epoch": 1, "eval_accuracy": 0.8}, {"epoch": 2, "eval_accuracy": 0.7}]
+        >>> history = History(rows)
+        >>> history["eval_accuracy"]
+        [0.8, 0.7]
+        >>> history.best("eval_accuracy")["epoch"]
+        1
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return iter(self.rows)
+
+    def __getitem__(self, name: str) -> list[float]:
+        """Return a column; NaN where an epoch did not measure it."""
+        if name not in self.columns:
+            raise KeyError(f"No {name!r} in this history; it holds {', '.join(self.columns)}.")
+        return [row.get(name, float("nan")) for row in self.rows]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The row of the last epoch."""
+        if not self.rows:
+            raise ESAMValueError("The history must hold an epoch. Received: none.")
+        return self.rows[-1]
+
+    def best(self, name: str, *, smallest: bool = False) -> dict[str, float]:
+        """Return the first row with the best value of a column.
+
+        Args:
+            name: a column.
+            smallest: whether less is better, as of a loss. Default False.
+        """
+        values = self[name]
+        rows = [row for row, value in zip(self.rows, values, strict=True) if value == value]
+        if not rows:
+            raise ESAMValueError(f"`{name}` must be a number in some epoch. Received: {values}.")
+        return (min if smallest else max)(rows, key=lambda row: row[name])

@@ -1,0 +1,173 @@
+"""Progress on the terminal: a bar with rich or tqdm where installed, else a line an epoch."""
+
+import importlib
+import importlib.util
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from esam_core import ESAMRuntimeError, ESAMValueError
+
+__all__ = ["Plain", "RichBar", "Silent", "TqdmBar", "chosen_progress", "line"]
+
+_SHOWN = ("train_loss", "sharpness", "eval_loss")
+
+
+def line(row: Mapping[str, float], epochs: int) -> str:
+    """Return an epoch as a line of text."""
+    metrics = [name for name in row if name.startswith(("train_", "eval_"))]
+    names = dict.fromkeys([*(n for n in _SHOWN if n in row), *metrics])
+    numbers = "  ".join(f"{name} {row[name]:.4g}" for name in names)
+    width = len(str(epochs))
+    return f"epoch {int(row['epoch']):{width}d}/{epochs}  {numbers}  {row['seconds']:.1f} s"
+
+
+class Silent:
+    """Shows nothing: the base of the others, and what they have in common.
+
+    Args:
+        epochs: how many there will be.
+        title: what is written in front of the bar.
+    """
+
+    #: Seconds between looks at the loss, each of which waits for the device.
+    interval = 0.5
+
+    def __init__(self, epochs: int, title: str = "") -> None:
+        self.epochs = epochs
+        self.title = title
+        self._next = 0.0
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def start(self, epoch: int, batches: int | None) -> None:
+        """Begin an epoch, of so many batches where that is known."""
+
+    def advance(self, loss: Any) -> None:
+        """Count one batch, of the mean loss `loss`, a 0-d tensor."""
+
+    def finish(self, row: Mapping[str, float]) -> None:
+        """Show an epoch's row."""
+
+    def _due(self) -> bool:
+        """Say whether it is time to look at the loss again."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self.interval
+        return True
+
+
+class Plain(Silent):
+    """Writes a line an epoch to the standard output."""
+
+    def finish(self, row: Mapping[str, float]) -> None:
+        sys.stdout.write(self.title + line(row, self.epochs) + "\n")
+        sys.stdout.flush()
+
+
+class RichBar(Silent):
+    """A bar for the batches of the running epoch, and a line for each one done."""
+
+    def __init__(self, epochs: int, title: str = "") -> None:
+        super().__init__(epochs, title)
+        from rich import progress
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[loss]}", markup=False),
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> "RichBar":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._bar.stop()
+
+    def start(self, epoch: int, batches: int | None) -> None:
+        text = f"{self.title}epoch {epoch}/{self.epochs}"
+        self._task = self._bar.add_task(text, total=batches, loss="")
+
+    def advance(self, loss: Any) -> None:
+        if self._due():
+            self._bar.update(self._task, loss=f"loss {float(loss):.4g}")
+        self._bar.advance(self._task)
+
+    def finish(self, row: Mapping[str, float]) -> None:
+        self._bar.remove_task(self._task)
+        self._task = None
+        self._bar.console.print(
+            self.title + line(row, self.epochs), markup=False, highlight=False, soft_wrap=True
+        )
+
+
+class TqdmBar(Silent):
+    """The same with tqdm."""
+
+    def __init__(self, epochs: int, title: str = "") -> None:
+        super().__init__(epochs, title)
+        self._tqdm: Any = importlib.import_module("tqdm.auto").tqdm
+        self._bar: Any = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def start(self, epoch: int, batches: int | None) -> None:
+        self._bar = self._tqdm(
+            total=batches, desc=f"{self.title}epoch {epoch}/{self.epochs}", leave=False
+        )
+
+    def advance(self, loss: Any) -> None:
+        if self._due():
+            self._bar.set_postfix_str(f"loss {float(loss):.4g}", refresh=False)
+        self._bar.update()
+
+    def finish(self, row: Mapping[str, float]) -> None:
+        self._bar.close()
+        self._bar = None
+        self._tqdm.write(self.title + line(row, self.epochs))
+
+
+_BARS: dict[str, type[Silent]] = {"rich": RichBar, "tqdm": TqdmBar}
+
+
+def chosen_progress(progress: bool | str, epochs: int, title: str = "") -> Silent:
+    """Return what shows the progress.
+
+    Args:
+        progress: True: rich, else tqdm, else plain lines, by what is installed; False: nothing;
+            "rich", "tqdm" or "plain": that one.
+        epochs: how many there will be.
+        title: written in front.
+    """
+    if progress is False:
+        return Silent(epochs, title)
+    if progress == "plain":
+        return Plain(epochs, title)
+    if progress is True:
+        found = [bar for name, bar in _BARS.items() if importlib.util.find_spec(name)]
+        return (found[0] if found else Plain)(epochs, title)
+    if progress not in _BARS:
+        raise ESAMValueError(
+            '`progress` must be True, False, "rich", "tqdm" or "plain". '
+            f"Received: progress={progress!r}."
+        )
+    if importlib.util.find_spec(str(progress)) is None:
+        raise ESAMRuntimeError(
+            f"progress={progress!r} needs {progress}, which is not installed: "
+            f"pip install {progress}."
+        )
+    return _BARS[str(progress)](epochs, title)

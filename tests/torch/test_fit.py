@@ -1,0 +1,193 @@
+"""The training loop: with ESAM, SAM and a bare optimizer, what it measures and what it refuses."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from esam_torch import ESAM, All, Everything, accuracy, evaluate, fit
+
+
+def _data(n=96, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, 6, generator=generator)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long())
+
+
+def _model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+    )
+
+
+def _losses(model, inputs, targets):
+    outputs = model(inputs)
+    return F.cross_entropy(outputs, targets, reduction="none"), outputs
+
+
+def _optimizer(kind, model, lr=0.1):
+    base = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    if kind == "sgd":
+        return base
+    if kind == "sam":
+        return ESAM(base, model, perturb=Everything(), select=All())
+    return ESAM(base, model)
+
+
+def _fit(kind="esam", epochs=3, **options):
+    model = _model()
+    optimizer = _optimizer(kind, model)
+    options = {"progress": False, "device": "cpu", **options}
+    if callable(options.get("scheduler")):
+        options["scheduler"] = options["scheduler"](optimizer)
+    loader = DataLoader(
+        _data(), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(1)
+    )
+    return model, fit(model, optimizer, _losses, loader, epochs=epochs, **options)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sam", "esam"])
+def test_one_loop_trains_with_every_kind_of_optimizer(kind):
+    _, history = _fit(kind, 15, eval_loader=[_data().tensors], metrics={"accuracy": accuracy})
+    assert history["epoch"] == list(range(1, 16))
+    assert history["train_loss"][-1] < 0.7 * history["train_loss"][0]
+    assert history["eval_accuracy"][-1] > 0.8
+    assert ("sharpness" in history.columns) == (kind == "esam")
+
+
+@pytest.mark.parametrize("kind", ["sgd", "esam"])
+def test_the_loop_is_the_loop_that_one_would_write(kind):
+    model, _ = _fit(kind, 2)
+    twin = _model()
+    optimizer = _optimizer(kind, twin)
+    loader = DataLoader(
+        _data(), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(1)
+    )
+    for _ in range(2):
+        for batch in loader:
+            optimizer.zero_grad()
+            if kind == "sgd":
+                _losses(twin, *batch)[0].mean().backward()
+            else:
+                optimizer.backward(lambda *b: _losses(twin, *b), *batch)
+            optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_means_count_samples_and_not_batches():
+    inputs, targets = _data().tensors
+    model = _model().eval()
+    found = evaluate(
+        model,
+        _losses,
+        [(inputs[:90], targets[:90]), (inputs[90:], targets[90:])],
+        metrics={"accuracy": accuracy},
+    )
+    with torch.no_grad():
+        outputs = model(inputs)
+    assert found["loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-6)
+    assert found["accuracy"] == (outputs.argmax(1) == targets).float().mean().item()
+
+
+def test_evaluation_leaves_the_modes_as_they_were():
+    model = _model().train()
+    model[1].eval()
+    evaluate(model, _losses, [_data().tensors])
+    assert model.training and model[0].training and not model[1].training
+
+
+def test_schedulers_step_each_epoch_or_each_batch():
+    def halving(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    _, history = _fit(epochs=2, scheduler=halving)
+    assert history["learning_rate"] == [0.1, 0.05]
+    _, history = _fit(epochs=2, scheduler=halving, scheduler_step="batch")
+    assert history["learning_rate"] == [0.1, 0.1 / 2**5]
+
+
+def test_a_scheduler_that_watches_gets_the_evaluation_loss():
+    def on_plateau(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=0, threshold=10.0, threshold_mode="abs"
+        )
+
+    _, history = _fit(epochs=3, scheduler=on_plateau, eval_loader=[_data().tensors])
+    assert history["learning_rate"] == [0.1, 0.1, 0.05]
+
+
+def test_a_batch_that_is_a_dictionary_comes_as_one_argument():
+    inputs, targets = _data().tensors
+
+    def losses(model, batch):
+        return _losses(model, batch["inputs"], batch["targets"])
+
+    model = _model()
+    batch = {"inputs": inputs, "targets": targets}
+    history = fit(
+        model, _optimizer("esam", model), losses, [batch], epochs=1, progress=False, device="cpu"
+    )
+    assert len(history) == 1
+
+
+@pytest.mark.parametrize("progress", [True, "rich", "tqdm", "plain"])
+def test_progress_is_shown(progress, capsys):
+    if isinstance(progress, str) and progress != "plain":
+        pytest.importorskip(progress)
+    _fit(epochs=2, progress=progress, title="ESAM ", eval_loader=[_data().tensors])
+    shown = "".join(capsys.readouterr())
+    assert "ESAM epoch 2/2" in shown and "eval_loss" in shown
+
+
+def test_without_a_library_for_bars_there_are_lines(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _fit(epochs=1)
+    _fit(epochs=1, progress=True)
+    assert capsys.readouterr().out.startswith("epoch 1/1  train_loss")
+    with pytest.raises(RuntimeError, match="pip install rich"):
+        _fit(epochs=1, progress="rich")
+
+
+def test_best_and_last_rows():
+    rows = []
+    _, history = _fit(epochs=3, eval_loader=[_data().tensors], on_epoch=rows.append)
+    assert rows == history.rows
+    assert history.last is history.rows[-1]
+    assert history.best("eval_loss", smallest=True)["eval_loss"] == min(history["eval_loss"])
+    with pytest.raises(KeyError, match="eval_accuracy"):
+        history["eval_accuracy"]
+
+
+def test_what_cannot_be_trained_is_refused():
+    model = _model()
+    esam = _optimizer("esam", model)
+    batches = [_data().tensors]
+    with pytest.raises(TypeError, match="`model` must be"):
+        fit(torch.nn.Linear, esam, _losses, batches, epochs=1, progress=False)
+    with pytest.raises(TypeError, match="`optimizer` must be"):
+        fit(model, "sgd", _losses, batches, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="one of another"):
+        fit(_model(), esam, _losses, batches, epochs=1, progress=False)
+    with pytest.raises(ValueError, match="`epochs` must be >= 1"):
+        fit(model, esam, _losses, batches, epochs=0, progress=False)
+    with pytest.raises(ValueError, match="`scheduler_step`"):
+        fit(model, esam, _losses, batches, epochs=1, scheduler_step="step", progress=False)
+    with pytest.raises(ValueError, match="hold a batch"):
+        fit(model, esam, _losses, [], epochs=1, progress=False)
+    with pytest.raises(ValueError, match="`progress`"):
+        fit(model, esam, _losses, batches, epochs=1, progress="loud")
+
+    def alone(model, inputs, targets):
+        return _losses(model, inputs, targets)[0]
+
+    with pytest.raises(ValueError, match=r"\(losses, outputs\)"):
+        fit(model, esam, alone, batches, epochs=1, metrics={"a": accuracy}, progress=False)
+    with pytest.raises(TypeError, match="one number a sample"):
+        fit(
+            *(model, _optimizer("esam", model), _losses, batches),
+            epochs=1,
+            metrics={"a": lambda o, *b: o.mean()},
+            progress=False,
+        )
