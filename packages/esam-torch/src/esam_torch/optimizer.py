@@ -393,6 +393,14 @@ class ESAM(torch.optim.Optimizer):
         self._laid_out = None  # the sampler may be another one
         self._pending = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy, which copies the model and the base optimizer along with this one. A
+        # scheduler's wrapper around `step` belongs to the original.
+        state = self.__dict__.copy()
+        state.pop("step", None)
+        state["_laid_out"] = None
+        return state
+
     def __repr__(self) -> str:
         config = self._config
         return (
