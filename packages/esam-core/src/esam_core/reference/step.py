@@ -17,7 +17,7 @@ from esam_core import sds
 from esam_core.config import ESAMConfig
 from esam_core.conformance.adapter import Batch
 from esam_core.draws import uniforms
-from esam_core.errors import NonFiniteError
+from esam_core.errors import ESAMValueError, NonFiniteError
 from esam_core.perturbation import perturbation_norm, perturbations
 from esam_core.reference.network import Evaluation, Model
 from esam_core.sharpness import StepReport
@@ -112,10 +112,13 @@ class Step:
             `on_nonfinite="skip"` where something was not finite), and the report.
 
         Raises:
+            ESAMValueError: the batch is empty.
             NonFiniteError: with `on_nonfinite="raise"`.
             BaseException: whatever the model raises. Parameters, random state and count are then
                 as they were on entry.
         """
+        if len(batch.targets) == 0:
+            raise ESAMValueError("The batch must not be empty. Received: a batch of 0 samples.")
         entry = self.model.random_state
         buffers = {name: array.copy() for name, array in self.model.buffers.items()}
         theta = [array.copy() for array in self.theta]  # restored from, bit for bit
@@ -180,7 +183,7 @@ class Step:
             losses=ascent.losses,
             perturbed_losses=perturbed_losses,
             indices=None if everything else selection.indices,
-            sample_weights=None if everything else weights,
+            sample_weights=None if everything else weights.astype(ascent.losses.dtype),
             perturbation_norm=float(np.sqrt(sum(float(np.sum(e * e)) for e in epsilon))),
             gradient_norm=length,
             perturbed=tuple(
@@ -247,7 +250,7 @@ class Step:
         selection that left just the bad sample out would hide them.
         """
         total = length + sum(float(np.sum(losses)) for losses in seen if losses is not None)
-        return weights + 0.0 * total
+        return np.asarray(weights + 0.0 * total)
 
     def descent(self, batch: Batch, indices: Array, weights: Array) -> dict[str, Array]:
         """Phase 5: the gradient of the sum of w_i l_i(theta + epsilon) over the selected samples.

@@ -1,0 +1,22 @@
+"""All checks of the kit, by subject. Each is a plain function of an adapter."""
+
+from esam_core.conformance.checks import (
+    arguments,
+    limits,
+    masks,
+    passes,
+    perturbation,
+    restoring,
+    selection,
+    updates,
+)
+from esam_core.conformance.checks.registry import Check, check, missing, needs_of
+
+__all__ = ["CHECKS", "Check", "check", "missing", "needs_of"]
+
+#: Every check by name, in the order in which reports list them.
+CHECKS: dict[str, Check] = {
+    function.__name__: function
+    for module in (limits, masks, perturbation, selection, passes, restoring, updates, arguments)
+    for function in module.CHECKS
+}

@@ -1,0 +1,115 @@
+"""Where ESAM must be something simpler: the base optimizer, or SAM."""
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter, Base
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import close, close_all, equal, require
+from esam_core.conformance.problems import batchnorm, mlp
+from esam_core.conformance.trace import SGD, Run, shows
+from esam_core.reference.network import Network
+from esam_core.swp import Between
+
+__all__ = ["CHECKS"]
+
+
+def _is_base(adapter: Adapter, esam: dict[str, object]) -> None:
+    """Require ESAM with these settings to be the backend's own base optimizer."""
+    dtype = adapter.dtypes[0]
+    problem = batchnorm()
+    ours = Run(problem=problem, esam=esam).on(adapter)
+    base = Run(problem=problem, esam=None).on(adapter)
+    for i, batch in enumerate(problem.batches[:3]):
+        shown = ours.step(batch)
+        base.step(batch)
+        where = f"step {i}"
+        if shows(adapter, "passes"):
+            equal(f"{where}: samples a pass", shown.passes, (len(batch.targets),))
+        if shows(adapter, "perturbed"):
+            equal(f"{where}: perturbed", shown.perturbed, ())
+        for name in ("perturbed_losses", "indices", "sample_weights", "gradient_norm"):
+            if shows(adapter, name):
+                equal(f"{where}: {name}", getattr(shown, name), None)
+        if shows(adapter, "perturbation_norm"):
+            equal(f"{where}: perturbation_norm", shown.perturbation_norm, 0.0)
+        close_all(
+            f"{where}: weights against the base optimizer's",
+            ours.weights(),
+            base.weights(),
+            kind="same",
+            dtype=dtype,
+        )
+        close_all(
+            f"{where}: buffers against the base optimizer's",
+            ours.buffers(),
+            base.buffers(),
+            kind="same",
+            dtype=dtype,
+        )
+
+
+@check()
+def check_rho_zero_is_the_base_optimizer(adapter: Adapter) -> None:
+    """With rho = 0 a step is the base optimizer's on the whole batch, and costs no more."""
+    _is_base(adapter, {"rho": 0.0, "beta": 0.6, "gamma": 0.5})
+
+
+@check()
+def check_empty_mask_is_a_base_step(adapter: Adapter) -> None:
+    """A step that perturbs nothing is the base optimizer's on the whole batch, at its price."""
+    _is_base(adapter, {"rho": 0.5, "perturb": Between(50), "gamma": 0.5})
+
+
+@check()
+def check_everything_is_sam(adapter: Adapter) -> None:
+    """With beta = gamma = 1 a step is SAM's: written out here from gradients alone."""
+    dtype, problem, rho, lr = adapter.dtypes[0], mlp(), 0.3, 0.1
+    session = Run(
+        problem=problem, esam={"rho": rho, "beta": 1.0, "gamma": 1.0}, base=Base("sgd", lr=lr)
+    ).on(adapter)
+    network = Network(problem.layers)
+    theta = network.parameters
+    for i, batch in enumerate(problem.batches[:3]):
+        session.step(batch)
+        b = len(batch.targets)
+        even = np.full(b, 1.0 / b)
+        g = network.evaluate(batch).gradient(even)
+        length = np.sqrt(sum(np.sum(a * a) for a in g.values()))
+        start = {name: a.copy() for name, a in theta.items()}
+        for name in theta:
+            theta[name] += rho * g[name] / length
+        at_peak = network.evaluate(batch).gradient(even)
+        for name in theta:
+            theta[name][...] = start[name] - lr * at_peak[name]
+        close_all(
+            f"step {i}: weights against SAM's",
+            session.weights(),
+            theta,
+            kind="weights",
+            dtype=dtype,
+        )
+
+
+@check("losses", "perturbed_losses")
+def check_losses_before_and_after(adapter: Adapter) -> None:
+    """The losses reported are those at theta, and with the full perturbation they rise."""
+    dtype, problem = adapter.dtypes[0], mlp()
+    session = Run(problem=problem, esam={"rho": 0.05, "beta": 1.0, "gamma": 0.5}, base=SGD).on(
+        adapter
+    )
+    shown = session.step(problem.batches[0])
+    losses = Network(problem.layers).evaluate(problem.batches[0]).losses
+    close("losses at theta", shown.losses, losses, kind="losses", dtype=dtype)
+    require(
+        shown.perturbed_losses is not None
+        and float(np.mean(shown.perturbed_losses)) > float(np.mean(losses)),
+        "perturbed_losses: their mean must be above that of the losses: theta + epsilon is uphill.",
+    )
+
+
+CHECKS = (
+    check_rho_zero_is_the_base_optimizer,
+    check_empty_mask_is_a_base_step,
+    check_everything_is_sam,
+    check_losses_before_and_after,
+)

@@ -1,0 +1,189 @@
+"""Which parameters a step perturbs."""
+
+from typing import Any
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter, Base, Problem
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import equal, require
+from esam_core.conformance.problems import batchnorm, convolution, embedding, mlp, softmax
+from esam_core.conformance.trace import Run, follow, shows
+from esam_core.reference.network import Network
+from esam_core.swp import (
+    Bernoulli,
+    Every,
+    Only,
+    RandomSuffix,
+    Sampler,
+    Sometimes,
+    Suffix,
+)
+
+__all__ = ["CHECKS"]
+
+
+def _perturbed(problem: Problem, sampler: Sampler, seed: int, count: int) -> tuple[str, ...]:
+    """Return the names that a sampler perturbs in one step."""
+    units = Network(problem.layers).units
+    mask = sampler.draw(units, seed=seed, count=count)
+    return tuple(unit.name for unit, m in zip(units, mask.perturbed, strict=True) if m)
+
+
+@check("perturbed")
+def check_each_step_has_its_own_mask(adapter: Adapter) -> None:
+    """The mask is that of (seed, count) for this very step, and another seed gives others."""
+    problem, masks = mlp(), []
+    for seed in (3, 11):
+        session = Run(problem=problem, esam={"beta": 0.5, "gamma": 0.5, "seed": seed}).on(adapter)
+        for count, batch in enumerate(problem.batches):
+            expected = _perturbed(problem, Bernoulli(0.5), seed, count)
+            shown = session.step(batch).perturbed
+            equal(f"seed {seed}, step {count}: perturbed", shown, expected)
+            masks.append(shown)
+    require(len(set(masks)) > 4, "perturbed: hardly any two steps differ; the kit needs them to.")
+
+
+@check()
+def check_perturbation_follows_the_mask(adapter: Adapter) -> None:
+    """With random masks of tensors and all samples, gradient and weights are the reference's."""
+    follow(
+        adapter,
+        Run(problem=mlp(), esam={"rho": 0.3, "beta": 0.5, "gamma": 1.0, "seed": 3}),
+        steps=6,
+    )
+
+
+@check("perturbed")
+def check_suffix(adapter: Adapter) -> None:
+    """`Suffix` perturbs the named block and all behind it, in every step, without rescaling."""
+    problem = convolution()
+    run = Run(problem=problem, esam={"rho": 0.3, "perturb": Suffix("body"), "gamma": 0.5})
+    session = run.on(adapter)
+    names = (
+        "body.weight",
+        "body.bias",
+        "body_norm.weight",
+        "body_norm.bias",
+        "head.weight",
+        "head.bias",
+    )
+    for i, batch in enumerate(problem.batches[:2]):
+        equal(f"step {i}: perturbed", session.step(batch).perturbed, names)
+    follow(adapter, run, steps=2)
+
+
+@check()
+def check_random_suffix(adapter: Adapter) -> None:
+    """`RandomSuffix` draws one cut a step and divides by each unit's own probability."""
+    sampler = RandomSuffix(("first", "second", "head"), (0.25, 0.25, 0.5))
+    follow(
+        adapter, Run(problem=mlp(), esam={"rho": 0.3, "perturb": sampler, "gamma": 1.0}), steps=6
+    )
+
+
+@check("perturbed")
+def check_only_one_kind(adapter: Adapter) -> None:
+    """`Only` perturbs parameters of one kind: norm layers, biases or embeddings."""
+    cases: tuple[tuple[Problem, str, tuple[str, ...]], ...] = (
+        (batchnorm(), "norm", ("norm.weight", "norm.bias")),
+        (batchnorm(), "bias", ("first.bias", "head.bias")),
+        (embedding(), "embedding", ("table.weight",)),
+    )
+    for problem, kind, names in cases:
+        run = Run(problem=problem, esam={"rho": 0.3, "perturb": Only(kind), "gamma": 0.5})
+        shown = run.on(adapter).step(problem.batches[0]).perturbed
+        equal(f"Only({kind!r}): perturbed", shown, names)
+        follow(adapter, run, steps=2)
+
+
+@check()
+def check_schedules(adapter: Adapter) -> None:
+    """`Every` and `Sometimes` perturb on some steps, unrescaled; the others are base steps."""
+    for sampler in (Every(2, Bernoulli(0.5)), Sometimes(0.5)):
+        run = Run(problem=mlp(), esam={"rho": 0.3, "perturb": sampler, "gamma": 0.5, "seed": 2})
+        follow(adapter, run, steps=6)
+
+
+@check("perturbation_norm", "weight_masks")
+def check_masks_of_single_weights(adapter: Adapter) -> None:
+    """`unit="weight"`: each scalar weight on its own with probability beta, anew in each step.
+
+    With norm="none", epsilon = (rho / beta) m g: at lr = 0, (beta ||eps|| / rho)^2 / ||g||^2 has
+    the mean beta. The draw is the backend's own, so only this law is checked.
+    """
+    rho, beta, steps, problem = 0.01, 0.3, 60, softmax()
+    esam: dict[str, Any] = {
+        "rho": rho,
+        "perturb": Bernoulli(beta, unit="weight"),
+        "gamma": 1.0,
+        "norm": "none",
+    }
+    batch = problem.batches[0]
+    session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
+    even = np.full(len(batch.targets), 1.0 / len(batch.targets))
+    gradient = Network(problem.layers).evaluate(batch).gradient(even)
+    squares = np.concatenate([a.ravel() ** 2 for a in gradient.values()])
+    total = squares.sum()
+    shares = []
+    for _ in range(steps):
+        length = session.step(batch).perturbation_norm
+        require(length is not None, "perturbation_norm: expected a number, got None.")
+        shares.append((beta * float(length or 0.0) / rho) ** 2 / total)
+    deviation = np.sqrt(beta * (1 - beta) * np.sum(squares**2)) / total
+    mean = float(np.mean(shares))
+    require(
+        abs(mean - beta) < 5 * deviation / np.sqrt(steps),
+        f"share of ||g||^2 that is perturbed: {mean:.3f} on average, and {beta} is expected.",
+    )
+    require(
+        float(np.std(shares)) > deviation / 3,
+        "the share of ||g||^2 that is perturbed hardly varies: the mask is not drawn anew.",
+    )
+    again = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
+    repeated = [again.step(batch).perturbation_norm for _ in range(3)]
+    expected = [rho / beta * np.sqrt(share * total) for share in shares[:3]]
+    require(
+        bool(np.allclose(np.asarray(repeated, dtype=float), expected, rtol=1e-4)),
+        "a second run from the same seed draws other masks of single weights.",
+    )
+
+
+@check("frozen")
+def check_frozen_parameters(adapter: Adapter) -> None:
+    """Frozen parameters are neither perturbed nor updated, nor in the norm, and stay frozen."""
+    problem = mlp()
+    frozen = ("first.weight", "first.bias")
+    run = Run(
+        problem=problem,
+        esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5},
+        base=Base("sgd", lr=0.1, momentum=0.9, weight_decay=0.01),
+        frozen=frozen,
+    )
+    flags = {name: name not in frozen for name in Network(problem.layers).parameters}
+    session = run.on(adapter)
+    equal("trainable before", sorted(session.trainable().items()), sorted(flags.items()))
+    before = session.weights()
+    shown = session.step(problem.batches[0])
+    equal("trainable after", sorted(session.trainable().items()), sorted(flags.items()))
+    if shows(adapter, "perturbed"):
+        require(
+            not set(frozen) & set(shown.perturbed or ()),
+            f"perturbed: frozen parameters are among {shown.perturbed}.",
+        )
+    after = session.weights()
+    for name in frozen:
+        equal(f"frozen {name!r}", after[name], before[name])
+    follow(adapter, run, steps=3)
+
+
+CHECKS = (
+    check_each_step_has_its_own_mask,
+    check_perturbation_follows_the_mask,
+    check_suffix,
+    check_random_suffix,
+    check_only_one_kind,
+    check_schedules,
+    check_masks_of_single_weights,
+    check_frozen_parameters,
+)

@@ -1,0 +1,161 @@
+"""What the passes share: running statistics, noise, random generators."""
+
+import random
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter, Base, BatchNorm, Dense, Problem
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import close, equal, require
+from esam_core.conformance.problems import batchnorm, convolution, dropout, mlp
+from esam_core.conformance.trace import Run, follow
+from esam_core.sds import Proportional
+from esam_core.swp import Bernoulli, Sometimes
+
+__all__ = ["CHECKS"]
+
+
+@check()
+def check_running_statistics_are_updated_once(adapter: Adapter) -> None:
+    """Once a step, by the ascent pass, at theta, on the whole batch: written out here."""
+    dtype, problem = adapter.dtypes[0], batchnorm()
+    first, norm = problem.layers[0], problem.layers[1]
+    if not (isinstance(first, Dense) and isinstance(norm, BatchNorm)):
+        raise TypeError("The problem must start with a dense layer and a BatchNorm.")
+    for gamma in (0.5, 1.0):
+        mean, variance = norm.mean, norm.variance
+        esam = {"rho": 2.0, "beta": 1.0, "gamma": gamma}
+        session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
+        for i, batch in enumerate(problem.batches[:3]):
+            session.step(batch)
+            x = batch.inputs @ first.weight + first.bias
+            unbiased = adapter.conventions.unbiased_running_variance
+            new = norm.momentum
+            mean = (1 - new) * mean + new * x.mean(axis=0)
+            variance = (1 - new) * variance + new * x.var(axis=0, ddof=int(unbiased))
+            found = session.buffers()
+            for name, wanted in (("norm.mean", mean), ("norm.variance", variance)):
+                require(name in found, f"buffers: {name!r} is missing among {sorted(found)}.")
+                close(
+                    f"gamma={gamma}, step {i}: {name}",
+                    found[name],
+                    wanted,
+                    kind="buffers",
+                    dtype=dtype,
+                )
+
+
+@check()
+def check_batch_statistics_are_those_of_each_pass(adapter: Adapter) -> None:
+    """BatchNorm normalises each pass by the samples of that pass: whole batch, then selected."""
+    follow(adapter, Run(problem=batchnorm(), esam={"rho": 0.2, "beta": 1.0, "gamma": 0.5}), steps=3)
+
+
+@check()
+def check_one_selected_sample_with_batchnorm(adapter: Adapter) -> None:
+    """With k = 1 the descent pass uses the running statistics: one sample has none of its own."""
+    esam = {"rho": 0.2, "beta": 1.0, "gamma": 0.125}
+    follow(adapter, Run(problem=batchnorm(), esam=esam), steps=3)
+
+
+@check("losses", "perturbed_losses", "dropout")
+def check_selection_pass_sees_the_same_noise(adapter: Adapter) -> None:
+    """Under a tiny perturbation losses hardly change: dropout is the same in both passes."""
+    problem = dropout()
+    esam = {"rho": 1e-5, "beta": 1.0, "gamma": 0.5}
+    session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
+    seen = []
+    for i in range(3):
+        shown = session.step(problem.batches[0])
+        seen.append(np.asarray(shown.losses))
+        change = float(np.max(np.abs(np.asarray(shown.perturbed_losses) - seen[-1])))
+        require(
+            change < 1e-3,
+            f"step {i}: losses change by {change:.3g} under a perturbation of 1e-5: the passes "
+            "do not see the same dropout noise.",
+        )
+    require(
+        float(np.max(np.abs(seen[0] - seen[1]))) > 1e-3,
+        "losses: dropout noise is the same in every step; each must draw its own.",
+    )
+
+
+@check("dropout")
+def check_descent_pass_sees_the_same_noise(adapter: Adapter) -> None:
+    """Under a tiny perturbation and with gamma = 1, weights move as the base optimizer's do."""
+    problem = dropout()
+    esam = {"rho": 1e-5, "beta": 1.0, "gamma": 1.0}
+    plain = Base("sgd", lr=1.0)
+    ours = Run(problem=problem, esam=esam, base=plain, seed=4).on(adapter)
+    base = Run(problem=problem, esam=None, base=plain, seed=4).on(adapter)
+    for i, batch in enumerate(problem.batches[:2]):
+        ours.step(batch)
+        base.step(batch)
+        theirs = base.weights()
+        gap = max(float(np.max(np.abs(w - theirs[n]))) for n, w in ours.weights().items())
+        require(
+            gap < 1e-3,
+            f"step {i}: weights differ by {gap:.3g} from those of the base optimizer with equal "
+            "noise: the descent pass sees other dropout noise than the ascent pass.",
+        )
+
+
+@check("dropout", "random")
+def check_random_state_after_a_step(adapter: Adapter) -> None:
+    """A step leaves the native generators as one forward does, however many it makes."""
+    problem = dropout()
+    for gamma in (0.5, 1.0):
+        ours = Run(problem=problem, esam={"rho": 0.1, "beta": 0.5, "gamma": gamma}, seed=4).on(
+            adapter
+        )
+        base = Run(problem=problem, esam=None, seed=4).on(adapter)
+        for i, batch in enumerate(problem.batches[:2]):
+            before = np.asarray(ours.random_probe())
+            ours.step(batch)
+            base.step(batch)
+            after = np.asarray(ours.random_probe())
+            require(
+                not np.array_equal(before, after),
+                "random_probe: a step with dropout moves the generator; the probe shows nothing.",
+            )
+            equal(f"gamma={gamma}, step {i}: random state", after, np.asarray(base.random_probe()))
+
+
+@check()
+def check_global_generators_are_left_alone(adapter: Adapter) -> None:
+    """Python's and NumPy's global generators are never drawn from, nor seeded."""
+    problem = mlp()
+    esam = {"perturb": Sometimes(0.5, Bernoulli(0.5)), "select": Proportional(0.5)}
+    session = Run(problem=problem, esam=esam).on(adapter)
+    python = random.getstate()
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - the generator under test
+    for batch in problem.batches[:3]:
+        session.step(batch)
+    require(random.getstate() == python, "Python's global random generator has moved.")
+    after = np.random.get_state(legacy=False)  # noqa: NPY002
+    same = np.array_equal(numpy["state"]["key"], after["state"]["key"])
+    require(
+        same and numpy["state"]["pos"] == after["state"]["pos"],
+        "NumPy's global random generator has moved.",
+    )
+
+
+@check()
+def check_convolution(adapter: Adapter) -> None:
+    """The paper's step on a small convolutional network, in every dtype of the backend."""
+    problem: Problem = convolution()
+    for dtype in adapter.dtypes:
+        run = Run(problem=problem, esam={"rho": 0.1, "beta": 0.6, "gamma": 0.5, "seed": 1})
+        follow(adapter, run, steps=3, dtype=dtype)
+
+
+CHECKS = (
+    check_running_statistics_are_updated_once,
+    check_batch_statistics_are_those_of_each_pass,
+    check_one_selected_sample_with_batchnorm,
+    check_selection_pass_sees_the_same_noise,
+    check_descent_pass_sees_the_same_noise,
+    check_random_state_after_a_step,
+    check_global_generators_are_left_alone,
+    check_convolution,
+)

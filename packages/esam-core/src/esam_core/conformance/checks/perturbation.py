@@ -1,0 +1,121 @@
+"""How far, and by which norm, the weights are perturbed."""
+
+from typing import Any
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import close, equal_all, has_nonfinite, require
+from esam_core.conformance.problems import flat, mlp
+from esam_core.conformance.trace import Run, follow, shows
+from esam_core.reference.network import Network
+from esam_core.swp import Bernoulli, Suffix
+
+__all__ = ["CHECKS"]
+
+
+@check("perturbation_norm")
+def check_radius(adapter: Adapter) -> None:
+    """With the default norm, ||epsilon|| is rho / beta for random masks and rho for fixed ones."""
+    dtype, problem, rho = adapter.dtypes[0], mlp(), 0.2
+    for sampler, radius in (
+        (Bernoulli(0.5), rho / 0.5),
+        (Bernoulli(1.0), rho),
+        (Suffix("second"), rho),
+    ):
+        # A norm_eps so small that it cannot be seen even in float64.
+        esam = {"rho": rho, "perturb": sampler, "gamma": 0.5, "seed": 3, "norm_eps": 1e-30}
+        run = Run(problem=problem, esam=esam)
+        session = run.on(adapter)
+        for i, batch in enumerate(problem.batches[:3]):
+            shown = session.step(batch)
+            close(
+                f"{sampler}, step {i}: perturbation_norm",
+                shown.perturbation_norm,
+                radius,
+                kind="norms",
+                dtype=dtype,
+            )
+
+
+@check("gradient_norm", "perturbed")
+def check_norm_is_that_of_the_masked_units(adapter: Adapter) -> None:
+    """With the default norm, ||g|| is one norm over the perturbed parameters, and only those."""
+    dtype, problem = adapter.dtypes[0], mlp()
+    run = Run(problem=problem, esam={"rho": 0.2, "beta": 0.5, "gamma": 0.5, "seed": 3})
+    session = run.on(adapter)
+    batch = problem.batches[0]
+    shown = session.step(batch)
+    even = np.full(len(batch.targets), 1.0 / len(batch.targets))
+    gradient = Network(problem.layers).evaluate(batch).gradient(even)
+    perturbed = shown.perturbed or ()
+    require(0 < len(perturbed) < len(gradient), f"perturbed: {perturbed}; the kit needs a part.")
+    expected = np.sqrt(sum(np.sum(gradient[name] ** 2) for name in perturbed))
+    close("gradient_norm", shown.gradient_norm, expected, kind="norms", dtype=dtype)
+
+
+@check()
+def check_norm_modes(adapter: Adapter) -> None:
+    """`norm="estimated"`, `"full"` and `"none"` give the reference's perturbation."""
+    for norm in ("estimated", "full", "none"):
+        esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "norm": norm, "seed": 3}
+        follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
+
+
+@check()
+def check_norm_eps(adapter: Adapter) -> None:
+    """`norm_eps` is added to the norm."""
+    esam = {"rho": 0.3, "beta": 1.0, "gamma": 0.5, "norm_eps": 0.5}
+    follow(adapter, Run(problem=mlp(), esam=esam), steps=2)
+
+
+@check()
+def check_adaptive(adapter: Adapter) -> None:
+    """`adaptive`: epsilon is along theta^2 g, and its norm that of |theta| g."""
+    for beta in (1.0, 0.5):
+        esam = {"rho": 0.5, "beta": beta, "gamma": 0.5, "adaptive": True, "seed": 3}
+        follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
+
+
+@check()
+def check_zero_gradient(adapter: Adapter) -> None:
+    """A gradient of exactly zero gives no perturbation, and no NaN from 0 / 0."""
+    problem = flat()
+    session = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}).on(adapter)
+    before = session.weights()
+    shown = session.step(problem.batches[0])
+    if shows(adapter, "perturbation_norm"):
+        require(
+            float(shown.perturbation_norm or 0.0) == 0.0,
+            f"perturbation_norm: {shown.perturbation_norm}, and 0 is expected of a zero gradient.",
+        )
+    bad = [name for name, found in has_nonfinite(session.weights()).items() if found]
+    require(not bad, f"weights {bad} are not finite after a step on a zero gradient.")
+    equal_all("weights after a step on a zero gradient", session.weights(), before)
+
+
+@check("groups")
+def check_groups(adapter: Adapter) -> None:
+    """Parameters may have their own rho, adaptive and perturb; one norm runs over all of them."""
+    groups: dict[str, dict[str, Any]] = {
+        "first.weight": {"rho": 0.6},
+        "first.bias": {"rho": 0.6},
+        "second.weight": {"adaptive": True},
+        "second.bias": {"adaptive": True},
+        "head.weight": {"perturb": False},
+        "head.bias": {"perturb": False},
+    }
+    run = Run(problem=mlp(), esam={"rho": 0.2, "beta": 1.0, "gamma": 0.5}, groups=groups)
+    follow(adapter, run, steps=3)
+
+
+CHECKS = (
+    check_radius,
+    check_norm_is_that_of_the_masked_units,
+    check_norm_modes,
+    check_norm_eps,
+    check_adaptive,
+    check_zero_gradient,
+    check_groups,
+)

@@ -1,0 +1,235 @@
+"""Weights are sacred: theta comes back bit for bit, whatever happens."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter, Base, Dense, Fault, Problem, Session
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import (
+    ConformanceError,
+    close_all,
+    equal,
+    equal_all,
+    has_nonfinite,
+    require,
+)
+from esam_core.conformance.problems import batchnorm, dropout, mlp, with_nan
+from esam_core.conformance.trace import Run, compare_state, shows
+from esam_core.sds import Random, TopIncrease, random_indices
+
+__all__ = ["CHECKS"]
+
+
+class InjectedError(Exception):
+    """What a fault raises: an error that no backend can mistake for its own."""
+
+
+class InjectedInterrupt(BaseException):
+    """What a fault raises in place of a KeyboardInterrupt."""
+
+
+def _uneven(problem: Problem) -> Problem:
+    """Return the problem with weights that use all their bits, so that rounding shows."""
+    layers = tuple(
+        replace(layer, weight=layer.weight / 3.0, bias=layer.bias / 3.0)
+        if isinstance(layer, Dense) and layer.bias is not None
+        else layer
+        for layer in problem.layers
+    )
+    return replace(problem, layers=layers)
+
+
+@check()
+def check_weights_come_back_bit_for_bit(adapter: Adapter) -> None:
+    """At lr = 0, twenty steps leave every weight as it was, to the last bit."""
+    for dtype in adapter.dtypes:
+        for problem in (_uneven(mlp()), _uneven(batchnorm())):
+            run = Run(
+                problem=problem,
+                esam={"rho": 0.7, "beta": 0.6, "gamma": 0.5},
+                base=Base("sgd", lr=0.0),
+            )
+            session = run.on(adapter, dtype)
+            before = session.weights()
+            for i in range(20):
+                session.step(problem.batches[i % len(problem.batches)])
+            equal_all(f"{dtype}: weights after 20 steps at lr = 0", session.weights(), before)
+
+
+@check("faults")
+def check_a_failed_step_leaves_no_trace(adapter: Adapter) -> None:
+    """If a pass raises, all is as on entry: the step can be made again as if nothing had been.
+
+    In each of the three passes, for an error and for an interrupt: weights, running statistics,
+    flags and random state are those before, and what the pass raised comes out unchanged.
+    """
+    errors: tuple[BaseException, ...] = (InjectedError("in a pass"), InjectedInterrupt())
+    for problem in (batchnorm(), dropout()):
+        if problem.name == "dropout" and not shows(adapter, "dropout"):
+            continue
+        run = Run(problem=problem, esam={"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3})
+        failing, smooth = run.on(adapter), run.on(adapter)
+        for i, batch in enumerate(problem.batches[:2]):
+            for call in (1, 2, 3):
+                for error in errors:
+                    _fail(adapter, failing, Fault(call, error), batch, f"step {i}, pass {call}")
+            shown, wanted = failing.step(batch), smooth.step(batch)
+            if shows(adapter, "perturbed"):
+                equal(f"step {i} made again: perturbed", shown.perturbed, wanted.perturbed)
+            close_all(
+                f"step {i} made again after failures: weights",
+                failing.weights(),
+                smooth.weights(),
+                kind="same",
+                dtype=adapter.dtypes[0],
+            )
+
+
+def _fail(adapter: Adapter, session: Session, fault: Fault, batch: Any, where: str) -> None:
+    """Make a step that must fail, and require everything to be as before."""
+    weights, buffers = session.weights(), session.buffers()
+    flags = session.trainable() if shows(adapter, "frozen") else {}
+    probe = np.asarray(session.random_probe()) if shows(adapter, "random") else None
+    raised: BaseException | None = None
+    try:
+        session.step(batch, fault)
+    except BaseException as error:  # whatever comes out is what is under test
+        raised = error
+    require(
+        raised is fault.error,
+        f"{where}: {fault.error!r} was raised inside, and {raised!r} came out.",
+    )
+    equal_all(f"{where} raised: weights", session.weights(), weights)
+    equal_all(f"{where} raised: buffers", session.buffers(), buffers)
+    if flags:
+        equal(f"{where} raised: trainable", session.trainable() == flags, True)
+    if probe is not None:
+        equal(f"{where} raised: random state", np.asarray(session.random_probe()), probe)
+
+
+def _overflowing(dtype: str) -> float:
+    """Return a radius that no weight of the dtype survives."""
+    return 1e39 if dtype == "float32" else 1e308
+
+
+@check()
+def check_overflow_at_the_peak(adapter: Adapter) -> None:
+    """If the perturbed losses overflow and such steps are skipped, weights are as they were."""
+    for dtype in adapter.dtypes:
+        problem = mlp()
+        run = Run(
+            problem=problem,
+            esam={
+                "rho": _overflowing(dtype),
+                "beta": 0.5,
+                "gamma": 0.5,
+                "seed": 3,
+                "on_nonfinite": "skip",
+            },
+        )
+        session = run.on(adapter, dtype)
+        before = session.weights()
+        session.step(problem.batches[0])
+        equal_all(f"{dtype}: weights after an overflow", session.weights(), before)
+
+
+def _bad_batch(count: int) -> tuple[Any, int]:
+    """Return a batch with a NaN in a sample that `Random(0.5)`, seed 9, does not select."""
+    batch = mlp().batches[0]
+    chosen = set(random_indices(8, 4, seed=9, count=count).tolist())
+    sample = next(i for i in range(8) if i not in chosen)
+    return with_nan(batch, sample), sample
+
+
+@check()
+def check_nonfinite_values_propagate(adapter: Adapter) -> None:
+    """By default a NaN reaches every gradient, also from a sample that is not selected.
+
+    Otherwise a gradient scaler would not see it, and one rank would step where others do not.
+    """
+    for select in (Random(0.5), TopIncrease(0.5), TopIncrease(1.0)):
+        esam = {"rho": 0.3, "beta": 1.0, "select": select, "seed": 9}
+        session = Run(problem=mlp(), esam=esam).on(adapter)
+        batch, sample = _bad_batch(0)
+        shown = session.step(batch)
+        spared = [name for name, bad in has_nonfinite(session.weights()).items() if not bad]
+        require(
+            not spared,
+            f"{select}: sample {sample} is NaN, and the updates of {spared} are finite: the NaN "
+            "was hidden.",
+        )
+        if shows(adapter, "perturbation_norm"):
+            equal(
+                f"{select}: perturbation_norm of a non-finite ascent",
+                shown.perturbation_norm,
+                0.0,
+            )
+
+
+@check("backward")
+def check_nonfinite_values_leave_theta_alone(adapter: Adapter) -> None:
+    """After a non-finite ascent theta is intact and the gradients are not finite."""
+    session = Run(problem=mlp(), esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}).on(adapter)
+    before = session.weights()
+    session.zero_gradients()
+    session.backward(_bad_batch(0)[0])
+    equal_all("weights after a non-finite backward", session.weights(), before)
+    spared = [name for name, bad in has_nonfinite(session.gradients()).items() if not bad]
+    require(not spared, f"gradients: {spared} are finite after a NaN loss.")
+
+
+def _steps_beside_reference(adapter: Adapter, esam: Mapping[str, Any], problem: Problem) -> None:
+    """Make a good, a bad and two good steps on both sides; the bad one must count for nothing."""
+    dtype = adapter.dtypes[0]
+    run = Run(problem=problem, esam=esam)
+    actual, expected = run.on(adapter), run.on_reference(adapter)
+    good = problem.batches
+    for i, batch in enumerate((good[0], with_nan(good[1], 2), good[2], good[3])):
+        weights, buffers = actual.weights(), actual.buffers()
+        raised = _raises_nonfinite(actual, batch)
+        equal(f"step {i}: raises", raised, _raises_nonfinite(expected, batch))
+        if i == 1:
+            equal_all("weights after a non-finite step", actual.weights(), weights)
+            equal_all("buffers after a non-finite step", actual.buffers(), buffers)
+        compare_state(f"step {i}", actual, expected, dtype)
+
+
+def _raises_nonfinite(session: Session, batch: Any) -> bool:
+    """Make a step; say whether it raised the error that `on_nonfinite="raise"` asks for."""
+    try:
+        session.step(batch)
+    except FloatingPointError:
+        return True
+    except Exception as error:
+        raise ConformanceError(
+            f"a non-finite loss raised {error!r}, and a FloatingPointError is expected."
+        ) from error
+    return False
+
+
+@check()
+def check_nonfinite_steps_are_skipped(adapter: Adapter) -> None:
+    """`on_nonfinite="skip"`: weights, momenta and running statistics as if it had not been."""
+    esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "skip"}
+    _steps_beside_reference(adapter, esam, batchnorm())
+
+
+@check()
+def check_nonfinite_steps_raise(adapter: Adapter) -> None:
+    """`on_nonfinite="raise"`: a FloatingPointError, and everything as on entry."""
+    esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "raise"}
+    _steps_beside_reference(adapter, esam, batchnorm())
+
+
+CHECKS = (
+    check_weights_come_back_bit_for_bit,
+    check_a_failed_step_leaves_no_trace,
+    check_overflow_at_the_peak,
+    check_nonfinite_values_propagate,
+    check_nonfinite_values_leave_theta_alone,
+    check_nonfinite_steps_are_skipped,
+    check_nonfinite_steps_raise,
+)

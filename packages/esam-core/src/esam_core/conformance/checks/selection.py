@@ -1,0 +1,187 @@
+"""Which samples the descent gradient is taken on, and with which weights."""
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter, Base, Batch, Problem
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import close, equal
+from esam_core.conformance.problems import mlp, softmax
+from esam_core.conformance.trace import Run, follow, shows
+from esam_core.sds import (
+    All,
+    Proportional,
+    Random,
+    TopIncrease,
+    TopLoss,
+    inclusion_probabilities,
+    random_indices,
+    systematic_indices,
+    systematic_offset,
+)
+
+__all__ = ["CHECKS"]
+
+
+@check("indices", "losses", "perturbed_losses")
+def check_largest_increases_are_selected(adapter: Adapter) -> None:
+    """Selected are the k samples whose loss rose most, by the very losses that are reported."""
+    problem = mlp()
+    session = Run(problem=problem, esam={"rho": 0.3, "beta": 0.5, "gamma": 0.5}).on(adapter)
+    for i, batch in enumerate(problem.batches[:4]):
+        shown = session.step(batch)
+        rise = np.asarray(shown.perturbed_losses) - np.asarray(shown.losses)
+        expected = np.sort(np.argsort(-rise, kind="stable")[:4])
+        equal(f"step {i}: indices", shown.indices, expected)
+
+
+@check()
+def check_descent_is_on_the_selected_samples(adapter: Adapter) -> None:
+    """The update is made with the mean gradient of the selected samples at theta + epsilon."""
+    follow(adapter, Run(problem=mlp(), esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}), steps=4)
+
+
+@check("indices")
+def check_number_of_selected_samples(adapter: Adapter) -> None:
+    """k = max(1, ceil(gamma b)) exactly, where floats or a strict threshold go wrong by one."""
+    cases: tuple[tuple[float, int, int], ...] = (
+        (0.5, 16, 8),
+        (0.5, 7, 4),
+        (0.5, 2, 1),
+        (0.5, 1, 1),
+        (0.29, 100, 29),  # int(100 * 0.29) is 28
+        (0.07, 100, 7),  # ceil(0.07 * 100) is 8 in floats
+        (0.99, 100, 99),
+    )
+    for gamma in sorted({case[0] for case in cases}):
+        run = Run(problem=softmax(), esam={"rho": 0.1, "beta": 1.0, "gamma": gamma})
+        session = run.on(adapter)
+        for _, b, k in (case for case in cases if case[0] == gamma):
+            shown = session.step(softmax(b).batches[0])
+            found = b if shown.indices is None else len(shown.indices)
+            equal(f"gamma={gamma}, b={b}: number of selected samples", found, k)
+
+
+@check("indices")
+def check_ties_go_to_the_lower_index(adapter: Adapter) -> None:
+    """Samples that are all alike tie exactly: the first k are selected, not none."""
+    one = softmax().batches[0]
+    layers = softmax().layers
+    alike = Batch(np.zeros_like(one.inputs), np.zeros_like(one.targets))
+    session = Run(
+        problem=Problem("ties", layers, (alike,)),
+        esam={"rho": 0.1, "beta": 1.0, "gamma": 0.5},
+    ).on(adapter)
+    equal("indices among equal samples", session.step(alike).indices, [0, 1, 2, 3])
+
+
+@check()
+def check_batches_of_one_and_two(adapter: Adapter) -> None:
+    """A batch of one sample is all selected; of two, the sharper one."""
+    problem = mlp()
+    small = tuple(
+        Batch(batch.inputs[:size], batch.targets[:size])
+        for batch, size in zip(problem.batches, (1, 2, 2), strict=False)
+    )
+    follow(
+        adapter,
+        Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}),
+        steps=3,
+        batches=small,
+    )
+
+
+@check()
+def check_selectors(adapter: Adapter) -> None:
+    """`TopLoss`, `Random` and `All` select what they say, on every step."""
+    for selector in (TopLoss(0.5), Random(0.5), All(), TopIncrease(0.25)):
+        esam = {"rho": 0.3, "beta": 1.0, "select": selector, "seed": 7}
+        follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
+
+
+@check("indices")
+def check_random_selection_is_that_of_the_step(adapter: Adapter) -> None:
+    """`Random` draws from (seed, count) on the host: the same samples on every backend."""
+    problem = mlp()
+    session = Run(
+        problem=problem, esam={"rho": 0.1, "beta": 1.0, "select": Random(0.5), "seed": 9}
+    ).on(adapter)
+    for count, batch in enumerate(problem.batches):
+        equal(
+            f"step {count}: indices",
+            session.step(batch).indices,
+            random_indices(8, 4, seed=9, count=count),
+        )
+
+
+@check("indices", "sample_weights", "losses", "perturbed_losses")
+def check_proportional_selection(adapter: Adapter) -> None:
+    """`Proportional` draws exactly k by score, each weighted 1 / (b pi), by the losses reported."""
+    dtype, problem, seed = adapter.dtypes[0], mlp(), 7
+    for selector in (Proportional(0.5), Proportional(0.5, score="increase", floor=0.5)):
+        esam = {"rho": 0.3, "beta": 1.0, "select": selector, "seed": seed}
+        run = Run(problem=problem, esam=esam)
+        session = run.on(adapter)
+        for count, batch in enumerate(problem.batches[:3]):
+            shown = session.step(batch)
+            scores = np.asarray(shown.losses)
+            if selector.score == "increase":
+                scores = np.asarray(shown.perturbed_losses) - scores
+            pi = inclusion_probabilities(scores, 4, selector.floor)
+            offset = systematic_offset(seed=seed, count=count)
+            indices = systematic_indices(pi, offset)
+            equal(f"{selector}, step {count}: indices", shown.indices, indices)
+            close(
+                f"{selector}, step {count}: sample_weights",
+                shown.sample_weights,
+                1.0 / (8 * pi[indices]),
+                kind="sample weights",
+                dtype=dtype,
+            )
+
+
+@check()
+def check_sample_weights_enter_the_descent(adapter: Adapter) -> None:
+    """`Proportional`: the update is made with the weighted gradient, as in the reference."""
+    for score in ("loss", "increase"):
+        esam = {"rho": 0.3, "beta": 1.0, "select": Proportional(0.5, score=score), "seed": 7}
+        follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
+
+
+@check("passes")
+def check_no_pass_is_wasted(adapter: Adapter) -> None:
+    """A step evaluates just what it needs: no selection pass where nothing hangs on it."""
+    problem = softmax()
+    cases: tuple[tuple[dict[str, object], tuple[int, ...]], ...] = (
+        ({"gamma": 0.5}, (8, 8, 4)),
+        ({"gamma": 1.0}, (8, 8)),
+        ({"gamma": 0.95}, (8, 8)),  # ceil(7.6) is all
+        ({"select": All()}, (8, 8)),
+        ({"select": TopLoss(0.5)}, (8, 4)),
+        ({"select": Random(0.5)}, (8, 4)),
+        ({"select": Proportional(0.5)}, (8, 4)),
+        ({"select": Proportional(0.5, score="increase")}, (8, 8, 4)),
+    )
+    for arguments, passes in cases:
+        run = Run(
+            problem=problem, esam={"rho": 0.1, "beta": 1.0, **arguments}, base=Base("sgd", lr=0.01)
+        )
+        shown = run.on(adapter).step(problem.batches[0])
+        equal(f"{arguments}: samples a pass", shown.passes, passes)
+        if len(passes) == 2 and shows(adapter, "perturbed_losses"):
+            equal(f"{arguments}: perturbed_losses", shown.perturbed_losses, None)
+        if passes == (8, 8) and shows(adapter, "indices"):
+            equal(f"{arguments}: indices", shown.indices, None)
+
+
+CHECKS = (
+    check_largest_increases_are_selected,
+    check_descent_is_on_the_selected_samples,
+    check_number_of_selected_samples,
+    check_ties_go_to_the_lower_index,
+    check_batches_of_one_and_two,
+    check_selectors,
+    check_random_selection_is_that_of_the_step,
+    check_proportional_selection,
+    check_sample_weights_enter_the_descent,
+    check_no_pass_is_wasted,
+)

@@ -1,0 +1,120 @@
+"""What reaches the base optimizer, and what it makes of it."""
+
+from typing import Any
+
+from esam_core.conformance.adapter import Adapter, Base
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import close_all, equal, equal_all, require
+from esam_core.conformance.problems import batchnorm, mlp
+from esam_core.conformance.trace import Run, compare_state, follow, shows
+
+__all__ = ["CHECKS"]
+
+_ESAM = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3}
+
+
+@check()
+def check_base_optimizers(adapter: Adapter) -> None:
+    """The update is the base optimizer's own, made once: SGD in its kinds, Adam, AdamW."""
+    bases = (
+        (Base("sgd", lr=0.1), "weights"),
+        (Base("sgd", lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01), "weights"),
+        (Base("adam", lr=0.01), "adaptive weights"),
+        (Base("adamw", lr=0.01, weight_decay=0.1), "adaptive weights"),
+    )
+    for base, kind in bases:
+        follow(adapter, Run(problem=mlp(), esam=_ESAM, base=base), steps=4, kind=kind)
+
+
+@check()
+def check_paper_settings(adapter: Adapter) -> None:
+    """The paper's step (beta = .6, gamma = .5) over six steps, in every dtype of the backend."""
+    for dtype in adapter.dtypes:
+        run = Run(problem=mlp(), esam={"rho": 0.1, "beta": 0.6, "gamma": 0.5})
+        follow(adapter, run, steps=6, dtype=dtype)
+
+
+@check("backward")
+def check_backward_adds_the_descent_gradient(adapter: Adapter) -> None:
+    """`backward` adds the descent gradient, and nothing else, to the gradients that are there."""
+    dtype, problem = adapter.dtypes[0], mlp()
+    run = Run(problem=problem, esam=_ESAM)
+    actual, expected = run.on(adapter), run.on_reference(adapter)
+    before = actual.weights()
+    for session in (actual, expected):
+        session.zero_gradients()
+    for i, batch in enumerate(problem.batches[:3]):
+        shown, wanted = actual.backward(batch), expected.backward(batch)
+        if shows(adapter, "gradient_norm"):
+            close_all(
+                f"micro-batch {i}",
+                {"gradient_norm": float(shown.gradient_norm or 0.0)},
+                {"gradient_norm": float(wanted.gradient_norm or 0.0)},
+                kind="norms",
+                dtype=dtype,
+            )
+        equal_all(f"micro-batch {i}: weights", actual.weights(), before)
+        close_all(
+            f"gradients after {i + 1} micro-batches",
+            actual.gradients(),
+            expected.gradients(),
+            kind="gradient",
+            dtype=dtype,
+        )
+    for session in (actual, expected):
+        session.apply()
+    compare_state("after the update", actual, expected, dtype)
+
+
+@check("backward")
+def check_step_refuses_pending_gradients(adapter: Adapter) -> None:
+    """A whole `step` zeroes gradients, so it refuses where a `backward` still waits for one."""
+    problem = mlp()
+    session = Run(problem=problem, esam=_ESAM).on(adapter)
+    session.zero_gradients()
+    session.backward(problem.batches[0])
+    weights, gradients = session.weights(), session.gradients()
+    refused = False
+    try:
+        session.step(problem.batches[1])
+    except RuntimeError:
+        refused = True
+    require(refused, "step with a batch after a backward: a RuntimeError is expected, none came.")
+    equal_all("weights after the refusal", session.weights(), weights)
+    equal_all("gradients after the refusal", session.gradients(), gradients)
+
+
+@check("state")
+def check_resuming(adapter: Adapter) -> None:
+    """A run saved and loaded goes on as if it had not been cut: masks, momenta and statistics."""
+    problem = batchnorm()
+    run = Run(problem=problem, esam=_ESAM, base=Base("adamw", lr=0.01, weight_decay=0.1), seed=2)
+    whole, first = run.on(adapter), run.on(adapter)
+    for batch in problem.batches[:2]:
+        whole.step(batch)
+        first.step(batch)
+    saved: Any = first.state()
+    first.step(problem.batches[2])  # a saved state must not be one that goes on changing
+    second = run.on(adapter)
+    second.load(saved)
+    for i, batch in enumerate(problem.batches[2:4]):
+        shown, wanted = second.step(batch), whole.step(batch)
+        if shows(adapter, "perturbed"):
+            equal(f"step {i} after resuming: perturbed", shown.perturbed, wanted.perturbed)
+        for what in ("weights", "buffers"):
+            close_all(
+                f"step {i} after resuming: {what}",
+                getattr(second, what)(),
+                getattr(whole, what)(),
+                kind="same",
+                dtype=adapter.dtypes[0],
+            )
+
+
+CHECKS = (
+    check_base_optimizers,
+    check_paper_settings,
+    check_backward_adds_the_descent_gradient,
+    check_step_refuses_pending_gradients,
+    check_resuming,
+)

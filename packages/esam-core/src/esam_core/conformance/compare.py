@@ -1,0 +1,136 @@
+"""Comparisons that fail with a message worth reading: what, where, and by how much.
+
+Shape and dtype come before values: a broadcast can hide any defect.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esam_core.conformance.tolerances import tolerance
+
+__all__ = [
+    "ConformanceError",
+    "close",
+    "close_all",
+    "equal",
+    "equal_all",
+    "has_nonfinite",
+    "require",
+]
+
+
+class ConformanceError(AssertionError):
+    """A backend does not do what the kit requires. Raised by every `check_*` function."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConformanceError with the message unless the condition holds."""
+    if not condition:
+        raise ConformanceError(message)
+
+
+def _array(what: str, value: Any) -> NDArray[Any]:
+    """Return what a backend showed as an array, refusing None and anything but numbers."""
+    require(value is not None, f"{what}: expected numbers, got None.")
+    array = np.asarray(value)
+    require(array.dtype != object, f"{what}: expected numbers, got {type(value).__name__}.")
+    return array
+
+
+def close(what: str, actual: Any, expected: Any, *, kind: str, dtype: str) -> None:
+    """Require equality within the tolerance of a kind.
+
+    Args:
+        what: names the quantity in the message.
+        actual: what the backend showed: an array of this dtype, or a Python number.
+        expected: what the reference says.
+        kind: a row of `TOLERANCES`.
+        dtype: of the session.
+    """
+    scale = float(np.max(np.abs(expected), initial=0.0))
+    _close(what, actual, expected, scale * tolerance(kind, dtype), f"{kind}, {dtype}", dtype)
+
+
+def _close(what: str, actual: Any, expected: Any, allowed: float, row: str, dtype: str) -> None:
+    """Require an array of the dtype and of the expected shape, each entry within `allowed`."""
+    found, wanted = _array(what, actual), np.asarray(expected, dtype=np.float64)
+    require(
+        found.shape == wanted.shape,
+        f"{what}: shape {found.shape}, and {wanted.shape} is expected.",
+    )
+    # A Python number is a float64: only arrays have a dtype of the backend's choosing.
+    if isinstance(actual, np.ndarray) and actual.ndim:
+        require(found.dtype == dtype, f"{what}: dtype {found.dtype}, and {dtype} is expected.")
+    error = np.abs(found.astype(np.float64) - wanted)
+    if not np.all(error <= allowed):  # not `any >`: NaN must fail
+        place = np.unravel_index(int(np.argmax(np.nan_to_num(error, nan=np.inf))), error.shape)
+        raise ConformanceError(
+            f"{what}: {found[place]!r} at {tuple(map(int, place))}, and {wanted[place]!r} is "
+            f"expected: off by {error[place]:.3g}, and {allowed:.3g} is allowed ({row})."
+        )
+
+
+def close_all(
+    what: str,
+    actual: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    *,
+    kind: str,
+    dtype: str,
+) -> None:
+    """Require equal names, and equality of each array within one tolerance for all of them."""
+    _same_names(what, actual, expected)
+    scale = max((float(np.max(np.abs(a), initial=0.0)) for a in expected.values()), default=0.0)
+    for name, wanted in expected.items():
+        allowed = scale * tolerance(kind, dtype)
+        _close(f"{what} {name!r}", actual[name], wanted, allowed, f"{kind}, {dtype}", dtype)
+
+
+def equal(what: str, actual: Any, expected: Any) -> None:
+    """Require exact equality of integers, names or None; of arrays bit for bit."""
+    if expected is None or actual is None:
+        require(actual is expected, f"{what}: expected {_short(expected)}, got {_short(actual)}.")
+        return
+    found, wanted = np.asarray(actual), np.asarray(expected)
+    same = found.shape == wanted.shape and bool(np.array_equal(found, wanted))
+    require(same, f"{what}: expected exactly {_short(expected)}, got {_short(actual)}.")
+
+
+def equal_all(what: str, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Require equal names, and arrays of equal dtype that agree bit for bit."""
+    _same_names(what, actual, expected)
+    for name, wanted in expected.items():
+        found = actual[name]
+        require(
+            found.dtype == wanted.dtype and found.shape == wanted.shape,
+            f"{what} {name!r}: {found.dtype}{found.shape} in place of "
+            f"{wanted.dtype}{wanted.shape}.",
+        )
+        if found.tobytes() != wanted.tobytes():
+            gap = np.max(np.abs(found.astype(np.float64) - wanted.astype(np.float64)))
+            raise ConformanceError(
+                f"{what} {name!r}: not what it was bit for bit; off by up to {gap:.3g}."
+            )
+
+
+def has_nonfinite(arrays: Mapping[str, Any]) -> dict[str, bool]:
+    """Return for each array whether it holds anything that is not finite."""
+    return {name: not bool(np.isfinite(a).all()) for name, a in arrays.items()}
+
+
+def _same_names(what: str, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Require the same set of names."""
+    missing, strange = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
+    require(
+        not missing and not strange,
+        f"{what}: names differ: missing {missing}, unexpected {strange}.",
+    )
+
+
+def _short(value: Any) -> str:
+    """Return a value's text, cut where it is long."""
+    text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,163 @@
+"""The problems that the kit trains: small models and batches, as data.
+
+Every number is a multiple of 2**-10 below 4, so that float32 and float64 start from the very
+same problem, and comes from the raw words of a counter-based generator, so that the problems are
+the same on every platform and with every version of NumPy.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esam_core.conformance.adapter import (
+    Batch,
+    BatchNorm,
+    Conv,
+    Dense,
+    Dropout,
+    Embedding,
+    GlobalMean,
+    Problem,
+    Relu,
+    Tanh,
+)
+from esam_core.draws import uniforms
+
+__all__ = [
+    "batches",
+    "batchnorm",
+    "convolution",
+    "dropout",
+    "embedding",
+    "flat",
+    "mlp",
+    "numbers",
+    "softmax",
+    "with_nan",
+]
+
+Array = NDArray[Any]
+
+# The kit's own draws: apart from every seed that its configurations use.
+_SEED = 20220425
+
+
+def numbers(shape: tuple[int, ...], scale: float, key: int) -> Array:
+    """Return numbers in [-scale, scale] on the grid of 2**-10, fixed by the key."""
+    drawn = uniforms(int(np.prod(shape)), seed=_SEED, count=key)
+    return np.asarray(np.rint((2.0 * drawn - 1.0) * scale * 1024.0) / 1024.0).reshape(shape)
+
+
+def batches(n: int, size: int, shape: tuple[int, ...], classes: int, key: int) -> tuple[Batch, ...]:
+    """Return n batches of one size: inputs in [-2, 2] and labels of all classes."""
+    found = []
+    for i in range(n):
+        inputs = numbers((size, *shape), 2.0, key + 10 * i)
+        labels = uniforms(size, seed=_SEED, count=key + 10 * i + 1) * classes
+        found.append(Batch(inputs, labels.astype(np.int64)))
+    return tuple(found)
+
+
+def _dense(name: str, fan_in: int, fan_out: int, key: int, scale: float = 1.0) -> Dense:
+    """Return a dense layer with a bias."""
+    return Dense(
+        name, numbers((fan_in, fan_out), scale, key), numbers((fan_out,), scale / 2, key + 1)
+    )
+
+
+def _norm(name: str, channels: int, key: int) -> BatchNorm:
+    """Return a BatchNorm whose parameters and running statistics are all of consequence."""
+    return BatchNorm(
+        name,
+        weight=1.0 + numbers((channels,), 0.5, key),
+        bias=numbers((channels,), 0.5, key + 1),
+        mean=numbers((channels,), 0.5, key + 2),
+        variance=1.5 + numbers((channels,), 0.5, key + 3),
+    )
+
+
+def softmax(size: int = 8) -> Problem:
+    """Return softmax regression: convex, one layer, two parameters."""
+    return Problem("softmax", (_dense("head", 5, 3, 100),), batches(4, size, (5,), 3, 110))
+
+
+def mlp() -> Problem:
+    """Return two hidden layers of tanh: smooth, six parameters."""
+    layers = (
+        _dense("first", 6, 7, 200),
+        Tanh("first_tanh"),
+        _dense("second", 7, 5, 210),
+        Tanh("second_tanh"),
+        _dense("head", 5, 3, 220),
+    )
+    return Problem("mlp", layers, batches(6, 8, (6,), 3, 230))
+
+
+def batchnorm() -> Problem:
+    """Return a hidden layer with BatchNorm."""
+    layers = (
+        _dense("first", 5, 6, 300),
+        _norm("norm", 6, 310),
+        Tanh("tanh"),
+        _dense("head", 6, 3, 320),
+    )
+    return Problem("batchnorm", layers, batches(4, 8, (5,), 3, 330))
+
+
+def convolution() -> Problem:
+    """Return two convolutions with BatchNorm, a mean over places and a dense layer."""
+    layers = (
+        Conv("stem", numbers((3, 3, 2, 3), 0.5, 400)),
+        _norm("stem_norm", 3, 410),
+        Relu("relu"),
+        Conv("body", numbers((2, 2, 3, 4), 0.75, 420), numbers((4,), 0.25, 421)),
+        _norm("body_norm", 4, 430),
+        Tanh("tanh"),
+        GlobalMean("mean"),
+        _dense("head", 4, 3, 440, scale=2.0),
+    )
+    return Problem("convolution", layers, batches(3, 8, (6, 5, 2), 3, 450))
+
+
+def dropout() -> Problem:
+    """Return a hidden layer with BatchNorm-free dropout behind it."""
+    layers = (
+        _dense("first", 5, 32, 500),
+        Tanh("tanh"),
+        Dropout("dropout", 0.5),
+        _dense("head", 32, 3, 510),
+    )
+    return Problem("dropout", layers, batches(3, 8, (5,), 3, 520))
+
+
+def embedding() -> Problem:
+    """Return a bag of embedded integers, of which a batch uses some."""
+    layers = (
+        Embedding("table", numbers((12, 4), 1.0, 600)),
+        GlobalMean("mean"),
+        _dense("hidden", 4, 5, 610),
+        Tanh("tanh"),
+        _dense("head", 5, 3, 620),
+    )
+    found = []
+    for i in range(3):
+        entries = uniforms(8 * 3, seed=_SEED, count=630 + 10 * i) * 12
+        labels = uniforms(8, seed=_SEED, count=631 + 10 * i) * 3
+        found.append(
+            Batch(entries.astype(np.int64).reshape(8, 3), labels.astype(np.int64)),
+        )
+    return Problem("embedding", layers, tuple(found))
+
+
+def flat(size: int = 8) -> Problem:
+    """Return a layer without bias on inputs of zero: its gradient is exactly zero."""
+    batch = Batch(np.zeros((size, 4)), np.arange(size) % 3)
+    return Problem("flat", (Dense("head", numbers((4, 3), 1.0, 700)),), (batch,) * 3)
+
+
+def with_nan(batch: Batch, sample: int) -> Batch:
+    """Return the batch with one sample's inputs made NaN."""
+    inputs = batch.inputs.copy()
+    inputs[sample] = np.nan
+    return Batch(inputs, batch.targets)

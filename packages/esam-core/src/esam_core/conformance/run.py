@@ -1,0 +1,80 @@
+"""Running checks, and saying what came of each."""
+
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from esam_core.conformance.adapter import CAPABILITIES, Adapter
+from esam_core.conformance.checks import CHECKS, missing
+from esam_core.conformance.compare import ConformanceError
+from esam_core.errors import ESAMValueError
+
+__all__ = ["Result", "check_gaps", "run_check", "run_checks"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a check.
+
+    Args:
+        name: of the check.
+        status: "passed", "failed" or "gap".
+        reason: why it failed, or why the backend declares the gap; "" if passed.
+        seconds: how long it took.
+        error: what the check raised, if it failed.
+    """
+
+    name: str
+    status: str
+    reason: str
+    seconds: float
+    error: Exception | None = None
+
+
+def check_gaps(adapter: Adapter) -> None:
+    """Refuse gaps that name neither a capability nor a check, or give no reason."""
+    for name, reason in adapter.gaps.items():
+        if name not in CAPABILITIES and name not in CHECKS:
+            raise ESAMValueError(
+                f"`gaps` must name capabilities ({', '.join(CAPABILITIES)}) or checks. "
+                f"Received: {name!r}."
+            )
+        if not isinstance(reason, str) or not reason:
+            raise ESAMValueError(f"`gaps` must give a reason for {name!r}. Received: {reason!r}.")
+
+
+def run_check(adapter: Adapter, name: str) -> Result:
+    """Run one check on a backend, unless the backend declares that it cannot pass it."""
+    function = CHECKS[name]
+    if name in adapter.gaps:
+        return Result(name, "gap", adapter.gaps[name], 0.0)
+    absent = missing(function, adapter)
+    if absent:
+        reasons = "; ".join(f"{need}: {adapter.gaps[need]}" for need in absent)
+        return Result(name, "gap", reasons, 0.0)
+    start = time.perf_counter()
+    raised: Exception | None = None
+    try:
+        function(adapter)
+    except Exception as error:
+        raised = error
+    seconds = time.perf_counter() - start
+    if raised is None:
+        return Result(name, "passed", "", seconds)
+    return Result(name, "failed", _reason(raised), seconds, raised)
+
+
+def _reason(error: Exception) -> str:
+    """Return what a failure says; where an error is not the kit's own, also where it came from."""
+    if isinstance(error, ConformanceError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+
+
+def run_checks(adapter: Adapter, names: Iterable[str] | None = None) -> Iterator[Result]:
+    """Run checks, all of them by default, yielding what came of each as it comes."""
+    check_gaps(adapter)
+    for name in CHECKS if names is None else names:
+        yield run_check(adapter, name)

@@ -1,0 +1,132 @@
+"""A run of the backend beside a run of the reference, compared after every step."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from esam_core.conformance.adapter import Adapter, Base, Batch, Observed, Problem, Session
+from esam_core.conformance.compare import close, close_all, equal, require
+from esam_core.conformance.numpy_adapter import NumpyAdapter
+
+__all__ = ["SGD", "Run", "compare_observed", "compare_state", "follow", "shows"]
+
+#: The base optimizer of most checks: a wrong momentum buffer shows in the second step.
+SGD = Base("sgd", lr=0.1, momentum=0.9)
+
+
+def shows(adapter: Adapter, capability: str) -> bool:
+    """Say whether a backend has a capability, that is, declares no gap for it."""
+    return capability not in adapter.gaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What to run: everything that `Adapter.session` takes."""
+
+    problem: Problem
+    esam: Mapping[str, Any] | None
+    base: Base = SGD
+    frozen: Collection[str] = ()
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+
+    def on(self, adapter: Adapter, dtype: str | None = None) -> Session:
+        """Return this run on a backend, in its first dtype unless told otherwise."""
+        return adapter.session(
+            self.problem,
+            self.base,
+            self.esam,
+            dtype=dtype or adapter.dtypes[0],
+            frozen=self.frozen,
+            groups=self.groups,
+            seed=self.seed,
+        )
+
+    def on_reference(self, adapter: Adapter) -> Session:
+        """Return this run on the float64 reference with a backend's conventions."""
+        return self.on(NumpyAdapter(adapter.conventions), "float64")
+
+
+def compare_observed(
+    adapter: Adapter, where: str, actual: Observed, expected: Observed, dtype: str
+) -> None:
+    """Require everything that a backend shows of a step to be the reference's."""
+    # Exact things first: with another mask or selection no number can be right.
+    for name in ("perturbed", "indices", "passes"):
+        if shows(adapter, name):
+            equal(f"{where}: {name}", getattr(actual, name), getattr(expected, name))
+    kinds = {
+        "losses": "losses",
+        "perturbed_losses": "losses",
+        "sample_weights": "sample weights",
+        "perturbation_norm": "norms",
+        "gradient_norm": "norms",
+    }
+    for name, kind in kinds.items():
+        if not shows(adapter, name):
+            continue
+        found, wanted = getattr(actual, name), getattr(expected, name)
+        if wanted is None:
+            equal(f"{where}: {name}", found, None)
+        else:
+            close(f"{where}: {name}", found, wanted, kind=kind, dtype=dtype)
+    if shows(adapter, "gradient"):
+        require(actual.gradient is not None, f"{where}: gradient: expected arrays, got None.")
+        close_all(
+            f"{where}: gradient",
+            actual.gradient or {},
+            expected.gradient or {},
+            kind="gradient",
+            dtype=dtype,
+        )
+
+
+def compare_state(
+    where: str, actual: Session, expected: Session, dtype: str, kind: str = "weights"
+) -> None:
+    """Require the weights and running statistics to be the reference's."""
+    close_all(f"{where}: weights", actual.weights(), expected.weights(), kind=kind, dtype=dtype)
+    close_all(
+        f"{where}: buffers", actual.buffers(), expected.buffers(), kind="buffers", dtype=dtype
+    )
+
+
+def follow(
+    adapter: Adapter,
+    run: Run,
+    *,
+    steps: int = 3,
+    dtype: str | None = None,
+    kind: str = "weights",
+    batches: Sequence[Batch] | None = None,
+) -> tuple[Session, Session]:
+    """Step a backend and the reference side by side; require all they show to agree.
+
+    Args:
+        adapter: the backend.
+        run: what to run on both.
+        steps: how many.
+        dtype: of the backend's session; default its first.
+        kind: row of the tolerance table for the weights.
+        batches: default the problem's own.
+
+    Returns:
+        The backend's session and the reference's, after the last step.
+    """
+    dtype = dtype or adapter.dtypes[0]
+    actual, expected = run.on(adapter, dtype), run.on_reference(adapter)
+    chosen = batches or run.problem.batches
+    for i in range(steps):
+        batch = chosen[i % len(chosen)]
+        where = f"{run.problem.name}, {_written(run.esam)}, step {i}"
+        shown, wanted = actual.step(batch), expected.step(batch)
+        compare_observed(adapter, where, shown, wanted, dtype)
+        compare_state(where, actual, expected, dtype, kind)
+    return actual, expected
+
+
+def _written(esam: Mapping[str, Any] | None) -> str:
+    """Return hyperparameters as they would be written in a call."""
+    if esam is None:
+        return "base optimizer"
+    return ", ".join(f"{name}={value!r}" for name, value in esam.items())
