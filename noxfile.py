@@ -129,7 +129,7 @@ def docs(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """The conformance kit without pytest, on the reference and on each backend."""
     python = python_of(session, "torch")
-    adapters = session.posargs or ("esam_core.reference:adapter", "esam_torch.conformance:adapter")
+    adapters = session.posargs or ("esam_core.conformance.numpy_adapter:adapter", "esam_torch.conformance:adapter")
     for adapter in adapters:
         session.run(python, "-m", "esam_core.conformance", adapter)
 
