@@ -37,7 +37,7 @@ ENVIRONMENTS = {
     "lint": ("ruff",),
     "torch": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
-        *("scikit-learn", "matplotlib"),
+        *("scikit-learn", "matplotlib", "tqdm"),
         *("mypy", "build", "sybil", "sphinx", "myst-parser", "furo"),
     ),
 }
