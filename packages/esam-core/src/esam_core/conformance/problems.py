@@ -95,9 +95,13 @@ def mlp() -> Problem:
 
 
 def batchnorm() -> Problem:
-    """Return a hidden layer with BatchNorm."""
+    """Return a hidden layer with BatchNorm.
+
+    No bias before it: BatchNorm takes it out again, so that its gradient is rounding noise, which
+    Adam would blow up.
+    """
     layers = (
-        _dense("first", 5, 6, 300),
+        Dense("first", numbers((5, 6), 1.0, 300)),
         _norm("norm", 6, 310),
         Tanh("tanh"),
         _dense("head", 6, 3, 320),
@@ -111,7 +115,7 @@ def convolution() -> Problem:
         Conv("stem", numbers((3, 3, 2, 3), 0.5, 400)),
         _norm("stem_norm", 3, 410),
         Relu("relu"),
-        Conv("body", numbers((2, 2, 3, 4), 0.75, 420), numbers((4,), 0.25, 421)),
+        Conv("body", numbers((2, 2, 3, 4), 0.75, 420)),
         _norm("body_norm", 4, 430),
         Tanh("tanh"),
         GlobalMean("mean"),
@@ -121,7 +125,7 @@ def convolution() -> Problem:
 
 
 def dropout() -> Problem:
-    """Return a hidden layer with BatchNorm-free dropout behind it."""
+    """Return a hidden layer with dropout behind it."""
     layers = (
         _dense("first", 5, 32, 500),
         Tanh("tanh"),

@@ -8,6 +8,7 @@ from esam_core.conformance.checks import (
     perturbation,
     restoring,
     selection,
+    traces,
     updates,
 )
 from esam_core.conformance.checks.registry import Check, check, missing, needs_of
@@ -17,6 +18,16 @@ __all__ = ["CHECKS", "Check", "check", "missing", "needs_of"]
 #: Every check by name, in the order in which reports list them.
 CHECKS: dict[str, Check] = {
     function.__name__: function
-    for module in (limits, masks, perturbation, selection, passes, restoring, updates, arguments)
+    for module in (
+        limits,
+        masks,
+        perturbation,
+        selection,
+        passes,
+        restoring,
+        updates,
+        arguments,
+        traces,
+    )
     for function in module.CHECKS
 }

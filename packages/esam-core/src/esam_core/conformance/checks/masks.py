@@ -62,7 +62,6 @@ def check_suffix(adapter: Adapter) -> None:
     session = run.on(adapter)
     names = (
         "body.weight",
-        "body.bias",
         "body_norm.weight",
         "body_norm.bias",
         "head.weight",
@@ -87,7 +86,7 @@ def check_only_one_kind(adapter: Adapter) -> None:
     """`Only` perturbs parameters of one kind: norm layers, biases or embeddings."""
     cases: tuple[tuple[Problem, str, tuple[str, ...]], ...] = (
         (batchnorm(), "norm", ("norm.weight", "norm.bias")),
-        (batchnorm(), "bias", ("first.bias", "head.bias")),
+        (mlp(), "bias", ("first.bias", "second.bias", "head.bias")),
         (embedding(), "embedding", ("table.weight",)),
     )
     for problem, kind, names in cases:

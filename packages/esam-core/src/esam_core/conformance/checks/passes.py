@@ -28,7 +28,7 @@ def check_running_statistics_are_updated_once(adapter: Adapter) -> None:
         session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
         for i, batch in enumerate(problem.batches[:3]):
             session.step(batch)
-            x = batch.inputs @ first.weight + first.bias
+            x = batch.inputs @ first.weight
             unbiased = adapter.conventions.unbiased_running_variance
             new = norm.momentum
             mean = (1 - new) * mean + new * x.mean(axis=0)

@@ -34,9 +34,7 @@ class InjectedInterrupt(BaseException):
 def _uneven(problem: Problem) -> Problem:
     """Return the problem with weights that use all their bits, so that rounding shows."""
     layers = tuple(
-        replace(layer, weight=layer.weight / 3.0, bias=layer.bias / 3.0)
-        if isinstance(layer, Dense) and layer.bias is not None
-        else layer
+        replace(layer, weight=layer.weight / 3.0) if isinstance(layer, Dense) else layer
         for layer in problem.layers
     )
     return replace(problem, layers=layers)

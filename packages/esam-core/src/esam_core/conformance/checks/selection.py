@@ -26,8 +26,8 @@ __all__ = ["CHECKS"]
 def check_largest_increases_are_selected(adapter: Adapter) -> None:
     """Selected are the k samples whose loss rose most, by the very losses that are reported."""
     problem = mlp()
-    session = Run(problem=problem, esam={"rho": 0.3, "beta": 0.5, "gamma": 0.5}).on(adapter)
-    for i, batch in enumerate(problem.batches[:4]):
+    session = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}).on(adapter)
+    for i, batch in enumerate(problem.batches):
         shown = session.step(batch)
         rise = np.asarray(shown.perturbed_losses) - np.asarray(shown.losses)
         expected = np.sort(np.argsort(-rise, kind="stable")[:4])

@@ -1,0 +1,57 @@
+"""Runs recorded once and for all."""
+
+from typing import Any
+
+import numpy as np
+
+from esam_core.conformance import golden
+from esam_core.conformance.adapter import Adapter, Observed
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import close_all
+from esam_core.conformance.trace import compare_observed
+
+__all__ = ["CHECKS"]
+
+
+def _observed(step: dict[str, Any]) -> Observed:
+    """Return a recorded step as what a session would show."""
+
+    def array(name: str) -> Any:
+        return None if step[name] is None else np.asarray(step[name])
+
+    return Observed(
+        losses=array("losses"),
+        perturbed_losses=array("perturbed_losses"),
+        indices=array("indices"),
+        sample_weights=array("sample_weights"),
+        perturbed=tuple(step["perturbed"]),
+        perturbation_norm=step["perturbation_norm"],
+        gradient_norm=step["gradient_norm"],
+        passes=tuple(step["passes"]),
+    )
+
+
+@check()
+def check_golden_traces(adapter: Adapter) -> None:
+    """Several steps of several configurations are as recorded, in every dtype of the backend."""
+    traces = golden.load()["traces"]
+    for name, run in golden.RUNS.items():
+        for dtype in adapter.dtypes:
+            session = run.on(adapter, dtype)
+            for i, step in enumerate(traces[name]):
+                batch = run.problem.batches[i % len(run.problem.batches)]
+                where = f"{name}, {dtype}, step {i}"
+                compare_observed(
+                    adapter, where, session.step(batch), _observed(step), dtype, gradient=False
+                )
+                kind = "weights" if run.base.kind == "sgd" else "adaptive weights"
+                means = {n: a for n, a in session.buffers().items() if n.endswith(".mean")}
+                for what, found, row in (
+                    ("weights", session.weights(), kind),
+                    ("means", means, "buffers"),
+                ):
+                    recorded = {n: np.asarray(a) for n, a in step[what].items()}
+                    close_all(f"{where}: {what}", found, recorded, kind=row, dtype=dtype)
+
+
+CHECKS = (check_golden_traces,)

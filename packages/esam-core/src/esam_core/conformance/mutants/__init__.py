@@ -1,0 +1,15 @@
+"""Deliberately wrong steps, each with the name of the check that must catch it.
+
+They are built on the reference, one fault each, and test the kit: a defect that passes the check
+made for it would pass in a backend too. Plain SGD is among them.
+"""
+
+from esam_core.conformance.mutants import masks, passes, selection, sessions
+from esam_core.conformance.mutants.registry import Mutant
+
+__all__ = ["MUTANTS", "Mutant"]
+
+#: Every mutant.
+MUTANTS: tuple[Mutant, ...] = tuple(
+    mutant for module in (masks, selection, passes, sessions) for mutant in module.MUTANTS
+)

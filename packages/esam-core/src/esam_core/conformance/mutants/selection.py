@@ -1,0 +1,274 @@
+"""Wrong choices of samples, and wrong weights for them."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esam_core import sds
+from esam_core.conformance.mutants.registry import Mutants
+from esam_core.reference.step import Step, mean_weights
+from esam_core.sds import Selection
+
+__all__ = ["MUTANTS"]
+
+Array = NDArray[Any]
+MUTANTS = Mutants()
+
+
+class _OtherK(Step):
+    """Another number of samples than ceil(gamma b)."""
+
+    def k(self, b: int) -> int:
+        """Return the wrong k."""
+        raise NotImplementedError
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Keep the wrong number."""
+        right = super().selection(losses, perturbed_losses)
+        if perturbed_losses is None or self.config.select.rule != "top":
+            return right
+        k = self.k(len(losses))
+        indices = sds.top_indices(perturbed_losses - losses, k)
+        return Selection(indices, np.full(k, 1.0 / max(k, 1)), right.threshold)
+
+
+@MUTANTS.caught_by("check_number_of_selected_samples")
+class KRoundedDown(_OtherK):
+    """k = int(gamma b): 28 of 100 at gamma = .29."""
+
+    def k(self, b: int) -> int:
+        """Round down."""
+        return max(1, int(b * self.config.select.gamma))
+
+
+@MUTANTS.caught_by("check_number_of_selected_samples")
+class KByFloatCeiling(_OtherK):
+    """k = ceil of a float product: 8 of 100 at gamma = .07."""
+
+    def k(self, b: int) -> int:
+        """Round up what rounding has raised."""
+        return max(1, math.ceil(b * self.config.select.gamma))
+
+
+@MUTANTS.caught_by("check_number_of_selected_samples")
+class StrictThreshold(_OtherK):
+    """Samples *above* the threshold are kept: one too few, the authors' code."""
+
+    def k(self, b: int) -> int:
+        """Drop the sample at the threshold."""
+        return max(1, sds.subset_size(self.config.select.gamma, b) - 1)
+
+
+@MUTANTS.caught_by("check_batches_of_one_and_two")
+class SmallBatchesSelectNothing(_OtherK):
+    """Of two samples none is kept."""
+
+    def k(self, b: int) -> int:
+        """Return 0 for small batches."""
+        return 0 if b <= 2 else sds.subset_size(self.config.select.gamma, b)
+
+
+@MUTANTS.caught_by("check_number_of_selected_samples")
+class NearlyAllMeansAll(_OtherK):
+    """gamma of .99 and more keeps everything."""
+
+    def k(self, b: int) -> int:
+        """Keep all."""
+        gamma = self.config.select.gamma
+        return b if gamma >= 0.99 else sds.subset_size(gamma, b)
+
+
+class _OtherScores(Step):
+    """Samples kept by something else than the increase of their loss."""
+
+    def scores(self, losses: Array, perturbed_losses: Array) -> Array:
+        """Return the wrong scores."""
+        raise NotImplementedError
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Keep the samples of the largest wrong scores."""
+        right = super().selection(losses, perturbed_losses)
+        if perturbed_losses is None or self.config.select.rule != "top":
+            return right
+        indices = sds.top_indices(self.scores(losses, perturbed_losses), len(right.indices))
+        return Selection(indices, right.weights, right.threshold)
+
+
+@MUTANTS.caught_by("check_largest_increases_are_selected")
+class LeastSharpSelected(_OtherScores):
+    """The least sharp samples are kept."""
+
+    def scores(self, losses: Array, perturbed_losses: Array) -> Array:
+        """Turn the order round."""
+        return losses - perturbed_losses
+
+
+@MUTANTS.caught_by("check_largest_increases_are_selected")
+class SelectedByPerturbedLoss(_OtherScores):
+    """The samples of largest perturbed loss are kept."""
+
+    def scores(self, losses: Array, perturbed_losses: Array) -> Array:
+        """Forget to subtract."""
+        return perturbed_losses
+
+
+@MUTANTS.caught_by("check_largest_increases_are_selected")
+class SelectedByRelativeIncrease(_OtherScores):
+    """The samples whose loss rises most in proportion are kept."""
+
+    def scores(self, losses: Array, perturbed_losses: Array) -> Array:
+        """Divide in place of subtracting."""
+        return np.asarray(perturbed_losses / losses)
+
+
+@MUTANTS.caught_by("check_ties_go_to_the_lower_index")
+class TiesToTheHigherIndex(_OtherScores):
+    """Among equal samples the last are kept."""
+
+    def scores(self, losses: Array, perturbed_losses: Array) -> Array:
+        """Add a trace of the index."""
+        return np.asarray(perturbed_losses - losses + 1e-12 * np.arange(len(losses)))
+
+
+@MUTANTS.caught_by("check_selectors")
+class SelectorIgnored(Step):
+    """Every selector that needs no perturbed losses keeps the first k samples."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Keep the first."""
+        right = super().selection(losses, perturbed_losses)
+        if perturbed_losses is not None or len(right.indices) == len(losses):
+            return right
+        return Selection(np.arange(len(right.indices)), right.weights, None)
+
+
+@MUTANTS.caught_by("check_random_selection_is_that_of_the_step")
+class RandomSelectionRepeats(Step):
+    """`Random` keeps the same places in every step."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Draw for count 0."""
+        right, self.count = self.count, 0
+        try:
+            return super().selection(losses, perturbed_losses)
+        finally:
+            self.count = right
+
+
+class _OtherDescent(Step):
+    """A descent pass on other samples, or with other weights, than the report says."""
+
+    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+        """Descend wrongly."""
+        return super().descent(batch, *self.instead(len(batch.targets), indices, weights))
+
+    def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
+        """Return the wrong samples and weights."""
+        raise NotImplementedError
+
+
+@MUTANTS.caught_by("check_descent_is_on_the_selected_samples")
+class SelectionIgnored(_OtherDescent):
+    """The descent gradient is the whole batch's."""
+
+    def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
+        """Take everything."""
+        return np.arange(b), mean_weights(b)
+
+
+@MUTANTS.caught_by("check_descent_is_on_the_selected_samples")
+class RejectedSamplesUsed(_OtherDescent):
+    """The descent gradient is that of the rejected samples."""
+
+    def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
+        """Take the others."""
+        others = np.setdiff1d(np.arange(b), indices)
+        return (others, mean_weights(len(others))) if len(others) else (indices, weights)
+
+
+@MUTANTS.caught_by("check_descent_is_on_the_selected_samples")
+class DividedByTheWholeBatch(_OtherDescent):
+    """The selected losses are divided by b in place of k."""
+
+    def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
+        """Divide by b."""
+        return indices, weights * len(indices) / b
+
+
+@MUTANTS.caught_by("check_descent_is_on_the_selected_samples")
+class SummedNotAveraged(_OtherDescent):
+    """The selected losses are summed."""
+
+    def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
+        """Weight each by 1."""
+        return indices, weights * len(indices)
+
+
+@MUTANTS.caught_by("check_sample_weights_enter_the_descent")
+class SampleWeightsUnused(_OtherDescent):
+    """The weights of `Proportional` are reported, and the plain mean is used."""
+
+    def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
+        """Use the mean."""
+        return indices, weights * 0.0 + 1.0 / len(indices)
+
+
+@MUTANTS.caught_by("check_proportional_selection")
+class SampleWeightsMissing(Step):
+    """The samples of `Proportional` are all weighted 1/k."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Weight them evenly."""
+        right = super().selection(losses, perturbed_losses)
+        return Selection(right.indices, mean_weights(len(right.indices)), right.threshold)
+
+
+@MUTANTS.caught_by("check_proportional_selection")
+class ProportionalWithoutFloor(Step):
+    """`Proportional` forgets the floor."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Draw by the bare score."""
+        right = super().selection(losses, perturbed_losses)
+        select = self.config.select
+        if not isinstance(select, sds.Proportional):
+            return right
+        increase = None if perturbed_losses is None else perturbed_losses - losses
+        scores = losses if increase is None else increase
+        pi = sds.inclusion_probabilities(scores, len(right.indices), 1e-9)
+        offset = sds.systematic_offset(seed=self.config.seed, count=self.count)
+        indices = sds.systematic_indices(pi, offset)
+        return Selection(indices, 1.0 / (len(losses) * pi[indices]), right.threshold)
+
+
+@MUTANTS.caught_by("check_no_pass_is_wasted")
+class SelectionPassForNothing(Step):
+    """The selection pass is made where everything is kept, or where its losses are not used."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Evaluate the batch once more, in vain."""
+        if perturbed_losses is None:
+            self.selection_pass(self.batch)
+        return super().selection(losses, perturbed_losses)
+
+    def ascent(self, batch: Any) -> Any:
+        """Keep the batch for later."""
+        self.batch = batch
+        return super().ascent(batch)
+
+
+@MUTANTS.caught_by("check_golden_traces")
+class RandomSelectionOneStepLate(Step):
+    """`Random` draws for the step after this one."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Draw for the next count."""
+        if self.config.select.rule != "random":
+            return super().selection(losses, perturbed_losses)
+        self.count += 1
+        try:
+            return super().selection(losses, perturbed_losses)
+        finally:
+            self.count -= 1

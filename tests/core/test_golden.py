@@ -1,0 +1,62 @@
+"""The recorded traces are the reference's, and say where they come from."""
+
+import json
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from esam_core.conformance import golden
+from esam_core.conformance.adapter import Conventions
+from esam_core.conformance.compare import close_all
+from esam_core.conformance.golden import __main__ as recorder
+from esam_core.conformance.numpy_adapter import NumpyAdapter
+
+
+@pytest.mark.parametrize("name", golden.RUNS)
+def test_the_reference_reproduces_the_recording(name):
+    recorded, now = golden.load()["traces"][name], golden.record(golden.RUNS[name])
+    assert len(recorded) == len(now) == golden.STEPS
+    for old, new in zip(recorded, now, strict=True):
+        assert old.keys() == new.keys()
+        for key in ("perturbed", "indices", "passes"):
+            assert old[key] == new[key]
+        for key in ("weights", "means"):
+            close_all(
+                key,
+                {n: np.asarray(a) for n, a in new[key].items()},
+                {n: np.asarray(a) for n, a in old[key].items()},
+                kind="same",  # another libm rounds exp and tanh differently
+                dtype="float64",
+            )
+
+
+def test_the_file_and_the_runs_have_the_same_names():
+    assert list(golden.load()["traces"]) == list(golden.RUNS)
+
+
+def test_provenance():
+    provenance = golden.load()["provenance"]
+    assert set(provenance) == {"command", "esam-core", "numpy", "python", "date"}
+    assert provenance["command"] == "python -m esam_core.conformance.golden"
+
+
+def test_nothing_recorded_depends_on_the_conventions_of_frameworks():
+    keras = NumpyAdapter(Conventions(False, True, False))
+    for run in golden.RUNS.values():
+        ours, theirs = run.on(NumpyAdapter(), "float64"), run.on(keras, "float64")
+        for batch in run.problem.batches:
+            ours.step(batch)
+            theirs.step(batch)
+        close_all("weights", theirs.weights(), ours.weights(), kind="weights", dtype="float64")
+
+
+def test_the_command_writes_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "PATH", tmp_path / "traces.json")
+    recorder.main()
+    written = json.loads((tmp_path / "traces.json").read_text())
+    assert written["traces"].keys() == golden.RUNS.keys()
+
+
+def test_the_file_is_in_the_package():
+    assert resources.files("esam_core.conformance.golden").joinpath("traces.json").is_file()
