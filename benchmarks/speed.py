@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.networks import ResNet
+from benchmarks.models.resnet import ResNet
 from esam_torch import ESAM, All, Bernoulli, Everything, Only, Suffix, TopIncrease, TopLoss
 
 #: Keyword arguments of ESAM; None is the base optimizer alone.
@@ -42,7 +42,7 @@ def stepper(
 ) -> Callable[[], None]:
     """Return a function that takes one training step of a method on a network of its own."""
     torch.manual_seed(0)
-    model = ResNet(width).to(inputs.device)
+    model = ResNet((2, 2, 2, 2), width).to(inputs.device)
     sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
