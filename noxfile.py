@@ -70,6 +70,13 @@ def new_environment(session: nox.Session, folder: Path) -> None:
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder))
 
 
+def run_pytest(session: nox.Session, python: str, *where: str) -> None:
+    """Run tests and docstring examples: those in `where`, or those that the arguments name."""
+    named = any(Path(argument.partition("::")[0]).exists() for argument in session.posargs)
+    chosen = session.posargs if named else (*where, *session.posargs)
+    session.run(python, "-m", "pytest", "--doctest-modules", *chosen)
+
+
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Everything that must pass: the default."""
@@ -141,16 +148,14 @@ def conformance(session: nox.Session) -> None:
 def tests_core(session: nox.Session) -> None:
     """esam-core's tests and its docstrings' examples, with NumPy and pytest alone."""
     python = python_of(session, "core")
-    where = session.posargs or ("tests/core", "packages/esam-core/src")
-    session.run(python, "-m", "pytest", "--doctest-modules", *where)
+    run_pytest(session, python, "tests/core", "packages/esam-core/src")
 
 
 @nox.session(venv_backend="none")
 def tests_torch(session: nox.Session) -> None:
     """esam-torch's tests and its docstrings' examples."""
     python = python_of(session, "torch")
-    where = session.posargs or ("tests/torch", "packages/esam-torch/src")
-    session.run(python, "-m", "pytest", "--doctest-modules", *where)
+    run_pytest(session, python, "tests/torch", "tests/benchmarks", "packages/esam-torch/src")
 
 
 @nox.session(venv_backend="none")
