@@ -50,5 +50,5 @@ def test_the_named_blocks_exist(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="must be one of resnet18, .* Received: 'resnet19'"):
+    with pytest.raises(ValueError, match=r"must be one of resnet18, .* Received: 'resnet19'"):
         build("resnet19", classes=10)

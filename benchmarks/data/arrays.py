@@ -1,0 +1,143 @@
+"""Sets of small images in memory, and what can be cut from them."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ImageSet", "Split", "balanced_subset", "noisy_labels", "shrunk"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their classes.
+
+    Args:
+        images: (n, channels, height, width), uint8.
+        labels: (n,), int64, in [0, classes).
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: NDArray[np.int64]) -> "Split":
+        """Return the chosen images, in the order given."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """What is trained on and what is tested on.
+
+    Args:
+        name: such as "cifar100".
+        classes: number of classes.
+        train: the training images.
+        test: the test images.
+        padding: pixels on each side that a random crop may move by.
+        flip: whether a mirrored image is of the same class.
+        note: what was cut from it, for reports.
+    """
+
+    name: str
+    classes: int
+    train: Split
+    test: Split
+    padding: int = 4
+    flip: bool = True
+    note: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def balanced_subset(
+    data: ImageSet, *, images: int | None = None, classes: int | None = None, seed: int = 0
+) -> ImageSet:
+    """Return fewer training images, as many of each class, of fewer classes.
+
+    Args:
+        data: the whole set.
+        images: training images in all, >= classes; None keeps all. The first `images % classes`
+            classes get one more.
+        classes: the first so many classes are kept, in training and test; None keeps all.
+        seed: of the choice of images.
+    """
+    kept = data.classes if classes is None else classes
+    if not 2 <= kept <= data.classes:
+        raise ValueError(f"`classes` must be in [2, {data.classes}]. Received: {classes}.")
+    train = data.train.take(np.flatnonzero(data.train.labels < kept))
+    test = data.test.take(np.flatnonzero(data.test.labels < kept))
+    if images is not None:
+        if not kept <= images <= len(train):
+            raise ValueError(f"`images` must be in [{kept}, {len(train)}]. Received: {images}.")
+        generator = np.random.Generator(np.random.Philox(key=[seed, 1]))
+        order = generator.permutation(len(train))
+        chosen = []
+        for label in range(kept):
+            count = images // kept + (label < images % kept)
+            members = order[train.labels[order] == label]
+            if len(members) < count:
+                raise ValueError(
+                    f"`images` must leave each class as many as it has: class {label} has "
+                    f"{len(members)}. Received: {images}, which asks for {count}."
+                )
+            chosen.append(members[:count])
+        train = train.take(np.sort(np.concatenate(chosen)))
+    if len(train) == len(data.train) and kept == data.classes:
+        return data
+    note = f"{kept} of {data.classes} classes, {len(train)} of {len(data.train)} training images"
+    return replace(data, classes=kept, train=train, test=test, note=_joined(data.note, note))
+
+
+def noisy_labels(data: ImageSet, share: float, seed: int = 0) -> ImageSet:
+    """Return the set with a share of the training labels replaced by other classes.
+
+    Args:
+        data: any set.
+        share: in [0, 1).
+        seed: of the choice of images and of their new classes.
+    """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"`noise` must be in [0, 1). Received: {share}.")
+    if share == 0.0:
+        return data
+    generator = np.random.Generator(np.random.Philox(key=[seed, 2]))
+    labels = data.train.labels.copy()
+    hit = generator.permutation(len(labels))[: round(share * len(labels))]
+    labels[hit] = (labels[hit] + generator.integers(1, data.classes, len(hit))) % data.classes
+    note = f"{share:.0%} of the training labels wrong"
+    return replace(data, train=Split(data.train.images, labels), note=_joined(data.note, note))
+
+
+def shrunk(data: ImageSet, size: int | None) -> ImageSet:
+    """Return the set with images averaged down to size x size, a divisor of their height."""
+    _, height, width = data.shape
+    if size is None or size == height:
+        return data
+    if height != width or height % size:
+        raise ValueError(f"`size` must divide {height}. Received: {size}.")
+    factor = height // size
+
+    def smaller(split: Split) -> Split:
+        n, channels = split.images.shape[:2]
+        tiles = split.images.reshape(n, channels, size, factor, size, factor)
+        return Split(np.rint(tiles.mean((3, 5))).astype(np.uint8), split.labels)
+
+    return replace(
+        data,
+        train=smaller(data.train),
+        test=smaller(data.test),
+        padding=max(1, data.padding // factor),
+        note=_joined(data.note, f"averaged down to {size} x {size} pixels"),
+    )
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)

@@ -1,0 +1,127 @@
+"""Batches on the device: the whole set lies there, and is cropped and mirrored there."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.data.arrays import ImageSet, Split
+
+__all__ = ["Batches", "crop_and_flip"]
+
+
+def crop_and_flip(images: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:
+    """Return each image moved by its own offset within a border of zeros, mirrored if told so.
+
+    Args:
+        images: (b, c, h, w).
+        down: (b,) integers in [0, 2 pad]; `pad` leaves the image where it is.
+        right: (b,) likewise.
+        flip: (b,) booleans.
+        pad: width of the border.
+    """
+    b, c, h, w = images.shape
+    device = images.device
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    rows = down[:, None] + torch.arange(h, device=device)
+    columns = torch.arange(w, device=device).expand(b, w)
+    columns = right[:, None] + torch.where(flip[:, None], w - 1 - columns, columns)
+    return padded[
+        torch.arange(b, device=device)[:, None, None, None],
+        torch.arange(c, device=device)[None, :, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
+class Batches:
+    """Training and test batches of an `ImageSet`.
+
+    Order, offsets and mirroring of an epoch depend on (seed, epoch) alone and are drawn on the
+    host: a resumed run sees what the interrupted one would have seen, on every device.
+
+    Args:
+        data: the images.
+        batch: samples a step. A last, smaller batch is left out unless it is the only one.
+        seed: of order and augmentation.
+        device: where everything lies.
+        augment: crop and mirror the training images.
+        channels_last: memory format of the images.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        *,
+        batch: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        augment: bool = True,
+        channels_last: bool = False,
+    ) -> None:
+        self.data = data
+        self.batch = min(batch, len(data.train))
+        self.seed = seed
+        self.device = torch.device(device)
+        self.augment = augment
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        pixels = data.train.images.astype(np.float64) / 255
+        self._mean = torch.tensor(pixels.mean((0, 2, 3)), dtype=torch.float32)[:, None, None]
+        self._std = torch.tensor(pixels.std((0, 2, 3)), dtype=torch.float32)[:, None, None]
+        self._train = self._on_device(data.train)
+        self._test = self._on_device(data.test)
+
+    def _on_device(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Return normalised images and labels, on the device."""
+        images = torch.from_numpy(split.images).to(self.device).float().div_(255)
+        images.sub_(self._mean.to(self.device)).div_(self._std.to(self.device))
+        return images, torch.from_numpy(split.labels).to(self.device)
+
+    @property
+    def classes(self) -> int:
+        return self.data.classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.data.shape
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+    @property
+    def note(self) -> str:
+        return self.data.note
+
+    @property
+    def training_images(self) -> int:
+        return len(self.data.train)
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        return len(self.data.train) // self.batch
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the training batches of an epoch."""
+        images, labels = self._train
+        n, pad = len(labels), self.data.padding
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 8) + 4]))
+        order = torch.from_numpy(generator.permutation(n)).to(self.device)
+        offsets = torch.from_numpy(generator.integers(0, 2 * pad + 1, (2, n))).to(self.device)
+        flips = torch.from_numpy(generator.random(n) < 0.5).to(self.device) & self.data.flip
+        for i in range(self.steps):
+            part = slice(i * self.batch, (i + 1) * self.batch)
+            chosen = order[part]
+            x = images[chosen]
+            if self.augment:
+                x = crop_and_flip(x, offsets[0, part], offsets[1, part], flips[part], pad)
+            yield x.contiguous(memory_format=self.format), labels[chosen]
+
+    def test(self, batch: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the test images, all of them, in order."""
+        images, labels = self._test
+        for start in range(0, len(labels), batch):
+            x = images[start : start + batch]
+            yield x.contiguous(memory_format=self.format), labels[start : start + batch]

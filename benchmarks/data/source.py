@@ -1,0 +1,114 @@
+"""Find the data that a command names."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from benchmarks.data.arrays import ImageSet, balanced_subset, noisy_labels, shrunk
+from benchmarks.data.batches import Batches
+from benchmarks.data.files import READERS, detect, digits, synthetic
+from benchmarks.data.folders import ImageFolder
+
+__all__ = ["Source", "load_images", "load_source"]
+
+
+class Source(Protocol):
+    """What a training loop asks of data."""
+
+    name: str
+    note: str
+    batch: int
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def training_images(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def load_images(name: str) -> ImageSet:
+    """Return the set of images that `name` means.
+
+    Args:
+        name: "digits", "synthetic", a folder, or "cifar10:FOLDER" and the like where a folder
+            holds several sets.
+    """
+    if name == "digits":
+        return digits()
+    if name == "synthetic":
+        return synthetic()
+    wanted, _, path = name.rpartition(":")
+    found = detect(Path(path), wanted or None) if wanted in ("", *READERS) else None
+    if found is None:
+        expected = "\n".join(
+            f"  {known}: {' or '.join(files)}" for known, (_, files) in READERS.items()
+        )
+        raise ValueError(
+            f"`data` must be digits, synthetic, or a folder that holds one of\n{expected}\n"
+            f"  imagenet: train/ and val/ with one folder a class\nReceived: {name!r}."
+        )
+    return found
+
+
+def load_source(
+    name: str,
+    *,
+    batch: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    images: int | None = None,
+    classes: int | None = None,
+    size: int | None = None,
+    noise: float = 0.0,
+    augment: bool = True,
+    channels_last: bool = False,
+) -> Source:
+    """Return batches of the named data.
+
+    Args:
+        name: as in `load_images`, or a folder in ImageNet's layout.
+        batch: samples a step.
+        seed: of order and augmentation; which images a subset holds does not depend on it.
+        device: where the batches are.
+        images: training images in all; None is all.
+        classes: how many classes; None is all.
+        size: height and width to average the images down to; None leaves them.
+        noise: share of wrong training labels.
+        augment: crop and mirror.
+        channels_last: memory format of the images.
+    """
+    folder = Path(name.removeprefix("imagenet:"))
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        if images is not None or classes is not None or noise:
+            raise ValueError("A folder in ImageNet's layout takes no `images`, `classes`, `noise`.")
+        return ImageFolder(
+            folder,
+            batch=batch,
+            seed=seed,
+            device=device,
+            size=size or 224,
+            channels_last=channels_last,
+        )
+    data = balanced_subset(load_images(name), images=images, classes=classes)
+    data = shrunk(noisy_labels(data, noise), size)
+    return Batches(
+        data,
+        batch=batch,
+        seed=seed,
+        device=device,
+        augment=augment,
+        channels_last=channels_last,
+    )

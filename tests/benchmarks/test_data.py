@@ -1,0 +1,110 @@
+"""Data: files are read as published, batches depend on (seed, epoch) alone, subsets balance."""
+
+import gzip
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.data import Batches, balanced_subset, load_source, noisy_labels, shrunk
+from benchmarks.data.batches import crop_and_flip
+from benchmarks.data.files import digits, synthetic
+from benchmarks.data.folders import ImageFolder, write_small_folder
+from benchmarks.data.source import load_images
+
+
+def _write_cifar100(folder: Path) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (40, 3072), dtype=np.uint8)
+    inner = folder / "cifar-100-python"
+    inner.mkdir()
+    for part in ("train", "test"):
+        content = {b"data": images, b"fine_labels": list(range(40))}
+        (inner / part).write_bytes(pickle.dumps(content))
+    return images
+
+
+def test_cifar_rows_are_channels_rows_columns(tmp_path: Path) -> None:
+    images = _write_cifar100(tmp_path)
+    data = load_images(str(tmp_path))
+    assert data.name == "cifar100"
+    assert data.classes == 100
+    # Byte 1024 c + 32 y + x of a row is channel c of the pixel in row y and column x.
+    assert data.train.images[7, 2, 3, 5] == images[7, 2 * 1024 + 3 * 32 + 5]
+    assert data.test.labels.tolist() == list(range(40))
+
+
+def test_fashion_files_are_read_packed_or_not(tmp_path: Path) -> None:
+    pixels = np.arange(2 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(2, 28, 28)
+    head = bytes([0, 0, 8, 3]) + np.array([2, 28, 28], ">i4").tobytes()
+    labels = bytes([0, 0, 8, 1]) + np.array([2], ">i4").tobytes() + bytes([4, 9])
+    for prefix in ("train", "t10k"):
+        packed = gzip.compress(head + pixels.tobytes())
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(packed)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+    data = load_images(str(tmp_path))
+    assert (data.name, data.shape) == ("fashion", (1, 28, 28))
+    assert np.array_equal(data.test.images[:, 0], pixels)
+    assert data.train.labels.tolist() == [4, 9]
+
+
+def test_a_wrong_folder_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)must be digits.*cifar-100-python/train.*Received"):
+        load_source(str(tmp_path), batch=4, seed=0)
+
+
+def test_batches_are_a_function_of_seed_and_epoch() -> None:
+    first, again, other = (Batches(digits(), batch=64, seed=s) for s in (0, 0, 1))
+
+    def labels(batches: Batches, epoch: int) -> list[int]:
+        return torch.cat([y for _, y in batches.epoch(epoch)]).tolist()
+
+    for (x, _), (y, _) in zip(first.epoch(3), again.epoch(3), strict=True):
+        assert torch.equal(x, y)
+    assert labels(first, 3) != labels(first, 4)
+    assert labels(first, 3) != labels(other, 3)
+    assert first.steps == 1297 // 64
+
+
+def test_crop_and_flip_against_slices() -> None:
+    x = torch.arange(2 * 1 * 3 * 3.0).view(2, 1, 3, 3)
+    out = crop_and_flip(
+        x, torch.tensor([0, 1]), torch.tensor([2, 1]), torch.tensor([False, True]), pad=1
+    )
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    assert torch.equal(out[0], padded[0, :, 0:3, 2:5])
+    assert torch.equal(out[1], x[1].flip(-1))
+
+
+def test_subset_is_balanced_and_labels_stay_in_range() -> None:
+    data = balanced_subset(digits(), images=52, classes=5)
+    counts = np.bincount(data.train.labels, minlength=5)
+    assert sorted(counts.tolist()) == [10, 10, 10, 11, 11]
+    assert data.test.labels.max() == 4
+    assert "52 of 1297" in data.note
+
+
+def test_noise_makes_the_asked_share_wrong_and_leaves_the_test_alone() -> None:
+    clean = digits()
+    noisy = noisy_labels(clean, 0.3)
+    wrong = (clean.train.labels != noisy.train.labels).mean()
+    assert wrong == pytest.approx(0.3, abs=1e-3)
+    assert np.array_equal(clean.test.labels, noisy.test.labels)
+
+
+def test_shrinking_averages() -> None:
+    data = synthetic(train=4, test=2)
+    small = shrunk(data, 16)
+    corner = data.train.images[1, 2, 4:6, 10:12].mean()
+    assert small.train.images[1, 2, 2, 5] == np.rint(corner)
+    assert small.padding == 2
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    write_small_folder(tmp_path, classes=3, train=4, test=2)
+    folder = load_source(str(tmp_path), batch=5, seed=0, size=32)
+    assert isinstance(folder, ImageFolder)
+    assert (folder.classes, folder.steps, folder.shape) == (3, 2, (3, 32, 32))
+    once, again = list(folder.epoch(0)), list(folder.epoch(0))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(once, again, strict=True))
+    assert sum(len(y) for _, y in folder.test()) == 6
