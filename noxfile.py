@@ -31,7 +31,10 @@ PARTS = (
 )
 
 #: What the conformance kit is run on, without pytest.
-ADAPTERS = ("esam_core.conformance.numpy_adapter:adapter",)
+ADAPTERS = (
+    "esam_core.conformance.numpy_adapter:adapter",
+    "esam_torch.conformance:adapter",
+)
 
 #: What is installed into each shared environment, in addition to pip.
 ENVIRONMENTS = {

@@ -115,6 +115,7 @@ class Step:
                 if self.config.select.score == "increase":
                     random.restore()
                     after = self._selection(losses, batch, b)
+                    at_theta.restore()  # BatchNorm may be about to read its running statistics
                 selected = select(
                     self.config.select, before, after, seed=self.config.seed, count=self.count
                 )

@@ -1,0 +1,344 @@
+"""esam-torch behind the face that the conformance kit drives.
+
+python -m esam_core.conformance esam_torch.conformance:adapter
+"""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esam_core import StepReport
+from esam_core.conformance.adapter import (
+    Base,
+    Batch,
+    BatchNorm,
+    Conv,
+    Conventions,
+    Dense,
+    Dropout,
+    Embedding,
+    Fault,
+    GlobalMean,
+    Layer,
+    Observed,
+    Problem,
+    Tanh,
+)
+from esam_torch.optimizer import ESAM
+
+__all__ = ["TorchAdapter", "TorchSession", "adapter"]
+
+Array = NDArray[Any]
+
+#: The kit's names of running statistics, by torch's.
+_STATISTICS = {"running_mean": "mean", "running_var": "variance"}
+
+
+class _GlobalMean(nn.Module):
+    """Mean over every axis between the samples and the features, wherever torch has those."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
+
+
+def _module(layer: Layer, images: bool) -> nn.Module:
+    """Return a layer of the kit as a torch module, in float64 and with its weights."""
+    if isinstance(layer, Dense):
+        dense = nn.Linear(*layer.weight.shape, bias=layer.bias is not None)
+        return _filled(dense, weight=layer.weight.T, bias=layer.bias)
+    if isinstance(layer, Conv):
+        height, width, c_in, c_out = layer.weight.shape
+        convolution = nn.Conv2d(c_in, c_out, (height, width), bias=layer.bias is not None)
+        return _filled(convolution, weight=layer.weight.transpose(3, 2, 0, 1), bias=layer.bias)
+    if isinstance(layer, BatchNorm):
+        kind = nn.BatchNorm2d if images else nn.BatchNorm1d
+        norm = kind(len(layer.weight), eps=layer.eps, momentum=layer.momentum)
+        return _filled(
+            norm,
+            weight=layer.weight,
+            bias=layer.bias,
+            running_mean=layer.mean,
+            running_var=layer.variance,
+        )
+    if isinstance(layer, Embedding):
+        return _filled(nn.Embedding(*layer.weight.shape), weight=layer.weight)
+    if isinstance(layer, Dropout):
+        return nn.Dropout(layer.rate)
+    if isinstance(layer, GlobalMean):
+        return _GlobalMean()
+    return nn.Tanh() if isinstance(layer, Tanh) else nn.ReLU()
+
+
+def _filled(module: nn.Module, **arrays: Array | None) -> nn.Module:
+    """Return the module in float64 with these values of its parameters and buffers."""
+    module.double()
+    for name, array in arrays.items():
+        if array is not None:
+            getattr(module, name).data.copy_(torch.from_numpy(np.array(array, dtype=np.float64)))
+    return module
+
+
+def _array(tensor: Tensor) -> Array:
+    """Return a copy of a tensor in the kit's layout: outputs last."""
+    values = tensor.detach().cpu().numpy().copy()
+    if values.ndim == 4:
+        return np.asarray(values.transpose(2, 3, 1, 0))
+    return np.asarray(values)
+
+
+class TorchSession:
+    """A training run: see `esam_core.conformance.adapter.Session` for the methods.
+
+    torch's random generators are global, and the kit steps several runs in turn: each run brings
+    the state of its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: torch.optim.Optimizer,
+        esam: Mapping[str, Any] | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.base = base
+        self.esam = None if esam is None else ESAM(base, model, **esam)
+        self.dtype = dtype
+        self.device = device
+        self.passes: list[int] = []
+        self.fault: Fault | None = None
+        self.generators = torch.Generator().manual_seed(seed).get_state()
+        self.device_generators: Tensor | None = None
+        if device.type != "cpu":
+            self.device_generators = torch.Generator(device).manual_seed(seed).get_state()
+
+    @contextmanager
+    def own_generators(self) -> Iterator[None]:
+        """Put this run's random state in place of the process's."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.generators)
+        module: Any = None
+        if self.device_generators is not None:
+            module = torch.get_device_module(self.device)
+            outer_device = module.get_rng_state(self.device)
+            module.set_rng_state(self.device_generators, self.device)
+        try:
+            yield
+        finally:
+            self.generators = torch.get_rng_state()
+            torch.set_rng_state(outer)
+            if module is not None:
+                self.device_generators = module.get_rng_state(self.device)
+                module.set_rng_state(outer_device, self.device)
+
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses, and raise where the kit wants something to go wrong."""
+        values = F.cross_entropy(self.model(inputs), targets, reduction="none")
+        self.passes.append(len(targets))
+        if self.fault is not None and self.fault.call == len(self.passes):
+            raise self.fault.error
+        return values
+
+    def find_blocks(self, batch: Batch) -> None:
+        """Have the one forward made that finds the blocks: it is no pass of any step."""
+        if self.esam is not None:
+            self.fault = None
+            self.esam._layout(self.losses, self.tensors(batch), {})
+
+    def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return a batch as torch has it."""
+        inputs = torch.from_numpy(np.array(batch.inputs)).to(self.device)
+        if inputs.dim() == 4:
+            inputs = inputs.permute(0, 3, 1, 2).contiguous()
+        if inputs.is_floating_point():
+            inputs = inputs.to(self.dtype)
+        return inputs, torch.from_numpy(np.array(batch.targets)).to(self.device)
+
+    def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
+        """Make one whole training step."""
+        self.find_blocks(batch)
+        self.passes, self.fault = [], fault
+        with self.own_generators():
+            if self.esam is not None:
+                return self.observed(self.esam.step(self.losses, *self.tensors(batch)))
+            self.base.zero_grad()
+            values = self.losses(*self.tensors(batch))
+            values.mean().backward()
+            self.base.step()
+            return self.observed(StepReport(count=0, losses=values.detach()))
+
+    def backward(self, batch: Batch) -> Observed:
+        """Make the passes of one step, adding to the gradients, without the update."""
+        self.find_blocks(batch)
+        self.passes, self.fault = [], None
+        before = self.gradients()
+        with self.own_generators():
+            if self.esam is None:
+                values = self.losses(*self.tensors(batch))
+                values.mean().backward()
+                report = StepReport(count=0, losses=values.detach())
+            else:
+                report = self.esam.backward(self.losses, *self.tensors(batch))
+        return self.observed(report, before)
+
+    def observed(self, report: StepReport, before: Mapping[str, Array] | None = None) -> Observed:
+        """Return what a report and the gradients show, as arrays."""
+
+        def shown(tensor: Tensor | None) -> Array | None:
+            return None if tensor is None else tensor.cpu().numpy().copy()
+
+        earlier = before or {}
+        return Observed(
+            losses=shown(report.losses),
+            perturbed_losses=shown(report.perturbed_losses),
+            indices=shown(report.indices),
+            sample_weights=shown(report.sample_weights),
+            perturbed=report.perturbed,
+            perturbation_norm=float(report.perturbation_norm),
+            gradient_norm=None if report.gradient_norm is None else float(report.gradient_norm),
+            gradient={n: g - earlier.get(n, 0.0) for n, g in self.gradients().items()},
+            passes=tuple(self.passes),
+        )
+
+    def weights(self) -> dict[str, Array]:
+        """Return copies of all parameters."""
+        return {name: self.oriented(name, p) for name, p in self.model.named_parameters()}
+
+    def oriented(self, name: str, tensor: Tensor) -> Array:
+        """Return a parameter, or its gradient, in the kit's layout."""
+        dense = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        return _array(tensor.T if dense and tensor.dim() == 2 else tensor)
+
+    def buffers(self) -> dict[str, Array]:
+        """Return copies of all running statistics."""
+        found = {}
+        for name, buffer in self.model.named_buffers():
+            layer, _, leaf = name.rpartition(".")
+            if leaf in _STATISTICS:
+                found[f"{layer}.{_STATISTICS[leaf]}"] = _array(buffer)
+        return found
+
+    def trainable(self) -> dict[str, bool]:
+        """Return whether each parameter is trained."""
+        return {name: p.requires_grad for name, p in self.model.named_parameters()}
+
+    def gradients(self) -> dict[str, Array]:
+        """Return copies of the gradients; absent ones left out."""
+        return {
+            name: self.oriented(name, p.grad)
+            for name, p in self.model.named_parameters()
+            if p.grad is not None
+        }
+
+    def zero_gradients(self) -> None:
+        """Forget all gradients."""
+        (self.esam or self.base).zero_grad()
+
+    def apply(self) -> None:
+        """Make the base optimizer's own update."""
+        (self.esam or self.base).step()
+
+    def state(self) -> Any:
+        """Return all that a checkpoint holds."""
+        optimizer = self.esam or self.base
+        return copy.deepcopy((self.model.state_dict(), optimizer.state_dict(), self.generators))
+
+    def load(self, state: Any) -> None:
+        """Go on from what `state` returned."""
+        weights, optimizer, self.generators = copy.deepcopy(state)
+        self.model.load_state_dict(weights)
+        (self.esam or self.base).load_state_dict(optimizer)
+
+    def random_probe(self) -> Array:
+        """Return the state of this run's generators."""
+        states = [self.generators]
+        if self.device_generators is not None:
+            states.append(self.device_generators)
+        return np.asarray(torch.cat(states).numpy()).copy()
+
+
+class TorchAdapter:
+    """esam-torch as a backend of the kit.
+
+    Args:
+        device: where models and batches live. Default "cpu".
+    """
+
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    conventions = Conventions()
+    gaps: Mapping[str, str] = {}
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.name = f"esam-torch on {device}"
+
+    def session(
+        self,
+        problem: Problem,
+        base: Base,
+        esam: Mapping[str, Any] | None,
+        *,
+        dtype: str,
+        frozen: Collection[str] = (),
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        seed: int = 0,
+    ) -> TorchSession:
+        """Build a run: see `esam_core.conformance.adapter.Adapter.session`."""
+        images = any(isinstance(layer, Conv) for layer in problem.layers)
+        model = nn.Sequential()
+        for layer in problem.layers:
+            model.add_module(layer.name, _module(layer, images))
+        native = getattr(torch, dtype)
+        model.to(self.device, native)
+        own = groups or {}
+        common: list[Tensor] = []
+        parameter_groups: list[dict[str, Any]] = []
+        for name, parameter in model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+            elif name in own:
+                options = {f"esam_{key}": value for key, value in own[name].items()}
+                parameter_groups.append({"params": [parameter], **options})
+            else:
+                common.append(parameter)
+        if common:
+            parameter_groups.insert(0, {"params": common})
+        return TorchSession(
+            model,
+            _base(base, parameter_groups),
+            esam,
+            dtype=native,
+            device=self.device,
+            seed=seed,
+        )
+
+
+def _base(base: Base, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return torch's own optimizer with the kit's settings."""
+    if base.kind == "sgd":
+        return torch.optim.SGD(
+            groups,
+            lr=base.lr,
+            momentum=base.momentum,
+            nesterov=base.nesterov,
+            weight_decay=base.weight_decay,
+        )
+    if base.kind == "adam":
+        return torch.optim.Adam(groups, lr=base.lr, betas=base.betas, eps=base.eps)
+    return torch.optim.AdamW(
+        groups, lr=base.lr, betas=base.betas, eps=base.eps, weight_decay=base.weight_decay
+    )
+
+
+#: esam-torch on the CPU.
+adapter = TorchAdapter()
