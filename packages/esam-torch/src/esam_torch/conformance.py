@@ -51,7 +51,8 @@ class _GlobalMean(nn.Module):
 def _module(layer: Layer, images: bool) -> nn.Module:
     """Return a layer of the kit as a torch module, in float64 and with its weights."""
     if isinstance(layer, Dense):
-        dense = nn.Linear(*layer.weight.shape, bias=layer.bias is not None)
+        fan_in, fan_out = layer.weight.shape
+        dense = nn.Linear(fan_in, fan_out, bias=layer.bias is not None)
         return _filled(dense, weight=layer.weight.T, bias=layer.bias)
     if isinstance(layer, Conv):
         height, width, c_in, c_out = layer.weight.shape
@@ -173,7 +174,7 @@ class TorchSession:
                 return self.observed(self.esam.step(self.losses, *self.tensors(batch)))
             self.base.zero_grad()
             values = self.losses(*self.tensors(batch))
-            values.mean().backward()
+            torch.autograd.backward(values.mean())
             self.base.step()
             return self.observed(StepReport(count=0, losses=values.detach()))
 
@@ -185,7 +186,7 @@ class TorchSession:
         with self.own_generators():
             if self.esam is None:
                 values = self.losses(*self.tensors(batch))
-                values.mean().backward()
+                torch.autograd.backward(values.mean())
                 report = StepReport(count=0, losses=values.detach())
             else:
                 report = self.esam.backward(self.losses, *self.tensors(batch))
