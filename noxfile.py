@@ -56,7 +56,8 @@ def python_of(session: nox.Session, name: str) -> str:
     requirements = ENVIRONMENTS[name]
     # An environment is as it should be while nothing that decides what goes into it has changed.
     stamp = folder / "installed.txt"
-    sources = (CONSTRAINTS, *(ROOT / "packages" / p / "pyproject.toml" for p in PACKAGES))
+    local = [p for p in PACKAGES if any(p in requirement for requirement in requirements)]
+    sources = (CONSTRAINTS, *(ROOT / "packages" / p / "pyproject.toml" for p in local))
     wanted = "\n".join([sys.version, *requirements, *(s.read_text("utf-8") for s in sources)])
     if not stamp.exists() or stamp.read_text("utf-8") != wanted:
         new_environment(session, folder)

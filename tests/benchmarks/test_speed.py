@@ -19,9 +19,11 @@ def measured():
     [
         ("SAM", 2.0, 2.0),
         ("SWP alone", 1.5, 2.0),
-        ("last two stages", 1.2, 1.5),
-        ("last stage", 1.05, 1.25),
-        ("last stage, by loss", 1.0, 1.15),
+        ("SDS alone", 1.8, 1.85),
+        ("last two stages", 1.27, 1.33),
+        ("last stage", 1.04, 1.08),
+        ("last stage, by loss", 0.96, 1.0),
+        ("norm layers of the last two", 1.1, 1.17),
     ],
 )
 def test_counted_work(measured, method, lowest, highest):
