@@ -125,7 +125,7 @@ def build(session: nox.Session) -> None:
         )
         session.run(str(alone), "-m", "pip", "check")
         session.run(str(alone), "-c", f"import {module}; print({module}.__version__)")
-        session.run(str(alone), "-m", "esam_core.conformance", "--quiet", ADAPTERS[0])
+        session.run(str(alone), "-m", "esam_core.conformance", "--quiet", ADAPTERS[package])
         shutil.rmtree(folder)
 
 
@@ -143,7 +143,7 @@ def docs(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """The conformance kit without pytest, on the reference and on each backend."""
     python = python_of(session, "torch")
-    adapters = session.posargs or ADAPTERS
+    adapters = session.posargs or ADAPTERS.values()
     for adapter in adapters:
         session.run(python, "-m", "esam_core.conformance", adapter)
 
