@@ -1,10 +1,13 @@
 """Run a benchmark by its name: `python -m benchmarks speed --batch 64`."""
 
+import importlib
 import sys
 
-from benchmarks import speed
-
-BENCHMARKS = {"speed": speed.main}
+#: The module that holds each benchmark, with a `main` that takes the other arguments.
+BENCHMARKS = {
+    "accuracy": "benchmarks.accuracy",
+    "speed": "benchmarks.speed",
+}
 
 
 def main() -> int:
@@ -13,7 +16,7 @@ def main() -> int:
     if name not in BENCHMARKS:
         print(f"usage: python -m benchmarks NAME [OPTIONS]\nNAME: {', '.join(BENCHMARKS)}")
         return 2
-    BENCHMARKS[name](arguments)
+    importlib.import_module(BENCHMARKS[name]).main(arguments)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Find the data that a command names."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -43,13 +44,16 @@ def load_images(name: str) -> ImageSet:
     """Return the set of images that `name` means.
 
     Args:
-        name: "digits", "synthetic", a folder, or "cifar10:FOLDER" and the like where a folder
-            holds several sets.
+        name: "digits", "synthetic", a folder, "cifar10:FOLDER" and the like where a folder
+            holds several sets, or "cifar10" and the like for one in the folder that the
+            environment variable ESAM_DATA names, or else in ./data.
     """
     if name == "digits":
         return digits()
     if name == "synthetic":
         return synthetic()
+    if name in READERS:
+        name = f"{name}:{os.environ.get('ESAM_DATA', 'data')}"
     wanted, _, path = name.rpartition(":")
     found = detect(Path(path), wanted or None) if wanted in ("", *READERS) else None
     if found is None:

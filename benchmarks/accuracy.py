@@ -1,0 +1,162 @@
+"""Train methods with the same schedule over several seeds; a JSON a run and a table.
+
+Runs that are done are not run again, and a killed one goes on from its last checkpoint: the same
+command finishes the job. NAME@RHO gives a method a radius of its own.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.methods import METHODS, parse_method
+from benchmarks.models import MODELS
+from benchmarks.report import mean_and_error, write_tables
+from benchmarks.training import Run, train
+
+__all__ = ["accuracy_rows", "add_run_options", "main", "runs_of", "write_accuracy_table"]
+
+COLUMNS = ("method", "rho", "norm", "final %", "best %", "FLOPs / SGD", "time / SGD", "images/s")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that are fields of a `Run`."""
+    run = Run(method="sgd", data="digits", model="resnet20")
+    add = parser.add_argument
+    add(
+        "--data",
+        default="digits",
+        help="digits, synthetic, cifar10, cifar100, fashion in "
+        "$ESAM_DATA or ./data, or a folder (default: digits)",
+    )
+    add("--model", default="resnet20", choices=list(MODELS), help="(default: resnet20)")
+    add("--width", type=int, help="of the model (default: the published one)")
+    add("--epochs", type=int, default=run.epochs, help=f"(default: {run.epochs})")
+    add("--batch", type=int, default=run.batch, help=f"(default: {run.batch})")
+    add("--lr", type=float, default=run.lr, help=f"peak (default: {run.lr})")
+    add("--warmup", type=int, default=0, help="epochs of linear warm-up (default: 0)")
+    add(
+        "--weight-decay",
+        type=float,
+        default=run.weight_decay,
+        help=f"(default: {run.weight_decay})",
+    )
+    add(
+        "--sharp-weight-decay",
+        type=float,
+        help="of all methods but SGD; the paper doubles it (default: the same)",
+    )
+    add("--smoothing", type=float, default=0.0, help="of the labels (default: 0)")
+    add("--rho", type=float, default=run.rho, help=f"(default: {run.rho})")
+    add("--beta", type=float, default=run.beta, help=f"(default: {run.beta})")
+    add("--gamma", type=float, default=run.gamma, help=f"(default: {run.gamma})")
+    add("--images", type=int, help="training images, as many of each class (default: all)")
+    add("--classes", type=int, help="the first so many (default: all)")
+    add("--size", type=int, help="average the images down to this size (default: as they are)")
+    add("--noise", type=float, default=0.0, help="share of wrong training labels (default: 0)")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: cuda where there is one)",
+    )
+    add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--channels-last", action="store_true", help="memory format")
+    add("--compile", action="store_true", help="compile the model's blocks")
+
+
+def runs_of(options: argparse.Namespace) -> list[Run]:
+    """Return the runs that a command asks for, method by method."""
+    fields = set(Run.__dataclass_fields__) - {"method", "seed", "momentum"}
+    shared = {name: value for name, value in vars(options).items() if name in fields}
+    return [
+        Run(method=method, seed=seed, **shared)
+        for method in options.methods
+        for seed in options.seeds
+    ]
+
+
+def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the table's rows: a row for each method, over its seeds."""
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for record in records:
+        key = (record["run"]["method"], record["rho"], record["norm"] or "")
+        groups.setdefault(key, []).append(record)
+    base = [r["seconds"] for r in records if parse_method(r["run"]["method"]).family == "base"]
+    base_seconds = sum(base) / len(base) if base else None
+    rows = []
+    for (_, rho, norm), group in groups.items():
+        seconds = sum(r["seconds"] for r in group) / len(group)
+        rows.append(
+            [
+                group[0]["title"],
+                f"{rho:g}" if rho else "",
+                norm if rho else "",
+                mean_and_error([r["final"] for r in group]),
+                mean_and_error([r["best"] for r in group]),
+                f"{sum(r['flops_ratio'] for r in group) / len(group):.3f}",
+                "" if base_seconds is None else f"{seconds / base_seconds:.2f}",
+                f"{sum(r['images_per_second'] for r in group) / len(group):.0f}",
+            ]
+        )
+    return rows
+
+
+def write_accuracy_table(folder: Path, name: str = "accuracy") -> list[dict[str, Any]]:
+    """Print and write the table of all runs in a folder; return their records."""
+    files = sorted(folder.glob("*-seed*.json"))
+    records = [json.loads(file.read_text("utf-8")) for file in files]
+    order = {method: i for i, method in enumerate(METHODS)}
+    records.sort(
+        key=lambda r: (order[parse_method(r["run"]["method"]).name], r["rho"], r["run"]["seed"])
+    )
+    if not records:
+        return []
+    run, data = records[0]["run"], records[0]["data"]
+    width = "" if run["width"] is None else f" of width {run['width']}"
+    note = f" ({data['note']})" if data["note"] else ""
+    title = (
+        f"{data['name']}{note}, {run['model']}{width}, {run['epochs']} epochs of batch "
+        f"{run['batch']}: test accuracy, mean ± standard error (seeds)"
+    )
+    write_tables(folder, name, title, COLUMNS, accuracy_rows(records))
+    return records
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Train what the arguments ask for and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks accuracy",
+        description=__doc__,
+        epilog="methods: " + "; ".join(f"{m.name}: {m.title}" for m in METHODS.values()),
+    )
+    parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "esam"], metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
+    parser.add_argument("--checkpoint-every", type=int, default=5, help="epochs (default: 5)")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    parser.add_argument("--quick", action="store_true", help="a few epochs on the digits")
+    add_run_options(parser)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        parser.set_defaults(
+            data="digits",
+            model="resnet8",
+            width=8,
+            epochs=4,
+            seeds=[0, 1],
+            device="cpu",
+            batch=64,
+            lr=0.1,
+            out=Path("out/benchmarks/accuracy"),
+        )
+        options = parser.parse_args(arguments)
+    for method in options.methods:
+        parse_method(method)  # a misspelt one is refused before anything is trained
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for run in runs_of(options):
+        train(run, options.out, checkpoint_every=options.checkpoint_every)
+    write_accuracy_table(options.out)

@@ -1,0 +1,189 @@
+"""The methods by name: which sampler, selector, norm and schedule each of them is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from benchmarks.models.registry import MODELS
+from esam_torch import (
+    All,
+    Bernoulli,
+    Between,
+    Every,
+    Everything,
+    Only,
+    Proportional,
+    Random,
+    RandomSuffix,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
+
+__all__ = ["METHODS", "Method", "Schedule", "parse_method"]
+
+#: Makes a sampler from the name of the model, whose blocks it may cut at, and beta.
+SamplerMaker = Callable[[str, float], object]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """On which steps a method perturbs; the others are the base optimizer's.
+
+    Args:
+        every: perturb on every n-th step.
+        last: perturb in the last so much of the run, in (0, 1].
+    """
+
+    every: int = 1
+    last: float = 1.0
+
+    def wrap(self, sampler: object, steps: int) -> object:
+        """Return the sampler restricted to this schedule, in a run of so many steps."""
+        if self.every > 1:
+            return Every(self.every, sampler)  # type: ignore[arg-type]
+        if self.last < 1.0:
+            return Between(steps - round(self.last * steps), None, sampler)  # type: ignore[arg-type]
+        return sampler
+
+    def share(self, steps: int) -> float:
+        """Return the share of the steps that perturb."""
+        if self.every > 1:
+            return -(-steps // self.every) / steps
+        return round(self.last * steps) / steps
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison.
+
+    Args:
+        name: as on the command line.
+        title: as in tables.
+        family: "base", "esam" (anything that esam-torch does), "msam" or "peer".
+        perturb: makes the sampler; for "esam".
+        select: makes the selector from gamma; for "esam".
+        norm: which norm; "masked" enlarges the radius to rho / beta under random masks.
+        schedule: on which steps.
+        adaptive: scale the perturbation with the weights.
+        rho: the radius where the command line gives none; None takes the recipe's.
+    """
+
+    name: str
+    title: str
+    family: str = "esam"
+    perturb: SamplerMaker = lambda _model, _beta: Everything()
+    select: Callable[[float], object] = lambda _gamma: All()
+    norm: str = "masked"
+    schedule: Schedule = Schedule()
+    adaptive: bool = False
+    rho: float | None = None
+
+
+def _bernoulli(_: str, beta: float) -> object:
+    return Bernoulli(beta)
+
+
+def _late(model: str, _: float) -> object:
+    return Suffix(MODELS[model].late)
+
+
+def _last(model: str, _: float) -> object:
+    return Suffix(MODELS[model].last)
+
+
+def _norm_late(model: str, _: float) -> object:
+    return Only("norm", Suffix(MODELS[model].late))
+
+
+def _random_suffix(model: str, _: float) -> object:
+    return RandomSuffix((1.0, MODELS[model].late, MODELS[model].last), (0.1, 0.3, 0.6))
+
+
+_ALL = (
+    Method("sgd", "base optimizer", "base"),
+    Method("sam", "SAM"),
+    Method("peer-sam", "SAM of pytorch-optimizer", "peer"),
+    Method("asam", "adaptive SAM", adaptive=True),
+    Method("esam", "ESAM, as in the paper", perturb=_bernoulli, select=TopIncrease),
+    Method(
+        "esam-estimated",
+        "ESAM, estimated norm",
+        perturb=_bernoulli,
+        select=TopIncrease,
+        norm="estimated",
+    ),
+    Method("swp", "SWP alone", perturb=_bernoulli),
+    Method("swp-estimated", "SWP alone, estimated norm", perturb=_bernoulli, norm="estimated"),
+    Method("sds", "SDS alone", select=TopIncrease),
+    Method("sds-loss", "all weights, top loss", select=TopLoss),
+    Method("sds-random", "all weights, random half", select=Random),
+    Method(
+        "sds-proportional", "all weights, proportional to loss", select=lambda g: Proportional(g)
+    ),
+    Method(
+        "sds-proportional-increase",
+        "all weights, proportional to increase",
+        select=lambda g: Proportional(g, "increase"),
+    ),
+    Method("suffix", "late suffix, all samples", perturb=_late),
+    Method("suffix-sds", "late suffix, top increase", perturb=_late, select=TopIncrease),
+    Method("suffix-loss", "late suffix, top loss", perturb=_late, select=TopLoss),
+    Method(
+        "suffix-proportional",
+        "late suffix, proportional to loss",
+        perturb=_late,
+        select=lambda g: Proportional(g),
+    ),
+    Method("last", "last stage, all samples", perturb=_last),
+    Method("last-sds", "last stage, top increase", perturb=_last, select=TopIncrease),
+    Method("last-loss", "last stage, top loss", perturb=_last, select=TopLoss),
+    Method(
+        "last-proportional",
+        "last stage, proportional to loss",
+        perturb=_last,
+        select=lambda g: Proportional(g),
+    ),
+    Method("random-suffix", "one of three suffixes", perturb=_random_suffix, norm="estimated"),
+    Method("norm", "norm layers alone", perturb=lambda _m, _b: Only("norm")),
+    Method("norm-suffix", "norm layers of the late suffix", perturb=_norm_late),
+    Method(
+        "norm-suffix-sds",
+        "norm layers of the late suffix, top increase",
+        perturb=_norm_late,
+        select=TopIncrease,
+    ),
+    Method("every10", "SAM on every 10th step", schedule=Schedule(every=10)),
+    Method("every2", "SAM on every 2nd step", schedule=Schedule(every=2)),
+    Method("late-phase", "SAM in the last 12% of the run", schedule=Schedule(last=0.12)),
+    Method(
+        "late-phase-suffix",
+        "late suffix in the last half of the run",
+        perturb=_late,
+        schedule=Schedule(last=0.5),
+    ),
+    Method("msam", "momentum-SAM", "msam", rho=3.0),
+    Method("msam-adaptive", "adaptive momentum-SAM", "msam", adaptive=True, rho=3.0),
+)
+
+#: Every method by its name.
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def parse_method(text: str) -> Method:
+    """Return the method that "NAME" or "NAME@RHO" means.
+
+    Raises:
+        ValueError: there is none of that name, or rho is not a number >= 0.
+    """
+    name, _, rho = text.partition("@")
+    if name not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}. Received: {name!r}.")
+    if not rho:
+        return METHODS[name]
+    try:
+        value = float(rho)
+    except ValueError:
+        value = -1.0
+    if value < 0.0:
+        raise ValueError(f"rho, behind the @, must be a number >= 0. Received: {text!r}.")
+    return replace(METHODS[name], rho=value)

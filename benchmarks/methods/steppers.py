@@ -1,0 +1,152 @@
+"""One training step of each family of methods, behind one face."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.methods.msam import msam_step
+from benchmarks.methods.registry import Method
+from esam_torch import ESAM, StepReport
+
+__all__ = ["Losses", "Stepper", "make_stepper"]
+
+#: One loss a sample: shape (b,).
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+class Stepper(Protocol):
+    """Takes steps; `base` is the optimizer whose learning rate is set."""
+
+    base: torch.optim.Optimizer
+
+    def step(self, losses: Losses, x: Tensor, y: Tensor) -> StepReport | None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class _BaseStepper:
+    """The base optimizer alone."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+
+    def step(self, losses: Losses, x: Tensor, y: Tensor) -> None:
+        self.base.zero_grad()
+        losses(x, y).mean().backward()
+        self.base.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base.load_state_dict(state)
+
+
+class _ESAMStepper:
+    """Everything that esam-torch does, SAM among it."""
+
+    def __init__(self, optimizer: ESAM) -> None:
+        self.optimizer = optimizer
+        self.base = optimizer.base_optimizer
+
+    def step(self, losses: Losses, x: Tensor, y: Tensor) -> StepReport:
+        return self.optimizer.step(losses, x, y)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class _MSAMStepper(_BaseStepper):
+    """Momentum-SAM around SGD."""
+
+    def __init__(self, base: torch.optim.SGD, rho: float, *, adaptive: bool) -> None:
+        super().__init__(base)
+        self._sgd, self._rho, self._adaptive = base, rho, adaptive
+
+    def step(self, losses: Losses, x: Tensor, y: Tensor) -> None:
+        msam_step(
+            self._sgd, lambda: losses(x, y).mean().backward(), self._rho, adaptive=self._adaptive
+        )
+
+
+class _PeerStepper:
+    """SAM of the package pytorch-optimizer, the most used of its kind that pip installs."""
+
+    def __init__(self, base: torch.optim.SGD, rho: float, *, adaptive: bool) -> None:
+        from pytorch_optimizer import SAM  # optional: only this method needs it
+
+        group = {k: v for k, v in base.param_groups[0].items() if k != "params"}
+        options = {k: group[k] for k in ("lr", "momentum", "weight_decay", "nesterov")}
+        parameters = [p for g in base.param_groups for p in g["params"]]
+        self.optimizer = SAM(parameters, torch.optim.SGD, rho=rho, adaptive=adaptive, **options)
+        self.base = self.optimizer.base_optimizer
+
+    def step(self, losses: Losses, x: Tensor, y: Tensor) -> None:
+        def closure() -> None:
+            self.optimizer.zero_grad()
+            losses(x, y).mean().backward()
+
+        closure()
+        self.optimizer.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base.load_state_dict(state)
+
+
+def make_stepper(
+    method: Method,
+    base: torch.optim.Optimizer,
+    model: nn.Module,
+    *,
+    model_name: str,
+    rho: float,
+    beta: float = 0.6,
+    gamma: float = 0.5,
+    steps: int,
+    seed: int = 0,
+) -> Stepper:
+    """Return what takes the steps of a method.
+
+    Args:
+        method: which one.
+        base: the base optimizer over the model's parameters; SGD for "msam" and "peer".
+        model: what `losses` calls.
+        model_name: its key in `MODELS`, for the blocks at which suffixes begin.
+        rho: the radius; the method's own takes precedence.
+        beta: for random masks.
+        gamma: for selectors.
+        steps: of the whole run, for schedules.
+        seed: of masks and selections.
+    """
+    radius = rho if method.rho is None else method.rho
+    if method.family == "base":
+        return _BaseStepper(base)
+    if method.family in ("msam", "peer"):
+        if not isinstance(base, torch.optim.SGD):
+            raise TypeError(f"{method.title} must have SGD as its base. Received: {base!r}.")
+        if method.family == "msam":
+            return _MSAMStepper(base, radius, adaptive=method.adaptive)
+        return _PeerStepper(base, radius, adaptive=method.adaptive)
+    sampler = method.schedule.wrap(method.perturb(model_name, beta), steps)
+    return _ESAMStepper(
+        ESAM(
+            base,
+            model,
+            rho=radius,
+            perturb=sampler,  # type: ignore[arg-type]
+            select=method.select(gamma),  # type: ignore[arg-type]
+            adaptive=method.adaptive,
+            norm=method.norm,
+            seed=seed,
+        )
+    )
