@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from esam_core import ESAMValueError
+from esam_torch.devices import placed
 
 __all__ = ["Whole", "detached", "mapped", "take", "unwrapped"]
 
@@ -81,7 +82,7 @@ def take(batch: Any, indices: Tensor, batch_size: int) -> Any:
             return x.value
         if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch_size:
             sliced += 1
-            return x.index_select(0, indices.to(x.device, non_blocking=True))
+            return x.index_select(0, placed(indices, x.device))
         return x
 
     result = mapped(batch, leaf)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esam_torch.devices import placed
+
 __all__ = ["Ascent", "Direction", "perturb"]
 
 
@@ -27,7 +29,8 @@ class Ascent:
 
     Args:
         perturbations: epsilon_t for each perturbed parameter; 0 where g is not finite.
-        gradient_norm: 0-d, the ||g|| of equation 2 as `norm` defines it.
+        gradient_norm: 0-d, the ||g|| of equation 2 as `norm` defines it; that of "masked" with
+            norm="none".
         perturbation_norm: 0-d, ||epsilon||.
         finite: 0-d bool, whether every loss and gradient was.
     """
@@ -40,13 +43,15 @@ class Ascent:
 
 def _norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the (T,) Euclidean norms of tensors, accumulated in float32 or wider."""
+    if not tensors:
+        return torch.zeros(0, device=device)
     wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
     norms: list[Tensor] = [torch.empty(0)] * len(tensors)
     for dtype in set(wide):
         places = [i for i, d in enumerate(wide) if d == dtype]
         found = torch._foreach_norm([tensors[i] for i in places], 2, dtype=dtype)
         for i, norm in zip(places, found, strict=True):
-            norms[i] = norm.to(device, non_blocking=True)
+            norms[i] = placed(norm, device)
     widest = torch.float64 if torch.float64 in wide else torch.float32
     return torch.stack([norm.to(widest) for norm in norms])
 
@@ -80,54 +85,43 @@ def perturb(
     device = losses.device
     gradients = list(gradients)
     with torch.no_grad():
-        whole = _lengths(gradients, parameters, [d.adaptive for d in directions], device)
+        # theta g, whose length is that of |theta| g; in place, since another copy of all gradients
+        # would be the peak of the step's memory.
+        stretched = [i for i, d in enumerate(directions) if d.adaptive]
+        _stretch(gradients, parameters, stretched)
+        whole = _norms(gradients, device)
+        masked = whole
         if weight_masks is not None:
-            torch._foreach_mul_(
-                gradients, [m.to(g.dtype) for m, g in zip(weight_masks, gradients, strict=True)]
-            )
-            masked = _lengths(gradients, parameters, [d.adaptive for d in directions], device)
-        else:
-            masked = whole
-        scales = torch.tensor([d.scale for d in directions], dtype=masked.dtype)
+            for gradient, mask in zip(gradients, weight_masks, strict=True):
+                gradient.mul_(mask)
+            masked = _norms(gradients, device)
         if norm == "estimated":
-            length = torch.linalg.vector_norm(masked * scales.sqrt().to(device, non_blocking=True))
-        elif norm == "full" and others:
-            rest = _lengths(
-                [o[0] for o in others], [o[1] for o in others], [o[2] for o in others], device
-            )
-            length = torch.linalg.vector_norm(torch.cat([whole, rest.to(whole.dtype)]))
+            scales = torch.tensor([d.scale for d in directions], dtype=masked.dtype)
+            length = torch.linalg.vector_norm(masked * placed(scales.sqrt(), device))
         elif norm == "full":
-            length = torch.linalg.vector_norm(whole)
+            rest = [g * theta.data if a else g for g, theta, a in others]
+            length = torch.linalg.vector_norm(torch.cat([whole, _norms(rest, device)]))
         else:
             length = torch.linalg.vector_norm(masked)
         # The norm is finite only if every gradient is.
         finite = torch.isfinite(length) & torch.isfinite(losses).all()
         divisor = torch.ones_like(length) if norm == "none" else length + norm_eps
+        # A tiny norm_eps may vanish in float32: a gradient of zero must give zero, not 0 * inf.
+        divisor = divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
         inverse = torch.where(finite, 1.0 / divisor, torch.zeros_like(divisor))
         _clear_nonfinite(gradients, finite)
-        factors = [d.scale * d.rho for d in directions]
-        adaptive = [i for i, d in enumerate(directions) if d.adaptive]
-        if adaptive:
-            chosen = [gradients[i] for i in adaptive]
-            weights = [parameters[i].data for i in adaptive]
-            torch._foreach_mul_(chosen, weights)
-            torch._foreach_mul_(chosen, weights)
-        _scale(gradients, factors, inverse)
+        _stretch(gradients, parameters, stretched)  # theta^2 g
+        _scale(gradients, [d.scale * d.rho for d in directions], inverse)
         size = _norms(gradients, device)
         return Ascent(gradients, length, torch.linalg.vector_norm(size), finite)
 
 
-def _lengths(
-    gradients: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    adaptive: Sequence[bool],
-    device: torch.device,
-) -> Tensor:
-    """Return ||g_t||, or || |theta_t| g_t || where adaptive."""
-    scaled = [
-        g * p.data if a else g for g, p, a in zip(gradients, parameters, adaptive, strict=True)
-    ]
-    return _norms(scaled, device)
+def _stretch(
+    gradients: Sequence[Tensor], parameters: Sequence[Tensor], places: Sequence[int]
+) -> None:
+    """Multiply gradients at these places by their parameters, in place."""
+    if places:
+        torch._foreach_mul_([gradients[i] for i in places], [parameters[i].data for i in places])
 
 
 def _clear_nonfinite(gradients: Sequence[Tensor], finite: Tensor) -> None:
@@ -148,7 +142,7 @@ def _scale(gradients: Sequence[Tensor], factors: Sequence[float], inverse: Tenso
         by_device.setdefault(gradient.device, []).append(i)
     for device, places in by_device.items():
         chosen = [gradients[i] for i in places]
-        common = inverse.to(device, non_blocking=True)
+        common = placed(inverse, device)
         if len({factors[i] for i in places}) == 1:
             torch._foreach_mul_(chosen, common * factors[places[0]])
         else:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esam_core import sds
+from esam_torch.devices import placed
 
 __all__ = ["Selected", "select"]
 
@@ -20,8 +21,12 @@ class Selected:
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest scores, ascending; ties go to the lower index."""
-    order = torch.sort(scores, descending=True, stable=True).indices
+    """Return the indices of the k largest scores, ascending; ties go to the lower index.
+
+    NaN counts as infinite: a sample that went wrong must not be selected away.
+    """
+    known = torch.where(torch.isnan(scores), torch.inf, scores)
+    order = torch.sort(known, descending=True, stable=True).indices
     return torch.sort(order[:k]).values
 
 
@@ -34,9 +39,10 @@ def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
     """
     # Wide, where the device has it: the probabilities are summed up and compared with integers.
     wide = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
-    clipped = torch.nan_to_num(wide.clamp_min(0.0), nan=0.0)
+    clipped = wide.clamp_min(0.0)
     mean = clipped.mean()
-    q = torch.where(mean > 0, clipped + floor * mean, torch.ones_like(clipped))
+    usable = (mean > 0.0) & torch.isfinite(mean)
+    q = torch.where(usable, clipped + floor * mean, torch.ones_like(clipped))
     descending, order = torch.sort(q, descending=True, stable=True)
     tails = descending.flip(0).cumsum(0).flip(0)  # sum of q from each place on
     left = k - torch.arange(len(q), device=q.device, dtype=q.dtype)
@@ -77,7 +83,7 @@ def select(
     even = torch.full((k,), 1.0 / k, device=device, dtype=losses.dtype)
     if selector.rule == "random":
         drawn = torch.from_numpy(sds.random_indices(b, k, seed=seed, count=count))
-        return Selected(drawn.to(device, non_blocking=True), even)
+        return Selected(placed(drawn, device), even)
     scores = losses if selector.score == "loss" else cast(Tensor, perturbed_losses) - losses
     if selector.rule == "top":
         return Selected(top_indices(scores, k), even)
