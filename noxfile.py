@@ -30,11 +30,11 @@ PARTS = (
     "tests_torch",
 )
 
-#: What the conformance kit is run on, without pytest.
-ADAPTERS = (
-    "esam_core.conformance.numpy_adapter:adapter",
-    "esam_torch.conformance:adapter",
-)
+#: What the conformance kit is run on, without pytest: in `conformance`, and from each built wheel.
+ADAPTERS = {
+    "esam-core": "esam_core.conformance.numpy_adapter:adapter",
+    "esam-torch": "esam_torch.conformance:adapter",
+}
 
 #: What is installed into each shared environment, in addition to pip.
 ENVIRONMENTS = {
