@@ -89,6 +89,12 @@ class TopLoss:
 
     Args:
         gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+
+    Example:
+        >>> import numpy as np
+        >>> losses = np.array([0.1, 2.0, 0.3, 1.0])
+        >>> select(TopLoss(0.5), losses, None, seed=0, count=0).indices.tolist()
+        [1, 3]
     """
 
     gamma: float = 0.5
@@ -105,6 +111,12 @@ class Random:
 
     Args:
         gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+
+    Example:
+        >>> import numpy as np
+        >>> kept = select(Random(0.5), np.zeros(4), None, seed=0, count=0)
+        >>> len(kept.indices), kept.weights.tolist()
+        (2, [0.5, 0.5])
     """
 
     gamma: float = 0.5
@@ -130,6 +142,13 @@ class Proportional:
         floor: what is added to each score, as a multiple of the mean score, > 0. Default 1.0: no
             sample is less than half as likely as under uniform sampling, so no weight is more
             than 2/k.
+
+    Example:
+        >>> import numpy as np
+        >>> losses = np.array([1.0, 1.0, 1.0, 5.0])
+        >>> kept = select(Proportional(0.5), losses, None, seed=0, count=0)
+        >>> len(kept.indices)
+        2
     """
 
     gamma: float = 0.5
@@ -145,7 +164,13 @@ class Proportional:
 
 @dataclass(frozen=True)
 class All:
-    """Keep every sample: gamma = 1, no selection pass, no data selection."""
+    """Keep every sample: gamma = 1, no selection pass, no data selection.
+
+    Example:
+        >>> import numpy as np
+        >>> select(All(), np.zeros(4), None, seed=0, count=0).weights.tolist()
+        [0.25, 0.25, 0.25, 0.25]
+    """
 
     gamma: ClassVar[float] = 1.0
     rule: ClassVar[str] = "all"
@@ -251,7 +276,8 @@ def systematic_indices(pi: NDArray[np.floating[Any]], offset: float) -> NDArray[
     ends = np.cumsum(np.asarray(pi, dtype=np.float64))
     k = int(np.rint(ends[-1]))
     found = np.searchsorted(ends, offset + np.arange(k), side="right")
-    return np.minimum(found, len(ends) - 1)
+    # A point that rounding puts behind the last end belongs to the last sample, once.
+    return np.minimum(found, np.arange(len(ends) - k, len(ends)))
 
 
 def select(

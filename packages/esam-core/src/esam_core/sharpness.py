@@ -43,6 +43,17 @@ class StepReport:
         sample_share: share of the batch in the descent pass, in (0, 1].
         skipped: whether the step was left out because something in it was not finite.
         outputs: whatever the user's function returned beside the losses.
+
+    Example:
+        >>> import numpy as np
+        >>> report = StepReport(
+        ...     count=0,
+        ...     losses=np.array([1.0, 1.0, 1.0, 1.0]),
+        ...     perturbed_losses=np.array([1.5, 1.25, 1.0, 2.0]),
+        ...     indices=np.array([0, 3]),
+        ... )
+        >>> float(report.sharpness), float(report.selected_sharpness), float(report.threshold)
+        (0.4375, 0.75, 0.5)
     """
 
     count: int

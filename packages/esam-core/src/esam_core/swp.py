@@ -87,6 +87,10 @@ class Mask:
         weight_beta: None, or the share in (0, 1] of the *scalar weights* of the perturbed units
             that are perturbed; backends draw them natively from `weight_seed`, each on its own.
         weight_seed: seed in [0, 2**63) of that native draw, else None.
+
+    Example:
+        >>> Mask((True, False), (0.5, 0.5)).scale
+        (2.0, 0.0)
     """
 
     perturbed: tuple[bool, ...]
