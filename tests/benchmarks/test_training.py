@@ -1,0 +1,115 @@
+"""Training runs: exact resumption, the schedule, every method, what a record holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import accuracy
+from benchmarks.accuracy import accuracy_rows
+from benchmarks.costs import counted_steps
+from benchmarks.methods import METHODS, parse_method
+from benchmarks.training import Run, Trainer, learning_rate, train
+
+SMALL = {"data": "digits", "model": "resnet8", "width": 2, "epochs": 3, "batch": 128, "lr": 0.1}
+
+
+def _say(_: str) -> None:
+    """Say nothing."""
+
+
+@pytest.mark.parametrize("method", ["sgd", "esam", "msam", "suffix-proportional", "peer-sam"])
+def test_a_killed_run_goes_on_to_the_bit(method: str, tmp_path: Path) -> None:
+    if method == "peer-sam":
+        pytest.importorskip("pytorch_optimizer")
+    run = Run(method=method, seed=3, **SMALL)
+    whole = train(run, tmp_path / "whole", say=_say)
+    train(run, tmp_path / "cut", stop_after=2, say=_say)
+    assert not list((tmp_path / "cut").glob("*.json"))
+    torch.manual_seed(99)  # another process has another random state
+    resumed = train(run, tmp_path / "cut", say=_say)
+    for a, b in zip(whole["history"], resumed["history"], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+    assert not list((tmp_path / "cut" / "checkpoints").glob("*.pt"))
+
+
+def test_a_finished_run_is_not_run_again_and_other_options_are_refused(tmp_path: Path) -> None:
+    run = Run(method="sgd", **{**SMALL, "epochs": 1})
+    first = train(run, tmp_path, say=_say)
+    assert train(run, tmp_path, say=_say) == json.loads(json.dumps(first))
+    with pytest.raises(ValueError, match="holds a run of other options"):
+        train(Run(method="sgd", **SMALL), tmp_path, say=_say)
+
+
+def test_all_methods_begin_with_the_same_weights_and_batches() -> None:
+    one, other = (Trainer(Run(method=m, **SMALL)) for m in ("sgd", "esam"))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)
+    )
+    assert torch.equal(next(one.source.epoch(1))[0], next(other.source.epoch(1))[0])
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    rates = [learning_rate(step, 100, 10, 0.4) for step in range(100)]
+    assert rates[0] == pytest.approx(0.04)
+    assert rates[9] == rates[10] == pytest.approx(0.4)
+    assert rates[55] == pytest.approx(0.2)
+    assert 0 < rates[99] < 0.001
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "peer-sam"])
+def test_every_method_takes_steps(name: str) -> None:
+    trainer = Trainer(Run(method=name, **SMALL))
+    before = trainer.model.head.weight.detach().clone()
+    row = trainer.train_epoch(0)
+    assert torch.isfinite(torch.tensor(row["train_loss"]))
+    assert not torch.equal(before, trainer.model.head.weight)
+
+
+def test_rho_0_is_the_base_optimizer() -> None:
+    runs = [Run(method=m, **SMALL) for m in ("sgd", "sam@0", "msam@0", "msam-adaptive@0")]
+    losses = []
+    for run in runs:
+        trainer = Trainer(run)
+        losses.append([trainer.train_epoch(epoch)["train_loss"] for epoch in range(2)])
+    assert all(row == losses[0] for row in losses)
+
+
+def test_methods_are_parsed_and_refused() -> None:
+    assert parse_method("sam@0.2").rho == 0.2
+    with pytest.raises(ValueError, match=r"must be one of sgd, .* Received: 'smam'"):
+        parse_method("smam")
+    with pytest.raises(ValueError, match="must be a number >= 0"):
+        parse_method("sam@big")
+
+
+@pytest.mark.parametrize(
+    ("method", "lowest", "highest"),
+    [
+        ("sam", 2.0, 2.0),
+        ("swp", 1.5, 2.0),
+        ("suffix-sds", 1.2, 1.5),
+        ("last-sds", 1.05, 1.25),
+        ("last-loss", 0.9, 1.15),
+        ("msam", 1.0, 1.0),
+    ],
+)
+def test_counted_work(method: str, lowest: float, highest: float) -> None:
+    arguments = {"model": "resnet18", "width": 4, "batch": 8}
+    (base,) = counted_steps(METHODS["sgd"], **arguments)
+    counted = counted_steps(METHODS[method], repeats=3, **arguments)
+    assert lowest <= sum(counted) / 3 / base <= highest
+
+
+def test_table_has_a_row_a_method_over_its_seeds(tmp_path: Path, capsys) -> None:
+    options = ["--methods", "sgd", "sam@0.1", "--seeds", "0", "1", "--out", str(tmp_path)]
+    small = ["--model", "resnet8", "--width", "2", "--epochs", "1", "--device", "cpu"]
+    accuracy.main([*options, *small])
+    assert "± " in capsys.readouterr().out
+    records = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
+    assert len(records) == 4
+    assert len(accuracy_rows(records)) == 2
+    assert "SAM" in (tmp_path / "accuracy.md").read_text()
