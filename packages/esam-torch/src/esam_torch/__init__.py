@@ -24,6 +24,7 @@ from esam_core import (
     TopIncrease,
     TopLoss,
 )
+from esam_torch.bases import SideBySide
 from esam_torch.batch import Whole
 from esam_torch.fitting import History, accuracy, evaluate, fit
 from esam_torch.optimizer import ESAM
@@ -43,6 +44,7 @@ __all__ = [
     "Random",
     "RandomSuffix",
     "RunningMeans",
+    "SideBySide",
     "Sometimes",
     "StepReport",
     "Suffix",

@@ -1,6 +1,6 @@
 """The optimizer that people use."""
 
-import inspect
+import dataclasses
 import operator
 import warnings
 from collections.abc import Iterable
@@ -14,13 +14,17 @@ from esam_core import (
     ESAMRuntimeError,
     ESAMTypeError,
     ESAMValueError,
+    Everything,
     Mask,
     Sampler,
     Selector,
     StepReport,
 )
+from esam_core.config import component_to_dict
+from esam_torch.bases import check_base
 from esam_torch.batch import unwrapped
 from esam_torch.blocks import Blocks, compiled_as_a_whole, find_blocks
+from esam_torch.groups import check_groups
 from esam_torch.guards import Buffers, RandomState
 from esam_torch.losses import LossFunction
 from esam_torch.prefix import Prefix
@@ -95,7 +99,9 @@ class ESAM(torch.optim.Optimizer):
         scaler: Any = None,
         blocks: Iterable[nn.Module | str] | None = None,
     ) -> None:
-        _check_base(base_optimizer)
+        if isinstance(base_optimizer, ESAM):
+            raise ESAMTypeError("`base_optimizer` must not be another ESAM.")
+        check_base(base_optimizer)
         self._config = ESAMConfig.from_arguments(
             rho=rho,
             beta=beta,
@@ -108,6 +114,7 @@ class ESAM(torch.optim.Optimizer):
             seed=seed,
             on_nonfinite=on_nonfinite,
         )
+        check_groups(base_optimizer.param_groups)
         parameters_of(model, base_optimizer.param_groups)  # refuses parameters of another model
         self._base = base_optimizer
         self._model = model
@@ -150,6 +157,7 @@ class ESAM(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; its parameters must be the model's."""
+        check_groups([param_group])
         self._base.add_param_group(param_group)
         try:
             parameters_of(self._model, self._base.param_groups)
@@ -204,11 +212,8 @@ class ESAM(torch.optim.Optimizer):
             ESAMValueError, ESAMTypeError: `losses` did not return one floating loss a sample.
             NonFiniteError: `on_nonfinite="raise"`, and a loss or gradient was not finite.
         """
-        if not callable(losses):
-            raise ESAMTypeError(
-                "`losses` must be a function that returns one loss a sample. "
-                f"Received: {type(losses).__name__}."
-            )
+        _check_losses(losses)
+        check_groups(self._base.param_groups)
         blocks, parameters = self._layout(losses, batch, kwargs)
         mask = self._mask(parameters)
         step = Step(
@@ -262,10 +267,12 @@ class ESAM(torch.optim.Optimizer):
                 "With `scaler`, call backward(losses, ...), then scaler.step(optimizer) and "
                 "scaler.update(): only the scaler knows whether the update may be made."
             )
+        _check_losses(closure)
         self.zero_grad()
         report = self.backward(closure, *batch, **kwargs)
         self._pending = False
-        self._base.step()
+        if not report.skipped:
+            self._base.step()
         return report
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -381,15 +388,12 @@ class ESAM(torch.optim.Optimizer):
         """
         state = dict(state_dict)
         own = state.pop("esam", None)
+        config, count = self._config, self._count
+        if own is not None:  # all that can be refused comes first
+            config, count = _loaded(own["config"], config), int(own["count"])
+            _check_scaler(self._scaler, config.on_nonfinite)
         self._base.load_state_dict(state)
-        if own is not None:
-            saved = dict(own["config"])
-            if saved["perturb"] is None:
-                saved["perturb"] = self._config.to_dict()["perturb"]
-            self._config = (
-                ESAMConfig.from_dict(saved) if saved["perturb"] is not None else self._config
-            )
-            self._count = int(own["count"])
+        self._config, self._count = config, count
         self._laid_out = None  # the sampler may be another one
         self._pending = False
 
@@ -420,25 +424,20 @@ def _same_groups(groups: _Groups, before: _Groups) -> bool:
     )
 
 
-def _check_base(base: Any) -> None:
-    """Refuse what cannot be a base optimizer, with the reason."""
-    if isinstance(base, type):
+def _loaded(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:
+    """Return a saved configuration; a sampler that could not be saved is the one given."""
+    if saved["perturb"] is not None:
+        return ESAMConfig.from_dict(saved)
+    stand_in = {**saved, "perturb": component_to_dict(Everything())}
+    return dataclasses.replace(ESAMConfig.from_dict(stand_in), perturb=given.perturb)
+
+
+def _check_losses(losses: Any) -> None:
+    """Refuse what cannot be called, a tensor of losses above all."""
+    if not callable(losses):
         raise ESAMTypeError(
-            "`base_optimizer` must be an optimizer, not a class: "
-            f"ESAM({base.__name__}(model.parameters(), ...), model). Received: {base!r}."
-        )
-    if isinstance(base, ESAM):
-        raise ESAMTypeError("`base_optimizer` must not be another ESAM.")
-    if not isinstance(base, torch.optim.Optimizer):
-        raise ESAMTypeError(
-            f"`base_optimizer` must be a torch.optim.Optimizer. Received: {type(base).__name__}."
-        )
-    closure = inspect.signature(base.step).parameters.get("closure")
-    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
-    if needs_closure or isinstance(base, torch.optim.LBFGS):
-        raise ESAMTypeError(
-            f"`base_optimizer` must make its update without a closure, and {type(base).__name__} "
-            "evaluates the loss again within its step: it would leave the perturbed gradient."
+            "`losses` must be a function of the batch that returns one loss a sample, so that it "
+            f"can be evaluated again at other weights. Received: {type(losses).__name__}."
         )
 
 

@@ -1,0 +1,189 @@
+"""Which optimizers can make the update, and several of them side by side."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from esam_core import ESAMTypeError, ESAMValueError
+
+__all__ = ["SideBySide", "check_base"]
+
+_CLOSURE = "evaluates the loss again within its step: it would leave the perturbed gradient"
+_SECOND = "needs second derivatives, and ESAM's gradient, taken at other weights, has no graph"
+_FUSED = "makes its update within the backward, at the perturbed weights"
+_SHARPNESS = "is sharpness-aware itself, and makes its own passes: give ESAM what it is wrapped on"
+
+#: Optimizers whose signature does not tell what they need, by the name of their class.
+_REFUSED = {
+    "LBFGS": _CLOSURE,
+    "AliG": "needs the value of the loss within its step",
+    "AdaHessian": _SECOND,
+    "Adahessian": _SECOND,
+    "SophiaH": _SECOND,
+    "LOMO": _FUSED,
+    "AdaLOMO": _FUSED,
+    "SAM": _SHARPNESS,
+    "GSAM": _SHARPNESS,
+    "BSAM": _SHARPNESS,
+}
+
+
+def check_base(base: Any) -> None:
+    """Refuse what cannot be a base optimizer, with the reason.
+
+    Raises:
+        ESAMTypeError: not an optimizer, or one that needs more than gradients.
+    """
+    if isinstance(base, type):
+        raise ESAMTypeError(
+            "`base_optimizer` must be an optimizer, not a class: "
+            f"ESAM({base.__name__}(model.parameters(), ...), model). Received: {base!r}."
+        )
+    if not isinstance(base, torch.optim.Optimizer):
+        raise ESAMTypeError(
+            f"`base_optimizer` must be a torch.optim.Optimizer. Received: {type(base).__name__}."
+        )
+    reason = _needs(base)
+    if reason is not None:
+        raise ESAMTypeError(
+            "`base_optimizer` must make its update from the gradients alone, and "
+            f"{type(base).__name__} {reason}."
+        )
+
+
+def _needs(base: torch.optim.Optimizer) -> str | None:
+    """Say what an optimizer needs beside gradients, or None."""
+    for cls in type(base).__mro__:
+        if cls.__name__ in _REFUSED:
+            return _REFUSED[cls.__name__]
+    if hasattr(base, "first_step") and hasattr(base, "second_step"):
+        return _SHARPNESS
+    if hasattr(base, "fused_backward"):
+        return _FUSED
+    parameters = inspect.signature(base.step).parameters
+    if "hessian" in parameters:
+        return _SECOND
+    required = [
+        p
+        for p in parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return _CLOSURE if required else None
+
+
+class SideBySide(torch.optim.Optimizer):
+    """Several optimizers, each over its own parameters of one model, as a single one.
+
+    Its parameter groups are theirs, the very dictionaries, in order: schedulers, `ESAM` and
+    gradient scalers see one optimizer.
+
+    Args:
+        *optimizers: two or more, with no parameter in common.
+
+    Raises:
+        ESAMTypeError: not optimizers, or one that could not be ESAM's base either.
+        ESAMValueError: fewer than two, or a parameter in two of them.
+
+    Example:
+        >>> import torch
+        >>> from esam_torch import ESAM, SideBySide
+        >>> model = torch.nn.Linear(4, 3)
+        >>> base = SideBySide(
+        ...     torch.optim.Muon([model.weight], lr=0.02),
+        ...     torch.optim.AdamW([model.bias], lr=0.001),
+        ... )
+        >>> optimizer = ESAM(base, model)
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.02, 0.001]
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        if len(optimizers) < 2:
+            raise ESAMValueError(
+                f"SideBySide must be given two or more optimizers. Received: {len(optimizers)}."
+            )
+        for optimizer in optimizers:
+            check_base(optimizer)
+        held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+        if len(held) != len(set(held)):
+            raise ESAMValueError(
+                "The optimizers must have no parameter in common. Received: "
+                f"{len(held) - len(set(held))} that two of them hold."
+            )
+        self._optimizers = optimizers
+        defaults: dict[str, Any] = {}
+        for optimizer in reversed(optimizers):  # the first one's stand where they differ
+            defaults.update(optimizer.defaults)
+        self.__setstate__({"defaults": defaults})
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers."""
+        return self._optimizers
+
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all, in order: the very dictionaries, in a list of their own."""
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Any, Any]:
+        """The state of every parameter: the very dictionaries, in one of their own."""
+        return {p: s for optimizer in self._optimizers for p, s in optimizer.state.items()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: only the user knows which of the optimizers a group is for."""
+        raise ESAMTypeError(
+            "A group must be added to one of the optimizers: "
+            f"side_by_side.optimizers[0].add_param_group(...). Received: {sorted(param_group)}."
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Make every optimizer's update."""
+        if closure is not None:
+            raise ESAMTypeError("SideBySide.step takes no closure.")
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def train(self) -> None:
+        """Call `train()` of those that have one."""
+        for optimizer in self._optimizers:
+            if hasattr(optimizer, "train"):
+                optimizer.train()
+
+    def eval(self) -> None:
+        """Call `eval()` of those that have one."""
+        for optimizer in self._optimizers:
+            if hasattr(optimizer, "eval"):
+                optimizer.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {"optimizers": [the state dict of each]}: each loads into its own kind alone."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        states = state_dict.get("optimizers", ())
+        if len(states) != len(self._optimizers):
+            raise ESAMValueError(
+                f"`state_dict` must hold the states of {len(self._optimizers)} optimizers. "
+                f"Received: {len(states)}."
+            )
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy. A scheduler's wrapper around `step` belongs to the original.
+        state = self.__dict__.copy()
+        state.pop("step", None)
+        return state
+
+    def __repr__(self) -> str:
+        return f"SideBySide({', '.join(type(o).__name__ for o in self._optimizers)})"
