@@ -36,6 +36,9 @@ ADAPTERS = {
     "esam-torch": "esam_torch.conformance:adapter",
 }
 
+#: The problems of the tests are tiny: a second thread makes them slower, more so on a busy machine.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
 #: What is installed into each shared environment, in addition to pip.
 ENVIRONMENTS = {
     # NumPy and pytest, nothing else: what esam-core promises to get by with.
@@ -78,7 +81,7 @@ def run_pytest(session: nox.Session, python: str, *where: str) -> None:
     """Run tests and docstring examples: those in `where`, or those that the arguments name."""
     named = any(Path(argument.partition("::")[0]).exists() for argument in session.posargs)
     chosen = session.posargs if named else (*where, *session.posargs)
-    session.run(python, "-m", "pytest", "--doctest-modules", *chosen)
+    session.run(python, "-m", "pytest", "--doctest-modules", *chosen, env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none")
@@ -125,7 +128,8 @@ def build(session: nox.Session) -> None:
         )
         session.run(str(alone), "-m", "pip", "check")
         session.run(str(alone), "-c", f"import {module}; print({module}.__version__)")
-        session.run(str(alone), "-m", "esam_core.conformance", "--quiet", ADAPTERS[package])
+        kit = (str(alone), "-m", "esam_core.conformance", "--quiet", ADAPTERS[package])
+        session.run(*kit, env=ONE_THREAD)
         shutil.rmtree(folder)
 
 
@@ -145,7 +149,7 @@ def conformance(session: nox.Session) -> None:
     python = python_of(session, "torch")
     adapters = session.posargs or ADAPTERS.values()
     for adapter in adapters:
-        session.run(python, "-m", "esam_core.conformance", adapter)
+        session.run(python, "-m", "esam_core.conformance", adapter, env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none")
