@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.sharded import reshard
 from esam_torch.units import bare_model
 
 __all__ = ["Blocks", "compiled_as_a_whole", "find_blocks"]
@@ -49,6 +50,8 @@ class _Watch:
     stack: list[tuple[str, int]] = field(default_factory=list)  # name, operations at its entry
     # by parameter id: the modules open at its first use, and how many calls there had been
     first_use: dict[int, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+    # the parameter's id, by its own and by that of what a sharded model gathers in its stead
+    identity: dict[int, int] = field(default_factory=dict)
 
 
 class _FirstUses(TorchFunctionMode):
@@ -56,16 +59,17 @@ class _FirstUses(TorchFunctionMode):
 
     def __init__(self, parameters: Iterable[Tensor], watch: _Watch) -> None:
         super().__init__()
-        self._wanted = {id(p) for p in parameters}
+        watch.identity = {id(p): id(p) for p in parameters}
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Reading an attribute (a shape, a dtype) is not a use.
         if getattr(func, "__name__", "") != "__get__":
             for value in _tensors((args, kwargs or {})):
-                if id(value) in self._wanted and id(value) not in self._watch.first_use:
+                found = self._watch.identity.get(id(value))
+                if found is not None and found not in self._watch.first_use:
                     open_modules = tuple(name for name, _ in self._watch.stack)
-                    self._watch.first_use[id(value)] = (open_modules, len(self._watch.entries))
+                    self._watch.first_use[found] = (open_modules, len(self._watch.entries))
         return func(*args, **(kwargs or {}))
 
 
@@ -85,9 +89,17 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterator[None]:
     """Note every module's calls and operations while the context lasts."""
     handles: list[Any] = []
+    known = {
+        (name, leaf): id(parameter)
+        for name, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
 
     def enter(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if (name, leaf) in known:
+                    watch.identity.setdefault(id(parameter), known[name, leaf])
             watch.entries.append(name)
             watch.stack.append((name, counter.get_total_flops()))
 
@@ -144,6 +156,7 @@ def find_blocks(
         _hooks(inner, watch, counter),
     ):
         forward()
+    reshard(inner)
     order = tuple(dict.fromkeys(watch.entries))  # each module once, by first call
     if not order:
         raise ESAMValueError("`losses` must call `model`. Received: a function that did not.")

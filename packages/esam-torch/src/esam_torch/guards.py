@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from esam_torch.sharded import local
+
 __all__ = ["Buffers", "Gradients", "RandomState", "Weights"]
 
 
@@ -94,7 +96,7 @@ class Weights:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._weights = [p.data for p in parameters]
+        self._weights = [local(p.data) for p in parameters]
         self._copies = [torch.empty_like(weight) for weight in self._weights]
         if self._weights:
             torch._foreach_copy_(self._copies, self._weights)
@@ -110,9 +112,23 @@ class Weights:
 
 
 def statistics_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the BatchNorm layers (of every kind) that are in training mode."""
+    """Return the BatchNorm layers in training mode that use the statistics of this rank alone.
+
+    SyncBatchNorm is not one where there are several ranks: it has theirs, and waits for them.
+    """
     return [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and module.training
+        and not _synchronised(module)
     ]
+
+
+def _synchronised(layer: nn.Module) -> bool:
+    """Say whether a BatchNorm layer shares its statistics with other ranks."""
+    return (
+        isinstance(layer, nn.SyncBatchNorm)
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size(layer.process_group) > 1
+    )

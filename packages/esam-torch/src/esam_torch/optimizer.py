@@ -28,6 +28,7 @@ from esam_torch.groups import check_groups
 from esam_torch.guards import Buffers, RandomState
 from esam_torch.losses import LossFunction
 from esam_torch.prefix import Prefix
+from esam_torch.sharded import Shards
 from esam_torch.step import Step, perturbable
 from esam_torch.synchronisation import unsynchronised
 from esam_torch.units import Parameter, parameters_of
@@ -184,8 +185,14 @@ class ESAM(torch.optim.Optimizer):
 
     @property
     def model(self) -> nn.Module:
-        """The model that `losses` calls."""
+        """The model that `losses` calls. May be set to what wraps it (DistributedDataParallel)."""
         return self._model
+
+    @model.setter
+    def model(self, model: nn.Module) -> None:
+        parameters_of(model, self._base.param_groups)  # refuses another model
+        self._model = model
+        self._laid_out = None
 
     @property
     def count(self) -> int:
@@ -214,6 +221,7 @@ class ESAM(torch.optim.Optimizer):
         """
         _check_losses(losses)
         check_groups(self._base.param_groups)
+        shards = Shards.of(self._model)
         blocks, parameters = self._layout(losses, batch, kwargs)
         mask = self._mask(parameters)
         step = Step(
@@ -223,7 +231,9 @@ class ESAM(torch.optim.Optimizer):
             mask=mask,
             count=self._count,
             scaler=self._scaler,
-            prefix=self._prefix(blocks, parameters, mask),
+            # Sharded weights get their gradients from a whole backward.
+            prefix=None if shards is not None else self._prefix(blocks, parameters, mask),
+            shards=shards,
         )
         report = step.run(losses, batch, kwargs)
         self._count += 1

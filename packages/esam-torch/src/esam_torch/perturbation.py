@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from esam_torch.devices import placed
+from esam_torch.sharded import local, total_norms
 
 __all__ = ["Ascent", "Direction", "perturb"]
 
@@ -73,7 +74,8 @@ def perturb(
     with its eta = 0); see `esam_core.perturbation`.
 
     Args:
-        gradients: g_t of the perturbed parameters, dense; overwritten with epsilon_t.
+        gradients: g_t of the perturbed parameters, dense; overwritten with epsilon_t. Where a
+            parameter is sharded over ranks, this rank's part.
         parameters: theta_t of the same.
         directions: one a parameter.
         losses: (b,) losses at theta.
@@ -89,18 +91,19 @@ def perturb(
         # would be the peak of the step's memory.
         stretched = [i for i, d in enumerate(directions) if d.adaptive]
         _stretch(gradients, parameters, stretched)
-        whole = _norms(gradients, device)
+        whole = total_norms(_norms(gradients, device), parameters)
         masked = whole
         if weight_masks is not None:
             for gradient, mask in zip(gradients, weight_masks, strict=True):
                 gradient.mul_(mask)
-            masked = _norms(gradients, device)
+            masked = total_norms(_norms(gradients, device), parameters)
         if norm == "estimated":
             scales = torch.tensor([d.scale for d in directions], dtype=masked.dtype)
             length = torch.linalg.vector_norm(masked * placed(scales.sqrt(), device))
         elif norm == "full":
-            rest = [g * theta.data if a else g for g, theta, a in others]
-            length = torch.linalg.vector_norm(torch.cat([whole, _norms(rest, device)]))
+            rest = [g * local(theta.data) if a else g for g, theta, a in others]
+            lengths = total_norms(_norms(rest, device), [theta for _, theta, _ in others])
+            length = torch.linalg.vector_norm(torch.cat([whole, lengths]))
         else:
             length = torch.linalg.vector_norm(masked)
         # The norm is finite only if every gradient is.
@@ -112,7 +115,7 @@ def perturb(
         _clear_nonfinite(gradients, finite)
         _stretch(gradients, parameters, stretched)  # theta^2 g
         _scale(gradients, [d.scale * d.rho for d in directions], inverse)
-        size = _norms(gradients, device)
+        size = total_norms(_norms(gradients, device), parameters)
         return Ascent(gradients, length, torch.linalg.vector_norm(size), finite)
 
 
@@ -121,7 +124,8 @@ def _stretch(
 ) -> None:
     """Multiply gradients at these places by their parameters, in place."""
     if places:
-        torch._foreach_mul_([gradients[i] for i in places], [parameters[i].data for i in places])
+        weights = [local(parameters[i].data) for i in places]
+        torch._foreach_mul_([gradients[i] for i in places], weights)
 
 
 def _clear_nonfinite(gradients: Sequence[Tensor], finite: Tensor) -> None:

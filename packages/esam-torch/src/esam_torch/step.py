@@ -21,7 +21,8 @@ from esam_torch.losses import LossFunction, per_sample
 from esam_torch.perturbation import Ascent, Direction, perturb
 from esam_torch.prefix import Prefix
 from esam_torch.selection import Selected, select
-from esam_torch.synchronisation import unsynchronised
+from esam_torch.sharded import Shards, local, local_part
+from esam_torch.synchronisation import on_every_rank, unsynchronised
 from esam_torch.units import Parameter
 
 __all__ = ["Step"]
@@ -39,6 +40,7 @@ class Step:
         count: the number of this ascent.
         scaler: the gradient scaler of fp16 training, or None.
         prefix: the blocks that are not run twice, or None where nothing can be left out.
+        shards: what FSDP2 has made of the model, or None where nothing is sharded.
     """
 
     model: nn.Module
@@ -48,11 +50,13 @@ class Step:
     count: int
     scaler: Any = None
     prefix: Prefix | None = None
+    shards: Shards | None = None
 
     def run(
         self, losses: LossFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> StepReport:
         """Add the step's gradient to `.grad` and return its report."""
+        self._weights_changed()  # by the base optimizer, since they were gathered
         trained = [p.tensor for p in self.parameters]
         random = RandomState(p.device for p in trained)
         buffers = Buffers(self.model)
@@ -63,12 +67,15 @@ class Step:
                     report = self._perturbed_step(losses, (args, dict(kwargs)), random)
                 else:
                     report = self._base_step(losses, (args, dict(kwargs)))
-            if self.config.on_nonfinite != "propagate" and not _all_finite(trained):
+            if self.config.on_nonfinite != "propagate" and not on_every_rank(
+                _all_finite(trained), self.model, trained
+            ):
                 report = self._nonfinite(report)
                 buffers.restore()
                 gradients.restore()
             return report
         except BaseException:
+            self._weights_changed()
             random.restore()
             buffers.restore()
             gradients.restore()
@@ -110,6 +117,7 @@ class Step:
         selected: Selected | None = None
         try:
             weights.add(ascent.perturbations)
+            self._weights_changed()
             ascent.perturbations.clear()  # epsilon is in the weights; its memory is not needed
             if k < b:
                 if self.config.select.score == "increase":
@@ -125,6 +133,7 @@ class Step:
             self._descent(losses, batch, b, selected, ascent.finite)
         finally:
             weights.restore()
+            self._weights_changed()
         at_theta.restore()
         after_forward.restore()
         return self._report(before, after, selected, ascent, rest)
@@ -155,9 +164,14 @@ class Step:
         wanted = perturbed
         if self.config.norm == "full":
             wanted = perturbed + [t for t in self._perturbable if t not in set(perturbed)]
-        found = ascent_gradients(
-            values.mean(), [self.parameters[t].tensor for t in wanted], scaler=self.scaler
-        )
+        tensors = [self.parameters[t].tensor for t in wanted]
+        if self.shards is None:
+            found = ascent_gradients(values.mean(), tensors, scaler=self.scaler)
+        else:
+            # Ranks share one epsilon, so all must see a loss that is not finite on one of them.
+            loss = values.mean() * torch.where(torch.isfinite(values).all(), 1.0, torch.nan)
+            every = [p.tensor for p in self.parameters]
+            found = self.shards.gradients(loss, tensors, every, scaler=self.scaler)
         chosen = found[: len(perturbed)]
         others = [
             (g, self.parameters[t].tensor, adaptive[t])
@@ -177,7 +191,7 @@ class Step:
             values.detach(),
             norm=self.config.norm,
             norm_eps=self.config.norm_eps,
-            weight_masks=self._weight_masks(chosen),
+            weight_masks=self._weight_masks([self.parameters[t].tensor for t in perturbed]),
             others=others,
         )
 
@@ -212,6 +226,11 @@ class Step:
         """Return the context of the one later forward on the whole batch."""
         return contextlib.nullcontext() if self.prefix is None else self.prefix.replaying()
 
+    def _weights_changed(self) -> None:
+        """Let sharded models gather the weights anew."""
+        if self.shards is not None:
+            self.shards.reshard()
+
     def _backward(self, total: Tensor) -> None:
         """Back-propagate into `.grad`, scaled where the user scales."""
         (total if self.scaler is None else self.scaler.scale(total)).backward()
@@ -244,7 +263,7 @@ class Step:
             if device not in generators:
                 generators[device] = torch.Generator(device).manual_seed(self.mask.weight_seed)
             drawn = torch.rand(tensor.shape, generator=generators[device], device=device)
-            masks.append(drawn < self.mask.weight_beta)
+            masks.append(local_part(drawn < self.mask.weight_beta, tensor))
         return masks
 
     def _report(
@@ -283,7 +302,7 @@ def perturbable(parameter: Parameter) -> bool:
 
 def _all_finite(parameters: Sequence[Tensor]) -> bool:
     """Say whether every gradient is finite: the one synchronisation of "skip" and "raise"."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     return all(bool(torch.isfinite(g).all()) for g in gradients)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from esam_core import ESAMTypeError, ESAMValueError, Unit
+from esam_torch.sharded import reshard
 
 if TYPE_CHECKING:
     from esam_torch.blocks import Blocks
@@ -63,6 +64,7 @@ def parameters_of(
     group_of = {id(p): group for group in groups for p in group["params"]}
     found: list[Parameter] = []
     inner = bare_model(model)
+    reshard(inner)  # what a forward of a sharded model has gathered are not its parameters
     for prefix, module in inner.named_modules():
         for leaf, tensor in module.named_parameters(recurse=False):
             group = group_of.pop(id(tensor), None)  # a tied parameter counts where it is first
