@@ -123,13 +123,13 @@ class SideBySide(torch.optim.Optimizer):
         """The optimizers."""
         return self._optimizers
 
-    @property  # type: ignore[override]
-    def param_groups(self) -> list[dict[str, Any]]:
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The groups of all, in order: the very dictionaries, in a list of their own."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
-    @property  # type: ignore[override]
-    def state(self) -> dict[Any, Any]:
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
         """The state of every parameter: the very dictionaries, in one of their own."""
         return {p: s for optimizer in self._optimizers for p, s in optimizer.state.items()}
 

@@ -1,15 +1,17 @@
 """Slicing a batch of any shape: tuples, lists, dictionaries, keyword arguments, tensors in them."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from esam_core import ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.devices import placed
 
-__all__ = ["Whole", "detached", "mapped", "take", "unwrapped"]
+__all__ = ["Whole", "check_rows", "detached", "mapped", "take", "unwrapped"]
 
 
 class Whole:
@@ -35,7 +37,12 @@ class Whole:
 
 
 def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Return the same nest of containers with `leaf` applied to what is in them."""
+    """Return the same nest of containers with `leaf` applied to what is in them.
+
+    Containers are tuples, lists, mappings and dataclasses, and named or derived kinds of those.
+    """
+    if isinstance(tree, PackedSequence):  # a named tuple, but not of one row a sample
+        return leaf(tree)
     if isinstance(tree, tuple):
         items = [mapped(item, leaf) for item in tree]
         # Named tuples take their fields as separate arguments.
@@ -46,10 +53,18 @@ def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
         mapped_items = {key: mapped(value, leaf) for key, value in tree.items()}
         if type(tree) is dict:
             return mapped_items
+        if not hasattr(tree, "update"):  # a read-only mapping
+            return mapped_items
         # Mappings of other libraries keep their type, and whatever else they carry.
         twin = copy.copy(tree)
-        twin.update(mapped_items)  # type: ignore[attr-defined]
+        twin.update(mapped_items)
         return twin
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        same = copy.copy(tree)
+        for spec in dataclasses.fields(tree):
+            value = mapped(getattr(tree, spec.name), leaf)
+            object.__setattr__(same, spec.name, value)  # frozen ones too: it is nobody's yet
+        return same
     return leaf(tree)
 
 
@@ -63,34 +78,53 @@ def detached(tree: Any) -> Any:
     return mapped(tree, lambda x: x.detach() if isinstance(x, Tensor) else x)
 
 
+def _has_rows(x: Any, batch_size: int) -> bool:
+    """Say whether something is a tensor with one row a sample."""
+    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch_size
+
+
+def check_rows(batch: Any, batch_size: int, *, selecting: bool) -> None:
+    """Refuse a batch that does not belong to so many losses.
+
+    Args:
+        batch: any nest of containers.
+        batch_size: b, the number of losses.
+        selecting: whether samples of the batch will have to be selected. If not, a batch without
+            any tensor is fine: `losses` may have its data from elsewhere.
+
+    Raises:
+        ESAMValueError: no tensor of the batch has b rows.
+        ESAMTypeError: it holds a PackedSequence, whose rows are not samples.
+    """
+    leaves: list[Any] = []
+    mapped(batch, leaves.append)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    if selecting and any(isinstance(x, PackedSequence) for x in leaves):
+        raise ESAMTypeError(
+            "The batch must hold one row a sample, and a PackedSequence does not. Pass the padded "
+            "tensor and the lengths, and call pack_padded_sequence within `losses`."
+        )
+    if any(_has_rows(x, batch_size) for x in tensors) or not (tensors or selecting):
+        return
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors) or "none"
+    raise ESAMValueError(
+        f"`losses` must return one loss a sample, and the batch must hold the samples as rows of "
+        f"tensors. Received: {batch_size} losses, and tensors of shapes: {shapes}."
+    )
+
+
 def take(batch: Any, indices: Tensor, batch_size: int) -> Any:
     """Return the samples `indices` of a batch: every tensor with b rows is sliced.
 
     Args:
-        batch: any nest of tuples, lists and mappings.
+        batch: any nest of containers, checked by `check_rows`.
         indices: (k,) indices on any device.
         batch_size: b.
-
-    Raises:
-        ESAMValueError: no tensor of the batch has b rows, so that nothing could be sliced.
     """
-    sliced = 0
 
     def leaf(x: Any) -> Any:
-        nonlocal sliced
         if isinstance(x, Whole):
             return x.value
-        if isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch_size:
-            sliced += 1
-            return x.index_select(0, placed(indices, x.device))
-        return x
+        return x.index_select(0, placed(indices, x.device)) if _has_rows(x, batch_size) else x
 
-    result = mapped(batch, leaf)
-    if not sliced:
-        shapes: list[tuple[int, ...]] = []
-        mapped(batch, lambda x: shapes.append(tuple(x.shape)) if isinstance(x, Tensor) else None)
-        raise ESAMValueError(
-            f"`losses` returned {batch_size} losses, so the batch must hold a tensor with "
-            f"{batch_size} rows to select from. Received: tensors of shapes {shapes}."
-        )
-    return result
+    return mapped(batch, leaf)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from esam_torch.devices import placed
 from esam_torch.sharded import local
 
 __all__ = ["Buffers", "Gradients", "RandomState", "Weights"]
@@ -105,10 +106,31 @@ class Weights:
         """Go to theta + epsilon."""
         torch._foreach_add_(self._weights, list(perturbations))
 
+    def rounded(self, perturbations: Sequence[Tensor]) -> Tensor:
+        """Return the share of epsilon's nonzero entries that moved no half-precision weight.
+
+        A 0-d float32 tensor; 0 where there are no such weights.
+        """
+        device = self._weights[0].device
+        lost = torch.zeros((), device=device)
+        all_ = torch.zeros((), device=device)
+        rows = zip(self._weights, self._copies, perturbations, strict=True)
+        for weight, before, epsilon in rows:
+            if is_half(weight):
+                nonzero = epsilon != 0
+                lost += placed((nonzero & (weight == before)).sum(), device)
+                all_ += placed(nonzero.sum(), device)
+        return lost / all_.clamp_min(1.0)
+
     def restore(self) -> None:
         """Go back to theta, bit for bit."""
         if self._weights:
             torch._foreach_copy_(self._weights, self._copies)
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Say whether a tensor holds floating numbers of less than 32 bits."""
+    return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
 
 
 def statistics_layers(model: nn.Module) -> list[nn.Module]:

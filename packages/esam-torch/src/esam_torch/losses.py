@@ -45,8 +45,9 @@ def per_sample(returned: Any, *, expected: int | None = None) -> tuple[Tensor, A
     if expected is not None and len(losses) != expected:
         raise ESAMValueError(
             f"`losses` must return one loss a sample. Received: {len(losses)} losses for "
-            f"{expected} selected samples. Is a tensor of the batch sliced that should not be? "
-            f"Wrap it in Whole(...)."
+            f"{expected} samples. Is a tensor of the batch sliced that should not be? Wrap it in "
+            "Whole(...). Are there samples in something that is no tensor (an array, a list of "
+            "texts), and so not sliced? Pass them as tensors."
         )
     # Half-precision losses: the mean over the batch and the differences need more digits.
     return losses.to(torch.promote_types(losses.dtype, torch.float32)), rest

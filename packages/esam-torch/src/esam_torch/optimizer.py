@@ -25,7 +25,7 @@ from esam_torch.bases import check_base
 from esam_torch.batch import unwrapped
 from esam_torch.blocks import Blocks, compiled_as_a_whole, find_blocks
 from esam_torch.groups import check_groups
-from esam_torch.guards import Buffers, RandomState
+from esam_torch.guards import Buffers, RandomState, is_half
 from esam_torch.losses import LossFunction
 from esam_torch.prefix import Prefix
 from esam_torch.sharded import Shards
@@ -127,6 +127,7 @@ class ESAM(torch.optim.Optimizer):
         self._pending = False
         self._warned_plain = False
         self._warned_compiled = False
+        self._warned_rounding = False
         # torch's way to make an optimizer without parameter groups of its own: the groups and the
         # state are the base's (see the properties), hooks and the profiler's wrapper are ours.
         self.__setstate__({"defaults": dict(base_optimizer.defaults)})
@@ -234,11 +235,32 @@ class ESAM(torch.optim.Optimizer):
             # Sharded weights get their gradients from a whole backward.
             prefix=None if shards is not None else self._prefix(blocks, parameters, mask),
             shards=shards,
+            watch_rounding=self._watches_rounding(parameters, mask),
         )
         report = step.run(losses, batch, kwargs)
         self._count += 1
         self._pending = True
+        if step.rounded is not None:
+            self._warn_of_rounding(float(step.rounded))
         return report
+
+    def _watches_rounding(self, parameters: list[Parameter], mask: Mask) -> bool:
+        """Say whether to measure, once, how much of the perturbation half precision swallows."""
+        if self._warned_rounding or not mask.active:
+            return False
+        rows = zip(parameters, mask.perturbed, strict=True)
+        return any(m and is_half(p.tensor) for p, m in rows)
+
+    def _warn_of_rounding(self, share: float) -> None:
+        """Say once that perturbations were smaller than the spacing of the weights' numbers."""
+        self._warned_rounding = True
+        if share > 0.0:
+            warnings.warn(
+                f"{share:.1%} of the entries of the first perturbation rounded away: weights in "
+                "half precision cannot move by so little. Keep the weights in float32 and use "
+                "torch.autocast, or take a larger rho.",
+                stacklevel=3,
+            )
 
     def step(self, closure: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Any:
         """Make the base optimizer's update; with `losses` and a batch, the whole step.

@@ -6,7 +6,7 @@ fails or interrupts, weights, buffers, gradients and random state are as they we
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from esam_core import ESAMConfig, ESAMValueError, Mask, NonFiniteError, StepRepo
 from esam_core.swp import Unit
 from esam_torch import batch as batches
 from esam_torch.ascent import ascent_gradients
+from esam_torch.devices import placed
 from esam_torch.guards import Buffers, Gradients, RandomState, Weights, statistics_layers
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.perturbation import Ascent, Direction, perturb
@@ -41,6 +42,10 @@ class Step:
         scaler: the gradient scaler of fp16 training, or None.
         prefix: the blocks that are not run twice, or None where nothing can be left out.
         shards: what FSDP2 has made of the model, or None where nothing is sharded.
+        watch_rounding: whether to measure how much of the perturbation rounds away.
+
+    Attributes:
+        rounded: what was measured, a 0-d tensor, or None.
     """
 
     model: nn.Module
@@ -51,6 +56,9 @@ class Step:
     scaler: Any = None
     prefix: Prefix | None = None
     shards: Shards | None = None
+    watch_rounding: bool = False
+    rounded: Tensor | None = field(default=None, init=False)
+    _weights: Weights | None = field(default=None, init=False, repr=False)
 
     def run(
         self, losses: LossFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -60,7 +68,7 @@ class Step:
         trained = [p.tensor for p in self.parameters]
         random = RandomState(p.device for p in trained)
         buffers = Buffers(self.model)
-        gradients = Gradients(trained)
+        gradients = Gradients(_differentiated(self.model, trained))
         try:
             with torch.enable_grad():
                 if any(self.mask.perturbed):
@@ -75,7 +83,8 @@ class Step:
                 gradients.restore()
             return report
         except BaseException:
-            self._weights_changed()
+            # An interrupt may have come while `_perturbed_step` was about to do this itself.
+            self._go_back()
             random.restore()
             buffers.restore()
             gradients.restore()
@@ -97,7 +106,11 @@ class Step:
     def _base_step(self, losses: LossFunction, batch: Any) -> StepReport:
         """Nothing is perturbed: forward and backward of the whole batch, and no more."""
         values, rest = self._forward(losses, batches.unwrapped(batch))
-        self._backward(values.mean())
+        self._checked_size(batch, len(values))
+        total = values.mean()
+        if self.config.on_nonfinite != "propagate":  # what is looked for, is looked for in `.grad`
+            total = _poisoned(total, torch.isfinite(values).all())
+        self._backward(total)
         return StepReport(count=self.count, losses=values.detach(), outputs=rest)
 
     def _perturbed_step(self, losses: LossFunction, batch: Any, random: RandomState) -> StepReport:
@@ -107,33 +120,37 @@ class Step:
                 values, rest = self._forward(losses, batches.unwrapped(batch))
             after_forward = RandomState(p.tensor.device for p in self.parameters)
             at_theta = Buffers(self.model)
+            b = len(values)
+            k = self._checked_size(batch, b)
             ascent = self._ascent(values)
-        b = len(values)
-        k = sds.subset_size(self.config.select.gamma, b)
-        before = values.detach()
+        # A clone: where a compiled model replays CUDA graphs, the next pass writes over the losses.
+        before = values.detach().clone()
         del values
-        weights = Weights([self.parameters[t].tensor for t in self._perturbed])
+        finite = ascent.finite
+        self._weights = weights = Weights([self.parameters[t].tensor for t in self._perturbed])
         after: Tensor | None = None
         selected: Selected | None = None
         try:
             weights.add(ascent.perturbations)
             self._weights_changed()
+            if self.watch_rounding:
+                self.rounded = weights.rounded(ascent.perturbations)
             ascent.perturbations.clear()  # epsilon is in the weights; its memory is not needed
             if k < b:
                 if self.config.select.score == "increase":
                     random.restore()
                     after = self._selection(losses, batch, b)
                     at_theta.restore()  # BatchNorm may be about to read its running statistics
+                    finite = finite & torch.isfinite(after).all()
                 selected = select(
                     self.config.select, before, after, seed=self.config.seed, count=self.count
                 )
             random.restore()
             if self.prefix is not None and k < b:
                 self.prefix.clear()
-            self._descent(losses, batch, b, selected, ascent.finite)
+            self._descent(losses, batch, b, selected, finite)
         finally:
-            weights.restore()
-            self._weights_changed()
+            self._go_back()
         at_theta.restore()
         after_forward.restore()
         return self._report(before, after, selected, ascent, rest)
@@ -199,7 +216,7 @@ class Step:
         """Return the (b,) losses at theta + epsilon; builds no graph."""
         with torch.no_grad(), unsynchronised(self.model), self._replaying():
             values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
-        return values
+        return values.clone()
 
     def _descent(
         self, losses: LossFunction, batch: Any, b: int, selected: Selected | None, finite: Tensor
@@ -215,8 +232,8 @@ class Step:
                 part = batches.take(batch, selected.indices, b)
                 values, _ = self._forward(losses, part, expected=k)
                 total = (selected.weights * values).sum()
-        # A non-finite ascent must be seen in `.grad`, even if the selected samples are harmless.
-        self._backward(total * torch.where(finite, 1.0, torch.nan))
+        # What was not finite must be seen in `.grad`, even if the selected samples are harmless.
+        self._backward(_poisoned(total, finite & torch.isfinite(total.detach())))
 
     def _recording(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of the ascent's forward."""
@@ -225,6 +242,20 @@ class Step:
     def _replaying(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of the one later forward on the whole batch."""
         return contextlib.nullcontext() if self.prefix is None else self.prefix.replaying()
+
+    def _checked_size(self, batch: Any, b: int) -> int:
+        """Return k, the number of samples to select, of a batch that has b losses."""
+        k = sds.subset_size(self.config.select.gamma, b)
+        batches.check_rows(batch, b, selecting=k < b)
+        return k
+
+    def _go_back(self) -> None:
+        """Return to theta: phase 6."""
+        if self._weights is not None:
+            self._weights.restore()
+            # An autocast region around the step would go on with casts of other weights.
+            torch.clear_autocast_cache()
+        self._weights_changed()
 
     def _weights_changed(self) -> None:
         """Let sharded models gather the weights anew."""
@@ -300,10 +331,27 @@ def perturbable(parameter: Parameter) -> bool:
     return parameter.tensor.requires_grad and parameter.group.get("esam_perturb", True)
 
 
+def _differentiated(model: nn.Module, trained: Sequence[Tensor]) -> list[Tensor]:
+    """Return every parameter whose `.grad` a backward may write to, the optimizer's or not."""
+    others = [p for p in model.parameters() if p.requires_grad]
+    return list({id(p): p for p in (*trained, *others)}.values())
+
+
+def _poisoned(total: Tensor, finite: Tensor) -> Tensor:
+    """Return the loss, or NaN, which no gradient survives, where something was not finite."""
+    return total * torch.where(finite, 1.0, torch.nan)
+
+
 def _all_finite(parameters: Sequence[Tensor]) -> bool:
     """Say whether every gradient is finite: the one synchronisation of "skip" and "raise"."""
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    return all(bool(torch.isfinite(g).all()) for g in gradients)
+    values = [g._values() if g.is_sparse else g for g in gradients]
+    values = [v for v in values if v.numel() > 0]
+    if not values:
+        return True
+    largest = torch._foreach_norm(values, torch.inf)
+    device = values[0].device
+    return bool(torch.stack([placed(m.float(), device) for m in largest]).isfinite().all())
 
 
 @contextlib.contextmanager
