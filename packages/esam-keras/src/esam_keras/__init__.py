@@ -1,0 +1,53 @@
+"""esam-keras: efficient sharpness-aware minimisation for Keras 3, on TensorFlow, JAX and torch.
+
+One line changes in a training script::
+
+    model.compile(optimizer=ESAM(keras.optimizers.SGD(0.1, momentum=0.9)), loss=..., metrics=...)
+
+Importing this package teaches `compile` what to do with an `ESAM`: see `esam_keras.hook`.
+"""
+
+from esam_core import (
+    All,
+    Bernoulli,
+    Between,
+    Every,
+    Everything,
+    Only,
+    Proportional,
+    Random,
+    RandomSuffix,
+    Sometimes,
+    StepReport,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
+from esam_keras.hook import install
+from esam_keras.optimizer import ESAM
+from esam_keras.training import train_step
+from esam_keras.units import unit_records
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ESAM",
+    "All",
+    "Bernoulli",
+    "Between",
+    "Every",
+    "Everything",
+    "Only",
+    "Proportional",
+    "Random",
+    "RandomSuffix",
+    "Sometimes",
+    "StepReport",
+    "Suffix",
+    "TopIncrease",
+    "TopLoss",
+    "train_step",
+    "unit_records",
+]
+
+install()

@@ -1,0 +1,119 @@
+"""How `compile` learns about ESAM: the one place where this package touches Keras's classes.
+
+A Keras optimizer sees only gradients, so that ESAM's second pass has to live in the model's
+training step. `install` wraps `compile` once. Where the optimizer is an `ESAM`, the compiled model
+*instance* gets our step; where it is not, the instance gets its own back. No class is replaced and
+no subclass is needed.
+
+- The wrapped class is the one that *defines* `compile`: Keras decides by comparing
+  `type(model).compile` with that class's whether it may compile a loaded model again, and a wrapper
+  on `keras.Model` would make every `load_model` in the process drop its optimizer.
+- `make_train_function` is replaced beside `train_step`: the latter is traced once, with one mask.
+- Attributes go straight into the instance's `__dict__`: Keras tracks what is set otherwise.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import keras
+
+from esam_core import ESAMTypeError, ESAMValueError
+from esam_keras.losses import has_own_compute_loss
+from esam_keras.optimizer import ESAM, find_esam
+from esam_keras.training import ATTRIBUTE, Training, train_step
+
+__all__ = ["install"]
+
+#: What a compiled model may have in its `__dict__` from us.
+OURS = (ATTRIBUTE, "train_step", "make_train_function", "reset_metrics", "train_on_batch")
+
+
+def install() -> None:
+    """Wrap `compile` on the class that defines it, once a process."""
+    owner: Any = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
+    original = vars(owner)["compile"]
+    if hasattr(original, "esam_keras_original"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def compile(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A001
+        bound = signature.bind(self, *args, **kwargs)
+        esam = find_esam(bound.arguments.get("optimizer"))
+        if esam is not None:
+            _check(self, esam, bound.arguments)
+        _detach(self)
+        original(*bound.args, **bound.kwargs)
+        # Again from the model: a subclass may have its own way to its optimizer.
+        esam = find_esam(self.optimizer)
+        if esam is not None:
+            _attach(self, esam)
+
+    compile.esam_keras_original = original  # type: ignore[attr-defined]
+    owner.compile = compile
+
+
+def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
+    """Raise where this model cannot train with ESAM, and keep Keras from scaling losses twice."""
+    training = Training(model, esam)
+    training.native.refuse(model)
+    if (
+        arguments.get("loss") is None
+        and not has_own_compute_loss(model)
+        and esam.config.select.gamma < 1.0
+    ):
+        raise ESAMValueError(
+            "`loss` must be given: ESAM selects samples by their losses. Received: loss=None. A "
+            "model that brings its losses by `add_loss` has none a sample and needs gamma=1.0."
+        )
+    if isinstance(esam.base_optimizer, keras.optimizers.LossScaleOptimizer):
+        if isinstance(arguments["optimizer"], keras.optimizers.LossScaleOptimizer):
+            raise ESAMTypeError(
+                "A `LossScaleOptimizer` must stand around ESAM or in it, and not both. "
+                f"Received: optimizer={arguments['optimizer']!r}."
+            )
+        arguments["auto_scale_loss"] = False
+
+
+def _attach(model: Any, esam: ESAM) -> None:
+    """Give a model instance our step."""
+    training = Training(model, esam)
+    mine = vars(model)
+    mine[ATTRIBUTE] = training
+    if type(model).train_step is keras.Model.train_step:
+        mine["train_step"] = functools.partial(train_step, model)
+    mine["make_train_function"] = functools.partial(_make_train_function, model)
+    mine["reset_metrics"] = functools.partial(_reset_metrics, model)
+    mine["train_on_batch"] = functools.partial(_train_on_batch, model)
+
+
+def _detach(model: Any) -> None:
+    """Give a model instance its own methods back."""
+    for name in OURS:
+        vars(model).pop(name, None)
+
+
+def _make_train_function(model: Any, force: bool = False) -> Any:
+    """Make the function that `fit` calls, if there is none or a new one is asked for."""
+    if model.train_function is None or force:
+        training = Training.of(model)
+        model.train_function = training.native.make_train_function(training)
+    return model.train_function
+
+
+def _reset_metrics(model: Any) -> None:
+    """Reset the metrics, and ESAM's means with them."""
+    type(model).reset_metrics(model)
+    Training.of(model).esam.reset_logs()
+
+
+def _train_on_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Train on a batch; ESAM's logs come in a dict only, so that lists keep their length."""
+    training = Training.of(model)
+    bound = inspect.signature(type(model).train_on_batch).bind(model, *args, **kwargs)
+    training.quiet = not bound.arguments.get("return_dict", False)
+    try:
+        return type(model).train_on_batch(model, *args, **kwargs)
+    finally:
+        training.quiet = False

@@ -1,0 +1,107 @@
+"""Data selection on the device, in Keras's operations: compiled twin of `esam_core.sds.select`."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from keras import ops
+
+from esam_core import sds
+
+__all__ = ["Selected", "select", "subset_size"]
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class Selected:
+    """(k,) ascending indices and (k,) weights w_i of the descent pass."""
+
+    indices: Tensor
+    weights: Tensor
+
+
+def subset_size(gamma: float, b: int | Tensor) -> int | Tensor:
+    """Return k = max(1, ceil(gamma b)), exactly; a tensor where b is known only when it runs."""
+    if isinstance(b, int):
+        return sds.subset_size(gamma, b)
+    share = Fraction(gamma).limit_denominator(10**6)
+    wide = ops.cast(b, "int64")
+    ceiling = (wide * share.numerator + (share.denominator - 1)) // share.denominator
+    return ops.cast(ops.maximum(ceiling, 1), "int32")
+
+
+def select(
+    selector: sds.Selector,
+    losses: Tensor,
+    perturbed_losses: Tensor | None,
+    inputs: dict[str, Tensor],
+    b: int | Tensor,
+) -> Selected:
+    """Return what a selector keeps of a batch.
+
+    Args:
+        selector: any selector of esam-core but `All`.
+        losses: (b,) losses at theta.
+        perturbed_losses: (b,) losses at theta + epsilon, or None where its score needs none.
+        inputs: "indices" of a random subset or "offset" of a systematic sample, from the host.
+        b: the batch size.
+    """
+    k = subset_size(selector.gamma, b)
+    if selector.rule == "random":
+        return Selected(inputs["indices"], _even(k, losses))
+    scores = losses if selector.score == "loss" else perturbed_losses - losses
+    if selector.rule == "top":
+        return Selected(_top(scores, k), _even(k, losses))
+    pi = _inclusion_probabilities(scores, k, b, selector.floor)
+    indices = _systematic(pi, k, b, inputs["offset"])
+    weights = 1.0 / (ops.cast(b, pi.dtype) * ops.take(pi, indices, axis=0))
+    return Selected(indices, ops.cast(weights, losses.dtype))
+
+
+def _even(k: int | Tensor, like: Tensor) -> Tensor:
+    """Return the k weights 1/k."""
+    number = ops.cast(k, like.dtype)
+    return ops.broadcast_to(1.0 / number, (k,))
+
+
+def _top(scores: Tensor, k: int | Tensor) -> Tensor:
+    """Return the indices of the k largest scores, ascending; ties go to the lower index."""
+    ranked = ops.where(ops.isnan(scores), ops.full_like(scores, float("inf")), scores)
+    order = ops.argsort(-ranked)[:k]  # stable on every backend
+    return ops.sort(ops.cast(order, "int32"))
+
+
+def _inclusion_probabilities(
+    scores: Tensor, k: int | Tensor, b: int | Tensor, floor: float
+) -> Tensor:
+    """Return (b,) probabilities proportional to score plus floor, at most 1, that sum to k.
+
+    In descending order the certain samples are the first c, where c is the first place at which
+    the next one would get no more than probability 1.
+    """
+    clipped = ops.maximum(scores, ops.zeros_like(scores))
+    clipped = ops.where(ops.isfinite(clipped), clipped, ops.zeros_like(clipped))
+    sound = ops.all(ops.isfinite(scores))
+    mean = ops.mean(clipped)
+    usable = ops.logical_and(mean > 0, sound)
+    q = ops.where(usable, clipped + floor * mean, ops.ones_like(clipped))
+    order = ops.argsort(-q)
+    descending = ops.take(q, order, axis=0)
+    tails = ops.flip(ops.cumsum(ops.flip(descending, axis=0)), axis=0)  # sum of q from here on
+    places = ops.cast(ops.arange(b), q.dtype)
+    left = ops.cast(k, q.dtype) - places
+    fits = ops.cast(left * descending <= tails, "int32")
+    certain = ops.argmax(fits, axis=0)  # the first place that fits
+    share = ops.take(left, certain, axis=0) / ops.take(tails, certain, axis=0)
+    sure = places < ops.cast(certain, q.dtype)
+    pi = ops.where(sure, ops.ones_like(q), share * descending)
+    return ops.take(pi, ops.argsort(order), axis=0)
+
+
+def _systematic(pi: Tensor, k: int | Tensor, b: int | Tensor, offset: Tensor) -> Tensor:
+    """Return k ascending indices, i with probability pi_i: the intervals that hold a point."""
+    ends = ops.cumsum(pi)
+    points = ops.cast(offset, pi.dtype) + ops.cast(ops.arange(k), pi.dtype)
+    found = ops.cast(ops.searchsorted(ends, points, side="right"), "int32")
+    return ops.minimum(found, ops.cast(b, "int32") - 1)

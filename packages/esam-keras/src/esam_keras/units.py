@@ -1,0 +1,128 @@
+"""A Keras model's trainable variables as `Unit` records, which is all that samplers see of it.
+
+The blocks are the layers, in the order in which they run: for Sequential and Functional models
+that is known, for a subclassed model it is the order in which its layers were assigned. A layer of
+a nested model has a block of its own, "outer.inner"; a layer that is made of layers in another way
+is one block.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from esam_core import Unit
+
+__all__ = ["statistics_layers", "unit_records"]
+
+_NORMS = tuple(
+    getattr(keras.layers, name)
+    for name in (
+        "BatchNormalization",
+        "LayerNormalization",
+        "GroupNormalization",
+        "RMSNormalization",
+    )
+    if hasattr(keras.layers, name)  # RMSNormalization came with Keras 3.9
+)
+
+
+def unit_records(model: keras.Model) -> tuple[Unit, ...]:
+    """Return one record for each of `model.trainable_variables`, in that order.
+
+    Args:
+        model: a built model.
+
+    Returns:
+        Records named by the variables' paths, such as "dense/kernel". `cost` is the
+        multiply-adds that the layer needs for one sample, as far as shapes tell it.
+
+    Example:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
+        >>> [(unit.block, unit.shape, unit.cost) for unit in unit_records(model)]
+        [('head', (4, 3), 12.0), ('head', (3,), 0.0)]
+    """
+    places: dict[int, tuple[str, int, keras.layers.Layer, float]] = {}
+    for depth, (block, layer, whole) in enumerate(_blocks(model)):
+        for part in (layer, *layer._flatten_layers(include_self=False)) if whole else (layer,):
+            positions = _positions(part, fallback=_positions(layer, fallback=1.0))
+            for variable in part._trainable_variables:
+                places.setdefault(id(variable), (block, depth, part, positions))
+    units, names = [], set[str]()
+    for variable in model.trainable_variables:
+        block, depth, owner, positions = places.get(id(variable), ("", 0, model, 1.0))
+        name = variable.path
+        while name in names:  # two layers of one name: legal in Keras, ambiguous here
+            name += "'"
+        names.add(name)
+        kind = _kind(owner, variable)
+        cost = math.prod(variable.shape) * positions if _multiplies(kind, variable) else 0.0
+        units.append(Unit(name, tuple(variable.shape), kind, block, float(cost), depth))
+    return tuple(units)
+
+
+def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """Return the layers that normalise by statistics of the batch."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+
+
+def _blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield (block, layer, whether its sublayers belong to it) in the order of execution."""
+    for layer in model.layers:
+        block = f"{prefix}{layer.name}"
+        if isinstance(layer, keras.Model):
+            yield from _blocks(layer, prefix=f"{block}.")
+        else:
+            yield block, layer, True
+    yield prefix.rstrip("."), model, False  # variables of the model itself
+
+
+def _kind(layer: Any, variable: Any) -> str:
+    """Return a variable's `Unit.kind`."""
+    if isinstance(layer, _NORMS):
+        return "norm"
+    if isinstance(layer, keras.layers.Embedding):
+        return "embedding"
+    if hasattr(layer, "module"):  # a torch module in Keras
+        return _torch_kind(layer.module, variable)
+    return "bias" if variable.name.endswith("bias") else "weight"
+
+
+def _torch_kind(module: Any, variable: Any) -> str:
+    """Return the kind of a wrapped torch module's parameter."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter is variable.value:
+                if "Norm" in type(part).__name__:
+                    return "norm"
+                if "Embedding" in type(part).__name__:
+                    return "embedding"
+                return "bias" if name.endswith("bias") else "weight"
+    return "weight"
+
+
+def _multiplies(kind: str, variable: Any) -> bool:
+    """Say whether a variable is multiplied with the layer's input, and not just added."""
+    return kind == "weight" and len(variable.shape) >= 2
+
+
+def _positions(layer: Any, fallback: float) -> float:
+    """Return at how many places of a sample the layer applies its kernel; 1 where not known."""
+    nodes = getattr(layer, "_inbound_nodes", ())
+    if not nodes:
+        return fallback
+    inputs = [tuple(t.shape) for t in nodes[0].input_tensors]
+    outputs = [tuple(t.shape) for t in nodes[0].output_tensors]
+    if isinstance(layer, keras.layers.RNN | keras.layers.Bidirectional) and inputs:
+        return float(inputs[0][1] or 1)
+    if not outputs or len(outputs[0]) < 2:
+        return fallback
+    channels_first = getattr(layer, "data_format", None) == "channels_first"
+    places = outputs[0][2:] if channels_first else outputs[0][1:-1]
+    return float(math.prod(n or 1 for n in places))
