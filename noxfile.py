@@ -46,7 +46,7 @@ ENVIRONMENTS = {
     "lint": ("ruff",),
     "torch": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
-        *("scikit-learn", "matplotlib", "tqdm"),
+        *("scikit-learn", "matplotlib", "tqdm", "pytorch-optimizer", "schedulefree"),
         *("mypy", "build", "sybil", "sphinx", "myst-parser", "furo"),
     ),
 }
