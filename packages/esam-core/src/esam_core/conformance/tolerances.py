@@ -2,7 +2,9 @@
 
 A tolerance is a multiple of eps, the dtype's distance from 1 to the next number (float32:
 1.19e-7, float64: 2.22e-16), times the largest magnitude of what is compared: errors of sums and
-products scale with their terms, not with what is left of them after cancellation.
+products scale with their terms, not with what is left of them after cancellation. The multiples
+are ten times and more what NumPy in float32 and torch were seen to need: other libraries round and
+order their sums otherwise, and the faults that the kit is for are thousands of times larger.
 """
 
 from dataclasses import dataclass
@@ -32,16 +34,16 @@ TOLERANCES = {
         64.0, 64.0, "a backward, then one square root of a sum of squares, all of one sign"
     ),
     "gradient": Tolerance(
-        512.0,
-        512.0,
+        128.0,
+        128.0,
         "two forwards and backwards; the error of epsilon comes in through the curvature",
     ),
     "weights": Tolerance(
-        256.0, 256.0, "up to six updates, each with the error of its gradient times lr = 0.1"
+        64.0, 64.0, "up to six updates, each with the error of its gradient times lr = 0.1"
     ),
     "adaptive weights": Tolerance(
-        4096.0,
-        4096.0,
+        128.0,
+        128.0,
         "Adam divides by the gradient's size: small entries carry the error of the large ones",
     ),
     "buffers": Tolerance(32.0, 32.0, "a mean and a variance of activations, mixed once a step"),
@@ -49,7 +51,7 @@ TOLERANCES = {
         32.0, 32.0, "the same mathematics twice in one backend, compiled or fused differently"
     ),
     "sample weights": Tolerance(
-        256.0, 256.0, "b times a score over the sum of the scores, each with its own error"
+        128.0, 128.0, "b times a score over the sum of the scores, each with its own error"
     ),
 }
 

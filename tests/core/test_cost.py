@@ -1,0 +1,134 @@
+"""The unit model of a step's cost, against the figures of the design and cases by hand."""
+
+import pytest
+
+from esam_core import (
+    All,
+    Bernoulli,
+    Between,
+    ESAMValueError,
+    Every,
+    Everything,
+    Mask,
+    Only,
+    Proportional,
+    Random,
+    RandomSuffix,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+    Unit,
+)
+from esam_core.cost import base_cost, expected_cost, step_cost
+
+# 300 equal layers, each with a norm that costs nothing: the first layer is next to nothing.
+CHAIN = [
+    unit
+    for i in range(300)
+    for unit in (
+        Unit(f"{i}.conv", (1,), cost=1.0, block=str(i), depth=i),
+        Unit(f"{i}.norm", (1,), kind="norm", block=str(i), depth=i),
+    )
+]
+# Three layers of shares .5, .3, .2.
+SMALL = [
+    Unit("a", (1,), cost=5.0, block="a", depth=0),
+    Unit("b", (1,), cost=3.0, block="b", depth=1),
+    Unit("c", (1,), cost=2.0, block="c", depth=2),
+]
+
+
+def ratio(sampler, selector, **options):
+    return expected_cost(sampler, CHAIN, selector, **options).ratio
+
+
+def test_figures_of_the_design():
+    assert ratio(Everything(), All()) == pytest.approx(2.0, abs=2e-3)
+    assert ratio(Bernoulli(0.6), TopIncrease(0.5)) == pytest.approx(1.70, abs=5e-3)
+    assert ratio(Suffix("200"), TopIncrease(0.5)) == pytest.approx(3.5 / 3, abs=3e-3)
+    assert ratio(Suffix("200"), All()) == pytest.approx((3 + 3 / 3) / 3, abs=3e-3)
+    assert ratio(Between(10**6), TopIncrease(0.5)) == 1.0
+    assert ratio(Every(10), All()) == pytest.approx(1.1, abs=1e-3)
+
+
+def test_small_chain_by_hand():
+    assert base_cost(SMALL) == pytest.approx(2.5)
+    mask = Suffix("b").draw(SMALL, seed=0, count=0)
+    cost = step_cost(SMALL, mask, TopIncrease(0.5))
+    assert cost.ascent_forward == 1.0
+    assert cost.ascent_activations == pytest.approx(0.2)  # into c's input, which is b's output
+    assert cost.ascent_weights == pytest.approx(0.5)
+    assert cost.selection == pytest.approx(0.5)
+    assert cost.descent_forward == 0.5
+    assert cost.descent_backward == pytest.approx(0.75)
+    assert cost.total == pytest.approx(3.45)
+    assert cost.ratio == pytest.approx(3.45 / 2.5)
+
+
+@pytest.mark.parametrize(
+    ("selector", "selection", "descent_forward"),
+    [
+        (TopIncrease(0.5), 0.5, 0.5),
+        (TopLoss(0.5), 0.0, 0.5),
+        (Random(0.5), 0.0, 0.5),
+        (Proportional(0.5), 0.0, 0.5),
+        (Proportional(0.5, "increase"), 0.5, 0.5),
+        (All(), 0.0, 0.5),  # the descent runs the suffix only: the prefix's graph is there
+    ],
+)
+def test_passes_that_selectors_pay_for(selector, selection, descent_forward):
+    cost = step_cost(SMALL, Suffix("b").draw(SMALL, seed=0, count=0), selector)
+    assert cost.selection == pytest.approx(selection)
+    assert cost.descent_forward == pytest.approx(descent_forward)
+
+
+def test_without_prefix_reuse():
+    mask = Suffix("b").draw(SMALL, seed=0, count=0)
+    assert step_cost(SMALL, mask, TopIncrease(0.5), prefix_reuse=False).selection == 1.0
+    assert step_cost(SMALL, mask, All(), prefix_reuse=False).descent_forward == 1.0
+
+
+def test_full_norm_pays_for_the_whole_backward():
+    mask = Suffix("c").draw(SMALL, seed=0, count=0)
+    cost = step_cost(SMALL, mask, All(), norm="full")
+    assert cost.ascent_activations + cost.ascent_weights == pytest.approx(base_cost(SMALL) - 1.0)
+    assert cost.descent_forward == 1.0
+
+
+def test_norm_layers_alone_pay_for_activations_only():
+    cost = expected_cost(Only("norm", Suffix("200")), CHAIN, TopIncrease(0.5))
+    assert cost.ascent_weights == 0.0
+    assert cost.ascent_activations == pytest.approx(99 / 300)
+
+
+def test_batch_size_gives_the_exact_share():
+    mask = Everything().draw(SMALL, seed=0, count=0)
+    assert step_cost(SMALL, mask, TopIncrease(0.5), batch_size=3).descent_forward == 2 / 3
+    cost = step_cost(SMALL, mask, TopIncrease(0.5), batch_size=1)  # k = b: no selection pass
+    assert cost.selection == 0.0
+    assert cost.ratio == pytest.approx(2.0)
+
+
+def test_random_suffix_is_the_mean_of_its_suffixes():
+    sampler = RandomSuffix(("b", "c"), (0.25, 0.75))
+    one, other = (step_cost(SMALL, mask, All()).total for mask in sampler.masks(SMALL))
+    found = expected_cost(sampler, SMALL, All(), steps=4000).total
+    assert found == pytest.approx(0.25 * one + 0.75 * other, abs=0.02)
+
+
+def test_order_of_execution_and_not_of_listing():
+    shuffled = [SMALL[2], SMALL[0], SMALL[1]]
+    mask = Mask((True, False, True), (1.0,) * 3)
+    original = Mask((False, True, True), (1.0,) * 3)
+    assert step_cost(shuffled, mask, All()) == step_cost(SMALL, original, All())
+
+
+def test_bad_input():
+    with pytest.raises(ESAMValueError, match="must not be empty"):
+        base_cost([])
+    with pytest.raises(ESAMValueError, match="must have a cost"):
+        base_cost([Unit("w", (1,))])
+    with pytest.raises(ESAMValueError, match="names of their own"):
+        step_cost([SMALL[0], SMALL[0]], Mask((True, True), (1.0, 1.0)), All())
+    with pytest.raises(ESAMValueError, match="`steps` must be >= 1"):
+        expected_cost(Everything(), SMALL, All(), steps=0)

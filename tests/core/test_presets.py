@@ -1,0 +1,26 @@
+"""The published settings are usable as they stand."""
+
+import pytest
+
+from esam_core import ESAMConfig
+from esam_core.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_arguments_make_a_configuration(name):
+    preset = PRESETS[name]
+    config = ESAMConfig.from_arguments(**preset.arguments())
+    assert config.rho == preset.rho
+    assert config.perturb.beta == preset.beta
+    assert config.select.gamma == preset.gamma
+
+
+def test_published_values():
+    published = {name: (p.rho, p.beta, p.gamma) for name, p in PRESETS.items()}
+    assert published["cifar-resnet18"] == (0.05, 0.6, 0.5)
+    assert published["cifar-wrn28-10"] == (0.1, 0.5, 0.5)
+    assert published["cifar-pyramidnet110"] == (0.2, 0.6, 0.5)
+    assert published["imagenet-resnet50"][1:] == (0.6, 0.7)
+    assert published["imagenet-resnet101"][1:] == (0.6, 0.7)
+    assert published["imagenet-vit-s16"][1:] == (0.5, 0.7)
+    assert [name for name, p in PRESETS.items() if p.rho_is_ours] == ["imagenet-vit-s16"]
