@@ -1,0 +1,211 @@
+"""What a step costs, counted: the unit model of the samplers and selectors.
+
+The unit of account is one forward of the whole model on the whole batch. A backward costs twice
+that, half for the gradients of activations and half for those of weights; nobody computes the
+gradient of the first layer's input. A base step is therefore close to 3 units, SAM's to 6, and
+every saving is something that one of the passes does not run:
+
+- weight gradients of unperturbed units, in the ascent pass;
+- activation gradients at and below the shallowest perturbed unit, in the ascent pass;
+- the forward of the blocks before the first perturbed one, in the selection pass, or in the
+  descent pass where it takes the whole batch;
+- the selection pass, where the selector does not need it;
+- everything but a base step, where the mask is empty.
+
+A unit's cost is that of the layer it drives, so the model sees layers in the order of `depth` and
+takes the network for a chain. Element-wise work, optimizer updates and memory traffic are free
+in it; it says what FLOP counters say, and clocks say more or less the same.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from esam_core import validation
+from esam_core.errors import ESAMValueError
+from esam_core.sds import Selector, subset_size
+from esam_core.swp import Mask, Sampler, Unit, block_order
+
+__all__ = ["StepCost", "base_cost", "expected_cost", "step_cost"]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The parts of a step, in forwards of the whole model on the whole batch.
+
+    Args:
+        ascent_forward: losses at theta.
+        ascent_activations: gradients of activations in the ascent's backward.
+        ascent_weights: gradients of weights in the ascent's backward.
+        selection: losses at theta + epsilon.
+        descent_forward: losses of the selected samples; the whole batch in a base step.
+        descent_backward: their gradient.
+        base: the cost of a base step.
+    """
+
+    ascent_forward: float
+    ascent_activations: float
+    ascent_weights: float
+    selection: float
+    descent_forward: float
+    descent_backward: float
+    base: float
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        ascent = self.ascent_forward + self.ascent_activations + self.ascent_weights
+        return ascent + self.selection + self.descent_forward + self.descent_backward
+
+    @property
+    def ratio(self) -> float:
+        """The step against a base step."""
+        return self.total / self.base
+
+
+def _shares(units: Sequence[Unit]) -> tuple[list[Unit], list[float]]:
+    """Return the units in order of execution and each one's share of the forward."""
+    if not units:
+        raise ESAMValueError("`units` must not be empty.")
+    ordered = sorted(units, key=lambda unit: unit.depth)  # stable: listing order within a block
+    total = sum(unit.cost for unit in ordered)
+    if total <= 0.0:
+        raise ESAMValueError("`units` must have a cost: all are 0. Let a backend measure them.")
+    return ordered, [unit.cost / total for unit in ordered]
+
+
+def _first_layer(shares: Sequence[float]) -> float:
+    """Return the share of the first layer, whose input needs no gradient."""
+    return next(share for share in shares if share > 0.0)
+
+
+def base_cost(units: Sequence[Unit]) -> float:
+    """Return the cost of a base step: a hair under 3.
+
+    Args:
+        units: the model's units, with costs.
+
+    Example:
+        >>> base_cost([Unit(f"w{i}", (1,), cost=1.0, depth=i) for i in range(10)])
+        2.9
+    """
+    _, shares = _shares(units)
+    return 3.0 - _first_layer(shares)
+
+
+def step_cost(
+    units: Sequence[Unit],
+    mask: Mask,
+    selector: Selector,
+    *,
+    batch_size: int | None = None,
+    norm: str = "masked",
+    prefix_reuse: bool = True,
+) -> StepCost:
+    """Return what one step with this mask costs.
+
+    Args:
+        units: the model's units, with costs, in the order that the mask has.
+        mask: which of them are perturbed.
+        selector: which samples are kept.
+        batch_size: b, for the exact share k / b; default gamma.
+        norm: "full" pays for the whole backward in the ascent.
+        prefix_reuse: whether the backend keeps what runs before the first perturbed block.
+
+    Example:
+        >>> from esam_core import Suffix, TopIncrease
+        >>> units = [Unit(f"w{i}", (1,), cost=1.0, block=str(i), depth=i) for i in range(300)]
+        >>> mask = Suffix("200").draw(units, seed=0, count=0)
+        >>> round(step_cost(units, mask, TopIncrease(0.5)).total, 1)      # 1 + 3 / 3 + 1.5
+        3.5
+    """
+    base = base_cost(units)
+    if not mask.active:
+        return StepCost(0.0, 0.0, 0.0, 0.0, 1.0, base - 1.0, base)
+    names = [unit.name for unit in units]
+    if len(set(names)) != len(names):
+        raise ESAMValueError("`units` must have names of their own.")
+    ordered, shares = _shares(units)
+    perturbed = {unit.name for unit, m in zip(units, mask.perturbed, strict=True) if m}
+    first = next(i for i, unit in enumerate(ordered) if unit.name in perturbed)
+    # The layer of a unit without a cost of its own (a bias, a norm) is where it stands: the
+    # gradient that it needs is that of all that follows.
+    full = norm == "full"
+    activations = 1.0 - _first_layer(shares) if full else sum(shares[first + 1 :])
+    weights = (
+        1.0
+        if full
+        else sum(s for unit, s in zip(ordered, shares, strict=True) if unit.name in perturbed)
+    )
+    order = block_order(units)
+    cut = min(order.index(unit.block) for unit in ordered if unit.name in perturbed)
+    suffix = (
+        sum(s for unit, s in zip(ordered, shares, strict=True) if order.index(unit.block) >= cut)
+        if prefix_reuse
+        else 1.0
+    )
+    gamma = selector.gamma if batch_size is None else _kept(selector, batch_size)
+    selection = suffix if gamma < 1.0 and selector.score == "increase" else 0.0
+    # With everything selected the descent goes through the prefix that the ascent has left; the
+    # full norm's backward has used that up.
+    descent_forward = gamma if gamma < 1.0 else (1.0 if full else suffix)
+    return StepCost(
+        1.0, activations, weights, selection, descent_forward, gamma * (base - 1.0), base
+    )
+
+
+def _kept(selector: Selector, batch_size: int) -> float:
+    """Return k / b."""
+    return subset_size(selector.gamma, batch_size) / batch_size
+
+
+def expected_cost(
+    sampler: Sampler,
+    units: Sequence[Unit],
+    selector: Selector,
+    *,
+    batch_size: int | None = None,
+    norm: str = "masked",
+    prefix_reuse: bool = True,
+    start: int = 0,
+    steps: int = 400,
+    seed: int = 0,
+) -> StepCost:
+    """Return the mean cost of the steps `start`, ..., `start + steps - 1` of a sampler.
+
+    Samplers with one mask are exact. Schedules are exact over the range of steps asked for.
+    Random masks are averaged over the draws that these very steps would make.
+
+    Args:
+        sampler: any.
+        units: the model's units, with costs.
+        selector: any.
+        batch_size: as in `step_cost`.
+        norm: as in `step_cost`.
+        prefix_reuse: as in `step_cost`.
+        start: the first step, >= 0.
+        steps: how many, >= 1. Default 400.
+        seed: of the draws.
+
+    Example:
+        >>> from esam_core import Bernoulli, Every, All, TopIncrease
+        >>> units = [Unit(f"w{i}", (1,), cost=1.0, block=str(i), depth=i) for i in range(100)]
+        >>> round(expected_cost(Bernoulli(0.6), units, TopIncrease(0.5)).ratio, 2)
+        1.7
+        >>> round(expected_cost(Every(10), units, All()).ratio, 6)
+        1.1
+    """
+    validation.count_number("steps", steps, least=1)
+    known = sampler.masks(units)
+    count = 1 if known is not None and len(known) == 1 else steps
+    draws = Counter(
+        sampler.draw(units, seed=seed, count=step) for step in range(start, start + count)
+    )
+    means = dict.fromkeys((spec.name for spec in fields(StepCost)), 0.0)
+    for mask, times in draws.items():
+        cost = step_cost(
+            units, mask, selector, batch_size=batch_size, norm=norm, prefix_reuse=prefix_reuse
+        )
+        for name in means:
+            means[name] += times / count * getattr(cost, name)
+    return StepCost(**means)

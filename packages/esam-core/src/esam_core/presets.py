@@ -1,0 +1,55 @@
+"""The settings that the paper publishes, by name.
+
+Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.1 and tables 7 and 8.
+"""
+
+from dataclasses import dataclass
+
+from esam_core import validation
+
+__all__ = ["PRESETS", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """ESAM's hyperparameters for one network.
+
+    Args:
+        network: what it is for.
+        rho: radius of the perturbation.
+        beta: share of the parameter tensors perturbed.
+        gamma: share of the samples kept.
+        rho_is_ours: whether the paper gives no rho for this network, and we chose one.
+
+    Example:
+        >>> PRESETS["imagenet-resnet50"].arguments()
+        {'rho': 0.05, 'beta': 0.6, 'gamma': 0.7}
+    """
+
+    network: str
+    rho: float
+    beta: float
+    gamma: float
+    rho_is_ours: bool = False
+
+    def __post_init__(self) -> None:
+        validation.nonnegative("rho", self.rho)
+        validation.open_unit("beta", self.beta)
+        validation.open_unit("gamma", self.gamma)
+
+    def arguments(self) -> dict[str, float]:
+        """Return the keyword arguments for `ESAM(...)`."""
+        return {"rho": self.rho, "beta": self.beta, "gamma": self.gamma}
+
+
+#: Named after data set and network.
+PRESETS: dict[str, Preset] = {
+    "cifar-resnet18": Preset("ResNet-18 on CIFAR-10/100", rho=0.05, beta=0.6, gamma=0.5),
+    "cifar-wrn28-10": Preset("WideResNet-28-10 on CIFAR-10/100", rho=0.1, beta=0.5, gamma=0.5),
+    "cifar-pyramidnet110": Preset("PyramidNet-110 on CIFAR-10/100", rho=0.2, beta=0.6, gamma=0.5),
+    "imagenet-resnet50": Preset("ResNet-50 on ImageNet", rho=0.05, beta=0.6, gamma=0.7),
+    "imagenet-resnet101": Preset("ResNet-101 on ImageNet", rho=0.05, beta=0.6, gamma=0.7),
+    "imagenet-vit-s16": Preset(
+        "ViT-S/16 on ImageNet", rho=0.2, beta=0.5, gamma=0.7, rho_is_ours=True
+    ),
+}
