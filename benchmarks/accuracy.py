@@ -49,6 +49,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="of all methods but SGD; the paper doubles it (default: the same)",
     )
+    add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="the base (default: sgd)")
+    add("--m", type=int, help="samples a perturbation is for (default: the batch)")
     add("--smoothing", type=float, default=0.0, help="of the labels (default: 0)")
     add("--rho", type=float, default=run.rho, help=f"(default: {run.rho})")
     add("--beta", type=float, default=run.beta, help=f"(default: {run.beta})")
@@ -57,6 +59,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--classes", type=int, help="the first so many (default: all)")
     add("--size", type=int, help="average the images down to this size (default: as they are)")
     add("--noise", type=float, default=0.0, help="share of wrong training labels (default: 0)")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="crop and mirror")
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -69,7 +72,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
     """Return the runs that a command asks for, method by method."""
-    fields = set(Run.__dataclass_fields__) - {"method", "seed", "momentum"}
+    fields = set(Run.__dataclass_fields__) - {"method", "seed"}
     shared = {name: value for name, value in vars(options).items() if name in fields}
     return [
         Run(method=method, seed=seed, **shared)

@@ -1,6 +1,13 @@
-"""Counted floating-point operations of a method's steps, against the base optimizer's."""
+"""Counted floating-point operations of a method's steps, against the base optimizer's.
 
-from typing import TYPE_CHECKING, Any
+Counted are the multiplications and additions of convolutions, matrix products and attention, in
+all passes of a step, by `torch.utils.flop_counter`. The steps are taken on torch's meta device,
+which computes shapes and nothing else: the counts are those of a real step, at any size.
+"""
+
+import functools
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["counted_steps", "flops_ratio"]
 
 
+@functools.cache
 def counted_steps(
     method: Method,
     *,
@@ -24,15 +32,12 @@ def counted_steps(
     width: int | None = None,
     classes: int = 10,
     shape: tuple[int, int, int] = (3, 32, 32),
-    batch: int = 32,
+    batch: int = 128,
     beta: float = 0.6,
     gamma: float = 0.5,
     repeats: int = 1,
-) -> list[int]:
+) -> tuple[int, ...]:
     """Return the FLOPs of each of `repeats` steps of a method, its schedule left out.
-
-    Counted are multiplications and additions of convolutions, matrix products and attention, in
-    all passes of the step, by `torch.utils.flop_counter`.
 
     Args:
         method: which one.
@@ -45,44 +50,30 @@ def counted_steps(
         gamma: for selectors.
         repeats: how many steps; random masks differ from step to step.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.device("meta"):
         network = build(model, classes=classes, channels=shape[0], size=shape[1], width=width)
-        x, y = torch.randn(batch, *shape), torch.randint(classes, (batch,))
+        x, y = torch.empty(batch, *shape), torch.empty(batch, dtype=torch.int64)
 
-        def losses(x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(network(x), y, reduction="none")
+    def losses(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(network(x), y, reduction="none")
 
-        sgd = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-        stepper = make_stepper(
-            _unscheduled(method),
-            sgd,
-            network,
-            model_name=model,
-            rho=0.01,
-            beta=beta,
-            gamma=gamma,
-            steps=1,
-        )
-        _lay_out(stepper, losses, x, y)
-        counted = []
-        for _ in range(repeats):
-            with FlopCounterMode(display=False) as counter:
-                stepper.step(losses, x, y)
-            counted.append(counter.get_total_flops())
-    return counted
-
-
-def _unscheduled(method: Method) -> Method:
-    """Return the method as it is on the steps that perturb."""
-    from dataclasses import replace
-
-    return replace(method, schedule=Schedule(), rho=None)
-
-
-def _lay_out(stepper: Any, losses: Any, x: Tensor, y: Tensor) -> None:
-    """Take a step that is not counted: the first one may run the model to find its blocks."""
-    stepper.step(losses, x, y)
+    stepper = make_stepper(
+        replace(method, schedule=Schedule(), rho=None),
+        torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9),
+        network,
+        model_name=model,
+        rho=0.1,
+        beta=beta,
+        gamma=gamma,
+        steps=1,
+    )
+    stepper.step(losses, x, y)  # not counted: the first step may run the model to find its blocks
+    counted = []
+    for _ in range(repeats):
+        with FlopCounterMode(display=False) as counter:
+            stepper.step(losses, x, y)
+        counted.append(counter.get_total_flops())
+    return tuple(counted)
 
 
 def flops_ratio(run: "Run", source: "Source", steps: int, repeats: int = 20) -> float:
@@ -97,20 +88,16 @@ def flops_ratio(run: "Run", source: "Source", steps: int, repeats: int = 20) -> 
     method = parse_method(run.method)
     if method.family == "base":
         return 1.0
-    arguments: dict[str, Any] = {
+    arguments = {
         "model": run.model,
         "width": run.width,
         "classes": source.classes,
         "shape": source.shape,
-        "batch": min(32, source.batch),
+        "batch": source.batch if run.m is None else min(run.m, source.batch),
         "beta": run.beta,
         "gamma": run.gamma,
     }
     (base,) = counted_steps(METHODS["sgd"], **arguments)
-    fixed = method.family != "esam" or method.perturb(run.model, 0.6) == method.perturb(
-        run.model, 0.3
-    )
-    count = 1 if fixed and method.name != "random-suffix" else repeats
-    counted = counted_steps(method, repeats=count, **arguments)
+    counted = counted_steps(method, repeats=repeats if method.random else 1, **arguments)
     share = method.schedule.share(steps)
     return share * sum(counted) / len(counted) / base + (1.0 - share)

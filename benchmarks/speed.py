@@ -1,119 +1,286 @@
-"""What a step costs: milliseconds and counted FLOPs, against the base optimizer's step.
+"""What a step of each method costs: counted FLOPs, times, memory, against the base optimizer's.
 
-Steps of the methods are taken in turn, so that a slow moment of the machine hits all alike; times
-are medians, FLOPs means over the masks drawn.
+Steps are timed in rounds of one step a method, so that a slow moment of the machine hits all
+alike; a time against SGD is the median of the rounds' own ratios. FLOPs are counted, not timed,
+and random masks averaged.
 """
 
 import argparse
-import statistics
-import time
+import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models.resnet import ResNet
-from esam_torch import ESAM, All, Bernoulli, Everything, Only, Suffix, TopIncrease, TopLoss
+from benchmarks.costs import counted_steps
+from benchmarks.figures import scatter
+from benchmarks.machine import provenance
+from benchmarks.methods import METHODS, Method, Schedule, make_stepper, parse_method
+from benchmarks.models import MODELS, build
+from benchmarks.report import write_json, write_tables
+from benchmarks.timing import Timing, interleaved, peak_memory
 
-#: Keyword arguments of ESAM; None is the base optimizer alone.
-METHODS: dict[str, dict[str, Any] | None] = {
-    "SGD": None,
-    "SAM": {"perturb": Everything(), "select": All()},
-    "ESAM, as in the paper": {"perturb": Bernoulli(0.6), "select": TopIncrease(0.5)},
-    "SWP alone": {"perturb": Bernoulli(0.6), "select": All()},
-    "SDS alone": {"perturb": Everything(), "select": TopIncrease(0.5)},
-    "last two stages": {"perturb": Suffix("layer3"), "select": TopIncrease(0.5)},
-    "last stage": {"perturb": Suffix("layer4"), "select": TopIncrease(0.5)},
-    "last stage, by loss": {"perturb": Suffix("layer4"), "select": TopLoss(0.5)},
-    "norm layers of the last two": {
-        "perturb": Only("norm", Suffix("layer3")),
-        "select": TopIncrease(0.5),
-    },
+__all__ = ["BARS", "main", "measure_model"]
+
+DEFAULT = (
+    *("sgd", "sam", "peer-sam", "esam", "swp", "sds", "suffix", "suffix-sds", "last-sds"),
+    *("last-loss", "norm-suffix-sds", "sds-loss", "every10", "late-phase", "empty", "msam"),
+)
+
+#: The most that a step may cost in FLOPs against SGD's, on CIFAR ResNet-18 of full width.
+BARS = {
+    "esam": 1.72,
+    "suffix-sds": 1.33,
+    "suffix": 1.52,
+    "last-sds": 1.10,
+    "norm-suffix-sds": 1.17,
+    "last-loss": 1.00,
+    "empty": 1.00,
 }
 
+COLUMNS = (
+    *("method", "FLOPs / SGD", "time / SGD", "quartiles", "time / FLOPs", "ms a step"),
+    *("images/s", "peak MiB"),
+)
 
-def stepper(
-    arguments: dict[str, Any] | None, inputs: Tensor, targets: Tensor, width: int
-) -> Callable[[], None]:
-    """Return a function that takes one training step of a method on a network of its own."""
+
+def _step(
+    method: Method, model_name: str, options: argparse.Namespace, x: Tensor, y: Tensor, classes: int
+) -> Callable[[], object]:
+    """Return a function that takes one step of a method, its schedule left out."""
     torch.manual_seed(0)
-    model = ResNet((2, 2, 2, 2), width).to(inputs.device)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model = build(
+        model_name, classes=classes, channels=x.shape[1], size=x.shape[2], width=options.width
+    ).to(x.device)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if options.compile:
+        for block in model.children():
+            block.compile()
 
-    def losses(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model(x), y, reduction="none")
+    def losses(a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=options.bf16):
+            logits = model(a)
+        return F.cross_entropy(logits.float(), b, reduction="none")
 
-    def base_step() -> None:
-        sgd.zero_grad()
-        losses(inputs, targets).mean().backward()
-        sgd.step()
+    stepper = make_stepper(
+        dataclasses.replace(method, schedule=Schedule()),
+        torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),
+        model,
+        model_name=model_name,
+        rho=0.05,
+        steps=1,
+    )
+    return lambda: stepper.step(losses, x, y)
 
-    if arguments is None:
-        return base_step
-    optimizer = ESAM(sgd, model, rho=0.05, **arguments)
-    return lambda: optimizer.step(losses, inputs, targets) and None
+
+def _mixed(timing: Timing, base: Timing, share: float) -> Timing:
+    """Return the timing of a run of which a share of the steps is perturbed."""
+    return Timing(
+        *(
+            share * a + (1 - share) * b
+            for a, b in zip(
+                (timing.median, timing.low, timing.high),
+                (base.median, base.low, base.high),
+                strict=True,
+            )
+        ),
+        timing.repeats,
+    )
 
 
-def measure(
-    steps: dict[str, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[str, tuple[float, float]]:
-    """Return each method's (median seconds, mean FLOPs) of a step."""
-    flops: dict[str, list[int]] = {name: [] for name in steps}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()  # the first lays out the blocks, which no later step does
-    for _ in range(repeats):
-        for name, step in steps.items():
-            with FlopCounterMode(display=False) as counter:
-                step()
-            flops[name].append(counter.get_total_flops())
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {
-        name: (statistics.median(seconds[name]), statistics.mean(flops[name])) for name in steps
+def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every method on one model; return a record for each.
+
+    Args:
+        name: a key of `MODELS`.
+        options: of the command.
+    """
+    device = torch.device(options.device)
+    x = torch.randn(options.batch, 3, options.size, options.size, device=device)
+    y = torch.randint(options.classes, (options.batch,), device=device)
+    if options.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    methods = {m: parse_method(m) for m in dict.fromkeys(["sgd", *options.methods])}
+    shape = (3, options.size, options.size)
+    counted = {
+        m: counted_steps(
+            method,
+            model=name,
+            width=options.width,
+            classes=options.classes,
+            shape=shape,
+            batch=options.batch,
+            repeats=options.masks if method.random else 1,
+        )
+        for m, method in methods.items()
     }
+    steps = {
+        m: _step(method, name, options, x, y, options.classes) for m, method in methods.items()
+    }
+    memory = {}
+    for m, step in steps.items():
+        step()  # blocks are found, optimizer state is made
+        memory[m] = peak_memory(step, device)
+    times, ratios = interleaved(
+        steps,
+        repeats=options.repeats,
+        warmup=options.warmup,
+        device=device,
+        tell=lambda text: print(f"{name}: {text}", flush=True),
+    )
+    base_flops = sum(counted["sgd"]) / len(counted["sgd"])
+    records = []
+    for m, method in methods.items():
+        share = method.schedule.share(10_000)
+        flops = share * sum(counted[m]) / len(counted[m]) / base_flops + 1 - share
+        time = _mixed(times[m], times["sgd"], share)
+        ratio = _mixed(ratios[m], ratios["sgd"], share)
+        records.append(
+            {
+                "model": name,
+                "method": m,
+                "title": method.title,
+                "flops_ratio": flops,
+                "seconds": dataclasses.asdict(time),
+                "time_ratio": dataclasses.asdict(ratio),
+                "images_per_second": options.batch / time.median,
+                "peak_bytes": memory[m],
+            }
+        )
+    return records
+
+
+def _rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for r in records:
+        ratio = r["time_ratio"]
+        rows.append(
+            [
+                r["title"],
+                f"{r['flops_ratio']:.3f}",
+                f"{ratio['median']:.2f}",
+                f"{ratio['low']:.2f} to {ratio['high']:.2f}",
+                f"{ratio['median'] / r['flops_ratio']:.2f}",
+                f"{1e3 * r['seconds']['median']:.1f}",
+                f"{r['images_per_second']:.0f}",
+                f"{r['peak_bytes'] / 2**20:.1f}",
+            ]
+        )
+    return rows
+
+
+def _bar_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the bars that these records can be held to, with what was measured."""
+    by_method = {r["method"]: r for r in records}
+    rows = []
+    for method, bar in BARS.items():
+        if method in by_method:
+            got = by_method[method]["flops_ratio"]
+            verdict = "met" if got <= bar + 5e-4 else "missed"
+            rows.append(
+                [f"FLOPs of {by_method[method]['title']}", f"{bar:.2f}", f"{got:.3f}", verdict]
+            )
+    worst = max(records, key=lambda r: r["time_ratio"]["median"] / r["flops_ratio"])
+    over = worst["time_ratio"]["median"] / worst["flops_ratio"]
+    verdict = "met" if over <= 1.10 else "missed"
+    rows.append([f"time over FLOPs, worst ({worst['title']})", "1.10", f"{over:.2f}", verdict])
+    if {"sam", "peer-sam"} <= by_method.keys():
+        ours, peer = (by_method[m]["time_ratio"]["median"] for m in ("sam", "peer-sam"))
+        verdict = "met" if ours <= peer else "missed"
+        rows.append(["SAM's time over the peer's", "1.00", f"{ours / peer:.3f}", verdict])
+    return rows
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure every method and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
-    parser.add_argument("--batch", type=int, default=64, help="samples a step (default: 64)")
-    parser.add_argument("--width", type=int, default=16, help="of the ResNet-18 (default: 16)")
-    parser.add_argument("--repeats", type=int, default=10, help="steps a method (default: 10)")
-    parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
+    """Measure what the arguments ask for; print tables, write JSON, tables and plots."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks speed",
+        description=__doc__,
+        epilog="methods: " + "; ".join(f"{m.name}: {m.title}" for m in METHODS.values()),
+    )
+    add = parser.add_argument
+    add(
+        "--models",
+        nargs="+",
+        default=["resnet18", "wrn16-4", "vit-small-cifar"],
+        choices=list(MODELS),
+        metavar="MODEL",
+    )
+    add("--methods", nargs="+", default=list(DEFAULT), metavar="NAME")
+    add("--batch", type=int, default=128, help="samples a step (default: 128)")
+    add("--size", type=int, default=32, help="of the images (default: 32)")
+    add("--classes", type=int, default=10, help="(default: 10)")
+    add("--width", type=int, help="of the model (default: the published one)")
+    add("--repeats", type=int, default=15, help="rounds that count (default: 15)")
+    add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
+    add("--masks", type=int, default=100, help="random masks whose FLOPs are averaged (100)")
+    add("--threads", type=int, help="of the CPU (default: torch's choice)")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: cuda where there is one)",
+    )
+    add("--bf16", action="store_true", help="autocast to bfloat16")
+    add("--channels-last", action="store_true", help="memory format")
+    add("--compile", action="store_true", help="compile the model's blocks")
+    add("--out", type=Path, default=Path("benchmarks/results/speed"))
+    add("--quick", action="store_true", help="a narrow ResNet-18, few rounds")
     options = parser.parse_args(arguments)
-
-    device = torch.device(options.device)
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(options.batch, 3, 32, 32, generator=generator).to(device)
-    targets = torch.randint(10, (options.batch,), generator=generator).to(device)
-    steps = {
-        name: stepper(method, inputs, targets, options.width) for name, method in METHODS.items()
-    }
-    measured = measure(steps, options.repeats, device)
-
-    base_seconds, base_flops = measured["SGD"]
-    title = f"ResNet-18 of width {options.width}, batch {options.batch}, {device}"
-    table = Table(title=title)
-    table.add_column("method")
-    for column in ("ms a step", "images/s", "time / SGD", "FLOPs / SGD"):
-        table.add_column(column, justify="right")
-    for name, (seconds, flops) in measured.items():
-        table.add_row(
-            name,
-            f"{1e3 * seconds:.1f}",
-            f"{options.batch / seconds:.0f}",
-            f"{seconds / base_seconds:.2f}",
-            f"{flops / base_flops:.3f}",
+    if options.quick:
+        parser.set_defaults(
+            models=["resnet18"],
+            width=8,
+            batch=32,
+            size=16,
+            repeats=5,
+            warmup=1,
+            masks=10,
+            device="cpu",
+            out=Path("out/benchmarks/speed"),
         )
-    Console().print(table)
+        options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for name in options.models:
+        records = measure_model(name, options)
+        width = "" if options.width is None else f" of width {options.width}"
+        form = " ".join(
+            word
+            for word, on in (
+                ("bf16", options.bf16),
+                ("channels_last", options.channels_last),
+                ("compiled", options.compile),
+            )
+            if on
+        )
+        title = (
+            f"{name}{width}, batch {options.batch}, {options.size} x {options.size}, "
+            f"{options.device}{' ' + form if form else ''}"
+        )
+        stem = "-".join([name, options.device.partition(":")[0], *form.split()])
+        write_tables(options.out, stem, title, COLUMNS, _rows(records))
+        write_json(
+            options.out / f"{stem}.json",
+            {
+                "title": title,
+                "options": {k: str(v) if k == "out" else v for k, v in vars(options).items()},
+                "methods": records,
+                **provenance(),
+            },
+        )
+        scatter(
+            options.out / f"{stem}.png",
+            title=title,
+            x=("FLOPs of a step / SGD's", [r["flops_ratio"] for r in records]),
+            y=("time of a step / SGD's", [r["time_ratio"]["median"] for r in records]),
+            spread=[(r["time_ratio"]["low"], r["time_ratio"]["high"]) for r in records],
+            labels=[r["title"] for r in records],
+            diagonal="time = FLOPs",
+        )
+        if name == "resnet18" and options.width is None and options.size == 32:
+            columns = ("bar", "at most", "measured", "")
+            write_tables(options.out, f"{stem}-bars", f"Bars: {title}", columns, _bar_rows(records))

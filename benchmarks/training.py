@@ -36,7 +36,8 @@ class Run:
         batch: samples a step.
         lr: peak learning rate; a cosine takes it to 0 over the run.
         warmup: epochs in which the learning rate rises linearly from 0.
-        momentum: of SGD.
+        optimizer: the base optimizer, "sgd" (momentum .9) or "adamw".
+        m: samples that one perturbation is for, as with a shard a device; None is the batch.
         weight_decay: of the base optimizer.
         sharp_weight_decay: in its place for all methods but the base; None is the same.
         smoothing: of the labels.
@@ -48,6 +49,7 @@ class Run:
         classes: how many; None is all.
         size: to average the images down to; None leaves them.
         noise: share of wrong training labels.
+        augment: crop and mirror the training images.
         device: where it runs.
         bf16: autocast to bfloat16.
         channels_last: memory format.
@@ -62,7 +64,8 @@ class Run:
     batch: int = 128
     lr: float = 0.05
     warmup: int = 0
-    momentum: float = 0.9
+    optimizer: str = "sgd"
+    m: int | None = None
     weight_decay: float = 5e-4
     sharp_weight_decay: float | None = None
     smoothing: float = 0.0
@@ -74,6 +77,7 @@ class Run:
     classes: int | None = None
     size: int | None = None
     noise: float = 0.0
+    augment: bool = True
     device: str = "cpu"
     bf16: bool = False
     channels_last: bool = False
@@ -130,6 +134,7 @@ class Trainer:
             classes=run.classes,
             size=run.size,
             noise=run.noise,
+            augment=run.augment,
             channels_last=run.channels_last,
         )
         torch.manual_seed(run.seed)
@@ -231,7 +236,13 @@ def new_stepper(run: Run, model: nn.Module, steps: int) -> Stepper:
     decay = run.weight_decay
     if method.family != "base" and run.sharp_weight_decay is not None:
         decay = run.sharp_weight_decay
-    base = torch.optim.SGD(model.parameters(), lr=run.lr, momentum=run.momentum, weight_decay=decay)
+    base: torch.optim.Optimizer
+    if run.optimizer == "sgd":
+        base = torch.optim.SGD(model.parameters(), lr=run.lr, momentum=0.9, weight_decay=decay)
+    elif run.optimizer == "adamw":
+        base = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=decay)
+    else:
+        raise ValueError(f"`optimizer` must be 'sgd' or 'adamw'. Received: {run.optimizer!r}.")
     return make_stepper(
         method,
         base,
@@ -242,6 +253,8 @@ def new_stepper(run: Run, model: nn.Module, steps: int) -> Stepper:
         gamma=run.gamma,
         steps=steps,
         seed=run.seed,
+        m=run.m,
+        parts=1 if run.m is None else -(-run.batch // run.m),
     )
 
 

@@ -78,6 +78,11 @@ class Method:
     adaptive: bool = False
     rho: float | None = None
 
+    @property
+    def random(self) -> bool:
+        """Whether masks differ from step to step, and the cost of a step with them."""
+        return self.perturb in (_bernoulli, _random_suffix)
+
 
 def _bernoulli(_: str, beta: float) -> object:
     return Bernoulli(beta)
@@ -161,6 +166,7 @@ _ALL = (
         perturb=_late,
         schedule=Schedule(last=0.5),
     ),
+    Method("empty", "ESAM with an empty mask", perturb=lambda _m, _b: Between(0, 0)),
     Method("msam", "momentum-SAM", "msam", rho=3.0),
     Method("msam-adaptive", "adaptive momentum-SAM", "msam", adaptive=True, rho=3.0),
 )

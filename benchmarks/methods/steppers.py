@@ -49,12 +49,23 @@ class _BaseStepper:
 class _ESAMStepper:
     """Everything that esam-torch does, SAM among it."""
 
-    def __init__(self, optimizer: ESAM) -> None:
+    def __init__(self, optimizer: ESAM, m: int | None) -> None:
         self.optimizer = optimizer
         self.base = optimizer.base_optimizer
+        self._m = m
 
     def step(self, losses: Losses, x: Tensor, y: Tensor) -> StepReport:
-        return self.optimizer.step(losses, x, y)
+        if self._m is None or self._m >= len(y):
+            return self.optimizer.step(losses, x, y)
+        # m-sharpness: each part of the batch climbs by itself, and their gradients are averaged.
+        self.optimizer.zero_grad()
+        for part_x, part_y in zip(x.split(self._m), y.split(self._m), strict=True):
+            share = len(part_y) / len(y)
+            report = self.optimizer.backward(
+                lambda a, b, share=share: losses(a, b) * share, part_x, part_y
+            )
+        self.optimizer.step()
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -114,6 +125,8 @@ def make_stepper(
     gamma: float = 0.5,
     steps: int,
     seed: int = 0,
+    m: int | None = None,
+    parts: int = 1,
 ) -> Stepper:
     """Return what takes the steps of a method.
 
@@ -127,6 +140,8 @@ def make_stepper(
         gamma: for selectors.
         steps: of the whole run, for schedules.
         seed: of masks and selections.
+        m: samples that one perturbation is for; None is the batch. For "esam".
+        parts: how many such there are in a batch: each of them counts as an ascent.
     """
     radius = rho if method.rho is None else method.rho
     if method.family == "base":
@@ -137,7 +152,7 @@ def make_stepper(
         if method.family == "msam":
             return _MSAMStepper(base, radius, adaptive=method.adaptive)
         return _PeerStepper(base, radius, adaptive=method.adaptive)
-    sampler = method.schedule.wrap(method.perturb(model_name, beta), steps)
+    sampler = method.schedule.wrap(method.perturb(model_name, beta), steps * parts)
     return _ESAMStepper(
         ESAM(
             base,
@@ -148,5 +163,6 @@ def make_stepper(
             adaptive=method.adaptive,
             norm=method.norm,
             seed=seed,
-        )
+        ),
+        m,
     )

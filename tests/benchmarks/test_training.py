@@ -113,3 +113,19 @@ def test_table_has_a_row_a_method_over_its_seeds(tmp_path: Path, capsys) -> None
     assert len(records) == 4
     assert len(accuracy_rows(records)) == 2
     assert "SAM" in (tmp_path / "accuracy.md").read_text()
+
+
+def test_m_sharpness_is_the_mean_of_the_parts_own_sam_gradients() -> None:
+    arguments = {**SMALL, "lr": 0.0, "batch": 64, "rho": 0.5}
+    whole = Trainer(Run(method="sam", m=32, **arguments))
+    part = Trainer(Run(method="sam", **arguments))
+    for trainer in (whole, part):  # one sample does not change the others' norm in a part
+        trainer.model.eval()
+    x, y = next(whole.source.epoch(0))
+    whole.stepper.step(whole.losses, x, y)
+    got = whole.model.head.weight.grad.clone()
+    expected = torch.zeros_like(got)
+    for a, b in zip(x.split(32), y.split(32), strict=True):
+        part.stepper.step(part.losses, a, b)
+        expected += part.model.head.weight.grad / 2
+    torch.testing.assert_close(got, expected)

@@ -1,0 +1,127 @@
+"""Figures: every one with labelled axes and a legend."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # files, not windows
+
+from matplotlib import pyplot as plt
+
+__all__ = ["curves", "panels", "save", "scatter"]
+
+#: Colours that people with any colour vision tell apart (Okabe and Ito), then shades of them.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6BB1"),
+    *("#005080", "#8F3F00", "#00664A", "#8A4F70", "#9C6B00", "#2B7BA8", "#777777", "#4D3B80"),
+)
+MARKERS = "osD^v<>pP*XhH8d."
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and let go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def scatter(
+    path: Path,
+    *,
+    title: str,
+    x: tuple[str, Sequence[float]],
+    y: tuple[str, Sequence[float]],
+    labels: Sequence[str],
+    spread: Sequence[tuple[float, float]] | None = None,
+    diagonal: str | None = None,
+) -> None:
+    """Draw one marker for each label.
+
+    Args:
+        path: of the PNG.
+        title: above it.
+        x: label of the axis and values.
+        y: likewise.
+        labels: one a point, for the legend.
+        spread: lower and upper ends of y.
+        diagonal: what the line x = y is called in the legend; None draws none.
+    """
+    figure, axes = plt.subplots(figsize=(8.5, 5))
+    for i, label in enumerate(labels):
+        error = None
+        if spread is not None:
+            error = [[max(0.0, y[1][i] - spread[i][0])], [max(0.0, spread[i][1] - y[1][i])]]
+        axes.errorbar(
+            x[1][i],
+            y[1][i],
+            yerr=error,
+            fmt=MARKERS[i % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            label=label,
+            capsize=3,
+        )
+    if diagonal is not None:
+        ends = [min(x[1]), max(x[1])]
+        axes.plot(ends, ends, "--", color="#999999", label=diagonal, zorder=0)
+    axes.set(title=title, xlabel=x[0], ylabel=y[0])
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
+    save(figure, path)
+
+
+def curves(
+    path: Path,
+    *,
+    title: str,
+    x: tuple[str, Sequence[float]],
+    y: str,
+    lines: Mapping[str, Sequence[float]],
+    log: bool = False,
+) -> None:
+    """Draw one line for each name.
+
+    Args:
+        path: of the PNG.
+        title: above it.
+        x: label of the axis and values.
+        y: label of the axis.
+        lines: values by name.
+        log: whether y is logarithmic.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    draw_curves(axes, title=title, x=x, y=y, lines=lines, log=log)
+    save(figure, path)
+
+
+def draw_curves(
+    axes: Any,
+    *,
+    title: str,
+    x: tuple[str, Sequence[float]],
+    y: str,
+    lines: Mapping[str, Sequence[float]],
+    log: bool = False,
+) -> None:
+    """Draw one line for each name into given axes."""
+    for i, (name, values) in enumerate(lines.items()):
+        axes.plot(
+            x[1],
+            values,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            color=COLOURS[i % len(COLOURS)],
+            label=name,
+        )
+    axes.set(title=title, xlabel=x[0], ylabel=y)
+    if log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def panels(count: int, width: float = 5.0, height: float = 4.2) -> tuple[Any, Sequence[Any]]:
+    """Return a figure with so many axes side by side."""
+    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
+    return figure, list(axes[0])

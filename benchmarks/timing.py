@@ -1,0 +1,129 @@
+"""Times of steps, taken in turn, and the memory that they need."""
+
+import contextlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Timing", "interleaved", "peak_memory"]
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What repeated steps took, in seconds.
+
+    Args:
+        median: the middle one.
+        low: the first quartile.
+        high: the third quartile.
+        repeats: how many there were.
+    """
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    *,
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Time steps in rounds of one each, so that a slow moment of the machine hits all alike.
+
+    Args:
+        steps: by name; the first is what the others are compared with.
+        repeats: rounds that count.
+        warmup: rounds before them that do not.
+        device: waited for around each step.
+        tell: told of each round.
+
+    Returns:
+        Seconds of each step, and their ratios to the first step *of the same round*, whose
+        median is steadier than a ratio of medians on a machine with other work.
+    """
+
+    def seconds(step: Step) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for i in range(-warmup, repeats):
+        # Each round begins with another step: what ran before one leaves its mark on caches.
+        turned = names[i % len(names) :] + names[: i % len(names)]
+        for name in turned:
+            value = seconds(steps[name])
+            if i >= 0:
+                taken[name].append(value)
+        if tell is not None and i >= 0:
+            tell(f"round {i + 1}/{repeats}")
+    first = taken[names[0]]
+    ratios = {n: [a / b for a, b in zip(v, first, strict=True)] for n, v in taken.items()}
+    return (
+        {name: _timing(values) for name, values in taken.items()},
+        {name: _timing(values) for name, values in ratios.items()},
+    )
+
+
+def _timing(values: list[float]) -> Timing:
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0], 1)
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, low, high, len(values))
+
+
+def peak_memory(step: Step, device: torch.device) -> int:
+    """Return the most bytes that were allocated at once during a step, beyond those before it.
+
+    On CUDA by the allocator's own count; on a CPU by torch's profiler, which sees each
+    allocation that a tensor makes.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with (
+        _silent_errors(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
+        step()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@contextlib.contextmanager
+def _silent_errors() -> Iterator[None]:
+    """Send the process's standard error nowhere: torch's profiler announces itself there."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
