@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esam_core import ESAMRuntimeError
 from esam_torch.sharded import mesh_groups
 
 __all__ = ["on_every_rank", "unsynchronised"]
@@ -26,7 +27,15 @@ def unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     rank climbs on its own shard of the batch (m-sharpness); ranks meet in the descent gradient.
     """
     replicated = _replicated(model)
-    return contextlib.nullcontext() if replicated is None else replicated.no_sync()
+    if replicated is None:
+        return contextlib.nullcontext()
+    if replicated.static_graph:
+        raise ESAMRuntimeError(
+            "`model` must be a DistributedDataParallel with static_graph=False: a step has passes "
+            "that are synchronised and passes that are not. Received: static_graph=True. Where a "
+            "static graph was chosen for unused parameters, use find_unused_parameters=True."
+        )
+    return replicated.no_sync()
 
 
 def on_every_rank(flag: bool, model: nn.Module, parameters: Sequence[Tensor]) -> bool:
