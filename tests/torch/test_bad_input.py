@@ -1,0 +1,392 @@
+"""Input that cannot be used: a clear error, and everything as it was."""
+
+import re
+from types import MappingProxyType
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
+from esam_torch import ESAM, Everything, Only, SideBySide, TopIncrease, TopLoss, Whole
+from tests.torch.scene import Snapshot, batch, losses_of, net, sgd
+
+
+def make(model=None, **kwargs):
+    model = net() if model is None else model
+    return model, ESAM(sgd(model), model, **{"rho": 0.1, "beta": 0.6, "gamma": 0.5, **kwargs})
+
+
+def refuses(optimizer, losses, *args, error=ESAMValueError, match, **kwargs):
+    """Require `backward` to raise, and to leave everything as it was, stale gradients included."""
+    model = optimizer.model
+    for i, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, 0.25 * i)
+    before, count = Snapshot(model, optimizer), optimizer.count
+    with pytest.raises(error, match=match):
+        optimizer.backward(losses, *args, **kwargs)
+    before.check()
+    assert optimizer.count == count
+
+
+# -- what `losses` returns ------------------------------------------------------------------------
+
+RETURNED = {
+    "a mean": (
+        lambda model, x, y: F.cross_entropy(model(x), y),
+        ESAMValueError,
+        r"shape \(b,\).*reduction=\"none\".*Received: shape \(\)",
+    ),
+    "a table": (
+        lambda model, x, y: F.cross_entropy(model(x), y, reduction="none")[:, None],
+        ESAMValueError,
+        r"Received: shape \(8, 1\)",
+    ),
+    "integers": (lambda model, x, y: (model(x).argmax(1) != y).long(), ESAMTypeError, "int64"),
+    "booleans": (lambda model, x, y: model(x).argmax(1) != y, ESAMTypeError, "torch.bool"),
+    "complex": (lambda model, x, y: model(x)[:, 0].to(torch.complex64), ESAMTypeError, "complex64"),
+    "nothing": (lambda model, x, y: None, ESAMTypeError, "Received: NoneType"),
+    "a float": (lambda model, x, y: 1.0, ESAMTypeError, "Received: float"),
+    "an empty tuple": (lambda model, x, y: (), ESAMTypeError, "empty tuple"),
+    "a list": (lambda model, x, y: [1.0] * 8, ESAMTypeError, "Received: list"),
+    "without a graph": (
+        lambda model, x, y: F.cross_entropy(model(x), y, reduction="none").detach(),
+        ESAMValueError,
+        "without a graph",
+    ),
+    "too few": (
+        lambda model, x, y: F.cross_entropy(model(x), y, reduction="none")[1:],
+        ESAMValueError,
+        r"Received: 7 losses, and tensors of shapes: \(8, 2, 6, 6\), \(8,\)",
+    ),
+    "too many": (
+        lambda model, x, y: F.cross_entropy(model(x), y, reduction="none").repeat(2),
+        ESAMValueError,
+        "Received: 16 losses",
+    ),
+}
+
+
+@pytest.mark.parametrize("select", [TopIncrease(0.5), TopLoss(0.5), TopIncrease(1.0)], ids=repr)
+@pytest.mark.parametrize("what", RETURNED)
+def test_what_losses_return(what, select):
+    returned, error, match = RETURNED[what]
+    model, optimizer = make(gamma=None, select=select)
+    losses = lambda x, y: returned(model, x, y)  # noqa: E731
+    refuses(optimizer, losses, *batch(), error=error, match=match)
+
+
+@pytest.mark.parametrize("perturb", [Everything(), Only("embedding")], ids=["climbs", "base step"])
+def test_empty_batch(perturb):
+    model, optimizer = make(net(dropout=0.0), beta=None, perturb=perturb)
+    model.norm = nn.Identity()  # BatchNorm has its own opinion on empty batches
+    optimizer = ESAM(torch.optim.SGD(model.parameters()), model, perturb=perturb)
+    x, y = batch()
+    refuses(optimizer, losses_of(model), x[:0], y[:0], match="must not be empty")
+
+
+@pytest.mark.parametrize("perturb", [Everything(), Only("embedding")], ids=["climbs", "base step"])
+def test_losses_and_batch_of_different_lengths(perturb):
+    model, optimizer = make(beta=None, perturb=perturb)
+    x, y = batch()
+
+    def some(x, y):
+        return losses_of(model)(x, y)[:5]
+
+    refuses(optimizer, some, x, y, match="Received: 5 losses")
+
+
+def test_losses_that_are_not_a_function():
+    model, optimizer = make()
+    values = losses_of(model)(*batch())
+    refuses(optimizer, values, error=ESAMTypeError, match="`losses` must be a function.*Tensor")
+    with pytest.raises(ESAMTypeError, match="`losses` must be a function.*Tensor"):
+        optimizer.step(values)
+
+
+def test_a_refused_step_keeps_stale_gradients():
+    model, optimizer = make()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = Snapshot(model, optimizer)
+    with pytest.raises(ESAMTypeError):
+        optimizer.step(0.5, *batch())
+    before.check()
+
+
+def test_selected_losses_of_another_length():
+    model, optimizer = make()
+    first = batch()
+
+    def closes_over_the_labels(x):
+        return F.cross_entropy(model(x).repeat(2, 1)[:8], first[1], reduction="none")
+
+    refuses(optimizer, closes_over_the_labels, first[0], match="Received: 8 losses for 4 samples")
+
+
+def test_nothing_to_select_from():
+    model, optimizer = make()
+    x, y = batch()
+    losses = losses_of(model)
+    refuses(optimizer, lambda: losses(x, y), match="tensors of shapes: none")
+    refuses(optimizer, losses, Whole(x), Whole(y), match="tensors of shapes: none")
+    # With every sample in the descent pass nothing has to be sliced.
+    everything = ESAM(sgd(model), model, rho=0.1, gamma=1.0)
+    assert everything.backward(lambda: losses(x, y)).losses.shape == (8,)
+
+
+def test_packed_sequences_are_refused_by_name():
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 4, batch_first=True)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
+    x, lengths = torch.randn(6, 5, 3), torch.tensor([5, 4, 4, 3, 2, 1])
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+
+    def losses(packed):
+        return model(packed)[1][0][0].square().mean(1)
+
+    refuses(optimizer, losses, packed, error=ESAMTypeError, match="PackedSequence.*padded")
+
+
+def test_batches_are_not_changed():
+    model, optimizer = make()
+    x, y = batch()
+    kept = (x.clone(), y.clone())
+    inner = {"x": x, "more": [y, MappingProxyType({"y": y})]}
+    optimizer.backward(lambda d: losses_of(model)(d["x"], d["more"][1]["y"]), inner)
+    assert inner["x"] is x and inner["more"][0] is y
+    assert torch.equal(x, kept[0]) and torch.equal(y, kept[1])
+
+
+# -- construction -----------------------------------------------------------------------------------
+
+
+def test_base_is_a_class():
+    model = net()
+    with pytest.raises(ESAMTypeError, match=r"not a class: ESAM\(SGD\(model.parameters\(\)"):
+        ESAM(torch.optim.SGD, model)
+
+
+def test_base_is_no_optimizer():
+    with pytest.raises(ESAMTypeError, match=r"torch.optim.Optimizer. Received: float"):
+        ESAM(0.1, net())
+
+
+def test_base_is_an_esam():
+    model, optimizer = make()
+    with pytest.raises(ESAMTypeError, match="another ESAM"):
+        ESAM(optimizer, model)
+
+
+def test_base_holds_strangers():
+    model, other = net(), net(1)
+    base = torch.optim.SGD([*model.parameters(), other.head.weight], lr=0.1)
+    with pytest.raises(ESAMValueError, match=r"parameters of `model` only.*1 that.*\(3, 6\)"):
+        ESAM(base, model)
+
+
+def test_model_is_no_module():
+    model = net()
+    with pytest.raises(ESAMTypeError, match="`model` must be a torch.nn.Module"):
+        ESAM(sgd(model), model.forward)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"rho": -0.1}, ESAMValueError, re.escape("`rho` must be finite and >= 0. Received: rho=")),
+        ({"gamma": 1.5}, ESAMValueError, re.escape("`gamma` must be in (0, 1]. Received: gamma=")),
+        ({"beta": 0.5, "perturb": Everything()}, ESAMValueError, "`beta` is short for"),
+        ({"gamma": 0.5, "select": TopLoss()}, ESAMValueError, "`gamma` is short for"),
+        ({"roh": 0.1}, TypeError, "roh"),
+        ({"scaler": 65536.0}, ESAMTypeError, "`scaler` must be a torch.amp.GradScaler"),
+        ({"blocks": []}, ESAMValueError, "`blocks` must not be empty"),
+    ],
+)
+def test_hyperparameters(arguments, error, match):
+    model = net()
+    before = Snapshot(model)
+    with pytest.raises(error, match=match):
+        ESAM(sgd(model), model, **arguments).step(losses_of(model), *batch())
+    before.check(but=("gradients",))
+
+
+def test_scaler_beside_on_nonfinite():
+    model = net()
+    with pytest.raises(ESAMValueError, match=r"`on_nonfinite` must be \"propagate\" beside"):
+        make(model, scaler=torch.amp.GradScaler("cpu"), on_nonfinite="skip")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"esam_rho": -1.0}, ESAMValueError, "`esam_rho` must be finite and >= 0"),
+        ({"esam_rho": torch.tensor(0.1)}, ESAMTypeError, "`esam_rho` must be a finite number"),
+        ({"esam_adaptive": 1}, ESAMTypeError, "`esam_adaptive` must be True or False"),
+        ({"esam_roh": 0.1}, ESAMTypeError, "`esam_roh` is not an option.*esam_rho"),
+    ],
+)
+def test_options_of_a_group(options, error, match):
+    model = net()
+    groups = [{"params": [model.head.weight], **options}]
+    with pytest.raises(error, match=match):
+        ESAM(torch.optim.SGD(groups, lr=0.1), model)
+    optimizer = ESAM(torch.optim.SGD([model.head.bias], lr=0.1), model)
+    with pytest.raises(error, match=match):
+        optimizer.add_param_group(groups[0])
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0].update(options)
+    refuses(optimizer, losses_of(model), *batch(), error=error, match=match)
+
+
+def test_a_group_of_strangers():
+    model, optimizer = make()
+    before = Snapshot(model, optimizer)
+    with pytest.raises(ESAMValueError, match="parameters of `model` only"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    before.check()
+
+
+def test_a_parameter_in_two_groups_is_refused_by_torch():
+    model, optimizer = make()
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [model.head.weight]})
+
+
+def test_side_by_side():
+    model = net()
+    one, two = sgd(model), torch.optim.Adam([model.head.weight])
+    with pytest.raises(ESAMValueError, match="two or more optimizers. Received: 1"):
+        SideBySide(one)
+    with pytest.raises(ESAMValueError, match="no parameter in common. Received: 1"):
+        SideBySide(one, two)
+    with pytest.raises(ESAMTypeError, match="not a class"):
+        SideBySide(one, torch.optim.Adam)
+
+
+# -- calls at the wrong moment ----------------------------------------------------------------------
+
+
+def test_step_with_losses_over_pending_gradients():
+    model, optimizer = make()
+    optimizer.backward(losses_of(model), *batch())
+    before = Snapshot(model, optimizer)
+    with pytest.raises(ESAMRuntimeError, match="still wait for a step"):
+        optimizer.step(losses_of(model), *batch())
+    before.check()
+    optimizer.zero_grad()
+    optimizer.step(losses_of(model), *batch())
+
+
+def test_step_with_losses_under_a_scaler():
+    model, optimizer = make(scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ESAMRuntimeError, match=r"scaler.step\(optimizer\)"):
+        optimizer.step(losses_of(model), *batch())
+
+
+def test_a_batch_without_losses():
+    _, optimizer = make()
+    with pytest.raises(ESAMTypeError, match="needs `losses`"):
+        optimizer.step(None, *batch())
+
+
+def test_a_step_without_a_backward_warns_once():
+    _, optimizer = make()
+    with pytest.warns(UserWarning, match="without a backward") as caught:
+        optimizer.step()
+        optimizer.step()
+    assert len(caught) == 1
+
+
+# -- values that are not finite ---------------------------------------------------------------------
+
+POISON = [float("nan"), float("inf")]
+
+
+def poisoned(where, value):
+    """Return a batch with one bad sample, which no `TopLoss` or `TopIncrease` can lose."""
+    x, y = batch()
+    x[where] = value
+    return x, y
+
+
+@pytest.mark.parametrize("value", POISON)
+@pytest.mark.parametrize("perturb", [Everything(), Only("embedding")], ids=["climbs", "base step"])
+class TestNonFinite:
+    """All three modes, in a step that climbs and in one that does not."""
+
+    def make(self, perturb, mode):
+        model = net()
+        model.norm.eval()  # or a bad sample would spoil the statistics of all, which is its right
+        return model, ESAM(sgd(model), model, rho=0.1, perturb=perturb, on_nonfinite=mode)
+
+    def test_propagate(self, perturb, value):
+        model, optimizer = self.make(perturb, "propagate")
+        before = Snapshot(model, optimizer)
+        report = optimizer.backward(losses_of(model), *poisoned(3, value))
+        before.check(but=("gradients", "random", "optimizer"))
+        assert any(not p.grad.isfinite().all() for p in model.parameters())
+        if perturb == Everything():
+            assert float(report.perturbation_norm) == 0.0
+
+    def test_skip(self, perturb, value):
+        model, optimizer = self.make(perturb, "skip")
+        twin = self.make(perturb, "skip")
+        losses = losses_of(model)
+        torch.manual_seed(5)
+        optimizer.backward(losses, *batch(seed=2))  # a gradient to be kept
+        kept = Snapshot(model)
+        report = optimizer.backward(losses, *poisoned(3, value))
+        kept.check(but=("random",))
+        assert report.skipped and report.losses.shape == (8,)
+        optimizer.step()
+        report = optimizer.step(losses, *poisoned(3, value))
+        assert report.skipped
+        assert optimizer.count == 3
+        torch.manual_seed(5)
+        twin[1].backward(losses_of(twin[0]), *batch(seed=2))
+        twin[1].step()
+        for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
+            assert torch.equal(p, q)  # no momentum came of the skipped step
+
+    def test_raise(self, perturb, value):
+        model, optimizer = self.make(perturb, "raise")
+        match = 'not finite.*on_nonfinite="skip"'
+        refuses(optimizer, losses_of(model), *poisoned(3, value), error=NonFiniteError, match=match)
+        with pytest.raises(FloatingPointError):
+            optimizer.step(losses_of(model), *poisoned(3, value))
+        assert not optimizer.step(losses_of(model), *batch()).skipped
+
+
+@pytest.mark.parametrize("mode", ["propagate", "skip", "raise"])
+def test_losses_that_overflow_at_the_peak_only(mode):
+    """Infinite losses at theta + epsilon, whose gradients happen to be finite, do not go unseen."""
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(model.weight, 0.5)
+    optimizer = ESAM(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        rho=1.0,
+        beta=1.0,
+        gamma=0.5,
+        on_nonfinite=mode,
+    )
+    calls = []
+
+    def losses(x):
+        calls.append(len(x))
+        values = model(x)[:, 0]
+        # At the peak one rejected sample is minus infinity, and its gradient is nobody's.
+        return values - torch.tensor([torch.inf, 0, 0, 0]) if len(calls) == 2 else values
+
+    x = torch.ones(4, 2)
+    if mode == "raise":
+        with pytest.raises(NonFiniteError):
+            optimizer.backward(losses, x)
+        assert model.weight.grad is None
+    else:
+        report = optimizer.backward(losses, x)
+        assert report.skipped == (mode == "skip")
+        assert model.weight.grad is None if mode == "skip" else model.weight.grad.isnan().all()
+    assert torch.equal(model.weight, torch.full((1, 2), 0.5))

@@ -1,0 +1,231 @@
+"""Something goes wrong inside a step: everything is as it was, and training goes on."""
+
+import pytest
+import torch
+
+import esam_torch.step
+from esam_core import Proportional
+from esam_torch import ESAM, Everything, Suffix
+from esam_torch import batch as batches
+from esam_torch.guards import Weights
+from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
+
+
+class Broken(Exception):
+    """Nobody else's error."""
+
+
+def make(seed=0, **kwargs):
+    model = net(seed)
+    options = {"rho": 0.3, "perturb": Everything(), "gamma": 0.5, **kwargs}
+    return model, ESAM(sgd(model), model, **options)
+
+
+ERRORS = [
+    Broken("in a pass"),
+    KeyboardInterrupt(),
+    torch.OutOfMemoryError("simulated"),
+    SystemExit(),
+]
+PASSES = {"ascent": 1, "selection": 2, "descent": 3}
+
+
+def once(function, error, *, call=1, after=True):
+    """Return the function with an error raised in one of its calls, before or after its work."""
+    calls = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise error
+        result = function(*args, **kwargs)
+        if calls == call:
+            raise error
+        return result
+
+    return wrapped
+
+
+def check_fault(model, optimizer, losses, error):
+    """Fail in a second micro-batch, with gradients to keep; then go on as if nothing had been."""
+    smooth, twin = make()
+    torch.manual_seed(7)
+    optimizer.backward(losses_of(model), *batch(seed=3))
+    before, count = Snapshot(model, optimizer), optimizer.count
+    tensors = [p.grad for p in model.parameters()]
+    with pytest.raises(type(error)) as raised:
+        optimizer.backward(losses, *batch(seed=4))
+    assert raised.value is error
+    before.check()
+    assert optimizer.count == count
+    assert all(p.grad is g for p, g in zip(model.parameters(), tensors, strict=True))
+    optimizer.backward(losses_of(model), *batch(seed=4))
+    optimizer.step()
+    random = torch.get_rng_state()
+
+    torch.manual_seed(7)
+    for seed in (3, 4):
+        twin.backward(losses_of(smooth), *batch(seed=seed))
+    twin.step()
+    assert torch.equal(random, torch.get_rng_state())
+    same(model.state_dict(), smooth.state_dict(), "after going on")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("where", PASSES)
+def test_in_the_forward_of_a_pass(where, error):
+    model, optimizer = make()
+    losses = once(losses_of(model), error, call=PASSES[where])
+    check_fault(model, optimizer, losses, error)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("which", [1, 2], ids=["ascent", "descent"])
+def test_in_the_backward_of_a_pass(which, error):
+    """In the middle of it, when half of the gradients are there."""
+    model, optimizer = make()
+    passes = []
+
+    def losses(x, y):
+        features = torch.relu(model.norm(model.conv(x))).mean((2, 3))
+        if torch.is_grad_enabled():
+            passes.append(len(x))
+            if len(passes) == which:
+                features.register_hook(raise_it)
+        logits = model.head(torch.tanh(model.hidden(model.dropout(features))))
+        return torch.nn.functional.cross_entropy(logits, y, reduction="none")
+
+    def raise_it(gradient):
+        raise error
+
+    check_fault(model, optimizer, losses, error)
+
+
+#: Everything that a step calls by itself, and where it stands.
+STAGES = {
+    "guarding": (esam_torch.step, "Gradients"),
+    "ascent gradient": (esam_torch.step, "ascent_gradients"),
+    "perturbation": (esam_torch.step, "perturb"),
+    "copying": (Weights, "__init__"),
+    "climbing": (Weights, "add"),
+    "selection": (esam_torch.step, "select"),
+    "slicing": (batches, "take"),
+    "restoring": (Weights, "restore"),
+    "report": (esam_torch.step, "StepReport"),
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_between_the_passes(stage, after, monkeypatch):
+    """An interrupt comes where it likes: just before or just behind any stage."""
+    model, optimizer = make()
+    holder, name = STAGES[stage]
+    error = KeyboardInterrupt()
+    original = getattr(holder, name)
+    armed = []
+
+    def losses(x, y):
+        if not armed:
+            armed.append(True)
+            monkeypatch.setattr(holder, name, once(original, error, after=after))
+        return losses_of(model)(x, y)
+
+    if stage == "guarding":  # comes before the first call of `losses`
+        monkeypatch.setattr(holder, name, once(original, error, call=2, after=after))
+        armed.append(True)
+    check_fault(model, optimizer, losses, error)
+
+
+def test_while_the_weights_are_half_perturbed(monkeypatch):
+    model, optimizer = make()
+
+    def half(self, perturbations):
+        half_way = len(self._weights) // 2
+        torch._foreach_add_(self._weights[:half_way], list(perturbations)[:half_way])
+        raise torch.OutOfMemoryError("simulated")
+
+    before = Snapshot(model, optimizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(Weights, "add", half)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.backward(losses_of(model), *batch())
+    before.check()
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4], ids=["watching", *PASSES])
+def test_with_a_prefix(call):
+    """Blocks are patched for the length of a pass, and the first step watches one forward more."""
+    model, optimizer = make(perturb=Suffix("head"))
+    error = Broken("in a pass")
+    before = Snapshot(model, optimizer)
+    with pytest.raises(Broken):
+        optimizer.backward(once(losses_of(model), error, call=call), *batch())
+    before.check()
+    assert all("forward" not in vars(m) for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    optimizer.step(losses_of(model), *batch())
+
+
+def test_parameters_that_the_optimizer_does_not_hold():
+    """They get gradients, as in any backward, and give them back when it fails."""
+    model = net()
+    base = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=0.5)
+    optimizer.backward(losses_of(model), *batch())
+    assert model.conv.weight.grad is not None
+    before = Snapshot(model)
+    losses = losses_of(model)
+    calls = []
+
+    def fails_in_the_descent(x, y):
+        values = losses(x, y)
+        calls.append(len(x))
+        if len(calls) == 3:
+            model.conv.weight.register_post_accumulate_grad_hook(raise_it)
+        return values
+
+    def raise_it(parameter):
+        raise Broken
+
+    with pytest.raises(Broken):
+        optimizer.backward(fails_in_the_descent, *batch())
+    before.check()
+
+
+def test_a_step_with_losses_can_be_made_again():
+    model, optimizer = make()
+    smooth, twin = make()
+    for error in ERRORS:
+        with pytest.raises(type(error)):
+            optimizer.step(once(losses_of(model), error, call=2), *batch())
+    torch.manual_seed(0)
+    optimizer.step(losses_of(model), *batch())
+    torch.manual_seed(0)
+    twin.step(losses_of(smooth), *batch())
+    same(model.state_dict(), smooth.state_dict(), "after the step")
+
+
+def test_out_of_memory_with_scores():
+    """A selector of another kind, and the usual answer to running out of memory: a smaller batch."""
+    model, optimizer = make(gamma=None, select=Proportional(0.5, score="increase"))
+    losses = losses_of(model)
+
+    def limited(x, y):
+        values = losses(x, y)
+        if len(x) > 4 and optimizer_is_at_the_peak():
+            raise torch.OutOfMemoryError("simulated")
+        return values
+
+    start = model.head.weight.detach().clone()
+
+    def optimizer_is_at_the_peak():
+        return not torch.equal(model.head.weight, start)
+
+    before = Snapshot(model)
+    x, y = batch()
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step(limited, x, y)
+    before.check()
+    optimizer.step(limited, x[:4], y[:4])
