@@ -58,7 +58,9 @@ def systematic_indices(pi: Tensor, k: int, offset: float) -> Tensor:
     """Return k ascending indices, i with probability pi_i: the intervals that hold a point."""
     ends = pi.cumsum(0)
     points = offset + torch.arange(k, device=pi.device, dtype=pi.dtype)
-    return torch.searchsorted(ends, points, right=True).clamp_max(len(pi) - 1)
+    # A point that rounding puts behind the last end belongs to the last sample, once.
+    last = torch.arange(len(pi) - k, len(pi), device=pi.device)
+    return torch.minimum(torch.searchsorted(ends, points, right=True), last)
 
 
 def select(
