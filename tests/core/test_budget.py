@@ -1,0 +1,60 @@
+"""What a budget buys: the rules, by cases whose costs are plain."""
+
+import pytest
+
+from esam_core import All, ESAMTypeError, ESAMValueError, Every, Everything, Proportional, Unit
+from esam_core.budget import WORTHWHILE, make_plan
+from esam_core.cost import expected_cost
+
+# A hundred equal layers in ten equal blocks.
+UNITS = [Unit(f"{i}", (1,), cost=1.0, block=f"block{i // 10}", depth=i // 10) for i in range(100)]
+
+
+@pytest.mark.parametrize("budget", [0.95, 1.0, 1.05, 1.15, 1.3, 1.5, 1.9, 2.0, 3.0])
+def test_no_choice_costs_more_than_the_budget(budget):
+    chosen = make_plan(UNITS, budget).chosen
+    cost = expected_cost(chosen.perturb, UNITS, chosen.select)  # 400 steps: many rounds of Every
+    assert cost.ratio <= budget * 1.01
+    assert chosen.ratio <= budget * (1 + 1e-9)
+
+
+def test_enough_for_sam_buys_sam():
+    assert make_plan(UNITS, 2.0).chosen.perturb == Everything()
+    assert make_plan(UNITS, 2.0).chosen.select == All()
+
+
+def test_more_money_never_buys_less():
+    shares = []
+    for budget in (1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0):
+        chosen = make_plan(UNITS, budget).chosen
+        n = chosen.perturb.n if isinstance(chosen.perturb, Every) else 1
+        shares.append(chosen.share / n)
+    assert shares == sorted(shares)
+
+
+def test_a_sliver_is_not_worth_it():
+    for budget in (1.05, 1.15):
+        chosen = make_plan(UNITS, budget).chosen
+        assert isinstance(chosen.perturb, Every)
+        assert chosen.share >= WORTHWHILE
+
+
+def test_below_a_base_step_samples_are_left_out():
+    chosen = make_plan(UNITS, 0.9).chosen
+    assert isinstance(chosen.select, Proportional)
+
+
+def test_the_table_marks_the_choice():
+    plan = make_plan(UNITS, 1.15)
+    (marked,) = [line for line in str(plan).splitlines() if line.startswith("->")]
+    assert repr(plan.chosen.perturb) in marked
+    assert plan.chosen in plan.options
+
+
+def test_bad_input():
+    with pytest.raises(ESAMValueError, match=r"`budget` must be at least 0\.\d+ for this model"):
+        make_plan(UNITS, 0.1)
+    with pytest.raises(ESAMValueError, match="`budget` must be finite and > 0"):
+        make_plan(UNITS, 0.0)
+    with pytest.raises(ESAMTypeError, match="`budget` must be a finite number > 0"):
+        make_plan(UNITS, "cheap")
