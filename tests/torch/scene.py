@@ -1,4 +1,4 @@
-"""What most tests of esam-torch look at: a small model, a batch, and everything a call may change."""
+"""What most tests of esam-torch look at: a small model, a batch, all that a call may change."""
 
 import copy
 from collections.abc import Callable

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
 
 import esam_torch.step
 from esam_core import Proportional
 from esam_torch import ESAM, Everything, Suffix
 from esam_torch import batch as batches
 from esam_torch.guards import Weights
-from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """Nobody else's error."""
 
 
@@ -22,7 +22,7 @@ def make(seed=0, **kwargs):
 
 
 ERRORS = [
-    Broken("in a pass"),
+    BrokenError("in a pass"),
     KeyboardInterrupt(),
     torch.OutOfMemoryError("simulated"),
     SystemExit(),
@@ -96,7 +96,7 @@ def test_in_the_backward_of_a_pass(which, error):
         logits = model.head(torch.tanh(model.hidden(model.dropout(features))))
         return torch.nn.functional.cross_entropy(logits, y, reduction="none")
 
-    def raise_it(gradient):
+    def raise_it(_):
         raise error
 
     check_fault(model, optimizer, losses, error)
@@ -158,9 +158,9 @@ def test_while_the_weights_are_half_perturbed(monkeypatch):
 def test_with_a_prefix(call):
     """Blocks are patched for the length of a pass, and the first step watches one forward more."""
     model, optimizer = make(perturb=Suffix("head"))
-    error = Broken("in a pass")
+    error = BrokenError("in a pass")
     before = Snapshot(model, optimizer)
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         optimizer.backward(once(losses_of(model), error, call=call), *batch())
     before.check()
     assert all("forward" not in vars(m) for m in model.modules())
@@ -186,10 +186,10 @@ def test_parameters_that_the_optimizer_does_not_hold():
             model.conv.weight.register_post_accumulate_grad_hook(raise_it)
         return values
 
-    def raise_it(parameter):
-        raise Broken
+    def raise_it(_):
+        raise BrokenError
 
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         optimizer.backward(fails_in_the_descent, *batch())
     before.check()
 
@@ -208,7 +208,7 @@ def test_a_step_with_losses_can_be_made_again():
 
 
 def test_out_of_memory_with_scores():
-    """A selector of another kind, and the usual answer to running out of memory: a smaller batch."""
+    """The usual answer to running out of memory at the peak: a smaller batch."""
     model, optimizer = make(gamma=None, select=Proportional(0.5, score="increase"))
     losses = losses_of(model)
 

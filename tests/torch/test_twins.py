@@ -9,7 +9,7 @@ from esam_core.perturbation import NORMS, perturbation_norm, perturbations
 from esam_torch.perturbation import Direction, perturb
 from esam_torch.selection import inclusion_probabilities, select, systematic_indices, top_indices
 
-# -- selection ------------------------------------------------------------------------------------
+# -- selection ---------------------------------------------------------------------------------
 
 
 def scores_of(kind, b, rng):
@@ -104,7 +104,7 @@ def test_select(selector, dtype):
         )
 
 
-# -- perturbation ---------------------------------------------------------------------------------
+# -- perturbation ------------------------------------------------------------------------------
 
 SHAPES = ((), (1,), (7,), (3, 5), (2, 3, 4, 2))
 
