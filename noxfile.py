@@ -34,10 +34,11 @@ PARTS = (
 ADAPTERS = {
     "esam-core": "esam_core.conformance.numpy_adapter:adapter",
     "esam-torch": "esam_torch.conformance:adapter",
+    "esam-keras": "esam_keras.conformance:adapter",
 }
 
-#: The problems of the tests are tiny: a second thread makes them slower, more so on a busy machine.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+#: The extra with which a package's wheel is tried in an empty environment: Keras needs a backend.
+EXTRAS = {"esam-keras": "[jax]"}
 
 #: What is installed into each shared environment, in addition to pip.
 ENVIRONMENTS = {
@@ -46,6 +47,7 @@ ENVIRONMENTS = {
     "lint": ("ruff",),
     "torch": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
+        *("-e", "packages/esam-keras"),
         *("scikit-learn", "matplotlib", "tqdm", "pytorch-optimizer", "schedulefree"),
         *("mypy", "build", "sybil", "sphinx", "myst-parser", "furo"),
     ),
@@ -77,11 +79,18 @@ def new_environment(session: nox.Session, folder: Path) -> None:
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder))
 
 
-def run_pytest(session: nox.Session, python: str, *where: str) -> None:
+def run(session: nox.Session, python: str, *module: str, keras: str = "torch") -> None:
+    """Run a module of Python with a Keras backend; the torch environment has no other."""
+    # The problems of tests are tiny: a second thread slows them down, more so on a busy machine.
+    env = {"KERAS_BACKEND": keras, "OMP_NUM_THREADS": "1"}
+    session.run(python, "-m", *module, env=env)
+
+
+def run_pytest(session: nox.Session, python: str, *where: str, keras: str = "torch") -> None:
     """Run tests and docstring examples: those in `where`, or those that the arguments name."""
     named = any(Path(argument.partition("::")[0]).exists() for argument in session.posargs)
     chosen = session.posargs if named else (*where, *session.posargs)
-    session.run(python, "-m", "pytest", "--doctest-modules", *chosen, env=ONE_THREAD)
+    run(session, python, "pytest", "--doctest-modules", *chosen, keras=keras)
 
 
 @nox.session(venv_backend="none")
@@ -104,32 +113,29 @@ def typing(session: nox.Session) -> None:
     """Strict mypy over the packages."""
     python = python_of(session, "torch")
     for package in PACKAGES:
-        session.run(python, "-m", "mypy", f"packages/{package}/src")
+        run(session, python, "mypy", f"packages/{package}/src")
 
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Wheels and sdists into dist/, tests of them, the import of each in an empty environment."""
+    """Wheels and sdists into dist/, tests of them, the kit on each in an empty environment."""
     python = python_of(session, "torch")
     shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
-        session.run(
-            python, "-m", "build", "--outdir", str(DIST), f"packages/{package}", silent=True
-        )
-    session.run(python, "-m", "pytest", "tests/packaging", env={"ESAM_DIST": str(DIST)})
+        source = f"packages/{package}"
+        session.run(python, "-m", "build", "--outdir", str(DIST), source, silent=True)
+    session.env["ESAM_DIST"] = str(DIST)
+    run(session, python, "pytest", "tests/packaging")
     for package in PACKAGES:
         module = package.replace("-", "_")
+        wheel = f"{next(DIST.glob(f'{module}-*.whl'))}{EXTRAS.get(package, '')}"
         folder = ROOT / ".nox" / f"empty-{package}"
-        alone = folder / Path(python).relative_to(ROOT / ".nox" / "env-torch")
+        alone = str(folder / Path(python).relative_to(ROOT / ".nox" / "env-torch"))
         new_environment(session, folder)
-        session.run(
-            *(str(alone), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS)),
-            *("--find-links", str(DIST), str(next(DIST.glob(f"{module}-*.whl")))),
-        )
-        session.run(str(alone), "-m", "pip", "check")
-        session.run(str(alone), "-c", f"import {module}; print({module}.__version__)")
-        kit = (str(alone), "-m", "esam_core.conformance", "--quiet", ADAPTERS[package])
-        session.run(*kit, env=ONE_THREAD)
+        install = ("pip", "install", "--quiet", "-c", str(CONSTRAINTS), "--find-links", str(DIST))
+        run(session, alone, *install, wheel)
+        run(session, alone, "pip", "check")
+        run(session, alone, "esam_core.conformance", "--quiet", ADAPTERS[package], keras="jax")
         shutil.rmtree(folder)
 
 
@@ -137,19 +143,16 @@ def build(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The pages, in docs/_build/html, and every Python block of them and of the READMEs."""
     python = python_of(session, "torch")
-    session.run(
-        python, "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "docs", "docs/_build/html"
-    )
-    session.run(python, "-m", "pytest", "tests/docs", *session.posargs)
+    run(session, python, "sphinx", *("-E", "-W", "--keep-going", "-q", "docs", "docs/_build/html"))
+    run(session, python, "pytest", "tests/docs", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def conformance(session: nox.Session) -> None:
     """The conformance kit without pytest, on the reference and on each backend."""
     python = python_of(session, "torch")
-    adapters = session.posargs or ADAPTERS.values()
-    for adapter in adapters:
-        session.run(python, "-m", "esam_core.conformance", adapter, env=ONE_THREAD)
+    for adapter in session.posargs or ADAPTERS.values():
+        run(session, python, "esam_core.conformance", adapter)
 
 
 @nox.session(venv_backend="none")

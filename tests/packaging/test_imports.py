@@ -66,7 +66,13 @@ def test_torch_imports_torch_and_nothing_optional():
     assert optional_imports("esam_torch", others + EXTRAS, after="torch") == []
 
 
-@pytest.mark.parametrize("package", ["esam-core", "esam-torch"])
+def test_keras_imports_keras_and_no_other_backend(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    others = tuple(name for name in FRAMEWORKS if name not in ("torch", "keras"))
+    assert optional_imports("esam_keras", others + EXTRAS, after="keras") == []
+
+
+@pytest.mark.parametrize("package", ["esam-core", "esam-torch", "esam-keras"])
 def test_version_is_the_metadata_s(package):
     module = package.replace("-", "_")
     printed = subprocess.run(
