@@ -174,7 +174,10 @@ def case_nonfinite():
                 optimizer.step()
         found[mode] = {
             "bits": bits(model),
-            **{"skipped": skipped, "raised": raised, "finite": finite, "intact": intact},
+            "skipped": skipped,
+            "raised": raised,
+            "finite": finite,
+            "intact": intact,
         }
     return found
 
@@ -185,7 +188,7 @@ def case_accumulation():
     model = DistributedDataParallel(model_of())
     counts = counted(model)
     optimizer = ESAM(sgd(model), model, on_nonfinite="skip")
-    gradients = []
+    gradients, skipped = [], []
     for update in range(3):
         optimizer.zero_grad()
         for micro in range(2):
@@ -194,6 +197,7 @@ def case_accumulation():
                 if update == 2 and micro == 0 and rank == 0:
                     batch[0][0] = torch.inf
                 report = optimizer.backward(losses_of(model), *batch)
+                skipped.append(report.skipped)
         gradients.append([p.grad.clone() for p in model.parameters()])
         if update == 0:  # the same by hand, at the same weights
             parts = []
@@ -212,7 +216,7 @@ def case_accumulation():
         "bits": bits(model),
         "reductions": len(counts),
         "distance": distance,
-        "last_skipped": report.skipped,
+        "skipped": skipped,
     }
 
 

@@ -1,0 +1,78 @@
+"""FSDP2, by two processes that torchrun starts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).parent / "distributed_cases"
+sys.path.insert(0, str(CASES))
+
+from launch import launch, value  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return launch(CASES / "fsdp.py", tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("sam", "tensors", "single_weights", "adaptive", "estimated", "full", "unnormed"),
+        *("suffix", "share"),
+    ],
+)
+def test_with_every_sample_two_ranks_do_what_one_process_does(results, kind):
+    for found in value(results, "like_one_process"):
+        assert found[kind]["gap"] < 1e-5
+        assert found[kind]["norms"] < 1e-5
+        assert all(found[kind]["perturbed"])
+
+
+def test_there_is_one_perturbation_and_a_selection_on_each_rank(results):
+    for found in value(results, "selection_on_each_rank"):
+        for distance, selected, by_hand in found:
+            assert distance < 1e-5
+            assert selected == by_hand
+
+
+def test_weights_come_back_in_every_bit_and_forwards_see_them(results):
+    for found in value(results, "weights_come_back"):
+        assert all(found["intact"]) and all(found["seen"])
+
+
+def test_gradients_add_up(results):
+    assert max(value(results, "accumulation")) < 1e-6
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_reaches_both(results):
+    first, second = value(results, "nonfinite")
+    assert first == second
+    assert first["propagate"]["outcome"] == ["done", "seen", "done", "done"]
+    assert first["skip"]["outcome"] == ["done", "skipped", "done", "done"]
+    assert first["raise"]["outcome"] == ["done", "raised", "done", "done"]
+    assert all(all(mode["intact"]) for mode in first.values())
+
+
+def test_after_a_fault_on_all_ranks_training_goes_on(results):
+    for found in value(results, "fault"):
+        assert all(found["intact"]) and found["same"]
+
+
+def test_what_cannot_work_is_refused(results):
+    for sync, first_fsdp in value(results, "refusals"):
+        assert "set_requires_gradient_sync(False)" in sync
+        assert "fully_shard" in first_fsdp
+
+
+def test_replicated_shards_and_other_precisions(results):
+    for found in value(results, "meshes_and_precision"):
+        assert max(found["replicas"], found["both"], found["kept"]) < 1e-5
+        assert 0 < found["bfloat16"] < 0.05 and found["loss"] == found["loss"]
