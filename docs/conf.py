@@ -1,5 +1,6 @@
 """How Sphinx builds the pages: `nox -s docs`."""
 
+import re
 from importlib.metadata import version as installed
 
 project = "esam"
@@ -19,6 +20,42 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 add_module_names = False
+# Docstrings are plain text: `name` is code, and see `as_plain_text` for the rest.
+default_role = "code"
 
 html_theme = "furo"
 html_title = "esam"
+
+
+def skip_reexported(app, what, name, obj, skip, options):  # noqa: ARG001 (Sphinx's signature)
+    """Leave out of a package's page what is another package's: it is on that one's page."""
+    page = app.env.docname.rpartition("/")[2]
+    package = getattr(obj, "__module__", page).partition(".")[0]
+    return True if what == "module" and package != page else skip
+
+
+#: What stands as it is: code and *emphasis*. Or what reStructuredText would take for markup.
+SPAN_OR_MARKUP = re.compile(r"(`[^`]*`|(?<![\w*])\*[^\s*](?:[^*]*[^\s*])?\*(?![\w*]))|([*|]|_\b)")
+
+
+def as_plain_text(app, what, name, obj, options, lines):  # noqa: ARG001 (Sphinx's signature)
+    """Escape what docstrings do not mean as markup: `*args`, |theta|, "train_"."""
+    block = None  # the indentation of the line that opened a literal block or a directive
+    doctest = False
+    for i, line in enumerate(lines):
+        text = line.strip()
+        indent = len(line) - len(line.lstrip())
+        doctest = bool(text) and (doctest or text.startswith(">>>"))
+        if block is not None and text and indent <= block:
+            block = None
+        if block is None and text.startswith(".. "):
+            block = indent
+        elif block is None and not doctest:
+            lines[i] = SPAN_OR_MARKUP.sub(lambda match: match[1] or "\\" + match[2], line)
+            block = indent if text.endswith("::") else None
+
+
+def setup(app):
+    """Connect the above; docstrings are escaped before napoleon reads their sections."""
+    app.connect("autodoc-skip-member", skip_reexported)
+    app.connect("autodoc-process-docstring", as_plain_text, priority=100)
