@@ -5,7 +5,7 @@ The rules, in this order, each for a reason that the study page gives with its n
 1. The descent takes the whole batch (gamma = 1) as long as the budget is above a base step:
    taking the second gradient on half of the samples is what costs accuracy first.
 2. The longest suffix that fits is perturbed in every step, if it is worth it: if it does at least
-   a quarter of the forward's work.
+   a fifth of the forward's work.
 3. Otherwise half of the network, by work, is perturbed on every n-th step only.
 4. At or below the price of a base step something must be left out of the descent: the longest
    suffix that fits, with half of the samples, drawn in proportion to their loss.
@@ -24,7 +24,7 @@ from esam_core.swp import Every, Everything, Sampler, Suffix, Unit, block_order
 __all__ = ["Option", "Plan", "make_plan"]
 
 #: A suffix that does less than this share of the forward's work is not worth perturbing alone.
-WORTHWHILE = 0.25
+WORTHWHILE = 0.2
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def make_plan(units: Sequence[Unit], budget: float, *, norm: str = "masked") -> 
         >>> make_plan(units, 1.4).chosen.perturb
         Suffix(start='b7')
         >>> make_plan(units, 1.1).chosen.perturb
-        Every(n=6, inner=Suffix(start='b6'))
+        Every(n=5, inner=Suffix(start='b6'))
     """
     budget = validation.positive("budget", budget)
     options = _options(units, budget, norm)

@@ -1,10 +1,9 @@
 """The optimizer that people use."""
 
 import dataclasses
-import operator
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,18 +18,20 @@ from esam_core import (
     Sampler,
     Selector,
     StepReport,
+    validation,
 )
+from esam_core.budget import Plan, make_plan
 from esam_core.config import component_to_dict
 from esam_torch.bases import check_base
 from esam_torch.batch import unwrapped
-from esam_torch.blocks import Blocks, compiled_as_a_whole, find_blocks
+from esam_torch.blocks import Blocks, compiled_as_a_whole
 from esam_torch.groups import check_groups
-from esam_torch.guards import Buffers, RandomState, is_half
+from esam_torch.guards import is_half
+from esam_torch.layout import Layout, lay_out
 from esam_torch.losses import LossFunction
 from esam_torch.prefix import Prefix
 from esam_torch.sharded import Shards
 from esam_torch.step import Step, perturbable
-from esam_torch.synchronisation import unsynchronised
 from esam_torch.units import Parameter, parameters_of
 
 __all__ = ["ESAM"]
@@ -59,6 +60,9 @@ class ESAM(torch.optim.Optimizer):
         scaler: the `torch.amp.GradScaler` of fp16 training. Default None.
         blocks: the model's blocks in execution order, as modules or their names, for samplers that
             cut the model. Default: found by watching one forward.
+        budget: the most that a step may cost on average, in steps of the base optimizer (SAM costs
+            2), > 0, in place of `beta`, `gamma`, `perturb` and `select`: the first `backward`
+            measures the model's blocks and chooses. `plan()` shows the choice. Default None.
 
     Raises:
         ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
@@ -99,6 +103,7 @@ class ESAM(torch.optim.Optimizer):
         on_nonfinite: str = "propagate",
         scaler: Any = None,
         blocks: Iterable[nn.Module | str] | None = None,
+        budget: float | None = None,
     ) -> None:
         if isinstance(base_optimizer, ESAM):
             raise ESAMTypeError("`base_optimizer` must not be another ESAM.")
@@ -115,6 +120,8 @@ class ESAM(torch.optim.Optimizer):
             seed=seed,
             on_nonfinite=on_nonfinite,
         )
+        self._budget = _check_budget(budget, beta=beta, gamma=gamma, perturb=perturb, select=select)
+        self._plan: Plan | None = None
         check_groups(base_optimizer.param_groups)
         parameters_of(model, base_optimizer.param_groups)  # refuses parameters of another model
         self._base = base_optimizer
@@ -122,8 +129,7 @@ class ESAM(torch.optim.Optimizer):
         self._scaler = _check_scaler(scaler, on_nonfinite)
         self._blocks = None if blocks is None else list(blocks)
         self._count = 0
-        # The groups with their parameters at the time, the blocks, and what came of them.
-        self._laid_out: tuple[_Groups, Blocks | None, list[Parameter]] | None = None
+        self._laid_out: Layout | None = None
         self._pending = False
         self._warned_plain = False
         self._warned_compiled = False
@@ -223,7 +229,8 @@ class ESAM(torch.optim.Optimizer):
         _check_losses(losses)
         check_groups(self._base.param_groups)
         shards = Shards.of(self._model)
-        blocks, parameters = self._layout(losses, batch, kwargs)
+        layout = self._layout(losses, batch, kwargs)
+        blocks, parameters = layout.blocks, layout.parameters
         mask = self._mask(parameters)
         step = Step(
             model=self._model,
@@ -325,47 +332,54 @@ class ESAM(torch.optim.Optimizer):
 
     def _layout(
         self, losses: LossFunction, batch: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Blocks | None, list[Parameter]]:
-        """Return the model's blocks, or None if no use is made of them, and its parameters.
+    ) -> Layout:
+        """Return parameters and blocks, kept from step to step; spend the budget when they are new.
 
-        Kept from step to step; made anew when the optimizer's groups hold other parameters.
+        Made anew when the optimizer's groups hold other parameters.
         """
-        groups = [(group, tuple(group["params"])) for group in self._base.param_groups]
-        if self._laid_out is None or not _same_groups(groups, self._laid_out[0]):
-            parameters = parameters_of(self._model, self._base.param_groups)
-            blocks = None
-            if self._uses_blocks(parameters):
-                blocks = self._watched_blocks(parameters, losses, batch, kwargs)
-                parameters = parameters_of(self._model, self._base.param_groups, blocks)
-            self._laid_out = (groups, blocks, parameters)
-        return self._laid_out[1:]
+        if self._laid_out is None or not self._laid_out.holds(self._base.param_groups):
+            unspent = self._budget is not None and self._plan is None
+            self._laid_out = lay_out(
+                self._model,
+                self._base.param_groups,
+                self._config.perturb,
+                lambda: losses(*unwrapped(batch), **unwrapped(kwargs)),
+                chosen=self._blocks,
+                watch=unspent,
+            )
+            if unspent:
+                self._spend_budget(self._laid_out)
+        return self._laid_out
 
-    def _watched_blocks(
-        self,
-        parameters: list[Parameter],
-        losses: LossFunction,
-        batch: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Blocks:
-        """Find the blocks by one more forward without a graph, which leaves nothing behind."""
-        random = RandomState(p.tensor.device for p in parameters)
-        buffers = Buffers(self._model)
-        args, keywords = unwrapped((batch, kwargs))
-        try:
-            with unsynchronised(self._model):
-                return find_blocks(self._model, lambda: losses(*args, **keywords), self._blocks)
-        finally:
-            buffers.restore()
-            random.restore()
+    def _spend_budget(self, layout: Layout) -> None:
+        """Choose sampler and selector for the budget, from the costs just measured."""
+        units = [p.unit for p in layout.parameters]
+        plan = make_plan(units, cast(float, self._budget), norm=self._config.norm)
+        self._config = dataclasses.replace(
+            self._config, perturb=plan.chosen.perturb, select=plan.chosen.select
+        )
+        self._plan = plan
 
-    def _uses_blocks(self, parameters: list[Parameter]) -> bool:
-        """Say whether to look for blocks: it costs one forward, once."""
-        if self._blocks is not None or self._config.perturb.needs_blocks:
-            return True
-        units = [p.unit for p in parameters]
-        masks = self._config.perturb.masks(units)
-        # A mask that is always the same and leaves out the first unit leaves a prefix untouched.
-        return masks is not None and any(m.active and not m.perturbed[0] for m in masks)
+    def plan(self, losses: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Plan:
+        """Print and return what `budget` buys on this model: a table of options and the choice.
+
+        Args:
+            losses: None after the first `backward`; before it, what `backward` will be given.
+            *batch: arguments of `losses`; it is called once, without a graph.
+            **kwargs: keyword arguments of `losses`.
+
+        Raises:
+            ESAMRuntimeError: there is no budget, or the model has not been measured yet.
+        """
+        if losses is not None:
+            self._layout(losses, batch, kwargs)
+        if self._plan is None:
+            raise ESAMRuntimeError(
+                "plan() needs `budget` and a measured model: make ESAM(..., budget=1.15), and call "
+                "plan(losses, *batch) or, after the first backward, plan()."
+            )
+        print(self._plan)  # noqa: T201  # this is what it is for
+        return self._plan
 
     def _prefix(
         self, blocks: Blocks | None, parameters: list[Parameter], mask: Mask
@@ -409,7 +423,13 @@ class ESAM(torch.optim.Optimizer):
         It loads into the bare base optimizer too.
         """
         state = self._base.state_dict()
-        state["esam"] = {"count": self._count, "config": self._config.to_dict()}
+        # A budget that has been spent is in the configuration, as its sampler and selector.
+        budget = self._budget if self._plan is None else None
+        state["esam"] = {
+            "count": self._count,
+            "config": self._config.to_dict(),
+            "budget": budget,
+        }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -420,12 +440,13 @@ class ESAM(torch.optim.Optimizer):
         """
         state = dict(state_dict)
         own = state.pop("esam", None)
-        config, count = self._config, self._count
+        config, count, budget, plan = self._config, self._count, self._budget, self._plan
         if own is not None:  # all that can be refused comes first
             config, count = _loaded(own["config"], config), int(own["count"])
+            budget, plan = own.get("budget"), None
             _check_scaler(self._scaler, config.on_nonfinite)
         self._base.load_state_dict(state)
-        self._config, self._count = config, count
+        self._config, self._count, self._budget, self._plan = config, count, budget, plan
         self._laid_out = None  # the sampler may be another one
         self._pending = False
 
@@ -445,23 +466,26 @@ class ESAM(torch.optim.Optimizer):
         )
 
 
-_Groups = list[tuple[dict[str, Any], tuple[Any, ...]]]
-
-
-def _same_groups(groups: _Groups, before: _Groups) -> bool:
-    """Say whether these are the same groups with the same parameters."""
-    return len(groups) == len(before) and all(
-        group is then and len(held) == len(old) and all(map(operator.is_, held, old))
-        for (group, held), (then, old) in zip(groups, before, strict=True)
-    )
-
-
 def _loaded(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:
     """Return a saved configuration; a sampler that could not be saved is the one given."""
     if saved["perturb"] is not None:
         return ESAMConfig.from_dict(saved)
     stand_in = {**saved, "perturb": component_to_dict(Everything())}
     return dataclasses.replace(ESAMConfig.from_dict(stand_in), perturb=given.perturb)
+
+
+def _check_budget(budget: float | None, **instead: Any) -> float | None:
+    """Return the budget, if nothing else says what it should decide."""
+    if budget is None:
+        return None
+    given = {name: value for name, value in instead.items() if value is not None}
+    if given:
+        listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ESAMValueError(
+            "`budget` chooses the sampler and the selector: give it, or them. "
+            f"Received: budget={budget!r}, {listed}."
+        )
+    return validation.positive("budget", budget)
 
 
 def _check_losses(losses: Any) -> None:

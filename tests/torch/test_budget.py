@@ -1,0 +1,124 @@
+"""`budget=`: the first backward measures the model and chooses; the steps cost what was promised."""
+
+import pytest
+import torch
+from tests.torch.networks import ResNet, flops, images
+from torch.nn import functional as F
+
+from esam_core import ESAMRuntimeError, ESAMValueError
+from esam_core.cost import expected_cost
+from esam_torch import (
+    ESAM,
+    All,
+    Bernoulli,
+    Every,
+    Everything,
+    Only,
+    Proportional,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
+
+
+def optimizer_of(model, **options):
+    return ESAM(torch.optim.SGD(model.parameters(), lr=0.01), model, **options)
+
+
+def losses_of(model):
+    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("perturb", "select"),
+    [
+        (Everything(), All()),
+        (Suffix("layer3"), TopIncrease(0.5)),
+        (Suffix("layer3"), All()),
+        (Suffix("layer4"), TopIncrease(0.5)),
+        (Suffix("layer4"), TopLoss(0.5)),
+        (Suffix("layer2"), Proportional(0.5)),
+        (Only("norm", Suffix("layer3")), TopIncrease(0.5)),
+    ],
+    ids=str,
+)
+def test_the_cost_model_predicts_what_is_counted(perturb, select):
+    model = ResNet(width=16, dropout=0.0)
+    optimizer = optimizer_of(model, perturb=perturb, select=select, blocks=BLOCKS)
+    units = [p.unit for p in optimizer._layout(losses_of(model), images(2), {}).parameters]
+    predicted = expected_cost(perturb, units, select).ratio
+    measured = flops(model, images(2), perturb=perturb, select=select)
+    measured /= flops(model, images(2), rho=0.0)
+    # The model takes a residual block's shortcut for a layer in the chain, which is worth 1%.
+    assert measured == pytest.approx(predicted, rel=0.015)
+
+
+BLOCKS = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "head"]
+
+
+def test_random_masks_cost_what_is_predicted_on_average():
+    model = ResNet(width=4, dropout=0.0)
+    optimizer = optimizer_of(model, blocks=BLOCKS)
+    units = [p.unit for p in optimizer._layout(losses_of(model), images(2), {}).parameters]
+    predicted = expected_cost(Bernoulli(0.6), units, TopIncrease(0.5), start=1, steps=100).ratio
+    measured = flops(model, images(2), steps=100) / flops(model, images(2), rho=0.0)
+    assert measured == pytest.approx(predicted, rel=0.015)
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.15, 1.3, 2.0])
+def test_steps_cost_no_more_than_the_budget(budget):
+    model = ResNet(width=16, dropout=0.0)
+    counted = flops(model, images(2), steps=24, budget=budget)
+    # 24 steps are not a whole number of rounds of every "every n-th step".
+    assert counted <= budget * 1.03 * flops(model, images(2), rho=0.0)
+
+
+def test_plan_prints_the_choice(capsys):
+    model = ResNet(dropout=0.0)
+    optimizer = optimizer_of(model, budget=1.3)
+    with pytest.raises(ESAMRuntimeError, match="measured model"):
+        optimizer.plan()
+    plan = optimizer.plan(losses_of(model), *images())
+    printed = capsys.readouterr().out
+    assert f"{plan.chosen.perturb!r}" in printed
+    assert "->" in printed
+    assert optimizer.config.perturb == plan.chosen.perturb == Suffix("layer4")
+    assert optimizer.config.select == All()
+    optimizer.step(losses_of(model), *images())
+    assert optimizer.plan() is plan
+
+
+def test_a_spent_budget_is_in_the_checkpoint():
+    model = ResNet(dropout=0.0)
+    optimizer = optimizer_of(model, budget=1.15)
+    fresh = optimizer.state_dict()
+    optimizer.step(losses_of(model), *images())
+    assert isinstance(optimizer.config.perturb, Every)
+    state = optimizer.state_dict()
+    other = optimizer_of(model)
+    other.load_state_dict(state)
+    assert other.config == optimizer.config
+    other = optimizer_of(model)
+    other.load_state_dict(fresh)  # saved before the first backward: the budget is still to spend
+    other.backward(losses_of(model), *images())
+    assert other.config == optimizer.config
+
+
+@pytest.mark.parametrize(
+    "options", [{"beta": 0.5}, {"gamma": 0.5}, {"perturb": Everything()}, {"select": All()}]
+)
+def test_a_budget_stands_alone(options):
+    model = ResNet()
+    with pytest.raises(ESAMValueError, match="`budget` chooses the sampler and the selector"):
+        optimizer_of(model, budget=1.2, **options)
+
+
+def test_bad_budgets():
+    model = ResNet()
+    with pytest.raises(ESAMValueError, match="`budget` must be finite and > 0"):
+        optimizer_of(model, budget=-1.0)
+    optimizer = optimizer_of(model, budget=0.2)
+    with pytest.raises(ESAMValueError, match="`budget` must be at least"):
+        optimizer.step(losses_of(model), *images())
+    with pytest.raises(ESAMRuntimeError, match="needs `budget`"):
+        optimizer_of(model).plan()
