@@ -1,4 +1,4 @@
-"""`budget=`: the first backward measures the model and chooses; the steps cost what was promised."""
+"""`budget=`: the first backward measures the model and chooses; steps cost what was promised."""
 
 import pytest
 import torch
