@@ -340,8 +340,10 @@ class TestNonFinite:
         kept.check(but=("random",))
         assert report.skipped and report.losses.shape == (8,)
         optimizer.step()
+        updates = []
+        optimizer.base_optimizer.register_step_post_hook(lambda *_: updates.append(1))
         report = optimizer.step(losses, *poisoned(3, value))
-        assert report.skipped
+        assert report.skipped and not updates
         assert optimizer.count == 3
         torch.manual_seed(5)
         twin[1].backward(losses_of(twin[0]), *batch(seed=2))

@@ -1,0 +1,333 @@
+"""Mixed precision: autocast, gradient scaling, overflows, and weights in half precision."""
+
+import warnings
+
+import pytest
+import torch
+from tests.torch.scene import Snapshot, batch, losses_of, net, same
+from torch import nn
+from torch.nn import functional as F
+
+from esam_torch import ESAM, Everything, Suffix, TopLoss
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def autocast_losses(model, device, dtype):
+    """Return what a user of autocast writes."""
+
+    def losses(x, y):
+        with torch.autocast(device, dtype):
+            return F.cross_entropy(model(x), y, reduction="none")
+
+    return losses
+
+
+def on(device, b=8, seed=1):
+    return tuple(t.to(device) for t in batch(b, seed))
+
+
+def gradients(model):
+    return [p.grad.detach().clone() for p in model.parameters()]
+
+
+def close(found, wanted, tolerance):
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm() + 1e-7
+
+
+# -- autocast ----------------------------------------------------------------------------------
+
+
+@devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_near_full_precision(dtype, device):
+    """The same samples, and gradients that differ by rounding; weights and gradients stay wide."""
+    model, wide = net(dropout=0.0).to(device), net(dropout=0.0).to(device)
+    options = {"rho": 0.1, "perturb": Everything(), "select": TopLoss(0.5)}
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+    reference = ESAM(torch.optim.SGD(wide.parameters(), lr=0.1), wide, **options)
+    report = optimizer.backward(autocast_losses(model, device, dtype), *on(device))
+    wanted = reference.backward(losses_of(wide), *on(device))
+    assert report.losses.dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    eps = torch.finfo(dtype).eps
+    close([report.losses], [wanted.losses], 4 * eps)
+    close([report.gradient_norm], [wanted.gradient_norm], 16 * eps)
+    assert report.indices.tolist() == wanted.indices.tolist()
+    close(gradients(model), gradients(wide), 32 * eps)
+
+
+@devices
+@pytest.mark.parametrize("perturb", [Everything(), Suffix("head")], ids=["all", "suffix"])
+def test_autocast_around_the_step_is_autocast_within(perturb, device):
+    """autocast keeps its casts of the weights: none may outlive the weights that it is of."""
+    found = []
+    for inside in (True, False):
+        model = net().to(device)
+        base = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = ESAM(base, model, rho=2.0, perturb=perturb, gamma=0.5)
+        torch.manual_seed(3)
+        bare = losses_of(model)
+        wrapped = autocast_losses(model, device, torch.bfloat16)
+        for seed in range(3):
+            if inside:
+                report = optimizer.step(wrapped, *on(device, seed=seed))
+            else:
+                with torch.autocast(device, torch.bfloat16):
+                    report = optimizer.backward(bare, *on(device, seed=seed))
+                    model.eval()
+                    after = model(on(device)[0])
+                    model.train()
+                with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                    model.eval()
+                    same(after.detach(), model(on(device)[0]), "a forward behind the step")
+                    model.train()
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append((report.losses, report.perturbed_losses, model.state_dict()))
+    same(found[1], found[0], "autocast around the step")
+
+
+# -- gradient scaling --------------------------------------------------------------------------
+
+
+def scaled_step(optimizer, scaler, losses, *data, clip=None):
+    """The loop of every fp16 script."""
+    optimizer.zero_grad()
+    report = optimizer.backward(losses, *data)
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(optimizer.model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return report
+
+
+@devices
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("select", [0.5, 1.0])
+def test_a_scaler_changes_nothing_that_is_exact(select, clip, device):
+    """A scale that is a power of two moves exponents alone: the very same training, bit for bit."""
+    models = []
+    for scale in (None, 2.0**12):
+        model = net().to(device)
+        scaler = torch.amp.GradScaler(device, init_scale=scale or 1.0, enabled=scale is not None)
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = ESAM(base, model, rho=0.1, beta=0.6, gamma=select, scaler=scaler)
+        torch.manual_seed(3)
+        for seed in range(4):
+            report = scaled_step(
+                optimizer, scaler, losses_of(model), *on(device, seed=seed), clip=clip
+            )
+        models.append((model.state_dict(), report.gradient_norm, report.perturbation_norm))
+    same(models[1], models[0], "scaled")
+
+
+class Tiny(nn.Module):
+    """A model whose fp16 gradients underflow unless they are scaled."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 8)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.first(x)))[:, 0]
+
+
+def tiny_losses(model, device):
+    def losses(x):
+        with torch.autocast(device, torch.float16):
+            # An activation gradient of 1e-6 / 8 a sample, behind an fp16 edge of the graph.
+            return (model(x) * 1.0).float() * 1e-7
+
+    return losses
+
+
+@devices
+def test_the_ascent_gradient_does_not_underflow(device):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    norms = {}
+    for scale in (None, 2.0**16):
+        model = Tiny().to(device)
+        scaler = None if scale is None else torch.amp.GradScaler(device, init_scale=scale)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = ESAM(base, model, rho=0.1, beta=1.0, gamma=0.5, scaler=scaler)
+        report = optimizer.backward(tiny_losses(model, device), x)
+        norms[scale] = (float(report.gradient_norm), float(report.perturbation_norm))
+    assert norms[None][1] == 0.0 or norms[None][0] < 0.5 * norms[2.0**16][0]
+    # Unscaled before the norm: the true size of the gradient, and the radius asked for.
+    assert 1e-8 < norms[2.0**16][0] < 1e-5
+    assert norms[2.0**16][1] == pytest.approx(0.1, rel=1e-4)
+
+
+BASES = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "Adam foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+
+
+@devices
+@pytest.mark.parametrize("base", BASES)
+def test_fused_bases_under_a_scaler(base, device):
+    """A fused optimizer unscales by itself where it can; under ESAM it gets unscaled gradients."""
+    models = []
+    for scale in (1.0, 2.0**10):
+        model = net().to(device)
+        scaler = torch.amp.GradScaler(device, init_scale=scale)
+        optimizer = ESAM(BASES[base](model.parameters()), model, rho=0.1, scaler=scaler)
+        torch.manual_seed(3)
+        for seed in range(3):
+            scaled_step(optimizer, scaler, losses_of(model), *on(device, seed=seed))
+        models.append(model.state_dict())
+    same(models[1], models[0], "scaled")
+
+
+def overflowing(losses, passes):
+    """Return losses that overflow fp16 in these passes of the step, backwards included."""
+    calls = []
+
+    def wrapped(x, y):
+        calls.append(len(x))
+        values = losses(x, y)
+        return (values.half() * 60000.0 * 60000.0).float() if len(calls) in passes else values
+
+    return wrapped
+
+
+@devices
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("passes", [(1,), (2,), (3,), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_an_overflow_in_any_pass_backs_off_and_recovers(base, passes, clip, device):
+    model = net().to(device)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    optimizer = ESAM(BASES[base](model.parameters()), model, rho=0.1, gamma=0.5, scaler=scaler)
+    losses = losses_of(model)
+    scaled_step(optimizer, scaler, losses, *on(device), clip=clip)
+    before = Snapshot(model, optimizer.base_optimizer)
+    scaled_step(optimizer, scaler, overflowing(losses, passes), *on(device), clip=clip)
+    before.check(but=("gradients", "random", "buffers"))
+    assert all(not p.grad.isfinite().any() for p in model.parameters())
+    assert scaler.get_scale() == 512.0
+    moved = model.head.weight.detach().clone()
+    report = scaled_step(optimizer, scaler, losses, *on(device), clip=clip)
+    assert float(report.perturbation_norm) > 0.0
+    assert not torch.equal(model.head.weight, moved)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert scaler.get_scale() == 512.0
+
+
+@devices
+def test_scaled_training_finds_its_scale(device):
+    """A scale that is far too large: back off until it fits, and learn."""
+    model = net(dropout=0.0).to(device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40)
+    optimizer = ESAM(
+        torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9),
+        model,
+        rho=0.05,
+        beta=0.6,
+        gamma=0.5,
+        scaler=scaler,
+    )
+    losses = autocast_losses(model, device, torch.float16)
+    seen = [
+        float(scaled_step(optimizer, scaler, losses, *on(device, b=16), clip=1.0).loss)
+        for _ in range(80)
+    ]
+    assert 1.0 < scaler.get_scale() < 2.0**40
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert seen[-1] < 0.7 * seen[0]
+
+
+@devices
+def test_accumulating_under_a_scaler(device):
+    found = []
+    for scale in (1.0, 2.0**8):
+        model = net().to(device)
+        scaler = torch.amp.GradScaler(device, init_scale=scale)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = ESAM(base, model, rho=0.1, scaler=scaler)
+        torch.manual_seed(3)
+        for seed in range(3):
+            optimizer.backward(losses_of(model), *on(device, seed=seed))
+        scaler.unscale_(optimizer)
+        with pytest.raises(RuntimeError, match=r"unscale_"):
+            scaler.unscale_(optimizer)  # torch's own word on it
+        scaler.step(optimizer)
+        scaler.update()
+        found.append(model.state_dict())
+    same(found[1], found[0], "accumulated")
+
+
+# -- half-precision weights --------------------------------------------------------------------
+
+
+@devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_warn_once_with_the_measured_share(dtype, device):
+    model = net(dropout=0.0).to(device, dtype)
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = ESAM(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.02, perturb=Everything()
+    )
+    peak, losses = [], losses_of(model)
+
+    def watching(x, y):
+        peak.append([p.detach().clone() for p in model.parameters()])
+        return losses(x, y)
+
+    x, y = on(device)
+    with pytest.warns(UserWarning, match=r"% of the entries of the first perturbation") as caught:
+        optimizer.backward(watching, x.to(dtype), y)
+    # What was said is what happened: count it again, from the wide gradient.
+    stayed = sum(int((a == b).sum()) for a, b in zip(peak[1], start, strict=True))
+    total = sum(p.numel() for p in start)
+    said = float(str(caught[0].message).split("%")[0]) / 100
+    assert said == pytest.approx(stayed / total, abs=0.06)
+    assert 0.02 < said < 1.0
+    same([p.detach() for p in model.parameters()], start, "weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.backward(losses, x.to(dtype), y)
+
+
+@devices
+def test_no_warning_where_nothing_rounds_away(device):
+    model = net(dropout=0.0).to(device)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=1e-6)
+    optimizer.step(losses_of(model), *on(device))  # warnings are errors
+    wide = nn.Linear(4, 2, bias=False).to(device, torch.bfloat16)
+    optimizer = ESAM(torch.optim.SGD(wide.parameters(), lr=0.1), wide, rho=50.0, beta=1.0)
+    x = torch.randn(4, 4, device=device, dtype=torch.bfloat16)
+    optimizer.step(lambda x: wide(x).square().sum(1), x)
+
+
+@devices
+def test_fifty_bf16_steps_at_lr_zero_move_nothing(device):
+    model = net().to(device, torch.bfloat16)
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.0), model, rho=0.3)
+    x, y = on(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(50):
+            optimizer.step(losses_of(model), x.bfloat16(), y)
+    same([p.detach() for p in model.parameters()], start, "weights")
