@@ -3,10 +3,15 @@
 import importlib
 import sys
 
-#: The module that holds each benchmark, with a `main` that takes the other arguments.
+#: The function that runs each benchmark on the other arguments, as module:function.
 BENCHMARKS = {
-    "accuracy": "benchmarks.accuracy",
-    "speed": "benchmarks.speed",
+    "accuracy": "benchmarks.accuracy:main",
+    "speed": "benchmarks.speed:main",
+    "table1": "benchmarks.paper.table1:main",
+    "table2": "benchmarks.paper.imagenet:table2",
+    "table3": "benchmarks.paper.table3:main",
+    "table6": "benchmarks.paper.imagenet:table6",
+    "fig3": "benchmarks.paper.fig3:main",
 }
 
 
@@ -16,7 +21,8 @@ def main() -> int:
     if name not in BENCHMARKS:
         print(f"usage: python -m benchmarks NAME [OPTIONS]\nNAME: {', '.join(BENCHMARKS)}")
         return 2
-    importlib.import_module(BENCHMARKS[name]).main(arguments)
+    module, _, function = BENCHMARKS[name].partition(":")
+    getattr(importlib.import_module(module), function)(arguments)
     return 0
 
 

@@ -76,14 +76,15 @@ def counted_steps(
     return tuple(counted)
 
 
-def flops_ratio(run: "Run", source: "Source", steps: int, repeats: int = 20) -> float:
+def flops_ratio(run: "Run", source: "Source", steps: int, tensors: int) -> float:
     """Return the FLOPs of a whole run over those of the base optimizer's.
 
     Args:
         run: the options; its schedule's share of perturbed steps is counted exactly.
         source: the data, for the shape of an image.
         steps: of the run.
-        repeats: steps over which random masks are averaged.
+        tensors: number of the model's parameter tensors. The more there are, the less random
+            masks differ in cost, and the fewer steps tell their mean to about a percent.
     """
     method = parse_method(run.method)
     if method.family == "base":
@@ -98,6 +99,8 @@ def flops_ratio(run: "Run", source: "Source", steps: int, repeats: int = 20) -> 
         "gamma": run.gamma,
     }
     (base,) = counted_steps(METHODS["sgd"], **arguments)
-    counted = counted_steps(method, repeats=repeats if method.random else 1, **arguments)
+    counted = counted_steps(
+        method, repeats=max(3, 600 // tensors) if method.random else 1, **arguments
+    )
     share = method.schedule.share(steps)
     return share * sum(counted) / len(counted) / base + (1.0 - share)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from benchmarks.machine import provenance
 from benchmarks.methods import Stepper, make_stepper, parse_method
 from benchmarks.models import build
 
-__all__ = ["Run", "Trainer", "learning_rate", "train"]
+__all__ = ["Probe", "Run", "Trainer", "learning_rate", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +224,18 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
 
 
+class Probe(Protocol):
+    """Something that looks on while a run trains."""
+
+    def observe(self, epoch: int, report: Any) -> None:
+        """See the report of a step; None where the method has none."""
+        ...
+
+    def measure(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
+        """Return what to add to the row of an epoch that has ended; leave the trainer as it is."""
+        ...
+
+
 def new_model(run: Run, source: Source) -> nn.Module:
     """Return the run's network for its data, on the CPU, with weights from torch's generator."""
     channels, size, _ = source.shape
@@ -264,6 +276,8 @@ def train(
     *,
     checkpoint_every: int = 1,
     stop_after: int | None = None,
+    probe: Probe | None = None,
+    keep_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train a run to its end, from its checkpoint where there is one, and write its JSON.
@@ -273,12 +287,14 @@ def train(
         folder: gets NAME.json when the run is done; checkpoints/NAME.pt while it is not.
         checkpoint_every: epochs between checkpoints.
         stop_after: epochs in this call, as if killed behind them; None goes on to the end.
+        probe: told of each step, and asked behind each epoch for what to add to its row.
+        keep_weights: write the trained weights to weights/NAME.pt.
         say: told of each epoch.
 
     Returns:
         The run's record, as in the JSON; its last epochs missing if it was stopped.
     """
-    trainer = Trainer(run)
+    trainer = Trainer(run, observe=None if probe is None else probe.observe)
     stem = run.file_name(trainer.source.name)
     done, saved = folder / f"{stem}.json", folder / "checkpoints" / f"{stem}.pt"
     if done.exists():
@@ -298,6 +314,8 @@ def train(
     first = len(history)
     for epoch in range(first, run.epochs):
         row = {"epoch": epoch + 1, **trainer.train_epoch(epoch), **trainer.test()}
+        if probe is not None:
+            row.update(probe.measure(trainer, epoch))
         history.append(row)
         say(
             f"{stem}: epoch {row['epoch']}/{run.epochs} loss {row['train_loss']:.3f} "
@@ -310,6 +328,8 @@ def train(
             break
     record = _record(trainer, history)
     if len(history) == run.epochs:
+        if keep_weights:
+            _save(trainer.model.state_dict(), folder / "weights" / f"{stem}.pt")
         done.parent.mkdir(parents=True, exist_ok=True)
         _write_text(done, json.dumps(record, indent=1))
         saved.unlink(missing_ok=True)
@@ -336,7 +356,9 @@ def _record(trainer: Trainer, history: list[dict[str, float]]) -> dict[str, Any]
         "best": max(row["accuracy"] for row in history),
         "seconds": seconds,
         "images_per_second": images / seconds,
-        "flops_ratio": flops_ratio(run, trainer.source, trainer.steps),
+        "flops_ratio": flops_ratio(
+            run, trainer.source, trainer.steps, len(list(trainer.model.parameters()))
+        ),
         "history": history,
         **provenance(),
     }

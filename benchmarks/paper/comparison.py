@@ -1,0 +1,152 @@
+"""Train methods over data sets, models and seeds, and lay the results beside the paper's."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks.figures import COLOURS, panels, save
+from benchmarks.machine import provenance
+from benchmarks.paper.options import shared_fields
+from benchmarks.recipes import PUBLISHED, RECIPES
+from benchmarks.report import mean_and_error, write_json, write_tables
+from benchmarks.training import Run, train
+
+__all__ = ["add_comparison_options", "compare", "recipe_runs"]
+
+COLUMNS = (
+    *("data, model, method", "accuracy %", "paper %", "images/s", "% of SAM's speed"),
+    *("paper's", "FLOPs / SGD"),
+)
+
+
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a comparison that are not a run's."""
+    parser.add_argument(
+        "--same-weight-decay",
+        action="store_true",
+        help="give SAM and ESAM SGD's weight decay; the paper doubles it on ResNet-18 and WRN",
+    )
+
+
+def recipe_runs(
+    options: argparse.Namespace,
+    models: Iterable[str],
+    data: Iterable[str],
+    methods: Iterable[str],
+    given: Sequence[str],
+) -> list[Run]:
+    """Return the runs, each with its model's recipe under what the command line gives.
+
+    Args:
+        options: of the command.
+        models: keys of `MODELS`.
+        data: as in `load_source`.
+        methods: names.
+        given: the command line's arguments: what they name precedes the recipe.
+    """
+    named = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in given}
+    data, methods = list(data), list(methods)  # gone through for each model
+    runs = []
+    for model in models:
+        recipe: dict[str, Any] = {}
+        if model in RECIPES and not options.quick:
+            recipe = RECIPES[model].fields(same_weight_decay=options.same_weight_decay)
+        recipe = {name: value for name, value in recipe.items() if name not in named}
+        shared = {**shared_fields(options), **recipe, "model": model}
+        runs += [
+            Run(**{**shared, "data": name, "method": method, "seed": seed})
+            for name in data
+            for method in methods
+            for seed in options.seeds
+        ]
+    return runs
+
+
+def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Train the runs; write a JSON each and one in all, the table and the figure.
+
+    Args:
+        name: of the benchmark.
+        title: of its table and figure.
+        runs: what to train; those that are done are read.
+        options: of the command.
+    """
+    records = [train(run, options.out / "runs", checkpoint_every=5) for run in runs]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        key = (record["data"]["name"], record["run"]["model"], record["run"]["method"])
+        groups.setdefault(key, []).append(record)
+    rows, cells = [], []
+    for (data, model, method), group in groups.items():
+        speed = mean(r["images_per_second"] for r in group)
+        sam = groups.get((data, model, "sam"))
+        relative = None if sam is None else speed / mean(r["images_per_second"] for r in sam)
+        paper = PUBLISHED.get((data, model, method))
+        paper_sam = PUBLISHED.get((data, model, "sam"))
+        their_speed = ""
+        if paper and paper.images_per_second and paper_sam and paper_sam.images_per_second:
+            their_speed = f"{100 * paper.images_per_second / paper_sam.images_per_second:.0f}%"
+        finals = [r["final"] for r in group]
+        rows.append(
+            [
+                f"{data}, {model}, {group[0]['title']}",
+                mean_and_error(finals),
+                f"{paper.accuracy:.2f}" if paper else "",
+                f"{speed:.0f}",
+                "" if relative is None else f"{100 * relative:.0f}%",
+                their_speed,
+                f"{mean(r['flops_ratio'] for r in group):.3f}",
+            ]
+        )
+        cells.append(
+            {
+                "data": data,
+                "model": model,
+                "method": method,
+                "title": group[0]["title"],
+                "final": finals,
+                "best": [r["best"] for r in group],
+                "images_per_second": speed,
+                "relative_speed": relative,
+                "flops_ratio": mean(r["flops_ratio"] for r in group),
+                "paper_accuracy": paper.accuracy if paper else None,
+            }
+        )
+    write_tables(options.out, name, title, COLUMNS, rows)
+    write_json(options.out / f"{name}.json", {"title": title, "cells": cells, **provenance()})
+    _draw(options, name, title, cells)
+
+
+def _draw(
+    options: argparse.Namespace, name: str, title: str, cells: Sequence[dict[str, Any]]
+) -> None:
+    """Draw accuracy against speed, one panel for each data set and model."""
+    places = list(dict.fromkeys((c["data"], c["model"]) for c in cells))
+    figure, axes = panels(len(places), width=5.5)
+    for axis, (data, model) in zip(axes, places, strict=True):
+        chosen = [c for c in cells if (c["data"], c["model"]) == (data, model)]
+        for i, cell in enumerate(chosen):
+            n = len(cell["final"])
+            colour = COLOURS[i % len(COLOURS)]
+            axis.plot(
+                *([cell["images_per_second"]] * n, cell["final"]),
+                *("o",),
+                color=colour,
+                label=cell["title"],
+                alpha=0.8,
+            )
+            if cell["paper_accuracy"] is not None:
+                axis.axhline(
+                    cell["paper_accuracy"],
+                    color=colour,
+                    linestyle=":",
+                    label=f"{cell['title']}: the paper's accuracy",
+                )
+        axis.set(title=f"{data}, {model}", xlabel="training images a second")
+        axis.set_ylabel("final test accuracy (%), a mark a seed")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save(figure, options.out / f"{name}.png")

@@ -1,0 +1,53 @@
+"""Tables 2 and 6: ImageNet's layout, m-sharpness 128: ResNet-50, ResNet-101 and ViT-S/16.
+
+Without a folder in ImageNet's layout (train/ and val/, one folder a class), a small one is
+generated: then the loader, the networks and the steps are the real ones, and the accuracies mean
+nothing.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.data.folders import write_small_folder
+from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
+from benchmarks.paper.options import parse
+
+__all__ = ["table2", "table6"]
+
+
+def _table(name: str, title: str, models: Sequence[str], arguments: Sequence[str]) -> None:
+    """Train and compare."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        add_comparison_options(parser)
+        parser.add_argument("--models", nargs="+", default=list(models), metavar="MODEL")
+        parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "esam"], metavar="NAME")
+        parser.add_argument("--folder", type=Path, help="ImageNet (default: generated images)")
+
+    small = {"size": 32, "width": 24 if "vit-s16" in models else 8, "batch": 16, "m": 8}
+    options = parse(
+        name,
+        __doc__,
+        arguments,
+        add=add,
+        full={"size": 224},
+        quick={**small, "models": list(models)[:1], "epochs": 1, "lr": 0.01},
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or write_small_folder(Path(scratch) / "generated", train=12, test=6)
+        runs = recipe_runs(options, options.models, [str(folder)], options.methods, arguments)
+        suffix = "" if options.folder else " (generated images: it runs, no more)"
+        compare(name, f"{title}{suffix}", runs, options)
+
+
+def table2(arguments: Sequence[str] = ()) -> None:
+    """ResNet-50 and ResNet-101."""
+    models = ("resnet50", "resnet101")
+    _table("table2", "Table 2: ImageNet, m-sharpness 128", models, arguments)
+
+
+def table6(arguments: Sequence[str] = ()) -> None:
+    """ViT-S/16."""
+    _table("table6", "Table 6: ImageNet, ViT-S/16, m-sharpness 128", ("vit-s16",), arguments)

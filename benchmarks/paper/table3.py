@@ -1,0 +1,23 @@
+"""Table 3: what each of the two strategies does alone: SWP, SDS, both, beside SGD and SAM."""
+
+import argparse
+from collections.abc import Sequence
+
+from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
+from benchmarks.paper.options import parse
+
+__all__ = ["main"]
+
+METHODS = ["sgd", "sam", "swp", "sds", "esam"]
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    add_comparison_options(parser)
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME")
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Train and compare."""
+    options = parse("table3", __doc__, arguments, add=_add, full={"seeds": [0, 1, 2]})
+    runs = recipe_runs(options, [options.model], [options.data], options.methods, arguments)
+    compare("table3", "Table 3: SWP and SDS, alone and together", runs, options)
