@@ -122,7 +122,7 @@ MAKERS = {
 
 
 def every_scheduler():
-    """Return the names of all schedulers of this torch: a new one fails until it has a row above."""
+    """Return the names of all schedulers of this torch: a new one needs a row above."""
     return sorted(
         name
         for name, cls in vars(lr_scheduler).items()
