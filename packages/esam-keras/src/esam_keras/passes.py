@@ -53,8 +53,11 @@ class Backend(Protocol):
         """Return tensors of 0 and 1, drawn natively, of the parameters' shapes."""
         ...
 
-    def pass_context(self, model: keras.Model) -> AbstractContextManager[Any]:
-        """Return the context of one pass: state that Keras does not know starts as at entry."""
+    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+        """Return the context of one pass: state that Keras does not know starts as at entry.
+
+        `running` says that normalisation is by running statistics, those after the ascent pass.
+        """
         ...
 
 
@@ -254,11 +257,10 @@ class Step:
             state = self.state._replace(trainable=trainable)
             if self.plan.kept == "one":
                 state = state._replace(non_trainable=self._with_statistics_of(at_theta.state))
-            with running_statistics(self.model, when=self.plan.kept == "one"):
-                if selected is None:
-                    loss = self._evaluate(state, None).loss
-                else:
-                    loss = self._evaluate_selected(state, b, at_theta, selected)
+            if selected is None:
+                loss = self._evaluate(state, None, running=self.plan.kept == "one").loss
+            else:
+                loss = self._evaluate_selected(state, b, at_theta, selected)
             # What is not finite must be seen in the gradient, even if the samples that were
             # selected are harmless.
             poison = ops.where(finite, 1.0, float("nan"))
@@ -269,11 +271,11 @@ class Step:
 
     # -- evaluations --------------------------------------------------------------------------------
 
-    def _evaluate(self, state: State, factor: Tensor | None) -> Evaluated:
+    def _evaluate(self, state: State, factor: Tensor | None, *, running: bool = False) -> Evaluated:
         """Return the loss of the whole batch in a state, sample i counted factor_i-fold."""
         model, batch = self.model, self.batch
         with self._scope(state) as scope:
-            y_pred = self._forward(batch[0])
+            y_pred = self._forward(batch[0], running=running)
             masks = [get_keras_mask(leaf) for leaf in tree.flatten(y_pred)]
             loss = self._loss(batch, y_pred, factor)
         return Evaluated(
@@ -299,7 +301,7 @@ class Step:
         weights = selected.weights * ops.cast(b, selected.weights.dtype)
         factor = ops.scatter_update(ops.zeros_like(self._ones(b)), places, weights)
         with self._scope(state):
-            run = self._forward(chosen)
+            run = self._forward(chosen, running=self.plan.kept == "one")
             leaves = []
             for before, mask, now in zip(
                 tree.flatten(at_theta.y_pred), at_theta.masks, tree.flatten(run), strict=True
@@ -321,12 +323,11 @@ class Step:
             collect_losses=True,
         )
 
-    def _forward(self, x: Any) -> Any:
-        """Return the predictions in training mode."""
-        with self.backend.pass_context(self.model):
-            if self.model._call_has_training_arg:
-                return self.model(x, training=True)
-            return self.model(x)
+    def _forward(self, x: Any, *, running: bool) -> Any:
+        """Return the predictions in training mode; `running` is for a single sample."""
+        model = self.model
+        with self.backend.pass_context(model, running), running_statistics(model, when=running):
+            return model(x, training=True) if model._call_has_training_arg else model(x)
 
     def _loss(self, batch: Batch, y_pred: Any, factor: Tensor | None) -> Tensor:
         """Return the total loss, regularisation included."""

@@ -18,6 +18,14 @@ __all__ = ["ARGUMENTS", "eager_step", "is_tracing", "make_train_function", "refu
 #: What Keras hands to `train_step` on this backend.
 ARGUMENTS = ("state", "data")
 
+#: What the state of Keras's JAX trainer consists of.
+STATE = (
+    "trainable_variables",
+    "non_trainable_variables",
+    "optimizer_variables",
+    "metrics_variables",
+)
+
 Tensor = Any
 
 
@@ -44,7 +52,7 @@ class Native:
             for key, theta in zip(keys, like, strict=True)
         ]
 
-    def pass_context(self, model: keras.Model) -> AbstractContextManager[None]:
+    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[None]:
         """Return no context: all state is Keras's."""
         return nullcontext()
 
@@ -130,20 +138,21 @@ def _with_own(
 
 
 def _chosen(training: Any, finite: Tensor, after: Any, before: Any) -> Any:
-    """Return the state after the step if it was finite, else the one before; the count goes on."""
+    """Return the state after the step if it was finite, else the one before.
+
+    A step that is skipped counts; one that raises has not been.
+    """
     chosen = jax.tree_util.tree_map(lambda a, b: jnp.where(finite, a, b), after, tuple(before))
-    place = _places(training)[0]
-    chosen[2][place] = after[2][place]
+    if training.esam.config.on_nonfinite == "skip":
+        place = _places(training)[0]
+        chosen[2][place] = after[2][place]
     return chosen
 
 
 def eager_step(training: Any, state: Any, data: Any) -> tuple[dict[str, Any], Any]:
     """Make one step uncompiled, drawing its mask from the counter in the state."""
     if len(state) != 4:
-        raise ESAMTypeError(
-            "`state` must be (trainable_variables, non_trainable_variables, optimizer_variables, "
-            f"metrics_variables). Received: {len(state)} parts."
-        )
+        raise ESAMTypeError(f"`state` must be ({', '.join(STATE)}). Received: {len(state)} parts.")
     training.prepare(data, state)
     count = int(state[2][_places(training)[0]])
     drawn = training.draw(count, data, compiled=False)
@@ -198,33 +207,25 @@ def make_train_function(training: Any) -> Callable[[Any, Iterator[Any]], tuple[A
 
     def train_function(state: Any, iterator: Iterator[Any]) -> tuple[Any, Any]:
         logs = None
-        for _ in range(model.steps_per_execution):
-            try:
-                data = next(iterator)
-            except StopIteration:
-                if logs is None:
-                    raise
-                break
-            training.prepare(data, state)
-            place = _places(training)[0]
-            count = counter.read(state[2][place])
-            drawn: Drawn = training.draw(count, data, compiled=compiled)
-            logs, state, report = one_step(drawn.plan, state, data, _device(drawn.inputs))
-            counter.passed_on(state[2][place])
-            # Should something raise now, `fit` takes the state from here.
-            model._jax_state = dict(
-                zip(
-                    (
-                        "trainable_variables",
-                        "non_trainable_variables",
-                        "optimizer_variables",
-                        "metrics_variables",
-                    ),
-                    state,
-                    strict=True,
-                )
-            )
-            training.finish(count, drawn, report)
+        try:
+            for _ in range(model.steps_per_execution):
+                try:
+                    data = next(iterator)
+                except StopIteration:
+                    if logs is None:
+                        raise
+                    break
+                training.prepare(data, state)
+                place = _places(training)[0]
+                count = counter.read(state[2][place])
+                drawn: Drawn = training.draw(count, data, compiled=compiled)
+                logs, state, report = one_step(drawn.plan, state, data, _device(drawn.inputs))
+                training.finish(count, drawn, report)
+                counter.passed_on(state[2][place])
+        except BaseException:
+            # `fit` has taken the values out of the variables, and puts back what it finds here.
+            model._jax_state = dict(zip(STATE, state, strict=True))
+            raise
         return training.shown(logs), state
 
     return train_function

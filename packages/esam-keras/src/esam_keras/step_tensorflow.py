@@ -51,7 +51,7 @@ class Native:
             for t, theta in enumerate(like)
         ]
 
-    def pass_context(self, model: keras.Model) -> AbstractContextManager[None]:
+    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[None]:
         """Return no context: all state is Keras's."""
         return nullcontext()
 
@@ -99,8 +99,8 @@ def eager_step(training: Any, data: Any) -> dict[str, Any]:
     drawn = training.draw(count, data, compiled=False)
     with training.stepping(drawn.plan, _device(drawn.inputs)) as current:
         logs = step(training, current, data)
-    training.esam.count.assign(count + 1)
     training.finish(count, drawn, current.report)
+    training.esam.count.assign(count + 1)
     return logs
 
 
@@ -138,8 +138,8 @@ def make_train_function(training: Any) -> Callable[[Iterator[Any]], dict[str, An
             if drawn.plan not in functions:
                 functions[drawn.plan] = for_plan(drawn.plan)
             logs, report = functions[drawn.plan](data, _device(drawn.inputs))
-            training.esam.count.assign(count + 1)
             training.finish(count, drawn, report)
+            training.esam.count.assign(count + 1)
         if logs is None:
             raise StopIteration
         return training.shown(logs)

@@ -1,7 +1,7 @@
 """The step on torch: eager, with nothing computed that the mask makes needless."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -9,6 +9,7 @@ import torch
 
 from esam_keras.commit import step
 from esam_keras.plan import Drawn
+from esam_keras.torch_state import UnknownState
 
 __all__ = [
     "ARGUMENTS",
@@ -28,6 +29,9 @@ Tensor = Any
 
 class Native:
     """The native parts of the passes: see `esam_keras.passes.Backend`."""
+
+    def __init__(self) -> None:
+        self._unknown: UnknownState | None = None
 
     def gradients(
         self, function: Callable[[list[Tensor]], tuple[Tensor, Any]], variables: Sequence[Tensor]
@@ -50,10 +54,11 @@ class Native:
         generator = torch.Generator(device).manual_seed((high << 32) | low)
         return [torch.rand(t.shape, generator=generator, device=device) < beta for t in like]
 
-    @contextmanager
-    def pass_context(self, model: keras.Model) -> Iterator[None]:
-        """Give the pass nothing special."""
-        yield
+    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[None]:
+        """Start a forward from the state at entry, of which Keras does not know all."""
+        if self._unknown is None:
+            return nullcontext()
+        return self._unknown.one_pass(running=running)
 
     def value(self, variable: Any) -> Tensor:
         """Return a variable's value, for as long as nobody assigns to it."""
@@ -61,8 +66,16 @@ class Native:
 
     @contextmanager
     def whole_step(self, model: keras.Model) -> Iterator[None]:
-        """Keep the state that Keras does not know: torch's generators and modules' buffers."""
-        yield
+        """Keep what the ascent pass made of torch's generators and of wrapped modules' buffers."""
+        self._unknown = UnknownState(model)
+        try:
+            yield
+            self._unknown.keep()
+        except BaseException:
+            self._unknown.restore()
+            raise
+        finally:
+            self._unknown = None
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         """Make the update."""
@@ -104,8 +117,8 @@ def _one(training: Any, data: Any, make: Callable[..., dict[str, Any]]) -> dict[
     drawn: Drawn = training.draw(count, data, compiled=False)
     with training.stepping(drawn.plan, _device(drawn.inputs)) as current:
         logs = make(training, current, data)
-    training.esam.count.assign(count + 1)
     training.finish(count, drawn, current.report)
+    training.esam.count.assign(count + 1)
     return logs
 
 

@@ -1,0 +1,111 @@
+"""State of a torch model that Keras does not know, so that a stateless scope cannot keep it.
+
+Unseeded Dropout on Keras's torch backend draws from torch's global generators, and a
+`TorchModuleWrapper` holds a module whose parameters and buffers are used as they are. Each pass of
+a step starts from the generators and buffers at entry; what the ascent pass leaves stays.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import keras
+import torch
+
+__all__ = ["UnknownState"]
+
+
+class UnknownState:
+    """The state at the entry of a step, and after its first pass.
+
+    Args:
+        model: any model.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._wrappers = [
+            layer
+            for layer in model._flatten_layers()
+            if isinstance(layer, keras.layers.TorchModuleWrapper)
+        ]
+        self._devices = (
+            [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+            if torch.cuda.is_initialized()
+            else []
+        )
+        self._entry = self._random()
+        self._after: Any = None
+        self._buffers: Any = None
+
+    def _random(self) -> list[torch.Tensor]:
+        """Return the states of the global generators."""
+        states = [torch.get_rng_state()]
+        return states + [torch.cuda.get_rng_state(device) for device in self._devices]
+
+    def _set_random(self, states: list[torch.Tensor]) -> None:
+        """Set the states of the global generators."""
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    @contextmanager
+    def one_pass(self, *, running: bool) -> Iterator[None]:
+        """Run a forward from the state at entry, with the variables' values of the moment.
+
+        Args:
+            running: whether wrapped BatchNorm layers use their running statistics.
+        """
+        self._set_random(self._entry)
+        buffers: list[dict[str, torch.Tensor]] = []
+        with ExitStack() as stack:
+            for place, layer in enumerate(self._wrappers):
+                start = dict(layer.module.named_buffers())
+                if running and self._buffers is not None:
+                    start = self._buffers[place]
+                buffers.append({name: b.clone() for name, b in start.items()})
+                stack.enter_context(_functional(layer, buffers[-1], running))
+            yield
+        if self._after is None:
+            self._after, self._buffers = self._random(), buffers
+
+    def keep(self) -> None:
+        """Leave generators and buffers as the first pass did."""
+        if self._after is None:
+            return
+        self._set_random(self._after)
+        for layer, buffers in zip(self._wrappers, self._buffers, strict=True):
+            for name, buffer in layer.module.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def restore(self) -> None:
+        """Leave the generators as they were at entry; the buffers were never touched."""
+        self._set_random(self._entry)
+
+
+@contextmanager
+def _functional(layer: Any, buffers: dict[str, torch.Tensor], running: bool) -> Iterator[None]:
+    """Have a wrapped module called with the values that its Keras variables have in the scope."""
+    by_parameter = {id(v._value): v for v in layer.variables}
+
+    def call(*args: Any, training: Any = None, **kwargs: Any) -> Any:
+        module = layer.module
+        module.train(training is not False)
+        statistics = [
+            part
+            for part in module.modules()
+            if running and isinstance(part, torch.nn.modules.batchnorm._NormBase)
+        ]
+        for part in statistics:
+            part.eval()
+        values = {name: by_parameter[id(p)].value for name, p in module.named_parameters()}
+        try:
+            return torch.func.functional_call(module, {**values, **buffers}, args, kwargs)
+        finally:
+            for part in statistics:
+                part.train()
+
+    vars(layer)["call"] = call
+    try:
+        yield
+    finally:
+        vars(layer).pop("call", None)
