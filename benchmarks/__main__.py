@@ -12,6 +12,9 @@ BENCHMARKS = {
     "table3": "benchmarks.paper.table3:main",
     "table6": "benchmarks.paper.imagenet:table6",
     "fig3": "benchmarks.paper.fig3:main",
+    "fig5": "benchmarks.paper.fig5:main",
+    "fig6": "benchmarks.paper.fig6:main",
+    "fig7": "benchmarks.paper.fig7:main",
 }
 
 

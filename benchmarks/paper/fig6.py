@@ -1,0 +1,102 @@
+"""Figure 6: how well subsets stand for the whole batch: cosines of their gradients with its own.
+
+Behind each epoch of a run, on a few batches, at SAM's perturbed weights: the selected samples
+(largest increase), the rejected ones, a random subset, and, which the paper does not show, the
+samples of largest loss. Each subset has its own BatchNorm statistics, as in the descent pass.
+"""
+
+import argparse
+from collections.abc import Sequence
+from itertools import islice
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from benchmarks.figures import curves
+from benchmarks.paper.gradients import cosine, length, point_of, shifted
+from benchmarks.paper.options import make_run, parse
+from benchmarks.paper.training_figure import epoch_means, probed, write_epochs
+from benchmarks.training import Trainer
+from esam_core.sds import random_indices, subset_size
+
+__all__ = ["main"]
+
+NAMES = ("largest increase", "smallest increase", "random", "largest loss")
+
+
+class Cosines:
+    """Cosines of subset gradients with the batch's, over the first batches of an epoch."""
+
+    def __init__(self, batches: int) -> None:
+        self._batches = batches
+
+    def observe(self, epoch: int, report: object) -> None:
+        """Nothing of the steps themselves is needed."""
+
+    def measure(self, trainer: Trainer, epoch: int) -> dict[str, float]:
+        run = trainer.run
+        found: dict[str, list[float]] = {name: [] for name in NAMES}
+        for i, (x, y) in enumerate(islice(trainer.source.epoch(epoch), self._batches)):
+            point = point_of(trainer)
+            k = subset_size(run.gamma, len(y))
+            losses = point.losses(x, y)
+            gradient = torch.autograd.grad(losses.mean(), point.parameters)
+            before = losses.detach()
+            scale = run.effective_rho / (length(gradient) + 1e-12)
+            with shifted(point, [scale * g for g in gradient]):
+                with torch.no_grad():
+                    increase = point.losses(x, y) - before
+                whole = point.gradient(x, y)
+                order = torch.argsort(increase, descending=True, stable=True)
+                loss_order = torch.argsort(before, descending=True, stable=True)
+                drawn = random_indices(len(y), k, seed=run.seed, count=epoch * self._batches + i)
+                subsets: dict[str, Tensor] = dict(
+                    zip(
+                        NAMES,
+                        (
+                            order[:k],
+                            order[-k:],
+                            torch.from_numpy(drawn).to(y.device),
+                            loss_order[:k],
+                        ),
+                        strict=True,
+                    )
+                )
+                for name, chosen in subsets.items():
+                    found[name].append(cosine(point.gradient(x[chosen], y[chosen]), whole))
+        return {name: mean(values) for name, values in found.items()}
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batches", type=int, default=4, help="an epoch (default: 4)")
+    parser.add_argument("--method", default="sam", help="that trains (default: sam)")
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Train, write and draw."""
+    options = parse("fig6", __doc__, arguments, add=_add, quick={"batches": 2, "epochs": 5})
+    runs = [make_run(options, options.method, seed=seed) for seed in options.seeds]
+    values = epoch_means(probed(runs, lambda: Cosines(options.batches), options), NAMES)
+
+    def against(name: str, other: str) -> str:
+        pairs = list(zip(values[name], values[other], strict=True))
+        held = sum(a > b for a, b in pairs)
+        return f"in {held} of {len(pairs)} epochs; means {mean(values[name]):.3f}, {mean(values[other]):.3f}"
+
+    verdicts = {
+        "largest increase is closer to the batch than random": against(
+            "largest increase", "random"
+        ),
+        "largest increase is closer to the batch than smallest": against(
+            "largest increase", "smallest increase"
+        ),
+        "largest loss is closer to the batch than largest increase": against(
+            "largest loss", "largest increase"
+        ),
+    }
+    title = f"Figure 6: cosine of a subset's gradient with the batch's, {options.data}"
+    write_epochs(options, "fig6", title, values, verdicts)
+    epochs = ("epoch", list(range(1, len(values["random"]) + 1)))
+    lines = {f"{name} (gamma = {options.gamma:g})": v for name, v in values.items()}
+    curves(options.out / "fig6.png", title=title, x=epochs, y="cosine", lines=lines)
