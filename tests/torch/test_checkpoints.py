@@ -1,0 +1,222 @@
+"""Saving and loading: the resumed run is the uninterrupted one, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
+
+from esam_core import ESAMValueError
+from esam_torch import (
+    ESAM,
+    Bernoulli,
+    Between,
+    Every,
+    Everything,
+    Only,
+    Proportional,
+    Random,
+    RandomSuffix,
+    Sometimes,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
+
+BASES = {
+    "SGD": sgd,
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01),
+    "Adam fused": lambda m: torch.optim.Adam(m.parameters(), lr=0.01, fused=True),
+}
+
+
+def go(model, optimizer, seeds):
+    """Train, and return which parameters each step perturbed and which samples it selected."""
+    seen = []
+    for seed in seeds:
+        report = optimizer.step(losses_of(model), *batch(seed=seed))
+        indices = None if report.indices is None else report.indices.tolist()
+        seen.append((report.perturbed, indices))
+    return seen
+
+
+def resume(path, make, seeds):
+    """Build fresh objects, load a file into them and go on."""
+    saved = torch.load(path, weights_only=True)
+    model = net(seed=99)
+    optimizer = make(model)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"])
+    return model, optimizer, go(model, optimizer, seeds)
+
+
+def save(path, model, optimizer):
+    """Write what a script writes."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**state, "random": torch.get_rng_state()}, path)
+
+
+OPTIONS = {
+    "paper": {"rho": 0.1, "beta": 0.6, "gamma": 0.5},
+    "weights": {"perturb": Bernoulli(0.5, unit="weight"), "select": TopLoss(0.5)},
+    "random": {"perturb": Sometimes(0.5, Bernoulli(0.5)), "select": Random(0.3)},
+    "suffixes": {"perturb": RandomSuffix(("conv", "head"), (0.3, 0.7)), "gamma": 1.0},
+    "schedule": {"perturb": Every(2, Between(1, 5)), "select": Proportional(0.5, score="increase")},
+    "adaptive": {"adaptive": True, "rho": 1.0, "norm": "estimated", "seed": 12},
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_resuming_bit_for_bit(options, base, tmp_path):
+    def make(model):
+        return ESAM(BASES[base](model), model, **OPTIONS[options])
+
+    model = net()
+    optimizer = make(model)
+    torch.manual_seed(1)
+    go(model, optimizer, range(3))
+    save(tmp_path / "state.pt", model, optimizer)
+    wanted = go(model, optimizer, range(3, 7))
+    resumed, other, found = resume(tmp_path / "state.pt", make, range(3, 7))
+    assert found == wanted
+    assert other.count == optimizer.count == 7
+    same(resumed.state_dict(), model.state_dict(), "model")
+    same(other.state_dict(), optimizer.state_dict(), "optimizer")
+
+
+def test_hyperparameters_come_from_the_checkpoint(tmp_path):
+    """As the learning rate does: the code that loads may have been written with others."""
+    model = net()
+    optimizer = ESAM(sgd(model), model, rho=0.3, perturb=Suffix("hidden"), select=TopLoss(0.25))
+    torch.manual_seed(1)
+    go(model, optimizer, range(2))
+    save(tmp_path / "state.pt", model, optimizer)
+    wanted = go(model, optimizer, range(2, 4))
+    _, other, found = resume(
+        tmp_path / "state.pt", lambda m: ESAM(sgd(m, lr=0.7), m, seed=9), range(2, 4)
+    )
+    assert found == wanted
+    assert other.config == optimizer.config
+    assert other.param_groups[0]["lr"] == 0.1
+
+
+def test_options_of_groups_are_saved(tmp_path):
+    def make(model):
+        groups = [
+            {"params": list(model.conv.parameters()), "esam_rho": 0.5},
+            {"params": list(model.head.parameters()), "esam_perturb": False},
+        ]
+        return ESAM(torch.optim.SGD(groups, lr=0.1), model, perturb=Everything())
+
+    model = net()
+    optimizer = make(model)
+    optimizer.param_groups[0]["esam_rho"] = 0.25  # a schedule was at work
+    save(tmp_path / "state.pt", model, optimizer)
+    _, other, _ = resume(tmp_path / "state.pt", make, ())
+    assert [g.get("esam_rho") for g in other.param_groups] == [0.25, None]
+    assert [g.get("esam_perturb") for g in other.param_groups] == [None, False]
+
+
+def test_a_sampler_with_a_function_stays_the_one_given(tmp_path):
+    perturb = Only(lambda unit: unit.name.startswith("head"))
+    model = net()
+    optimizer = ESAM(sgd(model), model, rho=0.3, perturb=perturb, seed=5)
+    go(model, optimizer, range(2))
+    save(tmp_path / "state.pt", model, optimizer)
+    _, other, (seen,) = resume(
+        tmp_path / "state.pt", lambda m: ESAM(sgd(m), m, perturb=perturb), range(1)
+    )
+    assert seen[0] == ("head.weight", "head.bias")
+    assert other.config == optimizer.config
+    assert other.count == 3
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_state_loads_into_the_bare_base_and_back(base):
+    model, twin = net(), net()
+    optimizer = ESAM(BASES[base](model), model, rho=0.1)
+    go(model, optimizer, range(3))
+    bare = BASES[base](twin)
+    twin.load_state_dict(model.state_dict())
+    bare.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    same(bare.state_dict(), optimizer.base_optimizer.state_dict(), "the base's state")
+    for m, o in ((model, optimizer.base_optimizer), (twin, bare)):
+        torch.manual_seed(3)
+        o.zero_grad()
+        losses_of(m)(*batch()).mean().backward()
+        o.step()
+    same(twin.state_dict(), model.state_dict(), "one more base step")
+
+    back = ESAM(BASES[base](twin), twin, rho=0.2, seed=3)
+    back.load_state_dict(copy.deepcopy(bare.state_dict()))
+    assert back.config.rho == 0.2 and back.config.seed == 3 and back.count == 0
+    same(back.base_optimizer.state_dict(), bare.state_dict(), "back again")
+
+
+def test_a_saved_state_does_not_go_on_changing():
+    model = net()
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    saved = optimizer.state_dict()
+    go(model, optimizer, range(2))
+    assert saved["esam"]["count"] == 0
+
+
+def test_a_state_that_cannot_be_loaded_changes_nothing():
+    model = net()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = ESAM(sgd(model), model, scaler=scaler)
+    optimizer.backward(losses_of(model), *batch())
+    optimizer.step()
+    good = copy.deepcopy(optimizer.state_dict())
+    bad_states = {
+        "`rho` must be finite": {**good["esam"]["config"], "rho": -1.0},
+        "`name` must be one of": {**good["esam"]["config"], "perturb": {"name": "Nothing"}},
+        "`on_nonfinite` must be": {**good["esam"]["config"], "on_nonfinite": "skip"},
+    }
+    before = Snapshot(model, optimizer)
+    for match, config in bad_states.items():
+        state = copy.deepcopy(good)
+        state["esam"] = {"count": 3, "config": config}
+        state["param_groups"][0]["lr"] = 0.5
+        with pytest.raises(ESAMValueError, match=match):
+            optimizer.load_state_dict(state)
+        before.check()
+    state = copy.deepcopy(good)
+    state["esam"]["count"] = 7
+    state["param_groups"] = state["param_groups"] * 2
+    with pytest.raises(ValueError, match=r"parameter group"):
+        optimizer.load_state_dict(state)
+    before.check()
+    assert optimizer.count == 1
+
+
+def test_loading_forgets_pending_gradients():
+    model = net()
+    optimizer = ESAM(sgd(model), model)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.backward(losses_of(model), *batch())
+    optimizer.load_state_dict(state)
+    optimizer.step(losses_of(model), *batch())
+
+
+def test_everything_saved_is_plain_data():
+    """What a loader without our classes can read: numbers, texts, lists and dictionaries."""
+    model = net()
+    for options in OPTIONS.values():
+        state = ESAM(sgd(model), model, **options).state_dict()["esam"]
+        _plain(state)
+    assert ESAM(sgd(model), model, select=TopIncrease(0.5)).state_dict()["esam"]["count"] == 0
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            assert type(key) is str
+            _plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _plain(inner)
+    else:
+        assert value is None or type(value) in (bool, int, float, str)
