@@ -51,19 +51,9 @@ class Cosines:
                 order = torch.argsort(increase, descending=True, stable=True)
                 loss_order = torch.argsort(before, descending=True, stable=True)
                 drawn = random_indices(len(y), k, seed=run.seed, count=epoch * self._batches + i)
-                subsets: dict[str, Tensor] = dict(
-                    zip(
-                        NAMES,
-                        (
-                            order[:k],
-                            order[-k:],
-                            torch.from_numpy(drawn).to(y.device),
-                            loss_order[:k],
-                        ),
-                        strict=True,
-                    )
-                )
-                for name, chosen in subsets.items():
+                subset = torch.from_numpy(drawn).to(y.device)
+                subsets: list[Tensor] = [order[:k], order[-k:], subset, loss_order[:k]]
+                for name, chosen in zip(NAMES, subsets, strict=True):
                     found[name].append(cosine(point.gradient(x[chosen], y[chosen]), whole))
         return {name: mean(values) for name, values in found.items()}
 
@@ -82,19 +72,15 @@ def main(arguments: Sequence[str] = ()) -> None:
     def against(name: str, other: str) -> str:
         pairs = list(zip(values[name], values[other], strict=True))
         held = sum(a > b for a, b in pairs)
-        return f"in {held} of {len(pairs)} epochs; means {mean(values[name]):.3f}, {mean(values[other]):.3f}"
+        means = f"{mean(values[name]):.3f}, {mean(values[other]):.3f}"
+        return f"in {held} of {len(pairs)} epochs; means {means}"
 
-    verdicts = {
-        "largest increase is closer to the batch than random": against(
-            "largest increase", "random"
-        ),
-        "largest increase is closer to the batch than smallest": against(
-            "largest increase", "smallest increase"
-        ),
-        "largest loss is closer to the batch than largest increase": against(
-            "largest loss", "largest increase"
-        ),
-    }
+    claims = (
+        ("largest increase", "random"),
+        ("largest increase", "smallest increase"),
+        ("largest loss", "largest increase"),
+    )
+    verdicts = {f"{a} is closer to the batch than {b}": against(a, b) for a, b in claims}
     title = f"Figure 6: cosine of a subset's gradient with the batch's, {options.data}"
     write_epochs(options, "fig6", title, values, verdicts)
     epochs = ("epoch", list(range(1, len(values["random"]) + 1)))

@@ -8,7 +8,7 @@ the step takes it, rho / beta under "masked", and brought to SAM's length, rho, 
 
 import argparse
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from statistics import mean
 
 import torch
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
     def ordered(name: object) -> str:
         row = [means[name(beta)] for beta in betas]  # type: ignore[operator]
-        held = all(a <= b for a, b in zip(row, row[1:], strict=False))
+        held = all(a <= b for a, b in pairwise(row))
         listed = ", ".join(f"{_label(b)}: {v:.4g}" for b, v in zip(betas, row, strict=True))
         return f"{'yes' if held else 'no'} ({listed})"
 
