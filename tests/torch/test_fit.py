@@ -1,11 +1,18 @@
 """The training loop: with ESAM, SAM and a bare optimizer, what it measures and what it refuses."""
 
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from esam_torch import ESAM, All, Everything, accuracy, evaluate, fit
+from esam_torch import ESAM, All, Everything, History, accuracy, evaluate, fit
 
 
 def _data(n=96, seed=0):
@@ -191,3 +198,150 @@ def test_what_cannot_be_trained_is_refused():
             metrics={"a": lambda o, *b: o.mean()},
             progress=False,
         )
+
+
+@pytest.mark.parametrize("kind", ["sgd", "esam"])
+def test_accumulated_batches_are_averaged_and_clipped(kind):
+    batches = [tuple(part[i : i + 10] for part in _data().tensors) for i in range(0, 50, 10)]
+    options = {"accumulate": 2, "clip_value": 0.02, "clip_norm": 0.05}
+    model, twin = _model(), _model()
+    fit(
+        *(model, _optimizer(kind, model), _losses, batches),
+        epochs=1,
+        progress=False,
+        device="cpu",
+        **options,
+    )
+    optimizer = _optimizer(kind, twin)
+    for group in (batches[:2], batches[2:4], batches[4:]):
+        optimizer.zero_grad()
+        for batch in group:
+            if kind == "sgd":
+                _losses(twin, *batch)[0].mean().backward()
+            else:
+                optimizer.backward(lambda *b: _losses(twin, *b), *batch)
+        for parameter in twin.parameters():
+            parameter.grad /= len(group)
+        torch.nn.utils.clip_grad_value_(twin.parameters(), 0.02)
+        assert torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05) > 0.05
+        optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "esam"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precisions(kind, precision):
+    dtypes = set()
+
+    def losses(model, inputs, targets):
+        outputs = model(inputs)
+        dtypes.add(outputs.dtype)
+        return F.cross_entropy(outputs, targets, reduction="none"), outputs
+
+    model = _model()
+    optimizer = _optimizer(kind, model)
+    batches = [_data().tensors] * 4
+    history = fit(
+        *(model, optimizer, losses, batches),
+        epochs=6,
+        eval_loader=batches,
+        precision=precision,
+        clip_norm=10.0,
+        progress=False,
+        device="cpu",
+    )
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert history["eval_loss"][-1] < 0.8 * history["eval_loss"][0]
+    assert getattr(optimizer, "scaler", None) is None  # it had one only meanwhile
+
+
+def test_an_overflow_leaves_update_and_scheduler_out():
+    """The scaler finds it; the weights stay, and no scheduler steps before its optimizer."""
+    model = _model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ESAM(base, model, scaler=scaler)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    before = [p.clone() for p in model.parameters()]
+    fit(
+        *(model, optimizer, _losses, [_data().tensors]),
+        epochs=1,
+        precision="fp16",
+        scheduler=scheduler,
+        scheduler_step="batch",
+        progress=False,
+        device="cpu",
+    )
+    assert scaler.get_scale() == 2.0**39 and base.param_groups[0]["lr"] == 0.1
+    for a, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="`precision` must be"):
+        fit(model, optimizer, _losses, [], epochs=1, device="cpu", progress=False)
+
+
+def _killed_run(folder, batches):
+    script = Path(__file__).parent / "fit_to_be_killed.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), str(batches)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == (-signal.SIGKILL if batches else 0), done.stderr
+    return torch.load(folder / "result.pt", weights_only=True) if not batches else None
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole = _killed_run(tmp_path / "whole", 0)
+    folder = tmp_path / "killed"
+    for batches in (11, 13):  # within an epoch, after one write and before the next
+        _killed_run(folder, batches)
+        assert (folder / "last.pt").exists() and not (folder / "result.pt").exists()
+    resumed = _killed_run(folder, 0)
+    assert resumed["count"] == whole["count"] == 28
+    assert resumed["rows"] == whole["rows"]
+    for name, tensor in whole["model"].items():
+        assert torch.equal(resumed["model"][name], tensor), name
+
+
+def test_checkpoints_and_histories_are_files(tmp_path):
+    model, history = _fit(epochs=3, eval_loader=[_data().tensors], folder=tmp_path)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["row"] == history.best("eval_loss", smallest=True)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(last["model"][name], tensor)
+    assert History.from_json(tmp_path / "history.json").rows == history.rows
+    with (tmp_path / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["sharpness"]) for row in rows] == history["sharpness"]
+    # Done already: nothing is trained any more.
+    again, resumed = _fit(epochs=3, eval_loader=[_data().tensors], folder=tmp_path, resume=True)
+    assert resumed.rows == history.rows
+    assert torch.equal(again[0].weight, model[0].weight)
+    # The monitor may be the accuracy, of which more is better.
+    options = {"metrics": {"accuracy": accuracy}, "eval_loader": [_data().tensors]}
+    _, history = _fit(epochs=3, folder=tmp_path / "b", monitor="eval_accuracy", **options)
+    best = torch.load(tmp_path / "b" / "best.pt", weights_only=True)
+    assert best["row"]["eval_accuracy"] == max(history["eval_accuracy"])
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    _, history = _fit(epochs=2, tensorboard=tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {"sharpness", "train_loss", "learning_rate"} <= set(events.Tags()["scalars"])
+    written = [event.value for event in events.Scalars("sharpness")]
+    assert written == pytest.approx(history["sharpness"])
+
+
+def test_without_tensorboard_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"esam-torch\[tensorboard\]"):
+        _fit(epochs=1, tensorboard=tmp_path)

@@ -202,6 +202,15 @@ class ESAM(torch.optim.Optimizer):
         self._laid_out = None
 
     @property
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16 training, or None."""
+        return self._scaler
+
+    @scaler.setter
+    def scaler(self, scaler: Any) -> None:
+        self._scaler = _check_scaler(scaler, self._config.on_nonfinite)
+
+    @property
     def count(self) -> int:
         """How many `backward` calls there have been: what masks and schedules are drawn from."""
         return self._count

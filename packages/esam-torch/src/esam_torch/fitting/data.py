@@ -1,5 +1,7 @@
 """What a loader yields: onto the device, and into arguments."""
 
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from esam_torch.batch import Whole, mapped
 
-__all__ = ["Arguments", "arguments", "chosen_device", "moved"]
+__all__ = ["Arguments", "arguments", "chosen_device", "groups_of", "moved"]
 
 Arguments = tuple[Any, ...]
 
@@ -37,3 +39,10 @@ def moved(batch: Any, device: torch.device) -> Any:
 def arguments(batch: Any) -> Arguments:
     """Return a batch as arguments: a tuple or list is several, anything else is one."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def groups_of(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield batches in groups of `size`, the last one of what is left."""
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, size)):
+        yield group

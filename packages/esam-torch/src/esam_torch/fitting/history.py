@@ -1,7 +1,10 @@
 """What training leaves behind: one row of numbers an epoch."""
 
+import csv
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from esam_core import ESAMValueError
 
@@ -62,3 +65,19 @@ class History:
         if not rows:
             raise ESAMValueError(f"`{name}` must be a number in some epoch. Received: {values}.")
         return (min if smallest else max)(rows, key=lambda row: row[name])
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write a table with a header; empty where an epoch did not measure a number."""
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write a list of rows."""
+        Path(path).write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "History":
+        """Read what `to_json` wrote."""
+        return cls(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,35 +1,29 @@
 """The loop over epochs and batches."""
 
-import functools
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from esam_core import ESAMTypeError, ESAMValueError, RunningMeans, StepReport
-from esam_core.validation import choice, count_number
-from esam_torch.fitting.data import Arguments, arguments, chosen_device, moved
+from esam_core import ESAMTypeError, ESAMValueError
+from esam_core.validation import choice, count_number, positive
+from esam_torch.fitting.boards import board
+from esam_torch.fitting.checkpoints import Checkpoints, Place
+from esam_torch.fitting.data import arguments, chosen_device, groups_of, moved
 from esam_torch.fitting.history import History
-from esam_torch.fitting.measures import Means, Metric, ModelLosses, evaluate
-from esam_torch.fitting.progress import chosen_progress
-from esam_torch.losses import per_sample
+from esam_torch.fitting.measures import REPORTED, Means, Metric, ModelLosses, evaluate
+from esam_torch.fitting.progress import Silent, chosen_progress
+from esam_torch.fitting.ranks import joined, replicated, shared_buffers, split, summed, world
+from esam_torch.fitting.update import PRECISIONS, Update, in_precision, scaler_of
 from esam_torch.optimizer import ESAM
 from esam_torch.units import bare_model
 
 __all__ = ["fit"]
-
-#: What a history shows of the steps' reports, beside losses and metrics.
-REPORTED = (
-    "sharpness",
-    "selected_sharpness",
-    "rejected_sharpness",
-    "perturbation_norm",
-    "gradient_norm",
-    "weight_share",
-    "sample_share",
-)
 
 
 def fit(
@@ -44,11 +38,23 @@ def fit(
     scheduler: Any = None,
     scheduler_step: str = "epoch",
     device: torch.device | str = "auto",
+    precision: str = "fp32",
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    monitor: str | None = None,
+    save_every: int | None = None,
+    tensorboard: str | Path | None = None,
     progress: bool | str = True,
     title: str = "",
     on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> History:
     """Train a model, with `ESAM` or with any other optimizer, through the same loop.
+
+    Started by torchrun, every process trains a replica under DistributedDataParallel, on its
+    share of `loader`, and the means are those of all of them.
 
     Args:
         model: what is trained. It is moved to `device` and left there, in evaluation mode.
@@ -62,12 +68,25 @@ def fit(
         metrics: functions of (outputs, *batch) that return one number a sample, by name, such as
             `{"accuracy": accuracy}`. They need `losses` to return (losses, outputs). Default none.
         scheduler: a learning rate scheduler of `optimizer`. Default none.
-        scheduler_step: whether it steps each "epoch" (default) or each "batch".
+        scheduler_step: whether it steps each "epoch" (default) or each "batch", that is, update.
         device: default "auto": the accelerator where there is one.
+        precision: what `losses` is computed in, by autocast: "fp32" (default), "bf16", or "fp16",
+            which comes with a gradient scaler.
+        accumulate: batches whose gradients are averaged for one update, >= 1. Default 1.
+        clip_norm: largest norm of the gradient, > 0. Default none.
+        clip_value: largest absolute value in the gradient, > 0. Default none.
+        folder: where "last.pt", "best.pt", "history.csv" and "history.json" are written after each
+            epoch. Default none.
+        resume: whether to go on from "last.pt" where `folder` has one: to the same weights, bit
+            for bit, as without the interruption. Default False.
+        monitor: the number whose best value makes "best.pt", the least of a name that ends with
+            "loss", else the largest. Default "eval_loss", or "train_loss" without `eval_loader`.
+        save_every: updates between writes of "last.pt" within an epoch, >= 1. Default none.
+        tensorboard: folder for TensorBoard's scalars. Default none.
         progress: True (default): bars with rich or tqdm, whichever is installed, else a line an
             epoch; False: nothing; "rich", "tqdm", "plain": that one.
         title: written before the bars. Default "".
-        on_epoch: called with each epoch's row. Default none.
+        on_epoch: called with each epoch's row, by every process. Default none.
 
     Returns:
         A `History`: for each epoch "epoch" (from 1), "learning_rate", "train_loss", "train_" and
@@ -96,56 +115,163 @@ def fit(
     """
     _check(model, optimizer, losses)
     count_number("epochs", epochs, least=1)
+    count_number("accumulate", accumulate, least=1)
     choice("scheduler_step", scheduler_step, ("epoch", "batch"))
-    place = chosen_device(device)
-    model.to(place)
-    bound = functools.partial(losses, model)
-    history = History()
-    with chosen_progress(progress, epochs, title) as shown:
-        for epoch in range(1, epochs + 1):
-            _training_mode(model, optimizer, training=True)
-            means, reports = Means(metrics or {}), RunningMeans(REPORTED)
-            row = {"epoch": float(epoch), "learning_rate": float(optimizer.param_groups[0]["lr"])}
-            started = time.perf_counter()
-            shown.start(epoch, _length(loader))
-            for batch in loader:
-                inputs = arguments(moved(batch, place))
-                optimizer.zero_grad()
-                report = gradient(optimizer, bound, inputs)
-                optimizer.step()
-                if scheduler is not None and scheduler_step == "batch":
-                    scheduler.step()
-                means.update(report.losses, report.outputs, inputs)
-                reports.update(report)
-                shown.advance(report.loss)
-            if not means.samples:
-                raise ESAMValueError("`loader` must hold a batch in each epoch. Received: none.")
-            row |= {f"train_{name}": value for name, value in means.result().items()}
-            row |= reports.result()
-            row["seconds"] = time.perf_counter() - started  # result() has waited for the device
-            row["samples_per_second"] = means.samples / row["seconds"]
-            _training_mode(model, optimizer, training=False)
+    choice("precision", precision, PRECISIONS)
+    for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if bound is not None:
+            positive(name, bound)
+    if save_every is not None:
+        count_number("save_every", save_every, least=1)
+    if folder is None and (resume or save_every is not None or monitor is not None):
+        raise ESAMValueError(
+            "`folder` must be given with `resume`, `save_every` and `monitor`: it is where "
+            "checkpoints are. Received: folder=None."
+        )
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(joined(chosen_device(device)))
+        model.to(place)
+        called = stack.enter_context(_wrapped(model, optimizer, place))
+        scaler = stack.enter_context(scaler_of(optimizer, precision, place))
+        first_rank = world()[0] == 0
+        shown = stack.enter_context(
+            chosen_progress(progress if first_rank else False, epochs, title)
+        )
+        write = stack.enter_context(board(tensorboard if first_rank else None))
+        loader = split(loader, training=True)
+        eval_loader = None if eval_loader is None else split(eval_loader, training=False)
+        update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
+        watched = monitor or ("train_loss" if eval_loader is None else "eval_loss")
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        checkpoints = Checkpoints(folder, model, parts, loader, place, watched)
+        history = checkpoints.history
+        each_batch = scheduler if scheduler_step == "batch" else None
+        training = _Training(
+            update,
+            loader,
+            accumulate,
+            each_batch,
+            checkpoints,
+            shown,
+            save_every,
+            Means(metrics or {}, place),
+        )
+        resumed = checkpoints.load(training.means) if resume else None
+        start, now = resumed if resumed is not None else (Place(), None)
+        if now is not None:
+            checkpoints.load_random_state(start.random)
+        for epoch in range(start.epoch, epochs + 1):
+            _mode(called, optimizer, training=True)
+            rate = start.rate if start.updates else _rate(optimizer)
+            row = {"epoch": float(epoch), "learning_rate": rate}
+            row |= training.epoch(epoch, start.updates, now, rate)
+            start, now = Place(), None
+            _mode(called, optimizer, training=False)
+            shared_buffers(model)
             if eval_loader is not None:
-                found = evaluate(model, losses, eval_loader, metrics=metrics, device=place)
-                row |= {f"eval_{name}": value for name, value in found.items()}
+                measured = evaluate(
+                    *(model, in_precision(losses, update), eval_loader),
+                    metrics=metrics,
+                    device=place,
+                    everywhere=True,
+                )
+                row |= {f"eval_{name}": value for name, value in measured.items()}
             if scheduler is not None and scheduler_step == "epoch":
                 _step_scheduler(scheduler, row)
             history.rows.append(row)
             shown.finish(row)
+            write(row)
             if on_epoch is not None:
                 on_epoch(row)
+            checkpoints.save_best()
+            checkpoints.save(Place(epoch + 1, 0, checkpoints.random_state()), training.means)
+        _mode(called, optimizer, training=False)
     return history
 
 
-def gradient(
-    optimizer: torch.optim.Optimizer, losses: Callable[..., Any], batch: Arguments
-) -> StepReport:
-    """Add a batch's gradient to `.grad`, by ESAM or, for any other optimizer, of the mean loss."""
-    if isinstance(optimizer, ESAM):
-        return optimizer.backward(losses, *batch)
-    values, outputs = per_sample(losses(*batch))
-    torch.autograd.backward(values.mean())
-    return StepReport(count=0, losses=values.detach(), outputs=outputs)
+@dataclass
+class _Training:
+    """One epoch after another, without evaluation.
+
+    Args:
+        update: makes an update from a group of batches.
+        loader: this process's batches.
+        accumulate: how many batches are a group.
+        scheduler: what steps after each update, or None.
+        checkpoints: where the state goes.
+        shown: what shows the progress.
+        save_every: updates between writes within an epoch, or None.
+        means: what is measured.
+    """
+
+    update: Update
+    loader: Any
+    accumulate: int
+    scheduler: Any
+    checkpoints: Checkpoints
+    shown: Silent
+    save_every: int | None
+    means: Means
+
+    def epoch(
+        self, epoch: int, done: int, now: Mapping[str, Any] | None, rate: float
+    ) -> dict[str, float]:
+        """Train for one epoch and return what was measured.
+
+        Args:
+            epoch: from 1.
+            done: updates of it that were made before an interruption.
+            now: the random state after them, or None where there were none.
+            rate: the learning rate at the start of the epoch.
+        """
+        if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
+            self.loader.sampler.set_epoch(epoch)
+        random = self.checkpoints.random_state()
+        started, samples = time.perf_counter(), 0
+        self.shown.start(epoch, _length(self.loader))
+        for number, group in enumerate(groups_of(self.loader, self.accumulate), 1):
+            self.shown.advance(len(group))
+            if number <= done:
+                if number == done and now is not None:  # before the next batch is drawn
+                    self.checkpoints.load_random_state(now)
+                continue
+            batches = [arguments(moved(batch, self.update.device)) for batch in group]
+            reports, stepped = self.update(batches)
+            if stepped and self.scheduler is not None:
+                self.scheduler.step()
+            for report, batch in zip(reports, batches, strict=True):
+                self.means.update(report.losses, report.outputs, batch)
+                self.means.report(report)
+                samples += len(report.losses)
+            self.shown.loss(reports[-1].losses)
+            if self.save_every is not None and number % self.save_every == 0:
+                self.checkpoints.save(Place(epoch, number, random, rate), self.means)
+        if not self.means.samples:
+            raise ESAMValueError("`loader` must hold a batch in each epoch. Received: none.")
+        measured = self.means.result(everywhere=True)
+        named = {
+            name if name in REPORTED else f"train_{name}": value for name, value in measured.items()
+        }
+        self.means.reset()
+        seconds = time.perf_counter() - started  # result() has waited for the device
+        total = summed([float(samples)], self.update.device)[0]
+        return {**named, "seconds": seconds, "samples_per_second": total / seconds}
+
+
+@contextlib.contextmanager
+def _wrapped(
+    model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Iterator[nn.Module]:
+    """Yield the model as it is called, replicated where there are other ranks."""
+    called = replicated(model, device)
+    if not isinstance(optimizer, ESAM) or called is model:
+        yield called
+        return
+    own, optimizer.model = optimizer.model, called
+    try:
+        yield called
+    finally:
+        optimizer.model = own
 
 
 def _check(model: Any, optimizer: Any, losses: Any) -> None:
@@ -166,12 +292,17 @@ def _check(model: Any, optimizer: Any, losses: Any) -> None:
         )
 
 
-def _training_mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
+def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
     """Set the mode of the model, and of optimizers that have one (schedule-free ones)."""
     model.train(training)
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
         switch()
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the first group."""
+    return float(optimizer.param_groups[0]["lr"])
 
 
 def _length(loader: Any) -> int | None:

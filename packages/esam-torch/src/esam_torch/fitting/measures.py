@@ -1,4 +1,4 @@
-"""Losses and metrics over a data set, summed up on the device."""
+"""Losses, metrics and report fields, summed up on the device."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -6,14 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esam_core import ESAMTypeError, ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError, StepReport
 from esam_torch.fitting.data import Arguments, arguments, moved
+from esam_torch.fitting.ranks import summed
 from esam_torch.losses import per_sample
 
 __all__ = ["Means", "Metric", "ModelLosses", "accuracy", "evaluate"]
 
 ModelLosses = Callable[..., Any]
 Metric = Callable[..., Tensor]
+
+#: What a history shows of the steps' reports, beside losses and metrics.
+REPORTED = (
+    "sharpness",
+    "selected_sharpness",
+    "rejected_sharpness",
+    "perturbation_norm",
+    "gradient_norm",
+    "weight_share",
+    "sample_share",
+)
 
 
 def accuracy(outputs: Tensor, *batch: Any) -> Tensor:
@@ -32,16 +44,31 @@ def accuracy(outputs: Tensor, *batch: Any) -> Tensor:
 
 
 class Means:
-    """Means over samples of losses and metrics; sums stay on the device until asked for.
+    """Means of losses and metrics over samples, and of report fields over steps.
+
+    Sums stay on the device until they are asked for, so that no batch waits for it.
 
     Args:
         metrics: functions of (outputs, *batch) that return one number a sample, by name.
+        device: where the sums are kept.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+    def __init__(self, metrics: Mapping[str, Metric], device: torch.device) -> None:
         self._metrics = metrics
+        self._device = device
         self._sums: dict[str, Tensor] = {}
-        self.samples = 0
+        self._counts: dict[str, int] = {}
+
+    @property
+    def samples(self) -> int:
+        """How many samples there have been."""
+        return self._counts.get("loss", 0)
+
+    def _add(self, name: str, total: Any, count: int) -> None:
+        """Add a sum over `count` things."""
+        total = torch.as_tensor(total, dtype=torch.float32, device=self._device)
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + count
 
     def update(self, losses: Tensor, outputs: Any, batch: Arguments) -> None:
         """Add a batch: its (b,) losses, what the model put out, and the batch itself."""
@@ -60,14 +87,41 @@ class Means:
                     f"{tuple(losses.shape)}. Received: {got}."
                 )
             values[name] = value
-        self.samples += len(losses)
         for name, value in values.items():
-            total = value.detach().sum(dtype=torch.float32)
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._add(name, value.detach().sum(dtype=torch.float32), len(losses))
 
-    def result(self) -> dict[str, float]:
-        """Return the means; here the device is waited for."""
-        return {name: float(total) / self.samples for name, total in self._sums.items()}
+    def report(self, report: StepReport) -> None:
+        """Add what a step reported. Fields that it did not compute do not count."""
+        for name in REPORTED:
+            value = getattr(report, name)
+            if value is not None:
+                self._add(name, value, 1)
+
+    def result(self, *, everywhere: bool = False) -> dict[str, float]:
+        """Return the means, of all ranks where asked; here the device is waited for."""
+        sums = [float(total) for total in self._sums.values()]
+        counts = [float(self._counts[name]) for name in self._sums]
+        if everywhere:
+            sums, counts = summed(sums, self._device), summed(counts, self._device)
+        return {
+            name: total / count
+            for name, total, count in zip(self._sums, sums, counts, strict=True)
+            if count
+        }
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._sums.clear()
+        self._counts.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, for a checkpoint."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved sums."""
+        self._sums = {name: total.to(self._device) for name, total in state["sums"].items()}
+        self._counts = dict(state["counts"])
 
 
 def evaluate(
@@ -77,6 +131,7 @@ def evaluate(
     *,
     metrics: Mapping[str, Metric] | None = None,
     device: torch.device | str = "cpu",
+    everywhere: bool = False,
 ) -> dict[str, float]:
     """Return the mean loss and metrics of a model in evaluation mode.
 
@@ -86,6 +141,8 @@ def evaluate(
         loader: batches.
         metrics: as in `fit`. Default none.
         device: where the model is. Default the CPU.
+        everywhere: whether `loader` holds this rank's share of the samples, and the means are to
+            be those of all ranks. Default False.
 
     Returns:
         "loss" and the metrics' names, each with its mean over samples.
@@ -94,7 +151,7 @@ def evaluate(
         ESAMValueError: there is no batch.
     """
     modes = [(module, module.training) for module in model.modules()]
-    means = Means(metrics or {})
+    means = Means(metrics or {}, torch.device(device))
     model.eval()
     try:
         with torch.no_grad():
@@ -107,4 +164,4 @@ def evaluate(
             module.training = mode
     if not means.samples:
         raise ESAMValueError("The evaluation loader must hold a batch. Received: none.")
-    return means.result()
+    return means.result(everywhere=everywhere)

@@ -48,8 +48,11 @@ class Silent:
     def start(self, epoch: int, batches: int | None) -> None:
         """Begin an epoch, of so many batches where that is known."""
 
-    def advance(self, loss: Any) -> None:
-        """Count one batch, of the mean loss `loss`, a 0-d tensor."""
+    def advance(self, batches: int) -> None:
+        """Count so many batches."""
+
+    def loss(self, losses: Any) -> None:
+        """Show the mean of a batch's losses, a tensor."""
 
     def finish(self, row: Mapping[str, float]) -> None:
         """Show an epoch's row."""
@@ -100,10 +103,12 @@ class RichBar(Silent):
         text = f"{self.title}epoch {epoch}/{self.epochs}"
         self._task = self._bar.add_task(text, total=batches, loss="")
 
-    def advance(self, loss: Any) -> None:
+    def advance(self, batches: int) -> None:
+        self._bar.advance(self._task, batches)
+
+    def loss(self, losses: Any) -> None:
         if self._due():
-            self._bar.update(self._task, loss=f"loss {float(loss):.4g}")
-        self._bar.advance(self._task)
+            self._bar.update(self._task, loss=f"loss {float(losses.mean()):.4g}")
 
     def finish(self, row: Mapping[str, float]) -> None:
         self._bar.remove_task(self._task)
@@ -130,10 +135,12 @@ class TqdmBar(Silent):
             total=batches, desc=f"{self.title}epoch {epoch}/{self.epochs}", leave=False
         )
 
-    def advance(self, loss: Any) -> None:
+    def advance(self, batches: int) -> None:
+        self._bar.update(batches)
+
+    def loss(self, losses: Any) -> None:
         if self._due():
-            self._bar.set_postfix_str(f"loss {float(loss):.4g}", refresh=False)
-        self._bar.update()
+            self._bar.set_postfix_str(f"loss {float(losses.mean()):.4g}", refresh=False)
 
     def finish(self, row: Mapping[str, float]) -> None:
         self._bar.close()

@@ -1,0 +1,168 @@
+"""Checkpoints from which training goes on as if nothing had happened."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from esam_core import ESAMRuntimeError, ESAMValueError
+from esam_torch.fitting.history import History
+from esam_torch.fitting.measures import Means
+from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
+from esam_torch.fitting.ranks import world
+from esam_torch.sharded import Shards
+from esam_torch.units import bare_model
+
+__all__ = ["Checkpoints", "Place"]
+
+
+@dataclass
+class Place:
+    """Where in the data training is.
+
+    Args:
+        epoch: from 1.
+        updates: how many updates of this epoch are done.
+        random: state of the random generators, the loader's among them, before this epoch; a
+            loader that starts from it yields the same batches again.
+        rate: the learning rate at the start of this epoch.
+    """
+
+    epoch: int = 1
+    updates: int = 0
+    random: dict[str, Any] = field(default_factory=dict)
+    rate: float = 0.0
+
+
+class Checkpoints:
+    """Writes "last.pt" and "best.pt" to a folder, and reads the last one.
+
+    Args:
+        folder: where they are; None for no checkpoints.
+        model: what is trained; wrappers are looked through.
+        parts: whatever else has a `state_dict`: optimizer, scheduler, scaler, by name.
+        loader: the training data.
+        device: where the model is.
+        monitor: the column whose best value makes "best.pt"; less is better of a name that ends
+            with "loss", more of any other.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        model: nn.Module,
+        parts: Mapping[str, Any],
+        loader: Any,
+        device: torch.device,
+        monitor: str,
+    ) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._model = bare_model(model)
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        self._loader = loader
+        self._device = device
+        self._monitor = monitor
+        self.history = History()
+        if self._folder is not None:
+            if Shards.of(model) is not None:
+                raise ESAMRuntimeError(
+                    "`folder` must be None for a model that fully_shard has sharded: save it with "
+                    "torch.distributed.checkpoint, from `on_epoch`."
+                )
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    # -- random state -----------------------------------------------------------------------------
+
+    def random_state(self) -> dict[str, Any]:
+        """Return the state of every generator that data and training draw from."""
+        loaders = [generator.get_state() for generator in generators_of(self._loader)]
+        return {**random_state(self._device), "loader": loaders}
+
+    def load_random_state(self, state: Mapping[str, Any]) -> None:
+        """Put every generator where it was."""
+        load_random_state(state, self._device)
+        generators = generators_of(self._loader)
+        if len(generators) != len(state["loader"]):
+            raise ESAMValueError(
+                "`loader` must have the generators that it had when the checkpoint was written. "
+                f"Received: {len(generators)}, not {len(state['loader'])}."
+            )
+        for generator, saved in zip(generators, state["loader"], strict=True):
+            generator.set_state(saved.cpu())
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def save(self, place: Place, means: Means) -> None:
+        """Write "last.pt" and the history. All ranks call this; the first one writes."""
+        if self._folder is None:
+            return
+        mine = {"start": place.random, "now": self.random_state(), "means": means.state_dict()}
+        rank, size = world()
+        ranks: list[Any] = [mine]
+        if size > 1:
+            ranks = [None] * size
+            torch.distributed.all_gather_object(ranks, mine)
+        if rank == 0:
+            state = {
+                "model": self._model.state_dict(),
+                **{name: part.state_dict() for name, part in self._parts.items()},
+                "epoch": place.epoch,
+                "updates": place.updates,
+                "rate": place.rate,
+                "history": self.history.rows,
+                "ranks": ranks,
+            }
+            self._write(state, "last.pt")
+            self.history.to_csv(self._folder / "history.csv")
+            self.history.to_json(self._folder / "history.json")
+
+    def save_best(self) -> None:
+        """Write "best.pt", the model and its row, if the last epoch is the best so far."""
+        if self._folder is None or world()[0] > 0:
+            return
+        best = self.history.best(self._monitor, smallest=self._monitor.endswith("loss"))
+        if best is self.history.last:
+            self._write({"model": self._model.state_dict(), "row": self.history.last}, "best.pt")
+
+    def _write(self, state: Mapping[str, Any], name: str) -> None:
+        """Write a file whole or not at all: whoever is killed meanwhile keeps the old one."""
+        if self._folder is None:
+            return
+        part = self._folder / (name + ".part")
+        with part.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self._folder / name)
+
+    def load(self, means: Means) -> tuple[Place, dict[str, Any]] | None:
+        """Go back to "last.pt" where there is one.
+
+        Returns:
+            Where in the data training was, and the random state there; None without a file.
+        """
+        if self._folder is None or not (self._folder / "last.pt").exists():
+            return None
+        state = torch.load(self._folder / "last.pt", map_location="cpu", weights_only=True)
+        rank, size = world()
+        if len(state["ranks"]) != size:
+            raise ESAMValueError(
+                "Training must go on with as many processes as the checkpoint was written by, "
+                f"{len(state['ranks'])}. Received: {size}."
+            )
+        missing = [name for name in self._parts if name not in state]
+        if missing:
+            raise ESAMValueError(
+                f"The checkpoint must hold what is to go on. It holds no {', '.join(missing)}."
+            )
+        self._model.load_state_dict(state["model"])
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        self.history.rows[:] = state["history"]
+        mine = state["ranks"][rank]
+        means.load_state_dict(mine["means"])
+        return Place(state["epoch"], state["updates"], mine["start"], state["rate"]), mine["now"]

@@ -1,0 +1,43 @@
+"""The random state of a training run: of torch, Python and NumPy, and of the loader."""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["generators_of", "load_random_state", "random_state"]
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of the global generators, as data that a checkpoint can hold."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [name, [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def load_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the global generators where they were."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    if "device" in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return the generators that a loader draws its order from, apart from the global ones."""
+    sampler = getattr(loader, "sampler", None)
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, sampler, batches, getattr(batches, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

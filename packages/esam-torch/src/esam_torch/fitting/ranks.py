@@ -1,0 +1,123 @@
+"""One process of several, when torchrun has started them."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+
+from esam_core import ESAMValueError
+from esam_torch.sharded import Shards
+
+__all__ = ["joined", "replicated", "shared_buffers", "split", "summed", "world"]
+
+
+def world() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; (0, 1) for one alone."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes that torchrun has started, and yield this one's device.
+
+    A process group that is there already is used and left alone.
+    """
+    dist = torch.distributed
+    alone = not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.get_device_module(device).set_device(device)
+    if alone or dist.is_initialized():
+        yield device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def replicated(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model in DistributedDataParallel where there are other ranks to train it with."""
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or Shards.of(model) is not None
+    if world()[1] == 1 or wrapped:
+        return model
+    places = None if device.type == "cpu" else [device]
+    return nn.parallel.DistributedDataParallel(model, device_ids=places)
+
+
+class _Share(Sampler[int]):
+    """Every n-th sample from this rank's on; none twice, so that means are exact."""
+
+    def __init__(self, size: int) -> None:
+        self._places = range(world()[0], size, world()[1])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def split(loader: Any, *, training: bool) -> Any:
+    """Return this rank's share of a loader, itself where there is one process.
+
+    A `DataLoader` over a data set in random or sequential order is split; one with another
+    sampler (a DistributedSampler, say), and any other iterable, is this rank's share already.
+    """
+    if world()[1] == 1 or not isinstance(loader, DataLoader):
+        return loader
+    sampler = loader.sampler
+    if type(sampler) not in (RandomSampler, SequentialSampler) or loader.batch_size is None:
+        return loader
+    chosen: Any = _Share(len(loader.dataset))  # type: ignore[arg-type]
+    if training:
+        # Every rank takes the same number of batches: the last ones repeat some samples.
+        shuffle = isinstance(sampler, RandomSampler)
+        seed = 0 if loader.generator is None else loader.generator.initial_seed()
+        chosen = torch.utils.data.DistributedSampler(
+            loader.dataset, shuffle=shuffle, seed=seed, drop_last=loader.drop_last
+        )
+    if training and len(chosen) == 0:
+        raise ESAMValueError(f"`loader` must hold a sample for each of {world()[1]} ranks.")
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=chosen,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def summed(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return numbers added up over all ranks."""
+    if world()[1] == 1:
+        return list(values)
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.tensor(values, dtype=wide, device=device)
+    torch.distributed.all_reduce(total)
+    found: list[float] = total.tolist()
+    return found
+
+
+def shared_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0 (BatchNorm's statistics), as its checkpoint has."""
+    if world()[1] > 1 and Shards.of(model) is None:
+        for buffer in model.buffers():
+            value: Tensor = buffer.data
+            torch.distributed.broadcast(value, 0)

@@ -1,0 +1,140 @@
+"""One update: a batch, or several whose gradients add up, and the base optimizer's step."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_core import ESAMValueError, StepReport
+from esam_torch.fitting.data import Arguments
+from esam_torch.fitting.measures import ModelLosses
+from esam_torch.losses import per_sample
+from esam_torch.optimizer import ESAM
+from esam_torch.synchronisation import unsynchronised
+
+__all__ = ["Update", "scaler_of"]
+
+#: What autocast computes in, by the name of the precision.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Update:
+    """Makes updates of a model.
+
+    Args:
+        model: what is trained, wrapped as it is called.
+        optimizer: an `ESAM` or another optimizer.
+        losses: a function of the model and a batch.
+        device: where the model is.
+        precision: "fp32", "bf16" or "fp16": what `losses` is computed in, by autocast.
+        scaler: the gradient scaler of fp16, or None.
+        clip_norm: the largest norm of the gradient, or None.
+        clip_value: the largest absolute value in the gradient, or None.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    losses: ModelLosses
+    device: torch.device
+    precision: str = "fp32"
+    scaler: Any = None
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+    def __call__(self, group: Sequence[Arguments]) -> tuple[list[StepReport], bool]:
+        """Make one update with the mean gradient of a group of batches.
+
+        Returns:
+            A report for each batch, and whether the optimizer made its step: a scaler leaves it
+            out where a gradient was not finite.
+        """
+        self.optimizer.zero_grad()
+        reports = []
+        for place, batch in enumerate(group, 1):
+            # Ranks add their gradients up once, with the last batch.
+            context = (
+                contextlib.nullcontext() if place == len(group) else unsynchronised(self.model)
+            )
+            with context:
+                reports.append(self._gradient(batch))
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        if len(group) > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(len(group))
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+            return reports, True
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return reports, self.scaler.get_scale() >= scale
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which `losses` is computed."""
+        dtype = PRECISIONS[self.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+    def _losses(self, *batch: Any) -> Any:
+        """Return what the user's function returns for a batch."""
+        with self.autocast():
+            return self.losses(self.model, *batch)
+
+    def _gradient(self, batch: Arguments) -> StepReport:
+        """Add a batch's gradient to `.grad`: ESAM's, or that of the mean loss."""
+        if isinstance(self.optimizer, ESAM):
+            return self.optimizer.backward(self._losses, *batch)
+        values, outputs = per_sample(self._losses(*batch))
+        loss: Tensor = values.mean()
+        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        return StepReport(count=0, losses=values.detach(), outputs=outputs)
+
+
+@contextlib.contextmanager
+def scaler_of(
+    optimizer: torch.optim.Optimizer, precision: str, device: torch.device
+) -> Iterator[Any]:
+    """Yield the gradient scaler of fp16 training, None for other precisions.
+
+    The one that an ESAM was made with, else a new one, which it has while the context lasts.
+    """
+    own = optimizer.scaler if isinstance(optimizer, ESAM) else None
+    if precision != "fp16":
+        if own is not None:
+            raise ESAMValueError(
+                f'`precision` must be "fp16" for an optimizer with a scaler. Received: {precision}.'
+            )
+        yield None
+        return
+    scaler = torch.amp.GradScaler(device.type) if own is None else own
+    if isinstance(optimizer, ESAM):
+        optimizer.scaler = scaler
+    try:
+        yield scaler
+    finally:
+        if isinstance(optimizer, ESAM):
+            optimizer.scaler = own
+
+
+def in_precision(losses: ModelLosses, update: Update) -> Callable[..., Any]:
+    """Return `losses` as the update computes them, for an evaluation."""
+
+    @functools.wraps(losses)
+    def computed(model: nn.Module, *batch: Any) -> Any:
+        with update.autocast():
+            return losses(model, *batch)
+
+    return computed
