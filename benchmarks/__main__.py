@@ -10,11 +10,15 @@ BENCHMARKS = {
     "table1": "benchmarks.paper.table1:main",
     "table2": "benchmarks.paper.imagenet:table2",
     "table3": "benchmarks.paper.table3:main",
+    "table4": "benchmarks.paper.savings:table4",
+    "table5": "benchmarks.paper.savings:table5",
     "table6": "benchmarks.paper.imagenet:table6",
     "fig3": "benchmarks.paper.fig3:main",
+    "fig4": "benchmarks.paper.landscape:fig4",
     "fig5": "benchmarks.paper.fig5:main",
     "fig6": "benchmarks.paper.fig6:main",
     "fig7": "benchmarks.paper.fig7:main",
+    "fig8": "benchmarks.paper.landscape:fig8",
 }
 
 

@@ -1,0 +1,202 @@
+"""Loss landscapes: figure 4 (random directions) and figure 8 (adversarial directions).
+
+Figure 4: two Gaussian directions, each filter rescaled to the norm of the network's own filter
+(Li et al. 2018), and the losses averaged over several pairs. Figure 8: the two directions are the
+gradients of the loss on either half of a batch, brought to the length of the perturbation, along
+which the loss rises fastest. Networks are in evaluation mode; the loss is that of training images.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.colors import BoundaryNorm
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.data.source import load_source
+from benchmarks.figures import COLOURS, plt, save
+from benchmarks.machine import provenance
+from benchmarks.paper.gradients import length
+from benchmarks.paper.options import make_run, parse
+from benchmarks.report import write_json, write_tables
+from benchmarks.training import Run, Trainer, train
+
+__all__ = ["fig4", "fig8", "filter_normalised"]
+
+
+def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Return a Gaussian direction in which each filter is as long as the network's own.
+
+    A filter is what feeds one output of a matrix or convolution. Vectors (norms, biases) are not
+    moved, as in Li et al.
+
+    Args:
+        parameters: the network's.
+        generator: on the CPU.
+    """
+    direction = []
+    for parameter in parameters:
+        if parameter.dim() < 2:
+            direction.append(torch.zeros_like(parameter))
+            continue
+        drawn = torch.randn(parameter.shape, generator=generator).to(parameter)
+        axes = tuple(range(1, parameter.dim()))
+        norms = torch.linalg.vector_norm(drawn, dim=axes, keepdim=True)
+        own = torch.linalg.vector_norm(parameter.detach(), dim=axes, keepdim=True)
+        direction.append(drawn * own / (norms + 1e-10))
+    return direction
+
+
+def _adversarial(trainer: Trainer, x: Tensor, y: Tensor, radius: float) -> list[list[Tensor]]:
+    """Return the gradients on both halves of a batch, each of length `radius`."""
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    directions = []
+    for part_x, part_y in zip(x.chunk(2), y.chunk(2), strict=True):
+        loss = F.cross_entropy(trainer.model(part_x), part_y)
+        gradient = torch.autograd.grad(loss, parameters)
+        scale = radius / (length(gradient) + 1e-12)
+        directions.append([scale * g for g in gradient])
+    return directions
+
+
+@torch.no_grad()
+def _grid(
+    trainer: Trainer, directions: Sequence[Sequence[Tensor]], ends: Tensor, x: Tensor, y: Tensor
+) -> list[list[float]]:
+    """Return the loss at theta + a d1 + b d2, a row for each a."""
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    copies = [p.detach().clone() for p in parameters]
+    rows = []
+    for a in ends.tolist():
+        row = []
+        for b in ends.tolist():
+            for p, c, d1, d2 in zip(parameters, copies, *directions, strict=True):
+                p.copy_(c).add_(d1, alpha=a).add_(d2, alpha=b)
+            losses = [
+                F.cross_entropy(trainer.model(part), labels, reduction="sum")
+                for part, labels in zip(x.split(500), y.split(500), strict=True)
+            ]
+            row.append(float(torch.stack(losses).sum()) / len(y))
+        rows.append(row)
+    torch._foreach_copy_(parameters, copies)
+    return rows
+
+
+def _trained(run: Run, options: argparse.Namespace) -> Trainer:
+    """Return a run's trainer with its final weights, trained or read."""
+    train(run, options.out / "runs", checkpoint_every=5, keep_weights=True)
+    trainer = Trainer(run)
+    stem = run.file_name(trainer.source.name)
+    weights = torch.load(
+        options.out / "runs" / "weights" / f"{stem}.pt",
+        map_location=trainer.device,
+        weights_only=True,
+    )
+    trainer.model.load_state_dict(weights)
+    trainer.model.eval()
+    return trainer
+
+
+def _images(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Return the training images that the loss is taken on, unaugmented."""
+    source = load_source(
+        options.data,
+        batch=options.samples,
+        seed=0,
+        device=options.device,
+        images=options.images,
+        classes=options.classes,
+        size=options.size,
+        noise=options.noise,
+        augment=False,
+    )
+    return next(source.epoch(0))
+
+
+def _add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "esam"], metavar="NAME")
+    parser.add_argument("--points", type=int, default=25, help="a side (default: 25)")
+    parser.add_argument("--samples", type=int, default=2000, help="for the loss (default: 2000)")
+    parser.add_argument("--groups", type=int, default=3, help="pairs of directions (default: 3)")
+    parser.add_argument("--reach", type=float, help="of both axes (fig4: 0.5; fig8: 3 rho)")
+
+
+def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor, out: Any) -> None:
+    """Draw a contour plot for each method and a cut through all of them."""
+    count = len(grids)
+    figure, axes = plt.subplots(
+        1, count + 1, figsize=(4.0 * (count + 1), 4), squeeze=False, layout="constrained"
+    )
+    # A colour for each sixteenth of all values: the basin is not lost beside the walls.
+    values = np.array(list(grids.values()))
+    levels = np.unique(np.round(np.quantile(values, np.linspace(0, 1, 17)), 6))
+    shades = BoundaryNorm(levels, 256)
+    drawn = None
+    for place, (method, grid) in zip(axes[0], grids.items(), strict=False):
+        surface = np.array(grid).T
+        drawn = place.contourf(ends, ends, surface, levels=levels, cmap="viridis", norm=shades)
+        place.plot(0, 0, "w*", label="trained weights")
+        place.set(title=method, xlabel=f"first {axis}", ylabel=f"second {axis}")
+        place.legend(fontsize=8, loc="upper right")
+    figure.colorbar(drawn, ax=axes[0][count - 1], label="mean training loss", format="%.3g")
+    cut = axes[0][count]
+    for i, (method, grid) in enumerate(grids.items()):
+        middle = np.array(grid)[:, len(ends) // 2]
+        cut.plot(ends, middle - middle[len(ends) // 2], color=COLOURS[i], label=method)
+    cut.set(title="cut along the first", xlabel=f"first {axis}", ylabel="rise of the loss")
+    cut.grid(alpha=0.3)
+    cut.legend(fontsize=8)
+    figure.suptitle(title)
+    save(figure, out / f"{name}.png")
+
+
+def _figure(name: str, arguments: Sequence[str]) -> None:
+    """Train, walk around the minima, write and draw."""
+    small = {"points": 11, "samples": 250, "groups": 2, "epochs": 5}
+    options = parse(name, __doc__, arguments, add=_add, quick=small)
+    x, y = _images(options)
+    random = name == "fig4"
+    reach = options.reach or (0.5 if random else 3.0)
+    ends = torch.linspace(-reach, reach, options.points | 1)  # odd: the middle is the minimum
+    grids: dict[str, Any] = {}
+    rows = []
+    for method in options.methods:
+        trainer = _trained(make_run(options, method), options)
+        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        total: Any = 0.0
+        groups = options.groups if random else 1
+        for group in range(groups):
+            generator = torch.Generator().manual_seed(group)  # the same draws for each method
+            if random:
+                directions = [filter_normalised(parameters, generator) for _ in range(2)]
+            else:
+                directions = _adversarial(trainer, x, y, options.rho)
+            total = total + np.array(_grid(trainer, directions, ends, x, y)) / groups
+        title = trainer.method.title
+        grids[title] = total.tolist()
+        middle = len(ends) // 2
+        rise = total - total[middle, middle]
+        rows.append(
+            [title, f"{total[middle, middle]:.4f}", f"{rise.mean():.4f}", f"{rise.max():.4f}"]
+        )
+    what = "random, filter-normalised directions" if random else "half-batch adversarial directions"
+    title = f"Figure {name[3:]}: loss around the minima, {what}, {options.data}"
+    columns = ("method", "loss at the minimum", "mean rise", "largest rise")
+    write_tables(options.out, name, title, columns, rows)
+    found = {"title": title, "ends": ends.tolist(), "grids": grids, "rows": rows}
+    write_json(options.out / f"{name}.json", {**found, **provenance()})
+    axis = "direction" if random else "direction, in units of rho"
+    _draw(name, title, axis, grids, ends, options.out)
+
+
+def fig4(arguments: Sequence[str] = ()) -> None:
+    """Random directions."""
+    _figure("fig4", arguments)
+
+
+def fig8(arguments: Sequence[str] = ()) -> None:
+    """Adversarial directions."""
+    _figure("fig8", arguments)

@@ -1,0 +1,205 @@
+"""Tables 4 and 5: what SWP saves of an ascent pass of an MLP, g(N, beta), and its two constants.
+
+An MLP of N layers takes ascent passes (forward, and gradients of the masked tensors) with masks of
+Bernoulli(beta) and with everything masked, in turn; g is the share of the time, and of the FLOPs,
+that the masks save. Table 4 has one tensor a layer (no biases: K = 1), table 5 more (biases:
+K = 2). The fit is `esam_core.savings.fit_savings`, of equations 11 and 12.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.figures import COLOURS, MARKERS, panels, save
+from benchmarks.machine import provenance
+from benchmarks.report import write_json, write_tables
+from esam_core import Bernoulli, Unit
+from esam_core.savings import SavingsFit, fit_savings, savings
+from esam_torch.ascent import ascent_gradients
+
+__all__ = ["table4", "table5"]
+
+#: k1 and k2 as the paper prints them.
+PAPER = {"table4": (0.3185, 0.1310), "table5": (0.3143, 0.0737)}
+
+
+def _mlp(layers: int, width: int, *, bias: bool) -> nn.Module:
+    """Return `layers` linear layers with ReLUs between them."""
+    parts: list[nn.Module] = []
+    for i in range(layers):
+        parts.append(nn.Linear(width, width, bias=bias))
+        if i < layers - 1:
+            parts.append(nn.ReLU())
+    return nn.Sequential(*parts)
+
+
+def _measure(
+    layers: int, betas: Sequence[float], options: argparse.Namespace, *, bias: bool
+) -> list[dict[str, float]]:
+    """Return the saved shares of time and FLOPs for each beta."""
+    torch.manual_seed(0)
+    model = _mlp(layers, options.width, bias=bias)
+    parameters = list(model.parameters())
+    units = [Unit(str(i), tuple(p.shape)) for i, p in enumerate(parameters)]
+    x = torch.randn(options.batch, options.width)
+    y = torch.randint(options.width, (options.batch,))
+
+    def ascent(chosen: list[Tensor]) -> None:
+        loss = F.cross_entropy(model(x), y)
+        if chosen:
+            ascent_gradients(loss, chosen)
+
+    def drawn(beta: float, count: int) -> list[Tensor]:
+        mask = Bernoulli(beta).draw(units, seed=layers, count=count)
+        return [p for p, m in zip(parameters, mask.perturbed, strict=True) if m]
+
+    def flops(chosen: list[Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            ascent(chosen)
+        return counter.get_total_flops()
+
+    def seconds(chosen: list[Tensor]) -> float:
+        start = time.perf_counter()
+        ascent(chosen)
+        return time.perf_counter() - start
+
+    whole_flops = flops(parameters)
+    for _ in range(3):
+        ascent(parameters)
+    # In turn: everything, then each beta's mask, and again. The mean over masks of a robust time
+    # each would need many steps a mask; the median of sums over groups of masks is as robust.
+    group = 10
+    sums: dict[float, list[float]] = {beta: [] for beta in (1.0, *betas)}
+    counted = dict.fromkeys(betas, 0.0)
+    for i in range(options.repeats):
+        taken = dict.fromkeys(sums, 0.0)
+        for j in range(group):
+            taken[1.0] += seconds(parameters)
+            for beta in betas:
+                taken[beta] += seconds(drawn(beta, i * group + j))
+        for beta, value in taken.items():
+            sums[beta].append(value)
+    for beta in betas:
+        draws = [flops(drawn(beta, i)) for i in range(options.masks)]
+        counted[beta] = 1 - statistics.mean(draws) / whole_flops
+    rows = []
+    for beta in betas:
+        ratios = [a / b for a, b in zip(sums[beta], sums[1.0], strict=True)]
+        rows.append(
+            {
+                "layers": layers,
+                "beta": beta,
+                "time_saved": 1 - statistics.median(ratios),
+                "flops_saved": counted[beta],
+            }
+        )
+    return rows
+
+
+def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
+    """Measure, fit, write and draw."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=__doc__)
+    add = parser.add_argument
+    add("--layers", nargs="+", type=int, default=[2, 4, 8, 16, 32], metavar="N")
+    betas = [round(0.1 * i, 1) for i in range(1, 10)]
+    add("--betas", nargs="+", type=float, default=betas, metavar="BETA")
+    add("--width", type=int, default=512, help="of each layer (default: 512)")
+    add("--batch", type=int, default=256, help="samples a pass (default: 256)")
+    add("--repeats", type=int, default=15, help="groups of ten masks timed (default: 15)")
+    add("--masks", type=int, default=200, help="whose FLOPs are counted (default: 200)")
+    add("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    add("--out", type=Path, help="folder (default: benchmarks/results/NAME)")
+    add("--quick", action="store_true", help="a small form, in seconds")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        parser.set_defaults(
+            layers=[2, 4, 8], betas=[0.2, 0.4, 0.6, 0.8], width=192, batch=96, repeats=4, masks=40
+        )
+        options = parser.parse_args(arguments)
+    place = "out/benchmarks" if options.quick else "benchmarks/results"
+    out = options.out or Path(place) / name
+    torch.set_num_threads(options.threads)
+    rows: list[dict[str, Any]] = []
+    for layers in options.layers:
+        rows += _measure(layers, options.betas, options, bias=bias)
+    fits = {
+        kind: fit_savings(
+            [r["layers"] for r in rows], [r["beta"] for r in rows], [r[kind] for r in rows]
+        )
+        for kind in ("time_saved", "flops_saved")
+    }
+    k1, k2 = PAPER[name]
+    for row in rows:
+        fit = fits["time_saved"]
+        row["fitted"] = savings(row["layers"], row["beta"], k1=fit.k1, k2=fit.k2)
+        row["paper"] = savings(row["layers"], row["beta"], k1=k1, k2=k2)
+    biases = "K = 2: a bias a layer" if bias else "K = 1: no biases"
+    title = f"Table {name[-1]}: share of an ascent pass that SWP saves ({biases})"
+    columns = ("N", "beta", "time", "FLOPs", "fit to the time", "the paper's fit")
+    table = [
+        [
+            str(r["layers"]),
+            f"{r['beta']:g}",
+            *(f"{r[k]:.3f}" for k in ("time_saved", "flops_saved", "fitted", "paper")),
+        ]
+        for r in rows
+    ]
+    write_tables(out, name, title, columns, table)
+    constants = [
+        [
+            label,
+            f"{fit.k1:.4f} ± {fit.k1_error:.4f}",
+            f"{fit.k2:.4f} ± {fit.k2_error:.4f}",
+            f"{fit.residual:.4f}",
+        ]
+        for label, fit in (("time", fits["time_saved"]), ("FLOPs", fits["flops_saved"]))
+    ]
+    constants.append(["the paper", f"{k1:.4f}", f"{k2:.4f}", ""])
+    columns = ("fit to", "k1", "k2", "residual")
+    write_tables(out, f"{name}-fit", f"{title}: the constants", columns, constants)
+    found = {"rows": rows, "fits": {k: dataclasses.asdict(f) for k, f in fits.items()}}
+    settings = {k: v for k, v in vars(options).items() if k != "out"}
+    write_json(out / f"{name}.json", {"title": title, "options": settings, **found, **provenance()})
+    _draw(out / f"{name}.png", title, rows, fits)
+
+
+def _draw(path: Path, title: str, rows: list[dict[str, Any]], fits: dict[str, SavingsFit]) -> None:
+    """Draw the measured savings by beta, a colour for each depth, with the fitted curves."""
+    figure, axes = panels(2, width=5.5)
+    depths = sorted({r["layers"] for r in rows})
+    fine = [i / 50 for i in range(5, 51)]
+    for axis, kind, what in ((axes[0], "time_saved", "time"), (axes[1], "flops_saved", "FLOPs")):
+        fit = fits[kind]
+        for i, n in enumerate(depths):
+            chosen = [r for r in rows if r["layers"] == n]
+            colour = COLOURS[i % len(COLOURS)]
+            x, y = [r["beta"] for r in chosen], [r[kind] for r in chosen]
+            axis.plot(x, y, MARKERS[i % len(MARKERS)], color=colour, label=f"N = {n}, measured")
+            curve = [savings(n, b, k1=fit.k1, k2=fit.k2) for b in fine]
+            axis.plot(fine, curve, color=colour, alpha=0.6, label=f"N = {n}, fitted")
+        axis.set(title=f"{what}: k1 = {fit.k1:.3f}, k2 = {fit.k2:.3f}", xlabel="beta")
+        axis.set_ylabel(f"share of the {what} saved")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def table4(arguments: Sequence[str] = ()) -> None:
+    """One tensor a layer."""
+    _table("table4", arguments, bias=False)
+
+
+def table5(arguments: Sequence[str] = ()) -> None:
+    """Two tensors a layer."""
+    _table("table5", arguments, bias=True)
