@@ -49,6 +49,7 @@ ENVIRONMENTS = {
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
         *("-e", "packages/esam-keras"),
         *("scikit-learn", "matplotlib", "tqdm", "pytorch-optimizer", "schedulefree"),
+        *("accelerate", "lightning", "tensorboard", "transformers"),
         *("mypy", "build", "sybil", "sphinx", "myst-parser", "furo"),
     ),
 }

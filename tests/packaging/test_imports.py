@@ -29,7 +29,10 @@ print(*sorted(Watch.asked))
 """
 
 FRAMEWORKS = ("torch", "tensorflow", "jax", "keras")
-EXTRAS = ("matplotlib", "pytest", "rich", "tqdm", "scipy", "sklearn", "lightning", "transformers")
+EXTRAS = (
+    *("accelerate", "lightning", "matplotlib", "pytest", "rich", "scipy", "sklearn", "tensorboard"),
+    *("tqdm", "transformers"),
+)
 
 
 def optional_imports(module, forbidden, *, after=""):
