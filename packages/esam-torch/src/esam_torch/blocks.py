@@ -5,6 +5,7 @@ floating-point operations, and where each parameter is used first. Nothing is le
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -154,7 +155,11 @@ def find_blocks(
         counter,
         _FirstUses(inner.parameters(), watch),
         _hooks(inner, watch, counter),
+        warnings.catch_warnings(),
     ):
+        # The counter's hooks are global ones, of which a compiled model warns, in vain: it runs as
+        # eager code here.
+        warnings.filterwarnings("ignore", message="Using `torch.compile")
         forward()
     reshard(inner)
     order = tuple(dict.fromkeys(watch.entries))  # each module once, by first call

@@ -168,7 +168,8 @@ class Step:
         if torch.is_grad_enabled() and not values.requires_grad:
             raise ESAMValueError(
                 "`losses` must depend on the model's parameters. Received: losses without a graph. "
-                "Were they detached, or computed under torch.no_grad()?"
+                "Were they detached, computed under torch.no_grad(), or by a reentrant checkpoint "
+                "(give it use_reentrant=False)?"
             )
         return values, rest
 

@@ -1,0 +1,305 @@
+"""torch.compile, whole and block by block, activation checkpointing, and CUDA graphs."""
+
+import contextlib
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from tests.torch.scene import Snapshot, batch, losses_of, net, same
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from esam_core import ESAMError
+from esam_torch import ESAM, Bernoulli, Everything, Only, RandomSuffix, Suffix, TopLoss
+
+# torch's own: a compiled block looks at `.grad` of its inputs, which are not leaves.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+class Counting:
+    """A compiler that counts the graphs it is given; the graphs run as eager code does."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(optimizer, steps, b=8, losses=None):
+    """Train; return the reports."""
+    torch.manual_seed(5)
+    losses = losses or losses_of(optimizer.model)
+    reports = [optimizer.step(losses, *batch(b, seed=seed)) for seed in range(steps)]
+    return [(r.losses, r.perturbed_losses, r.indices, r.gradient_norm) for r in reports]
+
+
+def make(model, **kwargs):
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return ESAM(base, model, **{"rho": 0.1, "gamma": 0.5, **kwargs})
+
+
+PERTURBED = {
+    "paper": Bernoulli(0.6),
+    "weights": Bernoulli(0.5, unit="weight"),
+    "all": Everything(),
+}
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("perturb", PERTURBED)
+def test_the_whole_model(perturb, gamma):
+    """The numbers of eager, and as many graphs as there are kinds of passes: never one a mask.
+
+    Whole batch with a graph, whole batch without one, selected samples (sizes become symbolic).
+    """
+    options = {"perturb": PERTURBED[perturb], "gamma": gamma}
+    eager, whole = net(), net()
+    wanted = run(make(eager, **options), 8)
+    compiler = Counting()
+    compiled = torch.compile(whole, backend=compiler)
+    found = run(make(compiled, **options), 8)
+    same(found, wanted, "reports")
+    same(whole.state_dict(), eager.state_dict(), "weights")
+    bound = 1 if gamma == 1.0 else 4
+    assert compiler.graphs <= bound
+    before = compiler.graphs
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(make(compiled, **options), 4)
+    assert compiler.graphs == before
+
+
+def test_the_whole_model_compiled_in_place():
+    eager, whole = net(), net()
+    wanted = run(make(eager), 4)
+    compiler = Counting()
+    whole.compile(backend=compiler)
+    found = run(make(whole), 4)
+    same(found, wanted, "reports")
+    same(whole.state_dict(), eager.state_dict(), "weights")
+    assert 1 <= compiler.graphs <= 4
+
+
+class Stem(nn.Module):
+    """What runs first. (torch compiles no frame of its own layers, so blocks are ours.)"""
+
+    def __init__(self, model):
+        super().__init__()
+        self.conv, self.norm = model.conv, model.norm
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x))).mean((2, 3))
+
+
+class Head(nn.Module):
+    """What runs last."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.dropout, self.hidden, self.head = model.dropout, model.hidden, model.head
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(self.dropout(x))))
+
+
+def in_blocks():
+    """Return the same network as two blocks."""
+    model = net()
+    return nn.Sequential(OrderedDict(stem=Stem(model), head=Head(model)))
+
+
+@pytest.mark.parametrize(
+    "perturb", [Bernoulli(0.6), Suffix("head"), RandomSuffix(("stem", "head"))], ids=repr
+)
+def test_block_by_block(perturb):
+    """Blocks are compiled by themselves; a suffix still leaves the prefix out."""
+    eager, blocks = in_blocks(), in_blocks()
+    wanted = run(make(eager, perturb=perturb, blocks=("stem", "head")), 6)
+    compiler = Counting()
+    for block in blocks:
+        block.compile(backend=compiler)
+    optimizer = make(blocks, perturb=perturb, blocks=("stem", "head"))
+    same(run(optimizer, 6), wanted, "reports")
+    same(blocks.state_dict(), eager.state_dict(), "weights")
+    assert 1 <= compiler.graphs <= 4 * len(blocks)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(optimizer, 6)
+
+
+def test_a_suffix_of_a_whole_compiled_model_says_what_it_cannot_skip():
+    eager, whole = net(), net()
+    wanted = run(make(eager, perturb=Suffix("hidden")), 3)
+    optimizer = make(torch.compile(whole, backend=Counting()), perturb=Suffix("hidden"))
+    with pytest.warns(UserWarning, match=r"compiled as a whole.*Compile the blocks instead"):
+        found = run(optimizer, 1)
+    same(found, wanted[:1], "reports")
+    run(optimizer, 1)  # and says it once
+
+
+def test_uneven_last_batches():
+    """Another batch size costs one more round of graphs, with symbolic sizes; more cost none."""
+    eager, whole = net(), net()
+    compiler = Counting()
+    compiled = make(torch.compile(whole, backend=compiler))
+    plain = make(eager)
+    for b in (8, 8, 5, 7, 11, 6):
+        same(run(compiled, 1, b=b), run(plain, 1, b=b), f"b = {b}")
+    assert compiler.graphs <= 6
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for b in (9, 12, 10):
+            run(compiled, 1, b=b)
+
+
+def test_losses_compiled_with_the_model():
+    """What many scripts compile is the loss function."""
+    eager, whole = net(), net()
+    wanted = run(make(eager), 4)
+    compiler = Counting()
+    found = run(make(whole), 4, losses=torch.compile(losses_of(whole), backend=compiler))
+    same(found, wanted, "reports")
+    assert compiler.graphs <= 4
+
+
+# torch's own: inductor is still written with what torch calls deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.slow
+def test_inductor():
+    """The compiler that people use, on a model without dropout (its noise is its own)."""
+    eager, whole = net(dropout=0.0), net(dropout=0.0)
+    wanted = run(make(eager), 4)
+    found = run(make(torch.compile(whole)), 4)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a[0], b[0], atol=1e-5)
+        assert a[2].tolist() == b[2].tolist()
+    for p, q in zip(whole.parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-5)
+
+
+# -- activation checkpointing ------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """The small network with its first part, BatchNorm and all, run again in the backward."""
+
+    def __init__(self, model, part, **kwargs):
+        super().__init__()
+        self.model = model
+        self.part = part
+        self.kwargs = kwargs
+
+    def first(self, x):
+        model = self.model
+        return model.dropout(F.relu(model.norm(model.conv(x))).mean((2, 3)))
+
+    def second(self, x):
+        return self.model.head(torch.tanh(self.model.hidden(x)))
+
+    def forward(self, x):
+        first, second = self.first, self.second
+        if "first" in self.part:
+            first = lambda x: checkpoint(self.first, x, **self.kwargs)  # noqa: E731
+        if "second" in self.part:
+            second = lambda x: checkpoint(self.second, x, **self.kwargs)  # noqa: E731
+        return second(first(x))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("perturb", [Bernoulli(0.6), Everything(), Only("*hidden*")], ids=repr)
+@pytest.mark.parametrize("part", ["first", "second", "first and second"])
+def test_non_reentrant_checkpointing(part, perturb, gamma):
+    """The recomputed forwards see the weights, the noise and the statistics of their pass."""
+    plain, model = net(), net()
+    wanted = run(make(plain, perturb=perturb, gamma=gamma), 4)
+    wrapped = Checkpointed(model, part, use_reentrant=False)
+    found = run(make(wrapped, perturb=perturb, gamma=gamma), 4)
+    same(found, wanted, "reports")
+    # torch updates BatchNorm's statistics in the recomputed forward as well, and we do not.
+    same(model.state_dict(), plain.state_dict(), "weights and statistics")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("perturb", [Bernoulli(0.9), Everything(), Only("*hidden*")], ids=repr)
+@pytest.mark.parametrize("part", ["second", "first and second"])
+def test_reentrant_checkpointing_is_refused_by_name(part, perturb):
+    model = Checkpointed(net(), part, use_reentrant=True)
+    optimizer = make(model, perturb=perturb)
+    x, y = batch()
+    x.requires_grad_()
+    before = Snapshot(model, optimizer)
+    with pytest.raises(ESAMError, match=r"reentrant.*use_reentrant=False"):
+        optimizer.backward(losses_of(model), x, y)
+    before.check()
+
+
+def test_unused_parameters_are_no_reentrant_checkpoint():
+    model = net()
+    model.unused = nn.Linear(3, 3)
+    optimizer = make(model, perturb=Everything())
+    optimizer.step(losses_of(model), *batch())
+    assert model.unused.weight.grad is None
+
+
+# -- CUDA --------------------------------------------------------------------------------------
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("select", [None, TopLoss(0.5)], ids=repr)
+def test_cuda_graphs(select):
+    """mode="reduce-overhead" replays CUDA graphs, which write over their earlier results."""
+    eager, whole = net(dropout=0.0).cuda(), net(dropout=0.0).cuda()
+    options = {"select": select, "gamma": None if select else 0.5}
+    compiled = torch.compile(whole, mode="reduce-overhead")
+    ours, plain = make(compiled, **options), make(eager, **options)
+    for seed in range(6):
+        data = tuple(t.cuda() for t in batch(seed=seed))
+        found = ours.step(losses_of(compiled), *data)
+        wanted = plain.step(losses_of(eager), *data)
+        assert torch.allclose(found.losses, wanted.losses, atol=1e-4)
+        assert found.indices.tolist() == wanted.indices.tolist()
+    for p, q in zip(whole.parameters(), eager.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("perturb", PERTURBED)
+def test_no_step_waits_for_the_device(perturb, gamma):
+    model = net().cuda()
+    optimizer = make(model, perturb=PERTURBED[perturb], gamma=gamma)
+    data = tuple(t.cuda() for t in batch())
+    optimizer.step(losses_of(model), *data)
+    with _no_synchronisation():
+        for _ in range(3):
+            optimizer.step(losses_of(model), *data)
+
+
+@contextlib.contextmanager
+def _no_synchronisation():
+    """Make every wait for the GPU an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_deep_copy_of_a_compiled_model_is_left_alone():
+    whole = net()
+    optimizer = make(torch.compile(whole, backend=Counting()))
+    run(optimizer, 1)
+    assert copy.deepcopy(whole).state_dict().keys() == whole.state_dict().keys()
