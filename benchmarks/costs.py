@@ -10,18 +10,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.methods import METHODS, Method, Schedule, make_stepper, parse_method
 from benchmarks.models import build
+from esam_core import Unit
+from esam_core.cost import expected_cost
+from esam_torch.blocks import find_blocks
+from esam_torch.units import parameters_of
 
 if TYPE_CHECKING:
     from benchmarks.data.source import Source
     from benchmarks.training import Run
 
-__all__ = ["counted_steps", "flops_ratio"]
+__all__ = ["counted_steps", "flops_ratio", "predicted_ratio"]
 
 
 @functools.cache
@@ -50,9 +54,7 @@ def counted_steps(
         gamma: for selectors.
         repeats: how many steps; random masks differ from step to step.
     """
-    with torch.device("meta"):
-        network = build(model, classes=classes, channels=shape[0], size=shape[1], width=width)
-        x, y = torch.empty(batch, *shape), torch.empty(batch, dtype=torch.int64)
+    network, x, y = _on_meta(model, width, classes, shape, batch)
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(network(x), y, reduction="none")
@@ -74,6 +76,61 @@ def counted_steps(
             stepper.step(losses, x, y)
         counted.append(counter.get_total_flops())
     return tuple(counted)
+
+
+def _on_meta(
+    model: str, width: int | None, classes: int, shape: tuple[int, int, int], batch: int
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a network and a batch without contents."""
+    with torch.device("meta"):
+        network = build(model, classes=classes, channels=shape[0], size=shape[1], width=width)
+        return network, torch.empty(batch, *shape), torch.empty(batch, dtype=torch.int64)
+
+
+@functools.cache
+def _units(
+    model: str, width: int | None, classes: int, shape: tuple[int, int, int]
+) -> tuple[Unit, ...]:
+    """Return the units of a network with their costs."""
+    network, x, _ = _on_meta(model, width, classes, shape, 1)
+    blocks = find_blocks(network, lambda: network(x))
+    groups = [{"params": list(network.parameters())}]
+    return tuple(p.unit for p in parameters_of(network, groups, blocks))
+
+
+def predicted_ratio(
+    method: Method,
+    *,
+    model: str,
+    width: int | None = None,
+    classes: int = 10,
+    shape: tuple[int, int, int] = (3, 32, 32),
+    batch: int = 128,
+    beta: float = 0.6,
+    gamma: float = 0.5,
+) -> float:
+    """Return what `esam_core.cost` says a step costs against the base optimizer's.
+
+    Args:
+        method: which one, its schedule left out.
+        model: a key of `MODELS`.
+        width: of the model.
+        classes: number of classes.
+        shape: of an image.
+        batch: samples a step.
+        beta: for random masks.
+        gamma: for selectors.
+    """
+    if method.family in ("base", "msam"):
+        return 1.0
+    cost = expected_cost(
+        method.perturb(model, beta),
+        _units(model, width, classes, shape),
+        method.select(gamma),
+        batch_size=batch,
+        norm=method.norm,
+    )
+    return cost.ratio
 
 
 def flops_ratio(run: "Run", source: "Source", steps: int, tensors: int) -> float:

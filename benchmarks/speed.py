@@ -7,6 +7,7 @@ and random masks averaged.
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.costs import counted_steps
+from benchmarks.costs import counted_steps, predicted_ratio
 from benchmarks.figures import scatter
 from benchmarks.machine import provenance
 from benchmarks.methods import METHODS, Method, Schedule, make_stepper, parse_method
@@ -42,7 +43,7 @@ BARS = {
 }
 
 COLUMNS = (
-    *("method", "FLOPs / SGD", "time / SGD", "quartiles", "time / FLOPs", "ms a step"),
+    *("method", "predicted", "FLOPs / SGD", "time / SGD", "quartiles", "time / FLOPs", "ms a step"),
     *("images/s", "peak MiB"),
 )
 
@@ -118,6 +119,17 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
         )
         for m, method in methods.items()
     }
+    predicted = {
+        m: predicted_ratio(
+            method,
+            model=name,
+            width=options.width,
+            classes=options.classes,
+            shape=shape,
+            batch=options.batch,
+        )
+        for m, method in methods.items()
+    }
     steps = {
         m: _step(method, name, options, x, y, options.classes) for m, method in methods.items()
     }
@@ -130,6 +142,7 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
         repeats=options.repeats,
         warmup=options.warmup,
         device=device,
+        clock=time.process_time if options.clock == "cpu" else time.perf_counter,
         tell=lambda text: print(f"{name}: {text}", flush=True),
     )
     base_flops = sum(counted["sgd"]) / len(counted["sgd"])
@@ -137,17 +150,18 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
     for m, method in methods.items():
         share = method.schedule.share(10_000)
         flops = share * sum(counted[m]) / len(counted[m]) / base_flops + 1 - share
-        time = _mixed(times[m], times["sgd"], share)
+        taken = _mixed(times[m], times["sgd"], share)
         ratio = _mixed(ratios[m], ratios["sgd"], share)
         records.append(
             {
                 "model": name,
                 "method": m,
                 "title": method.title,
+                "predicted_ratio": share * predicted[m] + 1 - share,
                 "flops_ratio": flops,
-                "seconds": dataclasses.asdict(time),
+                "seconds": dataclasses.asdict(taken),
                 "time_ratio": dataclasses.asdict(ratio),
-                "images_per_second": options.batch / time.median,
+                "images_per_second": options.batch / taken.median,
                 "peak_bytes": memory[m],
             }
         )
@@ -161,6 +175,7 @@ def _rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
         rows.append(
             [
                 r["title"],
+                f"{r['predicted_ratio']:.3f}",
                 f"{r['flops_ratio']:.3f}",
                 f"{ratio['median']:.2f}",
                 f"{ratio['low']:.2f} to {ratio['high']:.2f}",
@@ -218,6 +233,12 @@ def main(arguments: Sequence[str] = ()) -> None:
     add("--repeats", type=int, default=15, help="rounds that count (default: 15)")
     add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
     add("--masks", type=int, default=100, help="random masks whose FLOPs are averaged (100)")
+    add(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: the process's own time, for a machine with other work (default: wall)",
+    )
     add("--threads", type=int, help="of the CPU (default: torch's choice)")
     add(
         "--device",
