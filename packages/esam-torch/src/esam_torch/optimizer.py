@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from esam_core import (
     Sampler,
     Selector,
     StepReport,
+    Unit,
     validation,
 )
 from esam_core.budget import Plan, make_plan
@@ -131,6 +132,10 @@ class ESAM(torch.optim.Optimizer):
         self._count = 0
         self._laid_out: Layout | None = None
         self._pending = False
+        # Set by integrations: how a trainer back-propagates, and whether the closures that it
+        # hands to `step` call `backward`, so that the update is all that is left to do.
+        self._descend: Callable[[torch.Tensor], Any] | None = None
+        self._closures_go_backward = False
         self._warned_plain = False
         self._warned_compiled = False
         self._warned_rounding = False
@@ -251,6 +256,7 @@ class ESAM(torch.optim.Optimizer):
             # Sharded weights get their gradients from a whole backward.
             prefix=None if shards is not None else self._prefix(blocks, parameters, mask),
             shards=shards,
+            descend=self._descend,
             watch_rounding=self._watches_rounding(parameters, mask),
         )
         report = step.run(losses, batch, kwargs)
@@ -293,6 +299,11 @@ class ESAM(torch.optim.Optimizer):
         Raises:
             ESAMRuntimeError: `losses` is given while gradients of a `backward` wait for a step.
         """
+        if self._closures_go_backward and closure is not None:
+            result = closure()
+            self._pending = False
+            self._base.step()
+            return result
         if closure is None:
             if batch or kwargs:
                 raise ESAMTypeError("step() with a batch needs `losses` as its first argument.")
@@ -348,17 +359,28 @@ class ESAM(torch.optim.Optimizer):
         """
         if self._laid_out is None or not self._laid_out.holds(self._base.param_groups):
             unspent = self._budget is not None and self._plan is None
-            self._laid_out = lay_out(
-                self._model,
-                self._base.param_groups,
-                self._config.perturb,
-                lambda: losses(*unwrapped(batch), **unwrapped(kwargs)),
-                chosen=self._blocks,
-                watch=unspent,
-            )
+            self._laid_out = self._lay_out(losses, batch, kwargs, watch=unspent)
             if unspent:
                 self._spend_budget(self._laid_out)
         return self._laid_out
+
+    def _lay_out(
+        self,
+        losses: LossFunction,
+        batch: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        watch: bool,
+    ) -> Layout:
+        """Return parameters and blocks as they are now."""
+        return lay_out(
+            self._model,
+            self._base.param_groups,
+            self._config.perturb,
+            lambda: losses(*unwrapped(batch), **unwrapped(kwargs)),
+            chosen=self._blocks,
+            watch=watch,
+        )
 
     def _spend_budget(self, layout: Layout) -> None:
         """Choose sampler and selector for the budget, from the costs just measured."""
@@ -368,6 +390,21 @@ class ESAM(torch.optim.Optimizer):
             self._config, perturb=plan.chosen.perturb, select=plan.chosen.select
         )
         self._plan = plan
+
+    def measured_units(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> tuple[Unit, ...]:
+        """Return the model's units with their blocks and costs, for `esam_core.cost`.
+
+        Args:
+            losses: as in `backward`; called once, without a graph. Nothing is changed by it.
+            *batch: its arguments.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            One `Unit` a parameter tensor, in the model's order; costs are the floating-point
+            operations of a forward on this batch.
+        """
+        layout = self._lay_out(losses, batch, kwargs, watch=True)
+        return tuple(p.unit for p in layout.parameters)
 
     def plan(self, losses: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Plan:
         """Print and return what `budget` buys on this model: a table of options and the choice.

@@ -5,7 +5,7 @@ fails or interrupts, weights, buffers, gradients and random state are as they we
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ class Step:
         scaler: the gradient scaler of fp16 training, or None.
         prefix: the blocks that are not run twice, or None where nothing can be left out.
         shards: what FSDP2 has made of the model, or None where nothing is sharded.
+        descend: what back-propagates the descent's loss, where a trainer does it in its own way,
+            its scaling included; or None.
         watch_rounding: whether to measure how much of the perturbation rounds away.
 
     Attributes:
@@ -56,6 +58,7 @@ class Step:
     scaler: Any = None
     prefix: Prefix | None = None
     shards: Shards | None = None
+    descend: Callable[[Tensor], Any] | None = None
     watch_rounding: bool = False
     rounded: Tensor | None = field(default=None, init=False)
     _weights: Weights | None = field(default=None, init=False, repr=False)
@@ -265,7 +268,10 @@ class Step:
 
     def _backward(self, total: Tensor) -> None:
         """Back-propagate into `.grad`, scaled where the user scales."""
-        (total if self.scaler is None else self.scaler.scale(total)).backward()
+        if self.descend is not None:
+            self.descend(total)
+        else:
+            (total if self.scaler is None else self.scaler.scale(total)).backward()
 
     # -- what the passes need to know -------------------------------------------------------------
 
