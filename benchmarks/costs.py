@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.methods import METHODS, Method, Schedule, make_stepper, parse_method
 from benchmarks.models import build
 from esam_core import Unit
+from esam_core.budget import make_plan
 from esam_core.cost import expected_cost
 from esam_torch.blocks import find_blocks
 from esam_torch.units import parameters_of
@@ -123,6 +124,9 @@ def predicted_ratio(
     """
     if method.family in ("base", "msam"):
         return 1.0
+    if method.budget is not None:
+        plan = make_plan(_units(model, width, classes, shape), method.budget, norm=method.norm)
+        return plan.chosen.ratio
     cost = expected_cost(
         method.perturb(model, beta),
         _units(model, width, classes, shape),
@@ -157,7 +161,7 @@ def flops_ratio(run: "Run", source: "Source", steps: int, tensors: int) -> float
     }
     (base,) = counted_steps(METHODS["sgd"], **arguments)
     counted = counted_steps(
-        method, repeats=max(3, 600 // tensors) if method.random else 1, **arguments
+        method, repeats=max(3, 300 // tensors) if method.random else 1, **arguments
     )
     share = method.schedule.share(steps)
     return share * sum(counted) / len(counted) / base + (1.0 - share)

@@ -28,7 +28,16 @@ __all__ = ["BARS", "main", "measure_model"]
 
 DEFAULT = (
     *("sgd", "sam", "peer-sam", "esam", "swp", "sds", "suffix", "suffix-sds", "last-sds"),
-    *("last-loss", "norm-suffix-sds", "sds-loss", "every10", "late-phase", "empty", "msam"),
+    *(
+        "last-loss",
+        "norm-suffix-sds",
+        "sds-loss",
+        "every10",
+        "late-phase",
+        "budget",
+        "empty",
+        "msam",
+    ),
 )
 
 #: The most that a step may cost in FLOPs against SGD's, on CIFAR ResNet-18 of full width.

@@ -65,6 +65,7 @@ class Method:
         norm: which norm; "masked" enlarges the radius to rho / beta under random masks.
         schedule: on which steps.
         adaptive: scale the perturbation with the weights.
+        budget: let the cost model choose sampler and selector at this cost; None does not.
         rho: the radius where the command line gives none; None takes the recipe's.
     """
 
@@ -76,12 +77,13 @@ class Method:
     norm: str = "masked"
     schedule: Schedule = Schedule()
     adaptive: bool = False
+    budget: float | None = None
     rho: float | None = None
 
     @property
     def random(self) -> bool:
         """Whether masks differ from step to step, and the cost of a step with them."""
-        return self.perturb in (_bernoulli, _random_suffix)
+        return self.budget is not None or self.perturb in (_bernoulli, _random_suffix)
 
 
 def _bernoulli(_: str, beta: float) -> object:
@@ -166,6 +168,7 @@ _ALL = (
         perturb=_late,
         schedule=Schedule(last=0.5),
     ),
+    Method("budget", "budget of 1.15", budget=1.15),
     Method("empty", "ESAM with an empty mask", perturb=lambda _m, _b: Between(0, 0)),
     Method("msam", "momentum-SAM", "msam", rho=3.0),
     Method("msam-adaptive", "adaptive momentum-SAM", "msam", adaptive=True, rho=3.0),

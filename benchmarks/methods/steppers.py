@@ -152,6 +152,9 @@ def make_stepper(
         if method.family == "msam":
             return _MSAMStepper(base, radius, adaptive=method.adaptive)
         return _PeerStepper(base, radius, adaptive=method.adaptive)
+    if method.budget is not None:
+        optimizer = ESAM(base, model, rho=radius, budget=method.budget, seed=seed)
+        return _ESAMStepper(optimizer, m)
     sampler = method.schedule.wrap(method.perturb(model_name, beta), steps * parts)
     return _ESAMStepper(
         ESAM(
