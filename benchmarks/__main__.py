@@ -1,4 +1,4 @@
-"""Run a benchmark by its name: `python -m benchmarks speed --batch 64`."""
+"""Run a benchmark by its name: `python -m benchmarks speed --batch 64`, `... all --quick`."""
 
 import importlib
 import sys
@@ -22,14 +22,25 @@ BENCHMARKS = {
 }
 
 
+def run(name: str, arguments: list[str]) -> None:
+    """Run one benchmark."""
+    module, _, function = BENCHMARKS[name].partition(":")
+    getattr(importlib.import_module(module), function)(arguments)
+
+
 def main() -> int:
     """Run the benchmark that the first argument names, with the others."""
     name, *arguments = sys.argv[1:] or [""]
+    if name == "all":
+        for each in BENCHMARKS:
+            print(f"{each}:", flush=True)
+            run(each, arguments)
+        return 0
     if name not in BENCHMARKS:
-        print(f"usage: python -m benchmarks NAME [OPTIONS]\nNAME: {', '.join(BENCHMARKS)}")
+        names = ", ".join((*BENCHMARKS, "all"))
+        print(f"usage: python -m benchmarks NAME [OPTIONS]\nNAME: {names}")
         return 2
-    module, _, function = BENCHMARKS[name].partition(":")
-    getattr(importlib.import_module(module), function)(arguments)
+    run(name, arguments)
     return 0
 
 
