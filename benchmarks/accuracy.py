@@ -57,6 +57,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=float, default=run.gamma, help=f"(default: {run.gamma})")
     add("--images", type=int, help="training images, as many of each class (default: all)")
     add("--classes", type=int, help="the first so many (default: all)")
+    add("--spare", action="store_true", help="test on the training images left out as well")
+    add("--test-every", type=int, default=1, help="epochs (default: 1)")
     add("--size", type=int, help="average the images down to this size (default: as they are)")
     add("--noise", type=float, default=0.0, help="share of wrong training labels (default: 0)")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="crop and mirror")

@@ -47,6 +47,7 @@ class Run:
         seed: of weights, order, augmentation, masks and selections.
         images: training images in all; None is all.
         classes: how many; None is all.
+        spare: test on the training images that are left out as well.
         size: to average the images down to; None leaves them.
         noise: share of wrong training labels.
         augment: crop and mirror the training images.
@@ -54,6 +55,7 @@ class Run:
         bf16: autocast to bfloat16.
         channels_last: memory format.
         compile: compile the model's blocks.
+        test_every: epochs between tests; there is always one behind the last.
     """
 
     method: str
@@ -75,6 +77,7 @@ class Run:
     seed: int = 0
     images: int | None = None
     classes: int | None = None
+    spare: bool = False
     size: int | None = None
     noise: float = 0.0
     augment: bool = True
@@ -82,6 +85,7 @@ class Run:
     bf16: bool = False
     channels_last: bool = False
     compile: bool = False
+    test_every: int = 1
 
     @property
     def effective_rho(self) -> float:
@@ -132,6 +136,7 @@ class Trainer:
             device=self.device,
             images=run.images,
             classes=run.classes,
+            spare=run.spare,
             size=run.size,
             noise=run.noise,
             augment=run.augment,
@@ -313,13 +318,15 @@ def train(
         say(f"{stem}: resumed behind epoch {len(history)}")
     first = len(history)
     for epoch in range(first, run.epochs):
-        row = {"epoch": epoch + 1, **trainer.train_epoch(epoch), **trainer.test()}
+        row: dict[str, Any] = {"epoch": epoch + 1, **trainer.train_epoch(epoch)}
+        if (epoch + 1) % run.test_every == 0 or epoch + 1 == run.epochs:
+            row.update(trainer.test())
         if probe is not None:
             row.update(probe.measure(trainer, epoch))
         history.append(row)
         say(
             f"{stem}: epoch {row['epoch']}/{run.epochs} loss {row['train_loss']:.3f} "
-            f"test {row['accuracy']:.2f}% {row['seconds']:.1f} s"
+            f"test {row.get('accuracy', float('nan')):.2f}% {row['seconds']:.1f} s"
         )
         stopping = stop_after is not None and epoch + 1 - first >= stop_after
         if stopping or (epoch + 1) % checkpoint_every == 0:
@@ -352,8 +359,8 @@ def _record(trainer: Trainer, history: list[dict[str, float]]) -> dict[str, Any]
             "training_images": trainer.source.training_images,
         },
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "final": history[-1]["accuracy"],
-        "best": max(row["accuracy"] for row in history),
+        "final": history[-1].get("accuracy"),
+        "best": max((row["accuracy"] for row in history if "accuracy" in row), default=None),
         "seconds": seconds,
         "images_per_second": images / seconds,
         "flops_ratio": flops_ratio(

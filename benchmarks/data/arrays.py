@@ -58,7 +58,12 @@ class ImageSet:
 
 
 def balanced_subset(
-    data: ImageSet, *, images: int | None = None, classes: int | None = None, seed: int = 0
+    data: ImageSet,
+    *,
+    images: int | None = None,
+    classes: int | None = None,
+    spare: bool = False,
+    seed: int = 0,
 ) -> ImageSet:
     """Return fewer training images, as many of each class, of fewer classes.
 
@@ -67,6 +72,7 @@ def balanced_subset(
         images: training images in all, >= classes; None keeps all. The first `images % classes`
             classes get one more.
         classes: the first so many classes are kept, in training and test; None keeps all.
+        spare: test on the training images that are left out as well: a larger test is a surer one.
         seed: of the choice of images.
     """
     kept = data.classes if classes is None else classes
@@ -89,10 +95,19 @@ def balanced_subset(
                     f"{len(members)}. Received: {images}, which asks for {count}."
                 )
             chosen.append(members[:count])
-        train = train.take(np.sort(np.concatenate(chosen)))
+        taken = np.sort(np.concatenate(chosen))
+        if spare:
+            rest = train.take(np.setdiff1d(np.arange(len(train)), taken))
+            test = Split(
+                np.concatenate([test.images, rest.images]),
+                np.concatenate([test.labels, rest.labels]),
+            )
+        train = train.take(taken)
     if len(train) == len(data.train) and kept == data.classes:
         return data
     note = f"{kept} of {data.classes} classes, {len(train)} of {len(data.train)} training images"
+    if spare:
+        note += f", tested on {len(test)} others"
     return replace(data, classes=kept, train=train, test=test, note=_joined(data.note, note))
 
 

@@ -75,6 +75,7 @@ def load_source(
     device: torch.device | str = "cpu",
     images: int | None = None,
     classes: int | None = None,
+    spare: bool = False,
     size: int | None = None,
     noise: float = 0.0,
     augment: bool = True,
@@ -89,6 +90,7 @@ def load_source(
         device: where the batches are.
         images: training images in all; None is all.
         classes: how many classes; None is all.
+        spare: test on the training images that are left out as well.
         size: height and width to average the images down to; None leaves them.
         noise: share of wrong training labels.
         augment: crop and mirror.
@@ -106,7 +108,7 @@ def load_source(
             size=size or 224,
             channels_last=channels_last,
         )
-    data = balanced_subset(load_images(name), images=images, classes=classes)
+    data = balanced_subset(load_images(name), images=images, classes=classes, spare=spare)
     data = shrunk(noisy_labels(data, noise), size)
     return Batches(
         data,

@@ -84,6 +84,14 @@ def test_subset_is_balanced_and_labels_stay_in_range() -> None:
     assert "52 of 1297" in data.note
 
 
+def test_spare_images_are_tested_on_and_never_trained_on() -> None:
+    data = balanced_subset(digits(), images=100, spare=True)
+    assert len(data.train) + len(data.test) == 1797
+    images = {image.tobytes() for image in data.train.images}
+    assert not any(image.tobytes() in images for image in data.test.images)
+    assert "tested on 1697 others" in data.note
+
+
 def test_noise_makes_the_asked_share_wrong_and_leaves_the_test_alone() -> None:
     clean = digits()
     noisy = noisy_labels(clean, 0.3)
