@@ -61,7 +61,7 @@ def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     )
 
 
-class ESAMTrainer(Trainer):  # type: ignore[misc]
+class ESAMTrainer(Trainer):
     """`Trainer` with ESAM around whatever optimizer it makes or is given.
 
     Everything else is the Trainer's: arguments, accumulation, clipping, mixed precision,
@@ -87,8 +87,10 @@ class ESAMTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap the Trainer's optimizer in an `ESAM`."""
         super().create_optimizer(*args, **kwargs)
-        if not isinstance(self.optimizer, ESAM):
-            self.optimizer = ESAM(self.optimizer, self.model, **self._esam)
+        base: Any = self.optimizer
+        model: Any = self.model
+        if not isinstance(base, ESAM):
+            self.optimizer = ESAM(base, model, **self._esam)
         return self.optimizer
 
     def per_sample_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:

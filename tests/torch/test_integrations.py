@@ -1,0 +1,372 @@
+"""ESAM inside Accelerate, Hugging Face's Trainer and Lightning, on small models of theirs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from esam_torch import ESAM, All, Everything
+
+pytestmark = [
+    # Of the libraries' own making; ours stay errors.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*num_workers.*:UserWarning"),
+]
+
+
+def _data(n=64):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, 6, generator=generator)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+
+def _model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def _esam(model, **options):
+    return ESAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, **options)
+
+
+def _by_hand(model, optimizer, batches, accumulate=1, clip=None):
+    """Train in a plain loop, with micro-batches averaged."""
+    for i in range(0, len(batches), accumulate):
+        optimizer.zero_grad()
+        group = batches[i : i + accumulate]
+        for inputs, targets in group:
+            optimizer.backward(
+                lambda x, y: F.cross_entropy(model(x), y, reduction="none"), inputs, targets
+            )
+        for parameter in model.parameters():
+            parameter.grad /= accumulate
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return model
+
+
+def _same(model, twin, **tolerance):
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-5, "atol": 1e-7}))
+
+
+# -- Accelerate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerate():
+    module = pytest.importorskip("accelerate")
+    yield module
+    module.state.AcceleratorState._reset_state(reset_partial_state=True)
+    module.state.GradientState._reset_state()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerate_is_the_plain_loop(accelerate, accumulate):
+    from esam_torch.integrations.accelerate import backward
+
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    bare = _model()
+    esam = _esam(bare)
+    scheduler = torch.optim.lr_scheduler.StepLR(esam, 100)
+    model, optimizer, loader, scheduler = accelerator.prepare(
+        bare, esam, DataLoader(_data(), batch_size=8), scheduler
+    )
+
+    def losses(inputs, targets):
+        return F.cross_entropy(model(inputs), targets, reduction="none")
+
+    for inputs, targets in loader:
+        with accelerator.accumulate(model):
+            report = backward(accelerator, model, optimizer, losses, inputs, targets)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    assert report.sharpness is not None and esam.count == 8
+    twin = _model()
+    batches = list(DataLoader(_data(), batch_size=8))
+    _same(bare, _by_hand(twin, _esam(twin), batches, accumulate, clip=1.0))
+
+
+def test_accelerate_in_bfloat16_and_its_checkpoints(accelerate, tmp_path):
+    from esam_torch.integrations.accelerate import backward
+
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    bare = _model()
+    esam = _esam(bare)
+    model, optimizer = accelerator.prepare(bare, esam)
+    inputs, targets = _data().tensors
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(
+            *(accelerator, model, optimizer),
+            lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
+            *(inputs, targets),
+        )
+        optimizer.step()
+        if step == 1:
+            accelerator.save_state(tmp_path)
+    after = copy.deepcopy(bare.state_dict())
+    accelerator.load_state(tmp_path)
+    assert esam.count == 2
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(
+            *(accelerator, model, optimizer),
+            lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
+            *(inputs, targets),
+        )
+        optimizer.step()
+    for name, tensor in bare.state_dict().items():
+        assert torch.equal(tensor, after[name])
+
+
+def test_another_optimizer_is_refused(accelerate):
+    from esam_torch.integrations.accelerate import backward
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = _model()
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="must hold an ESAM"):
+        backward(accelerator, model, optimizer, lambda x: x, torch.ones(2))
+
+
+# -- Hugging Face's Trainer ------------------------------------------------------------------------
+
+
+class Sentences(Dataset):
+    def __init__(self, kind, n=32):
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(5, 40, (n, 7), generator=generator)
+        self.kind = kind
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, i):
+        tokens = self.tokens[i]
+        row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        label = {
+            "classes": tokens[0] % 3,
+            "number": tokens[0] / 10,
+            "several": (tokens[:3] > 20).float(),
+            "causal": tokens,
+        }
+        return row | {"labels": label[self.kind]}
+
+
+@pytest.fixture
+def transformers(monkeypatch, tmp_path):
+    module = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def _language_model(transformers, kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "dropout": 0.0, "attention_dropout": 0.0}
+    if kind == "causal":
+        config = transformers.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16
+        )
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.DistilBertConfig(
+        **sizes,
+        dim=16,
+        hidden_dim=32,
+        n_layers=2,
+        n_heads=2,
+        max_position_embeddings=16,
+        num_labels=1 if kind == "number" else 3,
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def _trainer(transformers, kind="classes", esam=None, **arguments):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    options = {
+        "output_dir": "out",
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return ESAMTrainer(
+        model=_language_model(transformers, kind),
+        args=transformers.TrainingArguments(**options),
+        train_dataset=Sentences(kind),
+        esam=esam,
+    )
+
+
+@pytest.mark.parametrize("kind", ["classes", "number", "several", "causal"])
+def test_trainer_trains(transformers, kind):
+    trainer = _trainer(transformers, kind, num_train_epochs=4)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    values = [row["loss"] for row in logged]
+    assert sum(values[-2:]) < sum(values[:2])
+    assert all("sharpness" in row for row in logged)
+
+
+def test_trainer_without_perturbation_is_the_trainer(transformers):
+    """rho = 0 and all samples: what Trainer itself does, with accumulation and clipping."""
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "sgd"}
+    ours = _trainer(transformers, esam={"rho": 0.0, "select": All()}, **options)
+    theirs = transformers.Trainer(
+        model=_language_model(transformers, "classes"),
+        args=ours.args,
+        train_dataset=Sentences("classes"),
+    )
+    for trainer in (ours, theirs):
+        transformers.set_seed(0)
+        trainer.train()
+    _same(ours.model, theirs.model, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_of_tokens_are_those_of_the_model(transformers):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    model = _language_model(transformers, "causal").eval()
+    data = Sentences("causal")
+    batch = {key: torch.stack([data[i][key] for i in range(4)]) for key in data[0]}
+    values = per_sample_losses(model, batch)
+    assert values.shape == (4,)
+    torch.testing.assert_close(values.mean(), model(**batch).loss)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][2, 3:] = -100
+    alone = {key: value[2:3] for key, value in batch.items()}
+    torch.testing.assert_close(per_sample_losses(model, batch)[2], model(**alone).loss)
+    with pytest.raises(ValueError, match='"labels"'):
+        per_sample_losses(model, {"input_ids": batch["input_ids"]})
+
+
+def test_trainer_goes_on_from_its_checkpoint(transformers, tmp_path):
+    whole = _trainer(transformers, save_strategy="epoch", output_dir=str(tmp_path / "a"))
+    whole.train()
+    resumed = _trainer(transformers, save_strategy="no", output_dir=str(tmp_path / "b"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# -- Lightning -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning():
+    return pytest.importorskip("lightning")
+
+
+def _classifier(lightning, **options):
+    from esam_torch.integrations.lightning import ESAMMixin
+
+    class Classifier(ESAMMixin, lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layers = _model()
+            self.dtypes = set()
+
+        def forward(self, inputs):
+            outputs = self.layers(inputs)
+            self.dtypes.add(outputs.dtype)
+            return outputs
+
+        def losses(self, inputs, targets):
+            return F.cross_entropy(self(inputs), targets, reduction="none")
+
+        def configure_optimizers(self):
+            self.esam = _esam(self, **options)
+            return [self.esam], [torch.optim.lr_scheduler.StepLR(self.esam, 100)]
+
+    return Classifier()
+
+
+def _lightning_trainer(lightning, folder, **options):
+    return lightning.Trainer(
+        max_epochs=options.pop("max_epochs", 1),
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_is_the_plain_loop(lightning, tmp_path, accumulate):
+    module = _classifier(lightning)
+    trainer = _lightning_trainer(
+        lightning, tmp_path, accumulate_grad_batches=accumulate, gradient_clip_val=1.0
+    )
+    trainer.fit(module, DataLoader(_data(), batch_size=8))
+    assert trainer.global_step == 8 // accumulate and module.esam.count == 8
+    assert float(trainer.logged_metrics["sharpness"]) == float(module.report.sharpness)
+    assert float(trainer.logged_metrics["train_loss"]) == float(module.report.loss)
+    twin = _model()
+    batches = list(DataLoader(_data(), batch_size=8))
+    _same(module.layers, _by_hand(twin, _esam(twin), batches, accumulate, clip=1.0))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_lightning_in_other_precisions(lightning, tmp_path, precision):
+    module = _classifier(lightning, perturb=Everything())
+    trainer = _lightning_trainer(lightning, tmp_path, gradient_clip_val=1.0)
+    if precision == "16-mixed":
+        # Lightning's own plugin for fp16 wants a GPU by name; its scaler works on a CPU as well.
+        from lightning.pytorch.plugins import MixedPrecision
+
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        trainer = _lightning_trainer(lightning, tmp_path, plugins=[plugin], gradient_clip_val=1.0)
+    else:
+        trainer = _lightning_trainer(
+            lightning, tmp_path, precision=precision, gradient_clip_val=1.0
+        )
+    trainer.fit(module, DataLoader(_data(), batch_size=8))
+    assert module.dtypes == {torch.bfloat16 if precision == "bf16-mixed" else torch.float16}
+    twin = _model()
+    batches = list(DataLoader(_data(), batch_size=8))
+    _by_hand(twin, _esam(twin, perturb=Everything()), batches, clip=1.0)
+    _same(module.layers, twin, rtol=0.0, atol=0.1)
+
+
+def test_lightning_goes_on_from_its_checkpoint(lightning, tmp_path):
+    loader = DataLoader(_data(), batch_size=8)
+    whole, module, again = (_classifier(lightning) for _ in range(3))
+    _lightning_trainer(lightning, tmp_path, max_epochs=2).fit(whole, loader)
+    trainer = _lightning_trainer(lightning, tmp_path)
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    other = _lightning_trainer(lightning, tmp_path, max_epochs=2)
+    other.fit(again, loader, ckpt_path=tmp_path / "one.ckpt")
+    assert again.esam.count == whole.esam.count == 16
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lightning_says_what_is_missing(lightning):
+    from esam_torch.integrations.lightning import ESAMMixin
+
+    class Nothing(ESAMMixin, lightning.LightningModule):
+        pass
+
+    with pytest.raises(TypeError, match="must have a method `losses`"):
+        Nothing().losses(torch.ones(2))
