@@ -45,7 +45,7 @@ def losses_of(model):
 def test_the_cost_model_predicts_what_is_counted(perturb, select):
     model = ResNet(width=16, dropout=0.0)
     optimizer = optimizer_of(model, perturb=perturb, select=select, blocks=BLOCKS)
-    units = [p.unit for p in optimizer._layout(losses_of(model), images(2), {}).parameters]
+    units = optimizer.measured_units(losses_of(model), *images(2))
     predicted = expected_cost(perturb, units, select).ratio
     measured = flops(model, images(2), perturb=perturb, select=select)
     measured /= flops(model, images(2), rho=0.0)
@@ -59,7 +59,7 @@ BLOCKS = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "head"]
 def test_random_masks_cost_what_is_predicted_on_average():
     model = ResNet(width=4, dropout=0.0)
     optimizer = optimizer_of(model, blocks=BLOCKS)
-    units = [p.unit for p in optimizer._layout(losses_of(model), images(2), {}).parameters]
+    units = optimizer.measured_units(losses_of(model), *images(2))
     predicted = expected_cost(Bernoulli(0.6), units, TopIncrease(0.5), start=1, steps=100).ratio
     measured = flops(model, images(2), steps=100) / flops(model, images(2), rho=0.0)
     assert measured == pytest.approx(predicted, rel=0.015)

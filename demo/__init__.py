@@ -1,0 +1,1 @@
+"""The demo: SGD, SAM and ESAM on real images, side by side."""

@@ -1,0 +1,103 @@
+"""Train with SGD, SAM and ESAM from the same start, and show what each costs and finds."""
+
+import copy
+import sys
+
+import torch
+from benchmarks.data.batches import Batches
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from demo.images import Epochs, Tests, load
+from demo.measures import RADIUS, costs, sharpness
+from demo.methods import choices, losses, make
+from demo.network import Network
+from demo.options import Options, parse
+from demo.pictures import draw_curves, draw_landscapes, landscape
+from esam_torch import History, accuracy, fit
+
+#: Samples a step.
+BATCH = 64
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the demo."""
+    options = parse(arguments)
+    console = Console()
+    data = load(options.data)
+    options.out.mkdir(parents=True, exist_ok=True)
+    batches = Batches(data, batch=BATCH, seed=options.seed, device=options.device)
+    console.print(
+        f"{data.name}: {len(data.train)} training and {len(data.test)} test images, "
+        f"{data.classes} classes; {options.epochs} epochs with each method"
+    )
+    torch.manual_seed(options.seed)
+    start = Network(data.shape[0], data.classes).to(options.device)
+    models, histories = {}, {}
+    for name, chosen in choices(options).items():
+        models[name] = copy.deepcopy(start)
+        optimizer = make(models[name], chosen, options)
+        torch.manual_seed(options.seed)
+        histories[name] = fit(
+            models[name],
+            optimizer,
+            losses,
+            Epochs(batches),
+            epochs=options.epochs,
+            eval_loader=Tests(batches),
+            metrics={"accuracy": accuracy},
+            scheduler=CosineAnnealingLR(optimizer, options.epochs),
+            device=options.device,
+            title=name,
+        )
+    x, y = next(batches.epoch(1))
+    with console.status("Timing steps in turn and counting their operations"):
+        prices = costs(start, x, y, options)
+    x, y = (torch.cat(parts) for parts in zip(*batches.epoch(1), strict=True))
+    x, y = x[:1024], y[:1024]
+    rises = {name: sharpness(model, x, y) for name, model in models.items()}
+    with console.status("Looking around the minima"):
+        # A quarter of the images is enough for a picture.
+        grids = {
+            name: landscape(model, x[:256], y[:256], options.seed) for name, model in models.items()
+        }
+    draw_curves(histories, options.out / "curves.png")
+    draw_landscapes(grids, options.out / "landscapes.png")
+    console.print(_table(histories, prices, rises, options))
+    console.print(f"Pictures: {options.out / 'curves.png'}, {options.out / 'landscapes.png'}")
+
+
+def _table(
+    histories: dict[str, History],
+    prices: dict[str, dict[str, float]],
+    rises: dict[str, float],
+    options: Options,
+) -> Table:
+    """Return the demo's one table."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption=f"seed {options.seed}, {options.epochs} epochs, batch {BATCH}, "
+        f"rho {options.rho}, beta {options.beta}, gamma {options.gamma}. Time: median step. "
+        f"Sharpness: rise of the training loss at distance {RADIUS} along its gradient.",
+    )
+    for title in ("method", "best", "final", "images/s", "time", "FLOPs", "predicted", "sharpness"):
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
+    for name, history in histories.items():
+        found, price = history["eval_accuracy"], prices[name]
+        table.add_row(
+            name,
+            f"{max(found):.1%}",
+            f"{found[-1]:.1%}",
+            f"{BATCH / price['seconds']:,.0f}",
+            f"{price['seconds'] / prices['SGD']['seconds']:.2f} x",
+            f"{price['flops']:.2f} x",
+            f"{price['predicted']:.2f} x",
+            f"{rises[name]:.4f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What a step costs and what kind of minimum was found."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from demo.methods import choices, losses, make
+from demo.options import Options
+from esam_core.cost import expected_cost
+from esam_torch import ESAM
+
+__all__ = ["RADIUS", "costs", "sharpness"]
+
+#: The distance at which the loss around a minimum is looked at, the same for all methods.
+RADIUS = 0.2
+#: Steps over which the operations of random masks are averaged.
+COUNTED = 100
+#: Timed steps of each method; the first two warm up.
+TURNS = 17
+
+
+def _stepper(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> Callable[[], None]:
+    """Return a function that makes one training step."""
+
+    def step() -> None:
+        if isinstance(optimizer, ESAM):
+            optimizer.step(lambda x, y: losses(model, x, y), x, y)
+        else:
+            optimizer.zero_grad()
+            losses(model, x, y)[0].mean().backward()
+            optimizer.step()
+
+    return step
+
+
+def costs(model: nn.Module, x: Tensor, y: Tensor, options: Options) -> dict[str, dict[str, float]]:
+    """Return for each method a step's seconds, FLOPs against SGD's, and the predicted FLOPs.
+
+    Steps of the methods are timed in turn, so that a slow moment of the machine hits all alike,
+    and the medians are reported.
+    """
+    steps, counted, predicted = {}, {}, {}
+    for name, arguments in choices(options).items():
+        network = copy.deepcopy(model)
+        optimizer = make(network, arguments, options)
+        steps[name] = _stepper(network, optimizer, x, y)
+        few = _stepper(network, optimizer, x[:8], y[:8])  # the ratio needs no more samples
+        few()  # the first step looks for the blocks, once
+        times = COUNTED if name == "ESAM" else 1  # the others' masks are always the same
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(times):
+                few()
+        counted[name] = counter.get_total_flops() / times
+        predicted[name] = _predicted(network, optimizer, arguments, x[:8], y[:8])
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(TURNS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "flops": counted[name] / counted["SGD"],
+            "predicted": predicted[name],
+        }
+        for name in steps
+    }
+
+
+def _predicted(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    arguments: dict[str, Any] | None,
+    x: Tensor,
+    y: Tensor,
+) -> float:
+    """Return what the cost model says that a step costs, against the base optimizer's."""
+    if arguments is None or not isinstance(optimizer, ESAM):
+        return 1.0
+    units = optimizer.measured_units(lambda x, y: losses(model, x, y), x, y)
+    return expected_cost(arguments["perturb"], units, arguments["select"], steps=COUNTED).ratio
+
+
+def sharpness(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return how much the mean training loss rises at distance RADIUS, up the steepest way.
+
+    One step of length RADIUS along the gradient of the mean loss, in evaluation mode: what SAM
+    minimises, measured alike for all. The weights are left as they were.
+    """
+    model.eval()
+    parameters = list(model.parameters())
+    before = F.cross_entropy(model(x), y)
+    gradients = torch.autograd.grad(before, parameters)
+    length = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+    climbed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, gradient in zip(climbed.parameters(), gradients, strict=True):
+            parameter += RADIUS * gradient / length
+        return float(F.cross_entropy(climbed(x), y) - before)

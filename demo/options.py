@@ -1,0 +1,59 @@
+"""The demo's command line."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from esam_core.validation import nonnegative, open_unit
+
+__all__ = ["Options", "parse"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the demo was asked for; see `--help`."""
+
+    data: Path | None
+    epochs: int
+    rho: float
+    beta: float
+    gamma: float
+    seed: int
+    device: str
+    out: Path
+
+
+def parse(arguments: list[str] | None = None) -> Options:
+    """Return the options, or leave with a message that says what is wrong with them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo",
+        description="Train a small convolutional network with SGD, SAM and ESAM from the same "
+        "start, and show what each costs and finds.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder that holds cifar-10-batches-py or cifar-100-python, the official python "
+        "layout; without it, scikit-learn's handwritten digits",
+    )
+    parser.add_argument("--epochs", type=int, default=20, help="epochs for each method")
+    parser.add_argument("--rho", type=float, default=0.05, help="radius of the perturbation")
+    parser.add_argument("--beta", type=float, default=0.6, help="share of the tensors perturbed")
+    parser.add_argument("--gamma", type=float, default=0.5, help="share of the samples kept")
+    parser.add_argument("--seed", type=int, default=0, help="of the start, the batches, the masks")
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="for the pictures")
+    found = parser.parse_args(arguments)
+    try:
+        nonnegative("rho", found.rho)
+        open_unit("beta", found.beta)
+        open_unit("gamma", found.gamma)
+        torch.zeros(1, device=found.device)
+        if found.epochs < 1:
+            raise ValueError(f"`epochs` must be >= 1. Received: epochs={found.epochs}.")
+    except (ValueError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
+    return Options(**vars(found))

@@ -1,0 +1,100 @@
+"""The demo's pictures: loss curves, and the landscapes around the minima."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from benchmarks.paper.landscape import filter_normalised
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esam_torch import History
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+__all__ = ["draw_curves", "draw_landscapes", "landscape"]
+
+COLOURS = ("#5b6573", "#d1495b", "#2a7f9e", "#e0a030")
+#: How far the landscapes reach, in lengths of the network's own filters.
+REACH = 0.6
+POINTS = 13
+
+
+def landscape(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> NDArray[np.float64]:
+    """Return the (POINTS, POINTS) mean losses on a plane around the weights.
+
+    The plane is spanned by two random directions, filter-normalised after Li et al. (2018), from
+    the same seed for every method.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moved = copy.deepcopy(model).eval()
+    parameters = list(moved.parameters())
+    origin = [p.detach().clone() for p in parameters]
+    first, second = (filter_normalised(parameters, generator) for _ in range(2))
+    ends = np.linspace(-REACH, REACH, POINTS)
+    values = np.empty((POINTS, POINTS))
+    with torch.no_grad():
+        for i, a in enumerate(ends):
+            for j, b in enumerate(ends):
+                rows = zip(parameters, origin, first, second, strict=True)
+                for parameter, start, one, other in rows:
+                    parameter.copy_(start + float(a) * one + float(b) * other)
+                values[i, j] = float(F.cross_entropy(moved(x), y))
+    return values
+
+
+def draw_landscapes(grids: Mapping[str, NDArray[np.float64]], path: Path) -> None:
+    """Draw the minima side by side, on the same axes and with the same colours."""
+    figure, axes = plt.subplots(
+        1, len(grids), figsize=(3.4 * len(grids) + 0.9, 3.7), sharey=True, layout="constrained"
+    )
+    ends = np.linspace(-REACH, REACH, POINTS)
+    low = min(grid.min() for grid in grids.values())
+    high = max(grid.max() for grid in grids.values())
+    levels = np.geomspace(max(low, 1e-4), high, 24)
+    for axis, (name, grid) in zip(axes, grids.items(), strict=True):
+        shown = axis.contourf(
+            ends,
+            ends,
+            np.maximum(grid.T, levels[0]),
+            levels,
+            norm=mpl.colors.LogNorm(levels[0], levels[-1]),
+            cmap="viridis",
+        )
+        axis.contour(ends, ends, grid.T, levels[::3], colors="white", linewidths=0.4)
+        axis.plot(0, 0, "+", color="white", markersize=9)
+        axis.set(title=name, xlabel="direction 1", aspect="equal")
+    axes[0].set_ylabel("direction 2")
+    bar = figure.colorbar(shown, ax=axes, label="mean training loss", shrink=0.85)
+    # Only levels that lie within the bar, written as plain numbers.
+    ticks = [t for t in (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0) if low <= t <= high]
+    bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
+    figure.suptitle("Around the minima: the same two filter-normalised directions for each")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(histories: Mapping[str, History], path: Path) -> None:
+    """Draw training loss and test error by epoch."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    for (name, history), colour in zip(histories.items(), COLOURS, strict=True):
+        epochs = history["epoch"]
+        left.plot(epochs, history["train_loss"], color=colour, label=name)
+        error = [100 * (1 - value) for value in history["eval_accuracy"]]
+        right.plot(epochs, error, color=colour, label=name)
+    left.set(xlabel="epoch", ylabel="mean training loss", yscale="log", title="Training loss")
+    right.set(xlabel="epoch", ylabel="test error (%)", yscale="log", title="Test error")
+    right.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    right.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    for axis in (left, right):
+        axis.grid(alpha=0.25, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,82 @@
+"""The demo in its smallest form: it runs, shows what it should, and explains wrong input."""
+
+import pickle
+
+import numpy as np
+import pytest
+from demo.__main__ import main
+
+
+def cifar(folder, train=128, test=64):
+    """Write a folder in the official python layout of CIFAR-10, with images of noise."""
+    inner = folder / "cifar-10-batches-py"
+    inner.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+
+    def write(name, n):
+        data = generator.integers(0, 256, (n, 3072), dtype=np.uint8)
+        labels = generator.integers(0, 10, n).tolist()
+        (inner / name).write_bytes(pickle.dumps({b"data": data, b"labels": labels}))
+
+    for i in range(1, 6):
+        write(f"data_batch_{i}", train // 5)
+    write("test_batch", test)
+    return folder
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    """Pictures of few points and counts of few steps."""
+    monkeypatch.setattr("demo.pictures.POINTS", 3)
+    monkeypatch.setattr("demo.measures.COUNTED", 3)
+    monkeypatch.setattr("demo.measures.TURNS", 3)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.mark.usefixtures("_small")
+def test_it_runs_on_cifar(tmp_path, capsys):
+    main(["--data", str(cifar(tmp_path / "data")), "--epochs", "1", "--out", str(tmp_path / "o")])
+    printed = capsys.readouterr().out
+    for word in ("SGD", "SAM", "ESAM", "images/s", "predicted", "sharpness", "cifar10"):
+        assert word in printed, word
+    for name in ("curves.png", "landscapes.png"):
+        assert (tmp_path / "o" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_digits_come_without_a_download():
+    from demo.images import load
+
+    data = load(None)
+    assert data.shape == (1, 8, 8)
+    assert len(data.train) + len(data.test) == 1797
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rho", "-1"], "`rho` must be finite and >= 0"),
+        (["--beta", "0"], "`beta` must be in (0, 1]"),
+        (["--gamma", "1.5"], "`gamma` must be in (0, 1]. Received: gamma=1.5."),
+        (["--epochs", "0"], "`epochs` must be >= 1"),
+        (["--device", "abacus"], "abacus"),
+        (["--epohcs", "1"], "--epohcs"),
+    ],
+)
+def test_wrong_options(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_wrong_folders_say_what_belongs_where(tmp_path):
+    with pytest.raises(SystemExit, match="cifar-100-python/train, test") as found:
+        main(["--data", str(tmp_path / "nowhere")])
+    assert "which is not a folder" in str(found.value)
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(SystemExit, match="which holds cats"):
+        main(["--data", str(tmp_path)])
+    inner = tmp_path / "cifar-100-python"
+    inner.mkdir()
+    (inner / "train").write_text("not a pickle")
+    with pytest.raises(SystemExit, match="which could not be read"):
+        main(["--data", str(tmp_path)])
