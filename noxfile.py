@@ -167,7 +167,8 @@ def tests_core(session: nox.Session) -> None:
 def tests_torch(session: nox.Session) -> None:
     """esam-torch's tests and its docstrings' examples."""
     python = python_of(session, "torch")
-    run_pytest(session, python, "tests/torch", "tests/benchmarks", "packages/esam-torch/src")
+    where = ("tests/torch", "tests/benchmarks", "tests/demo", "packages/esam-torch/src")
+    run_pytest(session, python, *where)
 
 
 @nox.session(venv_backend="none")
