@@ -256,7 +256,7 @@ def test_side_by_side_forwards_train_and_eval():
 def test_a_deep_copy_of_side_by_side():
     model = net()
     optimizer = ESAM(beside(model), model, rho=0.1)
-    lr_scheduler.StepLR(optimizer, 1)
+    lr_scheduler.StepLR(optimizer.base_optimizer, 1)
     twin = copy.deepcopy(optimizer)
     torch.manual_seed(1)
     twin.step(losses_of(twin.model), *batch())

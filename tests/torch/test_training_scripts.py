@@ -133,6 +133,18 @@ def every_scheduler():
     )
 
 
+def test_a_scheduler_of_the_base_optimizer():
+    """Made before ESAM was, as in a script that gets it from elsewhere."""
+    model = net()
+    base = sgd(model)
+    scheduler = lr_scheduler.ExponentialLR(base, 0.5)
+    optimizer = esam(model, base)
+    for seed in range(3):
+        optimizer.step(losses_of(model), *batch(seed=seed))
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["backward", "step(losses)"])
 @pytest.mark.parametrize("name", every_scheduler())
 def test_every_scheduler_without_a_warning(name, whole):

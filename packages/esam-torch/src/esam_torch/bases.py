@@ -62,15 +62,17 @@ def _needs(base: torch.optim.Optimizer) -> str | None:
         return _SHARPNESS
     if hasattr(base, "fused_backward"):
         return _FUSED
-    parameters = inspect.signature(base.step).parameters
-    if "hessian" in parameters:
+    # The class's own: a scheduler may have put a wrapper around the instance's.
+    _, *parameters = inspect.signature(type(base).step).parameters.values()
+    if any(p.name == "hessian" for p in parameters):
         return _SECOND
-    required = [
-        p
-        for p in parameters.values()
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    return _CLOSURE if required else None
+    return _CLOSURE if any(_is_required(p) for p in parameters) else None
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    """Say whether a function cannot be called without this argument."""
+    variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variable
 
 
 class SideBySide(torch.optim.Optimizer):
