@@ -24,3 +24,9 @@ def test_published_values():
     assert published["imagenet-resnet101"][1:] == (0.6, 0.7)
     assert published["imagenet-vit-s16"][1:] == (0.5, 0.7)
     assert [name for name, p in PRESETS.items() if p.rho_is_ours] == ["imagenet-vit-s16"]
+
+
+def test_whose_values_they_are():
+    assert all(p.source for p in PRESETS.values())
+    assert "ours" in PRESETS["imagenet-vit-s16"].source
+    assert "beta=0.5" in PRESETS["cifar-pyramidnet110"].source

@@ -1,6 +1,8 @@
 """The settings that the paper publishes, by name.
 
-Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.1 and tables 7 and 8.
+Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.1 and tables 7 and 8. The authors'
+training script (`run.sh` at github.com/dydjw9/Efficient_SAM) trains the CIFAR networks; each
+preset says where it has other values than the paper.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ class Preset:
         beta: share of the parameter tensors perturbed.
         gamma: share of the samples kept.
         rho_is_ours: whether the paper gives no rho for this network, and we chose one.
+        source: where the values are from, and who else has them.
 
     Example:
         >>> PRESETS["imagenet-resnet50"].arguments()
@@ -31,6 +34,7 @@ class Preset:
     beta: float
     gamma: float
     rho_is_ours: bool = False
+    source: str = "the paper; the authors' script has the same"
 
     def __post_init__(self) -> None:
         validation.nonnegative("rho", self.rho)
@@ -42,14 +46,31 @@ class Preset:
         return {"rho": self.rho, "beta": self.beta, "gamma": self.gamma}
 
 
+_PAPER_ONLY = "the paper; not in the authors' script"
+
 #: Named after data set and network.
 PRESETS: dict[str, Preset] = {
     "cifar-resnet18": Preset("ResNet-18 on CIFAR-10/100", rho=0.05, beta=0.6, gamma=0.5),
     "cifar-wrn28-10": Preset("WideResNet-28-10 on CIFAR-10/100", rho=0.1, beta=0.5, gamma=0.5),
-    "cifar-pyramidnet110": Preset("PyramidNet-110 on CIFAR-10/100", rho=0.2, beta=0.6, gamma=0.5),
-    "imagenet-resnet50": Preset("ResNet-50 on ImageNet", rho=0.05, beta=0.6, gamma=0.7),
-    "imagenet-resnet101": Preset("ResNet-101 on ImageNet", rho=0.05, beta=0.6, gamma=0.7),
+    "cifar-pyramidnet110": Preset(
+        "PyramidNet-110 on CIFAR-10/100",
+        rho=0.2,
+        beta=0.6,
+        gamma=0.5,
+        source="the paper; the authors' script has beta=0.5",
+    ),
+    "imagenet-resnet50": Preset(
+        "ResNet-50 on ImageNet", rho=0.05, beta=0.6, gamma=0.7, source=_PAPER_ONLY
+    ),
+    "imagenet-resnet101": Preset(
+        "ResNet-101 on ImageNet", rho=0.05, beta=0.6, gamma=0.7, source=_PAPER_ONLY
+    ),
     "imagenet-vit-s16": Preset(
-        "ViT-S/16 on ImageNet", rho=0.2, beta=0.5, gamma=0.7, rho_is_ours=True
+        "ViT-S/16 on ImageNet",
+        rho=0.2,
+        beta=0.5,
+        gamma=0.7,
+        rho_is_ours=True,
+        source="beta and gamma: the paper; rho: ours; not in the authors' script",
     ),
 }
