@@ -94,3 +94,9 @@ def test_unused_parameters_under_find_unused_parameters(results):
 
 def test_statistics_are_updated_once_a_step(results):
     assert [found["batches"] for found in value(results, "buffers")] == [4, 4]
+
+
+def test_one_selected_sample_leaves_synchronised_statistics_alone(results):
+    """Another rank, with more samples selected, would wait for this one's statistics."""
+    for found in value(results, "synchronised_statistics"):
+        assert found == ["BatchNorm1d"]

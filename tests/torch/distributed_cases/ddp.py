@@ -20,6 +20,7 @@ from launch import main
 
 from esam_core import NonFiniteError
 from esam_torch import ESAM, All, Every, Everything, Suffix, TopIncrease
+from esam_torch.guards import statistics_layers
 
 WORLD = 2
 
@@ -319,6 +320,12 @@ def case_buffers():
     model.train()
     model(batch_of(rank, 0)[0]).sum().backward()
     return {"batches": batches}
+
+
+def case_synchronised_statistics():
+    """SyncBatchNorm refuses a CPU, so this asks whom one selected sample concerns."""
+    layers = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm1d(3))
+    return [type(layer).__name__ for layer in statistics_layers(layers)]
 
 
 if __name__ == "__main__":

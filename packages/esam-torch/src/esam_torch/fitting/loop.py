@@ -129,7 +129,7 @@ def fit(
             "checkpoints are. Received: folder=None."
         )
     with contextlib.ExitStack() as stack:
-        place = stack.enter_context(joined(chosen_device(device)))
+        place = joined(chosen_device(device))
         model.to(place)
         called = stack.enter_context(_wrapped(model, optimizer, place))
         scaler = stack.enter_context(scaler_of(optimizer, precision, place))

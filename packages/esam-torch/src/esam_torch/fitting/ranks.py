@@ -1,6 +1,6 @@
 """One process of several, when torchrun has started them."""
 
-import contextlib
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,25 +23,27 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-@contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes that torchrun has started, and yield this one's device.
+def joined(device: torch.device) -> torch.device:
+    """Join the other processes that torchrun has started, and return this one's device.
 
-    A process group that is there already is used and left alone.
+    A process group that is there already is used. A new one lasts as long as the process: several
+    calls of `fit` share it, since ranks that leave and join again can miss each other.
     """
     dist = torch.distributed
-    alone = not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1
     if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.get_device_module(device).set_device(device)
-    if alone or dist.is_initialized():
-        yield device
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    alone = not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    return device
+
+
+def _leave() -> None:
+    """Leave the process group, unless somebody has already."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def replicated(model: nn.Module, device: torch.device) -> nn.Module:

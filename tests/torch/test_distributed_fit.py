@@ -1,0 +1,53 @@
+"""`fit` under torchrun: two processes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).parent / "distributed_cases"
+sys.path.insert(0, str(CASES))
+
+from launch import launch  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fit")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return launch(CASES / "fitting.py", folder)
+
+
+@pytest.mark.parametrize("kind", ["esam", "sgd"])
+def test_ranks_train_one_model_and_measure_it_together(results, kind):
+    first, second = (found[kind] for found in results)
+    assert first["bits"] == second["bits"]
+    assert first["rows"] == second["rows"]
+    last = first["rows"][-1]
+    # 31 samples on two ranks: each counts once.
+    assert last["eval_loss"] == pytest.approx(first["loss"], rel=1e-5)
+    assert last["eval_accuracy"] == pytest.approx(first["accuracy"])
+    assert last["train_loss"] < first["rows"][0]["train_loss"]
+    assert ("sharpness" in last) == (kind == "esam")
+    assert not first["wrapped"]  # the optimizer has its own model back
+
+
+def test_a_run_of_two_ranks_goes_on_exactly(results):
+    for found in results:
+        assert found["resumed"]["bits"] == found["esam"]["bits"]
+        assert found["resumed"]["rows"] == found["esam"]["rows"]
+
+
+def test_the_first_rank_writes(results, folder):
+    last = torch.load(folder / "esam" / "last.pt", weights_only=True)
+    assert len(last["ranks"]) == len(results) == 2
+    assert not any(name.startswith("module.") for name in last["model"])
