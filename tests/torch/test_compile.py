@@ -1,6 +1,5 @@
 """torch.compile, whole and block by block, activation checkpointing, and CUDA graphs."""
 
-import contextlib
 import copy
 from collections import OrderedDict
 
@@ -272,30 +271,6 @@ def test_cuda_graphs(select):
         assert found.indices.tolist() == wanted.indices.tolist()
     for p, q in zip(whole.parameters(), eager.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-4)
-
-
-@pytest.mark.gpu
-@needs_cuda
-@pytest.mark.parametrize("gamma", [0.5, 1.0])
-@pytest.mark.parametrize("perturb", PERTURBED)
-def test_no_step_waits_for_the_device(perturb, gamma):
-    model = net().cuda()
-    optimizer = make(model, perturb=PERTURBED[perturb], gamma=gamma)
-    data = tuple(t.cuda() for t in batch())
-    optimizer.step(losses_of(model), *data)
-    with _no_synchronisation():
-        for _ in range(3):
-            optimizer.step(losses_of(model), *data)
-
-
-@contextlib.contextmanager
-def _no_synchronisation():
-    """Make every wait for the GPU an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_deep_copy_of_a_compiled_model_is_left_alone():

@@ -113,8 +113,9 @@ class StepReport:
         increases = self.increases
         if increases is None or self.indices is None:
             return None
-        ascending = increases.argsort()
-        return increases[ascending[len(self.losses) - len(self.indices)]]
+        place = len(self.losses) - len(self.indices)
+        # One index in an array: a lone one, torch would bring to the host, and wait for.
+        return increases[increases.argsort()[place : place + 1]][0]
 
 
 @dataclass

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-__all__ = ["placed"]
+__all__ = ["on_host", "placed"]
+
+
+def on_host(device: torch.device) -> bool:
+    """Say whether a device is the host itself, which may look at values without waiting."""
+    return device.type == "cpu"
 
 
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
@@ -11,4 +16,4 @@ def placed(tensor: Tensor, device: torch.device) -> Tensor:
 
     A copy *to* the host that nobody waits for would be read before it has arrived.
     """
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    return tensor.to(device, non_blocking=not on_host(device))

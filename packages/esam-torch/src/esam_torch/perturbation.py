@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esam_torch.devices import placed
+from esam_torch.devices import on_host, placed
 from esam_torch.sharded import local, total_norms
 
 __all__ = ["Ascent", "Direction", "perturb"]
@@ -133,7 +133,7 @@ def _clear_nonfinite(gradients: Sequence[Tensor], finite: Tensor) -> None:
 
     On a CPU looking is free, and then nothing needs doing in nearly every step.
     """
-    if finite.device.type == "cpu" and bool(finite):
+    if on_host(finite.device) and bool(finite):
         return
     for gradient in gradients:
         torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
