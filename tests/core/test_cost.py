@@ -116,6 +116,30 @@ def test_random_suffix_is_the_mean_of_its_suffixes():
     assert found == pytest.approx(0.25 * one + 0.75 * other, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    "options", [{"norm": "full"}, {"prefix_reuse": False}, {"batch_size": 3}, {"batch_size": 1}]
+)
+def test_a_mean_over_one_mask_is_that_mask(options):
+    mask = Suffix("b").draw(SMALL, seed=0, count=0)
+    expected = step_cost(SMALL, mask, TopIncrease(0.5), **options)
+    assert expected_cost(Suffix("b"), SMALL, TopIncrease(0.5), **options) == expected
+    assert expected != step_cost(SMALL, mask, TopIncrease(0.5))  # the option does something
+
+
+def test_means_are_over_the_steps_asked_for():
+    late = Between(100, 110)
+    assert expected_cost(late, SMALL, All(), steps=100).ratio == pytest.approx(1.0)
+    assert expected_cost(late, SMALL, All(), start=100, steps=10).ratio == pytest.approx(2.0)
+    assert expected_cost(late, SMALL, All(), start=90, steps=20).ratio == pytest.approx(1.5)
+
+
+def test_means_are_over_the_draws_of_the_seed():
+    costs = [expected_cost(Bernoulli(0.5), SMALL, All(), steps=1, seed=seed) for seed in range(8)]
+    masks = [Bernoulli(0.5).draw(SMALL, seed=seed, count=0) for seed in range(8)]
+    assert costs == [step_cost(SMALL, mask, All()) for mask in masks]
+    assert len(set(costs)) > 1
+
+
 def test_order_of_execution_and_not_of_listing():
     shuffled = [SMALL[2], SMALL[0], SMALL[1]]
     mask = Mask((True, False, True), (1.0,) * 3)
