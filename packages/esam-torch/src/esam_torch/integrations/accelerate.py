@@ -41,8 +41,10 @@ def backward(
         ESAMTypeError: `optimizer` holds no `ESAM`.
 
     Example:
+        >>> import torch
         >>> from accelerate import Accelerator
         >>> from torch.nn import functional as F
+        >>> from esam_torch import ESAM
         >>> accelerator = Accelerator(cpu=True)
         >>> model = torch.nn.Linear(4, 3)
         >>> optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)

@@ -25,7 +25,9 @@ class ESAMMixin:
 
     Example:
         >>> import lightning
+        >>> import torch
         >>> from torch.nn import functional as F
+        >>> from esam_torch import ESAM
         >>> class Classifier(ESAMMixin, lightning.LightningModule):
         ...     def __init__(self):
         ...         super().__init__()
