@@ -6,6 +6,7 @@ import sys
 #: The function that runs each benchmark on the other arguments, as module:function.
 BENCHMARKS = {
     "accuracy": "benchmarks.accuracy:main",
+    "memory": "benchmarks.memory:main",
     "speed": "benchmarks.speed:main",
     "table1": "benchmarks.paper.table1:main",
     "table2": "benchmarks.paper.imagenet:table2",

@@ -1,0 +1,195 @@
+"""What a step of each method needs in memory beside the weights, against SAM's.
+
+On a GPU its allocator tells. On a CPU every tensor that an operation makes is followed from its
+making to its end, so that the figure is that of the tensors, not of the process, and exact.
+"""
+
+import argparse
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.machine import provenance
+from benchmarks.methods import METHODS, make_stepper, parse_method
+from benchmarks.models import MODELS, build
+from benchmarks.report import write_json, write_tables
+from esam_torch import ESAM
+
+__all__ = ["LiveBytes", "Meter", "main", "measure"]
+
+DEFAULT = ("sgd", "peer-sam", "sam", "asam", "esam", "suffix-sds", "last-sds", "last-loss")
+
+COLUMNS = (
+    *("method", "peak MiB", "over SGD", "copies of the weights", "against SAM's"),
+    *("kept between steps", "peak, accumulating"),
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors made while it is on.
+
+    Attributes:
+        now: bytes of those that live.
+        peak: the most that there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if _plain(x)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if _plain(leaf) and id(leaf.untyped_storage()) not in before:
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it goes."""
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _plain(x: Any) -> bool:
+    """Say whether something is a tensor with a storage of its own kind."""
+    return isinstance(x, Tensor) and x.layout is torch.strided
+
+
+class Meter:
+    """Bytes in use beside those that were when it was made.
+
+    Args:
+        device: whose.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._live = None if device.type == "cuda" else LiveBytes()
+        self._before = 0 if self._live else torch.cuda.memory_allocated(device)
+
+    @property
+    def now(self) -> int:
+        """Bytes in use."""
+        if self._live is not None:
+            return self._live.now
+        return torch.cuda.memory_allocated(self._device) - self._before
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """Do some work, and return the most bytes that were in use meanwhile."""
+        if self._live is not None:
+            self._live.peak = self._live.now
+            with self._live:
+                work()
+            return self._live.peak
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        work()
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+def measure(
+    method: str, model: nn.Module, model_name: str, x: Tensor, y: Tensor
+) -> dict[str, float]:
+    """Return bytes beside the weights: the peak, what is kept, the peak when accumulating.
+
+    Args:
+        method: its name.
+        model: to train.
+        model_name: for the blocks to cut at.
+        x: inputs.
+        y: targets.
+    """
+
+    def losses(a: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(model(a), b, reduction="none")
+
+    base = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    stepper = make_stepper(
+        parse_method(method), base, model, model_name=model_name, rho=0.05, steps=1
+    )
+
+    def step() -> None:
+        stepper.step(losses, x, y)
+        base.zero_grad()
+
+    meter = Meter(x.device)
+    meter.peak(step)  # blocks are found, momenta are made
+    result = {"kept": float(meter.now), "peak": float(meter.peak(step))}
+    optimizer = getattr(stepper, "optimizer", None)
+    if isinstance(optimizer, ESAM):
+        meter.peak(lambda: optimizer.backward(losses, x, y))
+        again = meter.peak(lambda: optimizer.backward(losses, x, y))
+        result["accumulating"] = float(again)
+        optimizer.zero_grad()
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and write it to a folder."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT), help=", ".join(METHODS))
+    parser.add_argument("--model", default="resnet18", choices=list(MODELS))
+    parser.add_argument("--width", type=int, default=None)
+    parser.add_argument("--batch", type=int, default=4, help="small: the weights show")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--quick", action="store_true", help="a narrow network")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    width = 8 if options.quick and options.width is None else options.width
+    x = torch.randn(options.batch, 3, options.size, options.size, device=device)
+    y = torch.randint(options.classes, (options.batch,), device=device)
+    found: dict[str, dict[str, float]] = {}
+    weights = 0
+    for name in dict.fromkeys(["sgd", "peer-sam", *options.methods]):
+        torch.manual_seed(0)
+        model = build(
+            options.model, classes=options.classes, channels=3, size=options.size, width=width
+        ).to(device)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        found[name] = measure(name, model, options.model, x, y)
+    base, sam = found["sgd"]["peak"], found["peer-sam"]["peak"]
+    rows = [
+        [
+            METHODS[name].title if name in METHODS else name,
+            f"{need['peak'] / 2**20:.2f}",
+            f"{(need['peak'] - base) / 2**20:+.2f}",
+            f"{(need['peak'] - base) / weights:+.2f}",
+            f"{need['peak'] / sam:.2f}",
+            f"{need['kept'] / 2**20:.2f}",
+            f"{need['accumulating'] / 2**20:.2f}" if "accumulating" in need else "",
+        ]
+        for name, need in found.items()
+    ]
+    title = (
+        f"Memory of a step beside the weights: {options.model}, batch {options.batch}, "
+        f"weights of {weights / 2**20:.2f} MiB"
+    )
+    write_tables(options.out, "memory", title, COLUMNS, rows)
+    write_json(options.out / "memory.json", {"needs": found, **provenance()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Extra memory at the peak: a copy of the perturbed weights, and nothing kept between steps."""
+
+import gc
+
+import pytest
+import torch
+from benchmarks.memory import LiveBytes, Meter
+from torch import nn
+from torch.nn import functional as F
+
+from esam_torch import ESAM, Bernoulli, Everything, Only, Suffix, TopLoss
+
+WIDTH = 128
+LAYER = (WIDTH * WIDTH + WIDTH) * 4  # bytes
+LAYERS = 6
+WEIGHTS = LAYERS * LAYER
+# Everything that is not of the weights' size: activations of four samples, norms, reports.
+SLACK = 0.05 * WEIGHTS
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    return model, base, ESAM(base, model, rho=0.05, **kwargs) if kwargs else None
+
+
+def data():
+    return torch.randn(4, WIDTH), torch.arange(4)
+
+
+def peak_of(model, base, optimizer, *, stale=False):
+    """Return the most bytes beside the weights in one step; with gradients there to add to."""
+
+    def losses(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def step():
+        if optimizer is None:
+            losses(*data()).mean().backward()
+        else:
+            optimizer.backward(losses, *data())
+
+    step()
+    if not stale:
+        base.zero_grad()
+    gc.collect()
+    meter = Meter(torch.device("cpu"))
+    peak = meter.peak(step)
+    base.zero_grad()
+    gc.collect()
+    return peak, meter.now
+
+
+def test_the_base_needs_its_gradients():
+    model, base, _ = make()
+    peak, kept = peak_of(model, base, None)
+    assert WEIGHTS <= peak <= WEIGHTS + SLACK
+    assert kept == 0
+
+
+CASES = {
+    "SAM": ({"perturb": Everything(), "gamma": 1.0}, 1.0),
+    "everything": ({"perturb": Everything()}, 1.0),
+    "adaptive": ({"perturb": Everything(), "adaptive": True}, 1.0),
+    "full norm": ({"perturb": Suffix("4"), "norm": "full", "gamma": 1.0}, 1 / 3),
+    "estimated": ({"perturb": Everything(), "norm": "estimated"}, 1.0),
+    "weights": ({"perturb": Bernoulli(0.5, unit="weight")}, 1.0),
+    "a third": ({"perturb": Suffix("4")}, 1 / 3),
+    "a third, top loss": ({"perturb": Suffix("4"), "select": TopLoss(0.5)}, 1 / 3),
+    "nothing": ({"perturb": Only("norm")}, 0.0),
+    "skipping": ({"perturb": Everything(), "on_nonfinite": "skip"}, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_extra_at_the_peak(case):
+    """One copy of the perturbed weights beside the gradients that any training needs."""
+    options, share = CASES[case]
+    model, base, optimizer = make(**options)
+    peak, kept = peak_of(model, base, optimizer)
+    extra = (peak - WEIGHTS) / WEIGHTS
+    assert extra <= share + 0.05
+    assert extra >= share - 0.05  # the meter sees it
+    assert kept == 0
+
+
+@pytest.mark.parametrize("case", ["SAM", "a third", "nothing"])
+def test_gradients_that_are_there_are_copied_too(case):
+    """Only when accumulating: they are to be put back if something goes wrong."""
+    options, share = CASES[case]
+    model, base, optimizer = make(**options)
+    peak, _ = peak_of(model, base, optimizer, stale=True)
+    # Beside the gradients there (not counted): their copies, new ones on the way, and the weights.
+    assert peak <= (1.0 + share + 1.0) * WEIGHTS + SLACK
+
+
+def test_a_report_keeps_nothing_large():
+    model, base, optimizer = make(perturb=Everything())
+    reports = []
+
+    def losses(x, y):
+        logits = model(x)
+        return F.cross_entropy(logits, y, reduction="none"), logits
+
+    optimizer.backward(losses, *data())
+    base.zero_grad()
+    gc.collect()
+    with LiveBytes() as live:
+        reports.extend(optimizer.backward(losses, *data()) for _ in range(3))
+        base.zero_grad()
+        gc.collect()
+    assert live.now <= 0.02 * WEIGHTS
+    assert len(reports) == 3
+
+
+def test_the_meter_sees_what_lives():
+    with LiveBytes() as live:
+        kept = torch.ones(1000)
+        torch.ones(5000).add_(1.0)
+        view = kept[:10].view(2, 5)
+    assert live.now == 4000 and live.peak == 24000
+    del kept
+    assert live.now == 4000
+    del view
+    assert live.now == 0
