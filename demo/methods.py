@@ -19,7 +19,7 @@ def choices(options: Options) -> dict[str, dict[str, Any] | None]:
         "SGD": None,
         "SAM": {"perturb": Everything(), "select": All()},
         "ESAM": {"perturb": perturb, "select": select},
-        "ESAM, late layers": {"perturb": Suffix("late"), "select": All()},
+        "ESAM late": {"perturb": Suffix("late"), "select": All()},
     }
 
 

@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         help="folder that holds cifar-10-batches-py or cifar-100-python, the official python "
         "layout; without it, scikit-learn's handwritten digits",
     )
-    parser.add_argument("--epochs", type=int, default=20, help="epochs for each method")
+    parser.add_argument("--epochs", type=int, default=15, help="epochs for each method")
     parser.add_argument("--rho", type=float, default=0.05, help="radius of the perturbation")
     parser.add_argument("--beta", type=float, default=0.6, help="share of the tensors perturbed")
     parser.add_argument("--gamma", type=float, default=0.5, help="share of the samples kept")
