@@ -6,12 +6,15 @@ command finishes the job. NAME@RHO gives a method a radius of its own.
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
 
+from benchmarks.figures import scatter
 from benchmarks.methods import METHODS, parse_method
 from benchmarks.models import MODELS
 from benchmarks.report import mean_and_error, write_tables
@@ -89,11 +92,11 @@ def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     for record in records:
         key = (record["run"]["method"], record["rho"], record["norm"] or "")
         groups.setdefault(key, []).append(record)
-    base = [r["seconds"] for r in records if parse_method(r["run"]["method"]).family == "base"]
-    base_seconds = sum(base) / len(base) if base else None
+    base = [_epoch_seconds(r) for r in records if parse_method(r["run"]["method"]).family == "base"]
+    base_seconds = mean(base) if base else None
     rows = []
     for (_, rho, norm), group in groups.items():
-        seconds = sum(r["seconds"] for r in group) / len(group)
+        seconds = mean(_epoch_seconds(r) for r in group)
         rows.append(
             [
                 group[0]["title"],
@@ -101,12 +104,17 @@ def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
                 norm if rho else "",
                 mean_and_error([r["final"] for r in group]),
                 mean_and_error([r["best"] for r in group]),
-                f"{sum(r['flops_ratio'] for r in group) / len(group):.3f}",
+                f"{mean(r['flops_ratio'] for r in group):.3f}",
                 "" if base_seconds is None else f"{seconds / base_seconds:.2f}",
-                f"{sum(r['images_per_second'] for r in group) / len(group):.0f}",
+                f"{mean(r['images_per_second'] for r in group):.0f}",
             ]
         )
     return rows
+
+
+def _epoch_seconds(record: dict[str, Any]) -> float:
+    """Return the median time of an epoch: other work on the machine falls into single ones."""
+    return median(row["seconds"] for row in record["history"])
 
 
 def write_accuracy_table(folder: Path, name: str = "accuracy") -> list[dict[str, Any]]:
@@ -127,7 +135,26 @@ def write_accuracy_table(folder: Path, name: str = "accuracy") -> list[dict[str,
         f"{run['batch']}: test accuracy, mean ± standard error (seeds)"
     )
     write_tables(folder, name, title, COLUMNS, accuracy_rows(records))
+    _draw(folder / f"{name}.png", title, records)
     return records
+
+
+def _draw(path: Path, title: str, records: Sequence[dict[str, Any]]) -> None:
+    """Draw accuracy against cost, a mark a method."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        rho = f", rho = {record['rho']:g}" if record["rho"] else ""
+        groups.setdefault(record["title"] + rho, []).append(record)
+    finals = [[r["final"] for r in group] for group in groups.values()]
+    errors = [stdev(f) / len(f) ** 0.5 if len(f) > 1 else 0.0 for f in finals]
+    scatter(
+        path,
+        title="\n".join(textwrap.wrap(title, 80)),
+        x=("FLOPs of the run / SGD's", [g[0]["flops_ratio"] for g in groups.values()]),
+        y=("final test accuracy (%), mean ± standard error", [mean(f) for f in finals]),
+        spread=[(mean(f) - e, mean(f) + e) for f, e in zip(finals, errors, strict=True)],
+        labels=list(groups),
+    )
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -40,6 +40,9 @@ DEFAULT = (
     ),
 )
 
+#: Widths of the models on a CPU, where the published ones take minutes a round.
+NARROW = {"resnet18": 16, "wrn16-4": 1, "vit-small-cifar": 96, "wrn28-10": 1, "pyramidnet110": 48}
+
 #: The most that a step may cost in FLOPs against SGD's, on CIFAR ResNet-18 of full width.
 BARS = {
     "esam": 1.72,
@@ -58,12 +61,17 @@ COLUMNS = (
 
 
 def _step(
-    method: Method, model_name: str, options: argparse.Namespace, x: Tensor, y: Tensor, classes: int
+    method: Method,
+    model_name: str,
+    width: int | None,
+    options: argparse.Namespace,
+    x: Tensor,
+    y: Tensor,
 ) -> Callable[[], object]:
     """Return a function that takes one step of a method, its schedule left out."""
     torch.manual_seed(0)
     model = build(
-        model_name, classes=classes, channels=x.shape[1], size=x.shape[2], width=options.width
+        model_name, classes=options.classes, channels=x.shape[1], size=x.shape[2], width=width
     ).to(x.device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -109,6 +117,7 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
         name: a key of `MODELS`.
         options: of the command.
     """
+    width = _width(name, options)
     device = torch.device(options.device)
     x = torch.randn(options.batch, 3, options.size, options.size, device=device)
     y = torch.randint(options.classes, (options.batch,), device=device)
@@ -120,7 +129,7 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
         m: counted_steps(
             method,
             model=name,
-            width=options.width,
+            width=width,
             classes=options.classes,
             shape=shape,
             batch=options.batch,
@@ -132,16 +141,14 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
         m: predicted_ratio(
             method,
             model=name,
-            width=options.width,
+            width=width,
             classes=options.classes,
             shape=shape,
             batch=options.batch,
         )
         for m, method in methods.items()
     }
-    steps = {
-        m: _step(method, name, options, x, y, options.classes) for m, method in methods.items()
-    }
+    steps = {m: _step(method, name, width, options, x, y) for m, method in methods.items()}
     memory = {}
     for m, step in steps.items():
         step()  # blocks are found, optimizer state is made
@@ -175,6 +182,13 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
             }
         )
     return records
+
+
+def _width(name: str, options: argparse.Namespace) -> int | None:
+    """Return the width to build a model with; None is the published one."""
+    if options.width is None and options.narrow:
+        return NARROW.get(name)
+    return options.width
 
 
 def _rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -263,7 +277,12 @@ def main(arguments: Sequence[str] = ()) -> None:
     add("--size", type=int, default=32, help="of the images (default: 32)")
     add("--classes", type=int, default=10, help="(default: 10)")
     add("--width", type=int, help="of the model (default: the published one)")
-    add("--repeats", type=int, default=15, help="rounds that count (default: 15)")
+    add(
+        "--narrow",
+        action=argparse.BooleanOptionalAction,
+        help="narrow models (default: on a CPU); FLOPs are held to their bars at full width",
+    )
+    add("--repeats", type=int, default=9, help="rounds that count (default: 9)")
     add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
     add("--masks", type=int, default=100, help="random masks whose FLOPs are averaged (100)")
     add(
@@ -297,11 +316,14 @@ def main(arguments: Sequence[str] = ()) -> None:
             out=Path("out/benchmarks/speed"),
         )
         options = parser.parse_args(arguments)
+    if options.narrow is None:
+        options.narrow = options.device == "cpu"
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for name in options.models:
         records = measure_model(name, options)
-        width = "" if options.width is None else f" of width {options.width}"
+        wide = _width(name, options)
+        width = "" if wide is None else f" of width {wide}"
         form = " ".join(
             word
             for word, on in (

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -347,7 +348,9 @@ def _record(trainer: Trainer, history: list[dict[str, float]]) -> dict[str, Any]
     """Return what is kept of a run."""
     run = trainer.run
     seconds = sum(row["seconds"] for row in history)
-    images = len(history) * trainer.source.steps * trainer.source.batch
+    # The median: compilation and other work on the machine fall into single epochs.
+    epoch_seconds = statistics.median(row["seconds"] for row in history)
+    images = trainer.source.steps * trainer.source.batch
     return {
         "run": dataclasses.asdict(run),
         "title": trainer.method.title,
@@ -362,7 +365,7 @@ def _record(trainer: Trainer, history: list[dict[str, float]]) -> dict[str, Any]
         "final": history[-1].get("accuracy"),
         "best": max((row["accuracy"] for row in history if "accuracy" in row), default=None),
         "seconds": seconds,
-        "images_per_second": images / seconds,
+        "images_per_second": images / epoch_seconds,
         "flops_ratio": flops_ratio(
             run, trainer.source, trainer.steps, len(list(trainer.model.parameters()))
         ),

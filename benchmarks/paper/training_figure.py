@@ -59,7 +59,7 @@ def write_epochs(
         & set(range(epochs))
     )
     columns = ("epoch", *values)
-    rows = [[str(i + 1), *(f"{v[i]:.4f}" for v in values.values())] for i in shown]
+    rows = [[str(i + 1), *(f"{v[i]:.4g}" for v in values.values())] for i in shown]
     write_tables(options.out, name, title, columns, rows)
     for claim, verdict in verdicts.items():
         print(f"{claim}: {verdict}")
