@@ -79,9 +79,9 @@ def _table(
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        caption=f"seed {options.seed}, {options.epochs} epochs, batch {BATCH}, "
-        f"rho {options.rho}, beta {options.beta}, gamma {options.gamma}. Time (median step) and FLOPs "
-        f"(counted; predicted by the cost model) are against SGD. Sharpness: rise of the training loss at "
+        caption=f"seed {options.seed}, {options.epochs} epochs, batch {BATCH}, rho {options.rho}, "
+        f"beta {options.beta}, gamma {options.gamma}. Time (median step) and FLOPs (counted, and "
+        "predicted by the cost model) are against SGD. Sharpness: rise of the training loss at "
         f"distance {RADIUS} along its gradient. ESAM late: the last layers perturbed, gamma 1.",
     )
     for title in ("method", "best", "final", "images/s", "time", "FLOPs", "predicted", "sharpness"):
