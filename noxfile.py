@@ -1,8 +1,8 @@
 """The one entry point: `nox` runs everything that must pass, `nox -s demo` shows the thing at work.
 
-Sessions share three environments under .nox/, made with pip and reused between runs: a PyTorch
-install is large, so all that need one use the same. `nox -s SESSION -- ARGUMENTS` passes the
-arguments on to what the session runs.
+Sessions share environments under .nox/, made with pip and reused between runs: a PyTorch install
+is large, so all that need one use the same, and add to it what they need beside.
+`nox -s SESSION -- ARGUMENTS` passes the arguments on to what the session runs.
 """
 
 import shutil
@@ -40,38 +40,47 @@ ADAPTERS = {
 #: The extra with which a wheel is tried in an empty environment: Keras needs a backend.
 EXTRAS = {"esam-keras": "[torch]"}
 
-#: What is installed into each shared environment, in addition to pip.
+#: What is installed into each shared environment when it is made.
 ENVIRONMENTS = {
     # NumPy and pytest, nothing else: what esam-core promises to get by with.
     "core": ("-e", "packages/esam-core[test]"),
     "lint": ("ruff",),
+    # What the demo needs.
     "torch": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
-        *("-e", "packages/esam-keras"),
-        *("scikit-learn", "matplotlib", "tqdm", "pytorch-optimizer", "schedulefree"),
-        *("accelerate", "lightning", "tensorboard", "transformers"),
-        *("mypy", "build", "sybil", "sphinx", "myst-parser", "furo"),
+        *("scikit-learn", "matplotlib"),
     ),
 }
 
+#: What is added to it by the sessions that need it.
+ADDITIONS = {
+    "keras": ("-e", "packages/esam-keras"),
+    "trainers": (
+        *("accelerate", "lightning", "pytorch-optimizer", "schedulefree", "tensorboard", "tqdm"),
+        "transformers",
+    ),
+    "checks": ("mypy", "build"),
+    "docs": ("sybil", "sphinx", "myst-parser", "furo"),
+}
 
-def python_of(session: nox.Session, name: str) -> str:
+
+def python_of(session: nox.Session, name: str, *additions: str) -> str:
     """Return the Python of a shared environment, made or brought up to date where needed."""
     folder = ROOT / ".nox" / f"env-{name}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    requirements = ENVIRONMENTS[name]
-    # An environment is as it should be while nothing that decides what goes into it has changed.
-    stamp = folder / "installed.txt"
-    local = [p for p in PACKAGES if any(p in requirement for requirement in requirements)]
-    sources = (CONSTRAINTS, *(ROOT / "packages" / p / "pyproject.toml" for p in local))
-    wanted = "\n".join([sys.version, *requirements, *(s.read_text("utf-8") for s in sources)])
-    if not stamp.exists() or stamp.read_text("utf-8") != wanted:
-        new_environment(session, folder)
-        session.run(
-            *(str(python), "-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS)),
-            *requirements,
-        )
-        stamp.write_text(wanted, "utf-8")
+    for part in (name, *additions):
+        requirements = ENVIRONMENTS[name] if part == name else ADDITIONS[part]
+        # What is installed is as it should be while nothing that decides on it has changed.
+        stamp = folder / f"{part}.txt"
+        local = [p for p in PACKAGES if any(p in requirement for requirement in requirements)]
+        sources = (CONSTRAINTS, *(ROOT / "packages" / p / "pyproject.toml" for p in local))
+        wanted = "\n".join([sys.version, *requirements, *(s.read_text("utf-8") for s in sources)])
+        if not stamp.exists() or stamp.read_text("utf-8") != wanted:
+            if part == name:
+                new_environment(session, folder)
+            install = ("pip", "install", "--quiet", "-c", str(CONSTRAINTS))
+            run(session, str(python), *install, *requirements)
+            stamp.write_text(wanted, "utf-8")
     return str(python)
 
 
@@ -112,7 +121,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def typing(session: nox.Session) -> None:
     """Strict mypy over the packages."""
-    python = python_of(session, "torch")
+    python = python_of(session, "torch", "keras", "trainers", "checks")
     for package in PACKAGES:
         run(session, python, "mypy", f"packages/{package}/src")
 
@@ -120,7 +129,7 @@ def typing(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
     """Wheels and sdists into dist/, tests of them, the kit on each in an empty environment."""
-    python = python_of(session, "torch")
+    python = python_of(session, "torch", "keras", "checks")
     shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
         source = f"packages/{package}"
@@ -143,7 +152,7 @@ def build(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """The pages, in docs/_build/html, and every Python block of them and of the READMEs."""
-    python = python_of(session, "torch")
+    python = python_of(session, "torch", "keras", "trainers", "docs")
     run(session, python, "sphinx", *("-E", "-W", "--keep-going", "-q", "docs", "docs/_build/html"))
     run(session, python, "pytest", "tests/docs", *session.posargs)
 
@@ -151,7 +160,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def conformance(session: nox.Session) -> None:
     """The conformance kit without pytest, on the reference and on each backend."""
-    python = python_of(session, "torch")
+    python = python_of(session, "torch", "keras")
     for adapter in session.posargs or ADAPTERS.values():
         run(session, python, "esam_core.conformance", adapter)
 
@@ -165,8 +174,8 @@ def tests_core(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests_torch(session: nox.Session) -> None:
-    """esam-torch's tests and its docstrings' examples."""
-    python = python_of(session, "torch")
+    """esam-torch's tests and its docstrings' examples; the benchmarks' and the demo's tests."""
+    python = python_of(session, "torch", "trainers")
     where = ("tests/torch", "tests/benchmarks", "tests/demo", "packages/esam-torch/src")
     run_pytest(session, python, *where)
 
@@ -181,5 +190,5 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """What a step costs, in time and FLOPs, against the base optimizer's."""
-    python = python_of(session, "torch")
+    python = python_of(session, "torch", "trainers")
     session.run(python, "-m", "benchmarks", *(session.posargs or ["speed"]))
