@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images, "
         f"{data.classes} classes; {options.epochs} epochs with each method"
     )
+    if options.device == "cpu" and len(data.train) > 10_000:
+        console.print("On a CPU, so many images take hours: --device cuda, or a smaller --epochs.")
     torch.manual_seed(options.seed)
     start = Network(data.shape[0], data.classes).to(options.device)
     models, histories = {}, {}
