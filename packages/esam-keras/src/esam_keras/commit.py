@@ -57,7 +57,8 @@ def step(training: Any, current: Any, data: Any) -> dict[str, Any]:
         for variable, before, after in assigned:
             if after is not before:
                 variable.assign(after)
-        native.apply(model.optimizer, outcome.gradients, model.trainable_variables)
+        with esam.stepping():
+            native.apply(model.optimizer, outcome.gradients, model.trainable_variables)
 
     current.report = outcome.report
     if esam.config.on_nonfinite == "propagate":

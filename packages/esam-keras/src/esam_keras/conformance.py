@@ -182,8 +182,7 @@ class KerasSession:
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
         """Make one whole training step, by `train_on_batch`."""
         inputs = np.array(batch.inputs)
-        if inputs.dtype.kind == "f":
-            inputs = inputs.astype(self.dtype)
+        inputs = inputs.astype(self.dtype if inputs.dtype.kind == "f" else "int32")
         targets = np.array(batch.targets)
         with _floatx(self.dtype):
             if self.esam is not None:
@@ -331,7 +330,7 @@ class KerasAdapter:
             model = keras.Sequential(
                 [
                     keras.Input(
-                        inputs.shape[1:], dtype=dtype if inputs.dtype.kind == "f" else "int64"
+                        inputs.shape[1:], dtype=dtype if inputs.dtype.kind == "f" else "int32"
                     ),
                     *(_layer(layer, dtype, seed) for layer in problem.layers),
                     watch,

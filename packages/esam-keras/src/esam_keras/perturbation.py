@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+import numpy as np
 from keras import ops
 
 from esam_core import ESAMConfig
@@ -66,7 +68,7 @@ def perturb(
     length = _norm(lengths, factors, config.norm)
     finite = ops.isfinite(length)
     divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
-    common = config.rho / divisor
+    common = _representable(config.rho, divisor) / divisor
     found: list[Tensor | None] = []
     for direction, factor, s in zip(directions, factors, scale):
         if direction is None or _is_zero(s):
@@ -83,6 +85,12 @@ def widened(gradient: Tensor) -> Tensor:
     """Return a gradient in float32 or wider."""
     narrow = ops.dtype(gradient) if hasattr(ops, "dtype") else str(gradient.dtype)
     return ops.cast(gradient, "float32") if "16" in str(narrow) else gradient
+
+
+def _representable(number: float, like: Tensor) -> float:
+    """Return a number as a tensor's dtype has it: infinite where it is too large, silently."""
+    largest = float(np.finfo(keras.backend.standardize_dtype(like.dtype)).max)
+    return number if number <= largest else float("inf")
 
 
 def _norm(lengths: Sequence[Tensor | None], factors: Sequence[Tensor], norm: str) -> Tensor:

@@ -99,7 +99,8 @@ def step(training: Any, current: Any, state: Any, data: Any) -> tuple[dict[str, 
         jnp.zeros_like(v) if g is None else g
         for g, v in zip(outcome.gradients, trainable, strict=True)
     ]
-    moved, updated = model.optimizer.stateless_apply(variables, gradients, trainable)
+    with esam.stepping():
+        moved, updated = model.optimizer.stateless_apply(variables, gradients, trainable)
     updated = _with_own(training, updated, variables, outcome.report, batch_size(batch[0]))
     logs, counted = metrics_after(model, outcome.ascent, batch)
     after = (moved, outcome.ascent.state.non_trainable, updated, counted)

@@ -132,8 +132,7 @@ class Training:
             raise ESAMRuntimeError("A step of this model is already under way.")
         self.current = Current(plan, inputs)
         try:
-            with self.esam.stepping():
-                yield self.current
+            yield self.current
         finally:
             self.current = None
 

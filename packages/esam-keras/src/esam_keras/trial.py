@@ -32,8 +32,7 @@ def total_of_a_few(
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         x, y, sample_weight = tree.map_structure(_first, (x, y, sample_weight))
         y_pred = tree.map_structure(_made_up, _output_spec(model, x, state))
-        values = [] if state is None else _mapping(model, state)
-        with keras.StatelessScope(values):
+        with keras.StatelessScope(_mapping(model, state)):
             factor = ops.convert_to_tensor(factors)
             with weighted(model, route, (x, y, sample_weight), factor) as (x, y, weights):
                 loss = model._compute_loss(
@@ -78,13 +77,17 @@ def _made_up(spec: Any) -> Any:
 
 
 def _mapping(model: keras.Model, state: Any) -> list[tuple[Any, Any]]:
-    """Return the pairs of variables and values of JAX's state."""
+    """Return the pairs of variables and values, the latter from JAX's state where there is one."""
     groups = (
         model.trainable_variables,
         model.non_trainable_variables,
         model.optimizer.variables,
         model.metrics_variables,
     )
+    if state is None:
+        return [(variable, variable.value) for group in groups for variable in group]
     return [
-        pair for group, values in zip(groups, state, strict=True) for pair in zip(group, values)
+        pair
+        for group, values in zip(groups, state, strict=True)
+        for pair in zip(group, values, strict=True)
     ]

@@ -1,0 +1,43 @@
+"""The conformance kit on esam-keras: uncompiled in full, and compiled."""
+
+import pytest
+
+from esam_core.conformance.testing import conformance
+from esam_keras.conformance import KerasAdapter, adapter
+
+#: Checks of what compilation could change: which masks, which samples, which numbers.
+COMPILED = (
+    "check_rho_zero_is_the_base_optimizer",
+    "check_everything_is_sam",
+    "check_each_step_has_its_own_mask",
+    "check_perturbation_follows_the_mask",
+    "check_random_suffix",
+    "check_schedules",
+    "check_norm_modes",
+    "check_largest_increases_are_selected",
+    "check_ties_go_to_the_lower_index",
+    "check_proportional_selection",
+    "check_running_statistics_are_updated_once",
+    "check_one_selected_sample_with_batchnorm",
+    "check_descent_pass_sees_the_same_noise",
+    "check_overflow_at_the_peak",
+    "check_nonfinite_steps_are_skipped",
+    "check_resuming",
+)
+
+
+@conformance(adapter)
+def test_uncompiled(run):
+    run()
+
+
+@pytest.mark.backends("tensorflow", "jax")
+@conformance(KerasAdapter(run_eagerly=False))
+def test_compiled(run, request):
+    if not any(f"[{name}]" in request.node.name for name in COMPILED):
+        pytest.skip("compilation does not bear on it")
+    run()
+
+
+def test_what_cannot_be_shown_is_declared():
+    assert set(adapter.gaps) == {"backward", "groups"}
