@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             device="cpu",
             batch=64,
             lr=0.1,
-            out=Path("out/benchmarks/accuracy"),
+            out=Path("benchmarks/out/accuracy"),
         )
         options = parser.parse_args(arguments)
     for method in options.methods:

@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             warmup=1,
             masks=10,
             device="cpu",
-            out=Path("out/benchmarks/speed"),
+            out=Path("benchmarks/out/speed"),
         )
         options = parser.parse_args(arguments)
     if options.narrow is None:

@@ -58,7 +58,7 @@ def parse(
     options = parser.parse_args(arguments)
     if options.quick:
         # The out folder of a quick run is ignored by git: such figures say only that it runs.
-        parser.set_defaults(**{**QUICK, "out": Path("out/benchmarks") / name, **(quick or {})})
+        parser.set_defaults(**{**QUICK, "out": Path("benchmarks/out") / name, **(quick or {})})
         options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -125,7 +125,7 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
             layers=[2, 4, 8], betas=[0.2, 0.4, 0.6, 0.8], width=192, batch=96, repeats=4, masks=40
         )
         options = parser.parse_args(arguments)
-    place = "out/benchmarks" if options.quick else "benchmarks/results"
+    place = "benchmarks/out" if options.quick else "benchmarks/results"
     out = options.out or Path(place) / name
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
