@@ -184,7 +184,9 @@ class Step:
         perturbed = self._perturbed
         wanted = perturbed
         if self.config.norm == "full":
-            wanted = perturbed + [t for t in self._perturbable if t not in set(perturbed)]
+            # Of everything that is trained, whether it may be perturbed or not.
+            trained = [t for t, p in enumerate(self.parameters) if p.tensor.requires_grad]
+            wanted = perturbed + [t for t in trained if t not in set(perturbed)]
         tensors = [self.parameters[t].tensor for t in wanted]
         if self.shards is None:
             found = ascent_gradients(values.mean(), tensors, scaler=self.scaler)
