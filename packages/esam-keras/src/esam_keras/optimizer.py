@@ -214,7 +214,9 @@ class ESAM(keras.optimizers.Optimizer):
         trainable, base = self.base_optimizer.stateless_apply(
             optimizer_variables[own:], grads, trainable_variables
         )
-        return trainable, [*optimizer_variables[:own], *base]
+        # A loss scaler hands over its scope's variables, and wants their values back.
+        mine = [v.value if isinstance(v, keras.Variable) else v for v in optimizer_variables[:own]]
+        return trainable, [*mine, *base]
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Refuse: updates are the base optimizer's, and come through `apply`."""

@@ -9,11 +9,12 @@ from typing import Any
 import keras
 from keras import tree
 
-from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError, StepReport
+from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.sds import subset_size
 from esam_keras.losses import find_route
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner
+from esam_keras.report import KerasReport
 from esam_keras.trial import total_of_a_few
 from esam_keras.units import unit_records
 
@@ -150,7 +151,7 @@ class Training:
         whole = sum(u.size for u, p in zip(units, self._planner.allowed, strict=True) if p)
         share = sum(unit.size for unit in chosen) / whole if chosen else 0.0
         losses, indices = arrays.get("losses"), arrays.get("indices")
-        self.esam._report = StepReport(
+        self.esam._report = KerasReport(
             count=count,
             perturbed=() if skipped else tuple(unit.name for unit in chosen),
             weight_share=0.0 if skipped else share * (drawn.mask.weight_beta or 1.0),

@@ -1,0 +1,50 @@
+"""The step report over Keras's tensors, of whichever backend."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from esam_core import StepReport
+
+__all__ = ["KerasReport"]
+
+
+@dataclass(frozen=True)
+class KerasReport(StepReport):
+    """A `StepReport` whose properties are computed by `keras.ops`: TensorFlow's have no methods.
+
+    `losses` is None where the loss has no value a sample.
+    """
+
+    @property
+    def loss(self) -> Any:
+        return None if self.losses is None else ops.mean(self.losses)
+
+    @property
+    def perturbed_loss(self) -> Any:
+        return None if self.perturbed_losses is None else ops.mean(self.perturbed_losses)
+
+    @property
+    def sharpness(self) -> Any:
+        return None if self.increases is None else ops.mean(self.increases)
+
+    @property
+    def selected_sharpness(self) -> Any:
+        if self.increases is None or self.indices is None:
+            return None
+        return ops.mean(ops.take(self.increases, self.indices, axis=0))
+
+    @property
+    def rejected_sharpness(self) -> Any:
+        if self.increases is None or self.indices is None:
+            return None
+        rejected = len(self.losses) - len(self.indices)
+        chosen = ops.take(self.increases, self.indices, axis=0)
+        return (ops.sum(self.increases) - ops.sum(chosen)) / rejected
+
+    @property
+    def threshold(self) -> Any:
+        if self.increases is None or self.indices is None:
+            return None
+        return ops.sort(self.increases)[len(self.losses) - len(self.indices)]

@@ -1,0 +1,162 @@
+"""Loss and metrics are those of the pass at theta; sharpness and the selected share join them."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from esam_keras import ESAM, Between, Everything, TopLoss
+from tests.keras.scene import Oracle, cross_entropy, data, mlp, trainable, weights
+
+X, Y = data()
+
+
+class Watch(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.logs, self.reports = [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs.append({name: float(value) for name, value in logs.items()})
+        self.reports.append(self.model.optimizer.report)
+
+
+def test_loss_and_metrics_are_those_at_theta_once_on_the_whole_batch():
+    class Counts(keras.metrics.Metric):
+        def __init__(self):
+            super().__init__(name="seen")
+            self.seen = self.add_variable((), "zeros", name="seen")
+
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            self.seen.assign_add(ops.cast(ops.shape(y_pred)[0], "float32"))
+
+        def result(self):
+            return self.seen + 0.0
+
+    model = mlp()
+    settings = {"loss": cross_entropy(), "metrics": ["accuracy", Counts()]}
+    model.compile(ESAM(keras.optimizers.SGD(0.1), rho=0.5), **settings)
+    expected = model.evaluate(X, Y, verbose=0, return_dict=True)
+    logs = model.train_on_batch(X, Y, return_dict=True)
+    for name in ("loss", "accuracy", "seen"):
+        np.testing.assert_allclose(float(logs[name]), expected[name], rtol=1e-5)
+
+
+def test_sharpness_is_the_mean_rise_of_the_losses():
+    model = mlp()
+    oracle = Oracle(model, {"loss": cross_entropy()}, (X, Y))
+    climbed = oracle.climbed(rho=0.3)
+    rise = oracle.single_losses(climbed) - oracle.single_losses(trainable(model))
+    model.compile(ESAM(keras.optimizers.SGD(0.1), rho=0.3, beta=1.0, gamma=0.3), cross_entropy())
+    logs = model.train_on_batch(X, Y, return_dict=True)
+    np.testing.assert_allclose(float(logs["sharpness"]), rise.mean(), rtol=1e-3)
+    np.testing.assert_allclose(float(logs["sample_share"]), 4 / 12, rtol=1e-6)
+
+
+def test_history_has_the_means_of_the_epoch():
+    watch = Watch()
+    model = mlp()
+    model.compile(ESAM(keras.optimizers.SGD(0.1), rho=0.3, gamma=0.5, beta=1.0), cross_entropy())
+    history = model.fit(
+        *data(11), batch_size=4, epochs=2, verbose=0, shuffle=False, callbacks=[watch]
+    ).history
+    rises = [float(r.sharpness) for r in watch.reports]
+    for epoch in range(2):
+        part = slice(3 * epoch, 3 * epoch + 3)
+        np.testing.assert_allclose(history["sharpness"][epoch], np.mean(rises[part]), rtol=1e-5)
+        np.testing.assert_allclose(
+            history["sample_share"][epoch], np.mean([2 / 4, 2 / 4, 2 / 3]), rtol=1e-6
+        )
+
+
+def test_validation_has_no_sharpness():
+    model = mlp()
+    model.compile(ESAM("sgd"), cross_entropy(), metrics=["accuracy"])
+    history = model.fit(X, Y, validation_data=(X, Y), verbose=0).history
+    assert set(history) == {
+        "loss",
+        "accuracy",
+        "sharpness",
+        "sample_share",
+        "val_loss",
+        "val_accuracy",
+    }
+    assert set(model.evaluate(X, Y, verbose=0, return_dict=True)) == {"loss", "accuracy"}
+
+
+def test_they_can_be_turned_off():
+    model = mlp()
+    model.compile(ESAM("sgd", logs=False), cross_entropy())
+    assert list(model.fit(X, Y, verbose=0).history) == ["loss"]
+
+
+def test_what_no_step_computes_is_not_logged():
+    for selector in ({"gamma": 1.0}, {"select": TopLoss(0.5)}):
+        model = mlp()
+        model.compile(ESAM("sgd", **selector), cross_entropy())
+        assert list(model.fit(X, Y, verbose=0).history) == ["loss", "sample_share"]
+
+
+def test_steps_that_had_no_reason_to_compute_it_do_not_count():
+    watch = Watch()
+    model = mlp()
+    sampler = Between(1, None, Everything())
+    model.compile(ESAM(keras.optimizers.SGD(0.1), rho=0.3, perturb=sampler), cross_entropy())
+    model.fit(X, Y, batch_size=6, verbose=0, shuffle=False, callbacks=[watch])
+    assert np.isnan(watch.logs[0]["sharpness"])
+    rise = float(watch.reports[1].sharpness)
+    np.testing.assert_allclose(watch.logs[1]["sharpness"], rise, rtol=1e-5)
+    assert watch.logs[1]["sample_share"] == 0.75
+
+
+def test_lists_of_train_on_batch_keep_their_length():
+    model = mlp()
+    model.compile(ESAM("sgd"), cross_entropy(), metrics=["accuracy"])
+    assert len(model.train_on_batch(X, Y)) == 2
+    assert len(model.train_on_batch(X, Y, return_dict=True)) == 4
+    model = mlp()
+    model.compile(ESAM("sgd"), cross_entropy())
+    assert np.ndim(model.train_on_batch(X, Y)) == 0
+
+
+def test_metrics_of_several_outputs_are_updated_once():
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(8, activation="tanh")(inputs)
+    model = keras.Model(inputs, [keras.layers.Dense(3, name=n)(hidden) for n in "ab"])
+    targets = [Y, np.eye(3, dtype="float32")[Y]]
+    model.compile(ESAM(keras.optimizers.SGD(0.1), rho=0.5), [cross_entropy(), "mse"])
+    expected = model.evaluate(X, targets, verbose=0, return_dict=True)
+    assert set(expected) == {"loss", "a_loss", "b_loss"}
+    logs = model.train_on_batch(X, targets, return_dict=True)
+    for name, value in expected.items():
+        np.testing.assert_allclose(float(logs[name]), value, rtol=1e-5)
+
+
+def test_a_report_of_every_step():
+    model = mlp()
+    model.compile(ESAM(keras.optimizers.SGD(0.1), rho=0.3, beta=1.0, gamma=0.5), cross_entropy())
+    assert model.optimizer.report is None
+    before = weights(model)
+    model.train_on_batch(X, Y)
+    report = model.optimizer.report
+    assert report.losses.shape == report.perturbed_losses.shape == (12,)
+    assert report.indices.shape == report.sample_weights.shape == (6,)
+    np.testing.assert_allclose(float(report.perturbation_norm), 0.3, rtol=1e-5)
+    assert len(report.perturbed) == len(before) == 6
+    assert report.weight_share == 1.0
+    assert float(report.selected_sharpness) > float(report.rejected_sharpness)
+    rises = np.sort(ops.convert_to_numpy(report.increases))
+    np.testing.assert_allclose(float(report.threshold), rises[6], rtol=1e-6)
+    np.testing.assert_allclose(float(report.sharpness), rises.mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        float(report.perturbed_loss), float(report.loss) + rises.mean(), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("score", ["sharpness", "sample_share"])
+def test_callbacks_can_monitor_them(score):
+    model = mlp()
+    model.compile(ESAM("sgd"), cross_entropy())
+    stop = keras.callbacks.EarlyStopping(monitor=score, patience=0, min_delta=10.0, mode="min")
+    history = model.fit(X, Y, epochs=5, verbose=0, callbacks=[stop]).history
+    assert len(history["loss"]) == 2

@@ -1,0 +1,205 @@
+"""Moving statistics and random numbers: once a step, and the same noise in every pass.
+
+The conformance kit proves it for seeded layers; here is what else there is.
+"""
+
+import random
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from esam_keras import ESAM
+from tests.keras.scene import cross_entropy, data, same, weights
+
+X, Y = data()
+
+
+def with_dropout(seed=None):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(32, activation="tanh"),
+            keras.layers.Dropout(0.5, seed=seed),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_the_selection_pass_sees_the_ascents_noise(seed, run_eagerly):
+    # With a radius of nearly nothing, all that could move a loss is other noise.
+    model = with_dropout(seed)
+    model.compile(ESAM("sgd", rho=1e-7, beta=1.0), cross_entropy(), run_eagerly=run_eagerly)
+    seen = []
+    for _ in range(2):
+        model.train_on_batch(X, Y)
+        report = model.optimizer.report
+        np.testing.assert_allclose(ops.convert_to_numpy(report.increases), 0.0, atol=1e-5)
+        seen.append(ops.convert_to_numpy(report.losses))
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+
+
+def test_random_state_goes_on_as_one_forward_leaves_it():
+    models = []
+    for rho in (0.0, 0.3):
+        keras.utils.set_random_seed(1)
+        model = with_dropout()
+        model.compile(ESAM(keras.optimizers.SGD(0.0), rho=rho), cross_entropy())
+        losses = [float(model.train_on_batch(X, Y)) for _ in range(3)]
+        models.append(losses)
+    np.testing.assert_allclose(models[0], models[1], rtol=1e-6)
+
+
+def test_global_generators_of_python_and_numpy_are_left_alone():
+    model = with_dropout()
+    model.compile(ESAM("sgd"), cross_entropy())
+    model.train_on_batch(X, Y)
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    model.train_on_batch(X, Y)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
+
+
+def test_moving_statistics_are_those_of_a_base_step():
+    def build():
+        keras.utils.set_random_seed(3)
+        return keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Dense(8),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(3),
+            ]
+        )
+
+    statistics = []
+    for optimizer in (keras.optimizers.SGD(0.1), ESAM(keras.optimizers.SGD(0.1), rho=0.5)):
+        model = build()
+        model.compile(optimizer, cross_entropy())
+        model.train_on_batch(X, Y)
+        statistics.append([np.array(v.value) for v in model.layers[1].non_trainable_variables])
+    for a, b in zip(*statistics, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.backends("tensorflow", "torch")
+def test_unseeded_noise_of_a_layer_of_ones_own_is_replayed():
+    class Noise(keras.layers.Layer):
+        def call(self, x):
+            return x + keras.random.normal(ops.shape(x))
+
+    keras.random.normal((1,))  # Keras makes its global generator when it is first used
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(8), Noise(), keras.layers.Dense(3)]
+    )
+    model.compile(ESAM("sgd", rho=1e-7, beta=1.0), cross_entropy())
+    seen = []
+    for _ in range(2):
+        model.train_on_batch(X, Y)
+        report = model.optimizer.report
+        np.testing.assert_allclose(ops.convert_to_numpy(report.increases), 0.0, atol=1e-5)
+        seen.append(ops.convert_to_numpy(report.losses))
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+
+
+@pytest.mark.backends("torch")
+class TestTorchModules:
+    """Modules of torch in a Keras model."""
+
+    def model(self):
+        import torch
+
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(
+            torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.2)
+        )
+        model = keras.Sequential(
+            [keras.Input((6,)), keras.layers.TorchModuleWrapper(module), keras.layers.Dense(3)]
+        )
+        model(X, training=False)  # builds it
+        return model
+
+    def test_are_perturbed(self):
+        model = self.model()
+        optimizer = ESAM(keras.optimizers.SGD(0.1), rho=0.3, beta=1.0, gamma=1.0)
+        model.compile(optimizer, cross_entropy())
+        model.train_on_batch(X, Y)
+        assert len(optimizer.report.perturbed) == 6
+        np.testing.assert_allclose(float(optimizer.report.perturbation_norm), 0.3, rtol=1e-5)
+
+    def test_take_the_gradient_at_the_peak(self):
+        # Against torch's own functional call, with all noise off.
+        import torch
+
+        model = self.model()
+        module = model.layers[0].module
+        module[2].p = 0.0
+        theta = [v.value.detach().clone() for v in model.trainable_variables]
+        names = [n for n, _ in module.named_parameters()]
+        x, y = torch.from_numpy(X), torch.from_numpy(Y)
+
+        def gradient(values):
+            leaves = [v.clone().requires_grad_() for v in values]
+            own = dict(zip(names, leaves[:4], strict=True))
+            buffers = {n: b.clone() for n, b in module.named_buffers()}
+            hidden = torch.func.functional_call(module, {**own, **buffers}, (x,))
+            logits = hidden @ leaves[4] + leaves[5]
+            return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, y), leaves)
+
+        module.train()
+        g = gradient(theta)
+        length = torch.sqrt(sum((a * a).sum() for a in g))
+        descent = gradient([t + 0.3 * a / length for t, a in zip(theta, g, strict=True)])
+        model.compile(
+            ESAM(keras.optimizers.SGD(0.1), rho=0.3, beta=1.0, gamma=1.0), cross_entropy()
+        )
+        model.train_on_batch(X, Y)
+        for v, t, d in zip(model.trainable_variables, theta, descent, strict=True):
+            torch.testing.assert_close(v.value.detach(), t - 0.1 * d, rtol=1e-4, atol=1e-6)
+
+    def test_buffers_are_updated_once(self):
+        model = self.model()
+        norm = model.layers[0].module[1]
+        x = model.layers[0].module[0](keras.ops.convert_to_tensor(X)).detach()
+        model.compile(ESAM("sgd", rho=0.3), cross_entropy())
+        model.train_on_batch(X, Y)
+        np.testing.assert_allclose(norm.running_mean, 0.1 * x.mean(0), rtol=1e-4, atol=1e-6)
+        assert int(norm.num_batches_tracked) == 1
+
+    def test_noise_is_replayed(self):
+        model = self.model()
+        model.compile(ESAM("sgd", rho=1e-7, beta=1.0), cross_entropy())
+        model.train_on_batch(X, Y)
+        np.testing.assert_allclose(model.optimizer.report.increases, 0.0, atol=1e-4)
+
+    def test_one_selected_sample_uses_running_statistics(self):
+        model = self.model()
+        model.compile(ESAM("sgd", rho=0.3, gamma=0.05), cross_entropy())
+        model.train_on_batch(X, Y)
+        assert len(model.optimizer.report.indices) == 1
+        assert all(np.isfinite(w).all() for w in weights(model))
+
+
+@pytest.mark.backends("torch")
+def test_a_failing_step_leaves_torchs_generator_alone():
+    import torch
+
+    class Fails(keras.layers.Layer):
+        def call(self, x):
+            if fail:
+                raise RuntimeError("now")
+            return x
+
+    fail = False
+    model = with_dropout()
+    model.add(Fails())
+    model.compile(ESAM("sgd"), cross_entropy())
+    model.train_on_batch(X, Y)
+    before, state = weights(model), torch.get_rng_state()
+    fail = True
+    with pytest.raises(RuntimeError, match="now"):
+        model.train_on_batch(X, Y)
+    same(weights(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
