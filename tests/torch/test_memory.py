@@ -1,7 +1,5 @@
 """Extra memory at the peak: a copy of the perturbed weights, and nothing kept between steps."""
 
-import gc
-
 import pytest
 import torch
 from benchmarks.memory import LiveBytes, Meter
@@ -44,11 +42,9 @@ def peak_of(model, base, optimizer, *, stale=False):
     step()
     if not stale:
         base.zero_grad()
-    gc.collect()
     meter = Meter(torch.device("cpu"))
     peak = meter.peak(step)
     base.zero_grad()
-    gc.collect()
     return peak, meter.now
 
 
@@ -105,11 +101,9 @@ def test_a_report_keeps_nothing_large():
 
     optimizer.backward(losses, *data())
     base.zero_grad()
-    gc.collect()
     with LiveBytes() as live:
         reports.extend(optimizer.backward(losses, *data()) for _ in range(3))
         base.zero_grad()
-        gc.collect()
     assert live.now <= 0.02 * WEIGHTS
     assert len(reports) == 3
 

@@ -45,6 +45,15 @@ class RandomState:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy values in few kernels: those of one device and type together."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, target in enumerate(targets):
+        kinds.setdefault((target.device, target.dtype), []).append(i)
+    for places in kinds.values():
+        torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
+
+
 class Buffers:
     """Copies of the buffers of all modules in training mode (BatchNorm's statistics, say).
 
@@ -58,15 +67,16 @@ class Buffers:
             if module.training
             for name, buffer in module.named_buffers(recurse=False)
         ]
-        self._copies = [buffer.data.clone() for _, _, buffer in self._places]
+        self._values = [buffer.data for _, _, buffer in self._places]
+        self._copies = [torch.empty_like(values) for values in self._values]
+        _copy(self._copies, self._values)
 
     def restore(self) -> None:
         """Copy the values back, into the same tensors, also where a forward put others there."""
         for module, name, buffer in self._places:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
-        if self._places:
-            torch._foreach_copy_([buffer.data for _, _, buffer in self._places], self._copies)
+        _copy(self._values, self._copies)
 
 
 class Gradients:
@@ -99,8 +109,7 @@ class Weights:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._weights = [local(p.data) for p in parameters]
         self._copies = [torch.empty_like(weight) for weight in self._weights]
-        if self._weights:
-            torch._foreach_copy_(self._copies, self._weights)
+        _copy(self._copies, self._weights)
 
     def add(self, perturbations: Sequence[Tensor]) -> None:
         """Go to theta + epsilon."""
@@ -124,8 +133,7 @@ class Weights:
 
     def restore(self) -> None:
         """Go back to theta, bit for bit."""
-        if self._weights:
-            torch._foreach_copy_(self._weights, self._copies)
+        _copy(self._weights, self._copies)
 
 
 def is_half(tensor: Tensor) -> bool:
