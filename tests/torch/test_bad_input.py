@@ -149,6 +149,18 @@ def test_packed_sequences_are_refused_by_name():
     refuses(optimizer, losses, packed, error=ESAMTypeError, match=r"PackedSequence.*padded")
 
 
+def test_nested_tensors_are_refused_by_name():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
+    nested = torch.nested.nested_tensor([torch.randn(n, 3) for n in (2, 5, 1)], layout=torch.jagged)
+
+    def losses(nested):
+        return torch.stack([row.square().mean() for row in model(nested).unbind()])
+
+    refuses(optimizer, losses, nested, error=ESAMTypeError, match=r"NestedTensor.*padded")
+
+
 def test_batches_are_not_changed():
     model, optimizer = make()
     x, y = batch()

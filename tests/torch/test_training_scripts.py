@@ -145,6 +145,19 @@ def test_a_scheduler_of_the_base_optimizer():
     assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
 
 
+def test_swalr():
+    """The one scheduler that torch keeps elsewhere."""
+    model = net()
+    optimizer = esam(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.02, anneal_epochs=2)
+    for seed in range(3):
+        optimizer.step(losses_of(model), *batch(seed=seed))
+        averaged.update_parameters(model)
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["backward", "step(losses)"])
 @pytest.mark.parametrize("name", every_scheduler())
 def test_every_scheduler_without_a_warning(name, whole):

@@ -94,15 +94,17 @@ def check_rows(batch: Any, batch_size: int, *, selecting: bool) -> None:
 
     Raises:
         ESAMValueError: no tensor of the batch has b rows.
-        ESAMTypeError: it holds a PackedSequence, whose rows are not samples.
+        ESAMTypeError: it holds a PackedSequence or a nested tensor, which cannot be sliced.
     """
     leaves: list[Any] = []
     mapped(batch, leaves.append)
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    if selecting and any(isinstance(x, PackedSequence) for x in leaves):
+    ragged = [x for x in leaves if isinstance(x, PackedSequence) or getattr(x, "is_nested", False)]
+    if selecting and ragged:
         raise ESAMTypeError(
-            "The batch must hold one row a sample, and a PackedSequence does not. Pass the padded "
-            "tensor and the lengths, and call pack_padded_sequence within `losses`."
+            "The batch must hold tensors with one row a sample, from which samples can be taken. "
+            f"Received: a {type(ragged[0]).__name__}. Pass the padded tensor and the lengths, and "
+            "pack or nest them within `losses`."
         )
     if any(_has_rows(x, batch_size) for x in tensors) or not (tensors or selecting):
         return
