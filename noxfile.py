@@ -28,6 +28,9 @@ PARTS = (
     "conformance",
     "tests_core",
     "tests_torch",
+    "tests_keras(tensorflow)",
+    "tests_keras(jax)",
+    "tests_keras(torch)",
 )
 
 #: What the conformance kit is run on, without pytest: in `conformance`, and from each built wheel.
@@ -55,6 +58,7 @@ ENVIRONMENTS = {
 #: What is added to it by the sessions that need it.
 ADDITIONS = {
     "keras": ("-e", "packages/esam-keras"),
+    "backends": ("tensorflow-cpu", "jax"),
     "trainers": (
         *("accelerate", "lightning", "pytorch-optimizer", "schedulefree", "tensorboard", "tqdm"),
         "transformers",
@@ -178,6 +182,14 @@ def tests_torch(session: nox.Session) -> None:
     python = python_of(session, "torch", "trainers")
     where = ("tests/torch", "tests/benchmarks", "tests/demo", "packages/esam-torch/src")
     run_pytest(session, python, *where)
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("backend", [nox.param(name, id=name) for name in ("tensorflow", "jax", "torch")])
+def tests_keras(session: nox.Session, backend: str) -> None:
+    """esam-keras's tests and its docstrings' examples: one Keras backend a process."""
+    python = python_of(session, "torch", "keras", "backends")
+    run_pytest(session, python, "tests/keras", "packages/esam-keras/src", keras=backend)
 
 
 @nox.session(venv_backend="none")
