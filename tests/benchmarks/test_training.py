@@ -129,3 +129,13 @@ def test_m_sharpness_is_the_mean_of_the_parts_own_sam_gradients() -> None:
         part.stepper.step(part.losses, a, b)
         expected += part.model.head.weight.grad / 2
     torch.testing.assert_close(got, expected)
+
+
+def test_bf16_and_channels_last_train_too() -> None:
+    trainer = Trainer(Run(method="esam", bf16=True, channels_last=True, **SMALL))
+    x, _ = next(trainer.source.epoch(0))
+    assert trainer.model.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    first, second = (trainer.train_epoch(epoch)["train_loss"] for epoch in range(2))
+    assert second < first
+    assert trainer.test()["accuracy"] > 10
