@@ -1,5 +1,6 @@
 """The optimizer: any Keras optimizer, and what the training step needs to know beside it."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -274,7 +275,7 @@ class ESAM(keras.optimizers.Optimizer):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "ESAM":
         """Return the optimizer that `get_config` described."""
-        arguments = dict(config)
+        arguments = copy.deepcopy(config)  # Keras writes into what it reads
         base = keras.saving.deserialize_keras_object(
             arguments.pop("base_optimizer"), custom_objects=custom_objects
         )

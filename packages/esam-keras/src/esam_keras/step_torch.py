@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import torch
 
+from esam_core import ESAMValueError
 from esam_keras.commit import step
 from esam_keras.plan import Drawn
 from esam_keras.torch_state import UnknownState
@@ -130,6 +131,11 @@ def _device(inputs: dict[str, Any]) -> dict[str, Tensor]:
 def make_train_function(training: Any) -> Callable[[Any], dict[str, Any]]:
     """Return what `fit` calls: a list with one batch to logs."""
     model = training.model
+    if model.steps_per_execution > 1:
+        raise ESAMValueError(
+            "`steps_per_execution` must be 1 with the PyTorch backend. "
+            f"Received: steps_per_execution={model.steps_per_execution}."
+        )
 
     def of_the_model(training: Any, current: Any, data: Any) -> dict[str, Any]:  # noqa: ARG001
         return model.train_step(data)  # type: ignore[no-any-return]
