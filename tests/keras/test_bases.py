@@ -4,9 +4,6 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-
-from esam_core import ESAMTypeError, NonFiniteError
-from esam_keras import ESAM, Every, Everything
 from tests.keras.scene import (
     Oracle,
     assign,
@@ -18,6 +15,9 @@ from tests.keras.scene import (
     trainable,
     weights,
 )
+
+from esam_core import ESAMTypeError, NonFiniteError
+from esam_keras import ESAM, Every, Everything
 
 X, Y = data(16)
 SCHEDULE = keras.optimizers.schedules
@@ -165,8 +165,9 @@ def test_mixed_precision_trains(policy, auto_scale_loss):
     assert all(v.dtype == "float32" for v in model.trainable_variables)
 
 
+@pytest.mark.usefixtures("policy")
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
-def test_the_scale_enters_neither_radius_nor_update(policy):
+def test_the_scale_enters_neither_radius_nor_update():
     def after(optimizer, **kwargs):
         keras.utils.set_random_seed(5)
         model = mlp()
@@ -185,9 +186,10 @@ def test_the_scale_enters_neither_radius_nor_update(policy):
         np.testing.assert_allclose(found[1:], plain[1:], rtol=1e-2)
 
 
+@pytest.mark.usefixtures("policy")
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
 @pytest.mark.parametrize("where", ["outside", "inside"])
-def test_an_overflow_skips_the_update_and_halves_the_scale(policy, where):
+def test_an_overflow_skips_the_update_and_halves_the_scale(where):
     def scaler(inner):
         return keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**40)
 

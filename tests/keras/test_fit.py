@@ -3,10 +3,10 @@
 import keras
 import numpy as np
 import pytest
+from tests.keras.scene import close, cross_entropy, data, mlp, same, trainable, weights
 
 from esam_core import ESAMValueError
 from esam_keras import ESAM, Suffix
-from tests.keras.scene import close, cross_entropy, data, mlp, same, trainable, weights
 
 X, Y = data(20)
 BACKEND = keras.backend.backend()
@@ -173,7 +173,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_kinds_of_input(kind):
-    if kind == "tf.data" and BACKEND == "torch" or kind == "DataLoader" and BACKEND != "torch":
+    if (kind == "tf.data" and BACKEND == "torch") or (kind == "DataLoader" and BACKEND != "torch"):
         pytest.skip("a second framework in one process")
     expected = fitted(epochs=1)
     keras.utils.set_random_seed(2)

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tests.keras.scene import Oracle, cross_entropy, data, mlp, trainable, weights
 
 from esam_keras import ESAM, Between, Everything, TopLoss
-from tests.keras.scene import Oracle, cross_entropy, data, mlp, trainable, weights
 
 X, Y = data()
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from tests.keras.scene import cross_entropy, data, mlp, same, trainable, weights
 
 from esam_core import ESAMValueError
 from esam_keras import (
@@ -15,7 +16,6 @@ from esam_keras import (
     Suffix,
     TopLoss,
 )
-from tests.keras.scene import cross_entropy, data, mlp, same, trainable, weights
 
 X, Y = data(16)
 

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tests.keras.scene import cross_entropy, data, same, weights
 
 from esam_keras import ESAM
-from tests.keras.scene import cross_entropy, data, same, weights
 
 X, Y = data()
 

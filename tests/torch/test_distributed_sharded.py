@@ -67,9 +67,10 @@ def test_after_a_fault_on_all_ranks_training_goes_on(results):
 
 
 def test_what_cannot_work_is_refused(results):
-    for sync, first_fsdp in value(results, "refusals"):
+    for sync, first_fsdp, loop in value(results, "refusals"):
         assert "set_requires_gradient_sync(False)" in sync
         assert "fully_shard" in first_fsdp
+        assert "fit trains replicas" in loop
 
 
 def test_replicated_shards_and_other_precisions(results):

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from launch import main
 
 from esam_core import NonFiniteError
-from esam_torch import ESAM, All, Bernoulli, Everything, Suffix
+from esam_torch import ESAM, All, Bernoulli, Everything, Suffix, fit
 
 WORLD = 2
 RHO = 0.1
@@ -291,6 +291,11 @@ def case_refusals():
     old = FullyShardedDataParallel(plain(), device_id=torch.device("cpu"), use_orig_params=True)
     try:
         ESAM(sgd(old), old)
+    except TypeError as error:
+        found.append(str(error))
+    model = sharded()
+    try:
+        fit(model, sgd(model), losses_of, [], epochs=1, device="cpu", progress=False)
     except TypeError as error:
         found.append(str(error))
     return found

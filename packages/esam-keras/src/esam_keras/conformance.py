@@ -64,8 +64,8 @@ class _Watch(keras.layers.Layer):
 
     def watch(self, fault: Fault | None) -> None:
         """Forget earlier passes; fail where the fault says."""
-        vars(self)["passes"] = []
-        vars(self)["fault"] = fault
+        self.__dict__["passes"] = []
+        self.__dict__["fault"] = fault
 
     def call(self, x: Any) -> Any:
         self.passes.append(x.shape[0])

@@ -131,7 +131,7 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
     return weight * _expanded(factor, len(weight.shape))
 
 
-# -- the choice of the route ------------------------------------------------------------------------
+# -- the choice of the route -----------------------------------------------------------------------
 
 
 def find_route(model: keras.Model, needed: bool, total: Any) -> str | None:

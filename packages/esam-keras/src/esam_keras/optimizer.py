@@ -172,12 +172,12 @@ class ESAM(keras.optimizers.Optimizer):
 
     def build(self, variables: Sequence[Any]) -> None:
         """Create the base optimizer's variables."""
-        if self.built:
+        if getattr(self, "built", False):
             return
         if not self.base_optimizer.built:
             self.base_optimizer.build(variables)
         # Straight into the instance: Keras would track the model's variables as our own.
-        vars(self)["_trainable_variables"] = list(variables)
+        self.__dict__["_trainable_variables"] = list(variables)
         self.built = True
 
     def scale_loss(self, loss: Any) -> Any:

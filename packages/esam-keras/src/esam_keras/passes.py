@@ -9,7 +9,7 @@ made of them is returned, to be kept by the caller once nothing can fail any mor
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import keras
 from keras import ops, tree
@@ -185,7 +185,7 @@ class Step:
             report["sample_weights"] = selected.weights * ops.cast(poison, selected.weights.dtype)
         return Outcome(gradients, at_theta, finite, report)
 
-    # -- passes -----------------------------------------------------------------------------------
+    # -- passes ------------------------------------------------------------------------------------
 
     def _ascent(self, b: int | Tensor) -> tuple[Evaluated, Ascent, Tensor | None]:
         """Phases 2 and 3: the pass at theta, its gradient for the masked units, and epsilon."""
@@ -236,7 +236,7 @@ class Step:
             return self._evaluate(state, arguments[0]).loss, None
 
         (derivative,), _ = self.backend.gradients(loss, [self._ones(b)])
-        return derivative * ops.cast(b, derivative.dtype)
+        return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
 
     def _descent(
         self,
@@ -269,7 +269,7 @@ class Step:
         gradients, _ = self.backend.gradients(scaled_loss, climbed)
         return gradients
 
-    # -- evaluations --------------------------------------------------------------------------------
+    # -- evaluations -------------------------------------------------------------------------------
 
     def _evaluate(self, state: State, factor: Tensor | None, *, running: bool = False) -> Evaluated:
         """Return the loss of the whole batch in a state, sample i counted factor_i-fold."""
@@ -353,7 +353,7 @@ class Step:
             )
         ]
 
-    # -- small things ---------------------------------------------------------------------------------
+    # -- small things ------------------------------------------------------------------------------
 
     def _selects(self, b: int | Tensor) -> bool:
         """Say whether this step leaves samples out."""
@@ -361,21 +361,21 @@ class Step:
 
     def _scale(self) -> list[Tensor | float | None]:
         """Return m_t / p_t for each variable; None for units that are known to be left alone."""
-        T = len(self.state.trainable)
+        count = len(self.state.trainable)
         if self.plan.scale is None:
             scale = self.inputs["scale"]
-            return [None if t in self.fixed else scale[t] for t in range(T)]
+            return [None if t in self.fixed else scale[t] for t in range(count)]
         return [s if s > 0.0 else None for s in self.plan.scale]
 
     def _ones(self, b: int | Tensor) -> Tensor:
         """Return the factors f_i = 1."""
-        return ops.ones((b,), dtype=_loss_dtype(self.model))
+        return ops.ones((b,), dtype=keras.config.floatx())
 
     def _per_sample(self, derivative: Tensor, b: int | Tensor) -> Tensor:
         """Return l_i from the derivative of the scaled loss by the factors."""
         if self.loss_scale is not None:
             derivative = derivative / ops.cast(self.loss_scale, derivative.dtype)
-        return derivative * ops.cast(b, derivative.dtype)
+        return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Return the loss as the optimizer scales it."""
@@ -395,8 +395,3 @@ class Step:
 def _is_one(b: Any) -> bool:
     """Say whether a batch is known to be a single sample."""
     return isinstance(b, int) and b == 1
-
-
-def _loss_dtype(model: keras.Model) -> str:
-    """Return the dtype in which losses are computed."""
-    return keras.config.floatx()

@@ -53,24 +53,26 @@ def perturb(
         weight_masks: None, or T tensors of 0 and 1 that mask single weights.
     """
     wide = [None if g is None else widened(g) for g in gradients]
-    theta = [ops.cast(p, g.dtype) if g is not None else p for p, g in zip(parameters, wide)]
+    theta = [
+        ops.cast(p, g.dtype) if g is not None else p for p, g in zip(parameters, wide, strict=True)
+    ]
     if config.adaptive:
-        directions = [None if g is None else p * p * g for p, g in zip(theta, wide)]
-        lengths = [None if g is None else p * g for p, g in zip(theta, wide)]
+        directions = [None if g is None else p * p * g for p, g in zip(theta, wide, strict=True)]
+        lengths = [None if g is None else p * g for p, g in zip(theta, wide, strict=True)]
     else:
         directions, lengths = wide, wide
     factors: list[Tensor] = list(scale)
     if weight_masks is not None:
         factors = [
             None if g is None else s * ops.cast(m, g.dtype)
-            for s, m, g in zip(scale, weight_masks, wide)
+            for s, m, g in zip(scale, weight_masks, wide, strict=True)
         ]
     length = _norm(lengths, factors, config.norm)
     finite = ops.isfinite(length)
     divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
     common = _representable(config.rho, divisor) / divisor
     found: list[Tensor | None] = []
-    for direction, factor, s in zip(directions, factors, scale):
+    for direction, factor, s in zip(directions, factors, scale, strict=True):
         if direction is None or _is_zero(s):
             found.append(None)
         else:
@@ -96,7 +98,7 @@ def _representable(number: float, like: Tensor) -> float:
 def _norm(lengths: Sequence[Tensor | None], factors: Sequence[Tensor], norm: str) -> Tensor:
     """Return ||g||; with norm="none", where nothing is divided by, that of "masked"."""
     squares = []
-    for length, factor in zip(lengths, factors):
+    for length, factor in zip(lengths, factors, strict=True):
         if length is None:
             continue
         if norm == "full":

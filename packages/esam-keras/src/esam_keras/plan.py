@@ -8,7 +8,6 @@ the mask makes needless; any other mask is an input that is multiplied in.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 from keras import ops
 
@@ -53,7 +53,8 @@ def select(
     scores = losses if selector.score == "loss" else perturbed_losses - losses
     if selector.rule == "top":
         return Selected(_top(scores, k), _even(k, losses))
-    pi = _inclusion_probabilities(scores, k, b, selector.floor)
+    floor = cast(sds.Proportional, selector).floor  # the rules are these four
+    pi = _inclusion_probabilities(scores, k, b, floor)
     indices = _systematic(pi, k, b, inputs["offset"])
     weights = 1.0 / (ops.cast(b, pi.dtype) * ops.take(pi, indices, axis=0))
     return Selected(indices, ops.cast(weights, losses.dtype))
@@ -104,4 +105,6 @@ def _systematic(pi: Tensor, k: int | Tensor, b: int | Tensor, offset: Tensor) ->
     ends = ops.cumsum(pi)
     points = ops.cast(offset, pi.dtype) + ops.cast(ops.arange(k), pi.dtype)
     found = ops.cast(ops.searchsorted(ends, points, side="right"), "int32")
-    return ops.minimum(found, ops.cast(b, "int32") - 1)
+    # Rounding may leave the last sum a hair short, and so run off the end: no sample twice.
+    last = ops.cast(b, "int32") - ops.cast(k, "int32") + ops.arange(k, dtype="int32")
+    return ops.minimum(found, last)

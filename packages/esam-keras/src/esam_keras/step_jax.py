@@ -60,7 +60,7 @@ class Native:
 NATIVE = Native()
 
 
-def refuse(model: keras.Model) -> None:
+def refuse(model: keras.Model) -> None:  # noqa: ARG001  # as every backend's
     """Raise where this backend cannot do ESAM's step."""
     if keras.config.is_nnx_enabled():
         raise ESAMRuntimeError(

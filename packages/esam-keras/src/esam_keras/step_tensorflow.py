@@ -47,7 +47,7 @@ class Native:
     def weight_masks(self, seed: Tensor, like: Sequence[Tensor], beta: float) -> list[Tensor]:
         """Return masks of single weights."""
         return [
-            tf.random.stateless_uniform(theta.shape, seed=seed + [0, t]) < beta
+            tf.random.stateless_uniform(theta.shape, seed=tf.add(seed, [0, t])) < beta
             for t, theta in enumerate(like)
         ]
 
@@ -69,7 +69,12 @@ class Native:
 
     def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
         """Commit if the step is to be kept."""
-        tf.cond(ok, lambda: (commit(), tf.constant(True))[1], lambda: tf.constant(False))
+
+        def kept() -> Any:
+            commit()
+            return tf.constant(True)
+
+        tf.cond(ok, kept, lambda: tf.constant(False))
 
 
 NATIVE = Native()

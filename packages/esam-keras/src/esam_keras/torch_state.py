@@ -30,7 +30,7 @@ class UnknownState:
         ]
         self._devices = (
             [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-            if torch.cuda.is_initialized()
+            if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             else []
         )
         self._entry = self._random()

@@ -73,9 +73,9 @@ class Training:
                 "model.compile(optimizer=ESAM(...), loss=...). Received: a model "
                 f"{'compiled with ' + repr(model.optimizer) if model.compiled else 'not compiled'}."
             )
-        return found  # type: ignore[no-any-return]
+        return found
 
-    # -- before the first step ----------------------------------------------------------------------
+    # -- before the first step ---------------------------------------------------------------------
 
     def prepare(self, data: Any, state: Any = None) -> None:
         """Build what is not built, and check what can be checked before any weight has moved.
@@ -113,7 +113,7 @@ class Training:
             if getattr(v, "overwrite_with_gradient", False)
         )
 
-    # -- a step ---------------------------------------------------------------------------------------
+    # -- a step ------------------------------------------------------------------------------------
 
     def draw(self, count: int, data: Any, *, compiled: bool) -> Drawn:
         """Return what the step on a batch is to do."""
@@ -155,7 +155,7 @@ class Training:
             count=count,
             perturbed=() if skipped else tuple(unit.name for unit in chosen),
             weight_share=0.0 if skipped else share * (drawn.mask.weight_beta or 1.0),
-            sample_share=1.0 if indices is None else len(indices) / len(losses),
+            sample_share=1.0 if indices is None or losses is None else len(indices) / len(losses),
             skipped=skipped,
             **({"losses": losses} if skipped else {"losses": None, **arrays}),
         )

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from esam_core import ESAMRuntimeError, ESAMValueError
+from esam_core import ESAMValueError
 from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import Means
 from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
 from esam_torch.fitting.ranks import world
-from esam_torch.sharded import Shards
 from esam_torch.units import bare_model
 
 __all__ = ["Checkpoints", "Place"]
@@ -68,11 +67,6 @@ class Checkpoints:
         self._monitor = monitor
         self.history = History()
         if self._folder is not None:
-            if Shards.of(model) is not None:
-                raise ESAMRuntimeError(
-                    "`folder` must be None for a model that fully_shard has sharded: save it with "
-                    "torch.distributed.checkpoint, from `on_epoch`."
-                )
             self._folder.mkdir(parents=True, exist_ok=True)
 
     # -- random state -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
 
-from esam_core import ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import Shards
 
 __all__ = ["joined", "replicated", "shared_buffers", "split", "summed", "world"]
@@ -48,8 +48,12 @@ def _leave() -> None:
 
 def replicated(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model in DistributedDataParallel where there are other ranks to train it with."""
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or Shards.of(model) is not None
-    if world()[1] == 1 or wrapped:
+    if Shards.of(model) is not None:
+        raise ESAMTypeError(
+            "`model` must not be sharded: fit trains replicas. With fully_shard, write the loop "
+            "around optimizer.step(losses, ...)."
+        )
+    if world()[1] == 1 or isinstance(model, nn.parallel.DistributedDataParallel):
         return model
     places = None if device.type == "cpu" else [device]
     return nn.parallel.DistributedDataParallel(model, device_ids=places)
@@ -119,7 +123,7 @@ def summed(values: Sequence[float], device: torch.device) -> list[float]:
 
 def shared_buffers(model: nn.Module) -> None:
     """Give every rank the buffers of rank 0 (BatchNorm's statistics), as its checkpoint has."""
-    if world()[1] > 1 and Shards.of(model) is None:
+    if world()[1] > 1:
         for buffer in model.buffers():
             value: Tensor = buffer.data
             torch.distributed.broadcast(value, 0)
