@@ -9,7 +9,7 @@ import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from benchmarks.training import Run, train
 
 __all__ = ["accuracy_rows", "add_run_options", "main", "runs_of", "write_accuracy_table"]
 
-COLUMNS = ("method", "rho", "norm", "final %", "best %", "FLOPs / SGD", "time / SGD", "images/s")
+# No times: runs follow each other, and the machine may have other work. `speed` takes them in turn.
+COLUMNS = ("method", "rho", "norm", "final %", "best %", "FLOPs / SGD")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -92,11 +93,8 @@ def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     for record in records:
         key = (record["run"]["method"], record["rho"], record["norm"] or "")
         groups.setdefault(key, []).append(record)
-    base = [_epoch_seconds(r) for r in records if parse_method(r["run"]["method"]).family == "base"]
-    base_seconds = mean(base) if base else None
     rows = []
     for (_, rho, norm), group in groups.items():
-        seconds = mean(_epoch_seconds(r) for r in group)
         rows.append(
             [
                 group[0]["title"],
@@ -105,16 +103,9 @@ def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
                 mean_and_error([r["final"] for r in group]),
                 mean_and_error([r["best"] for r in group]),
                 f"{mean(r['flops_ratio'] for r in group):.3f}",
-                "" if base_seconds is None else f"{seconds / base_seconds:.2f}",
-                f"{mean(r['images_per_second'] for r in group):.0f}",
             ]
         )
     return rows
-
-
-def _epoch_seconds(record: dict[str, Any]) -> float:
-    """Return the median time of an epoch: other work on the machine falls into single ones."""
-    return median(row["seconds"] for row in record["history"])
 
 
 def write_accuracy_table(folder: Path, name: str = "accuracy") -> list[dict[str, Any]]:
