@@ -155,10 +155,10 @@ def build(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
-    """The pages, in docs/_build/html, and every Python block of them and of the READMEs."""
+    """The pages, in docs/_build/html; every Python block of them and the READMEs; examples/."""
     python = python_of(session, "torch", "keras", "trainers", "docs")
     run(session, python, "sphinx", *("-E", "-W", "--keep-going", "-q", "docs", "docs/_build/html"))
-    run(session, python, "pytest", "tests/docs", *session.posargs)
+    run(session, python, "pytest", "tests/docs", "tests/examples", *session.posargs)
 
 
 @nox.session(venv_backend="none")

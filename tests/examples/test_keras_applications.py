@@ -1,0 +1,28 @@
+"""The examples run as they are typed: in a process of their own, in their smallest form."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_keras_applications(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "keras_applications.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    title, header, *rows = done.stdout.splitlines()
+    assert "48 images, 1 epochs" in title
+    assert header.split() == ["optimizer", "loss", "accuracy", "s/epoch", "sharpness"]
+    base, esam = (row.split() for row in rows)
+    assert (base[0], base[-1]) == ("base", "nan")
+    assert esam[0] == "ESAM"
+    assert all(math.isfinite(float(number.rstrip("%"))) for number in esam[1:])
