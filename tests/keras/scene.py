@@ -75,6 +75,7 @@ class Oracle:
         assign(self.model, theta)
         found = []
         for i in range(len(first(self.batch[0]))):
+            self.model.reset_metrics()  # before Keras 3.11 it did not do so itself
             logs = self.model.test_on_batch(*rows(self.batch, [i]), return_dict=True)
             found.append(float(logs["loss"]))
         self.model.set_weights(before)

@@ -37,6 +37,7 @@ def test_loss_and_metrics_are_those_at_theta_once_on_the_whole_batch():
     settings = {"loss": cross_entropy(), "metrics": ["accuracy", Counts()]}
     model.compile(ESAM(keras.optimizers.SGD(0.1), rho=0.5), **settings)
     expected = model.evaluate(X, Y, verbose=0, return_dict=True)
+    model.reset_metrics()
     logs = model.train_on_batch(X, Y, return_dict=True)
     for name in ("loss", "accuracy", "seen"):
         np.testing.assert_allclose(float(logs[name]), expected[name], rtol=1e-5)

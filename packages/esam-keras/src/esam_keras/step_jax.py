@@ -32,12 +32,29 @@ Tensor = Any
 class Native:
     """The native parts of the passes: see `esam_keras.passes.Backend`."""
 
+    shares_graphs = False
+
     def gradients(
-        self, function: Callable[[list[Tensor]], tuple[Tensor, Any]], variables: Sequence[Tensor]
+        self,
+        function: Callable[[list[Tensor]], tuple[Tensor, Any]],
+        variables: Sequence[Tensor],
+        *,
+        keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result."""
         gradients, rest = jax.grad(function, has_aux=True)(list(variables))
         return gradients, rest
+
+    def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the tensors: no graph outlives a pass here."""
+        return list(tensors)
+
+    def random_state(self) -> list[Tensor]:
+        """Return nothing: all random state is Keras's."""
+        return []
+
+    def set_random_state(self, state: list[Tensor]) -> None:
+        """Do nothing: see `random_state`."""
 
     def dense(self, gradient: Tensor) -> Tensor:
         """Return the gradient: here all are dense."""
@@ -62,7 +79,8 @@ NATIVE = Native()
 
 def refuse(model: keras.Model) -> None:  # noqa: ARG001  # as every backend's
     """Raise where this backend cannot do ESAM's step."""
-    if keras.config.is_nnx_enabled():
+    # Keras 3.10 has no such mode.
+    if hasattr(keras.config, "is_nnx_enabled") and keras.config.is_nnx_enabled():
         raise ESAMRuntimeError(
             "ESAM does not work in Keras's NNX mode, whose variables change in place: the passes "
             "of a step need them unchanged. Disable it: KERAS_NNX_ENABLED=false."
@@ -94,6 +112,7 @@ def step(training: Any, current: Any, state: Any, data: Any) -> tuple[dict[str, 
         batch,
         scale,
         training.fixed,
+        training.graph,
     ).run()
     gradients = [
         jnp.zeros_like(v) if g is None else g

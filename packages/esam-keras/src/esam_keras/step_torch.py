@@ -34,15 +34,34 @@ class Native:
     def __init__(self) -> None:
         self._unknown: UnknownState | None = None
 
+    shares_graphs = True
+
     def gradients(
-        self, function: Callable[[list[Tensor]], tuple[Tensor, Any]], variables: Sequence[Tensor]
+        self,
+        function: Callable[[list[Tensor]], tuple[Tensor, Any]],
+        variables: Sequence[Tensor],
+        *,
+        keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result without its graph."""
         with torch.enable_grad():
-            leaves = [v.detach().requires_grad_() for v in variables]
+            leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in variables]
             value, rest = function(leaves)
             gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-        return list(gradients), keras.tree.map_structure(_detached, rest)
+        return list(gradients), rest if keep_graph else keras.tree.map_structure(_detached, rest)
+
+    def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return leaves of a graph."""
+        return [t.detach().requires_grad_() for t in tensors]
+
+    def random_state(self) -> list[Tensor]:
+        """Return the states of torch's global generators."""
+        return [] if self._unknown is None else self._unknown.random_state()
+
+    def set_random_state(self, state: list[Tensor]) -> None:
+        """Set the states of torch's global generators."""
+        if self._unknown is not None:
+            self._unknown.set_random_state(state)
 
     def dense(self, gradient: Tensor) -> Tensor:
         """Return a gradient as an ordinary tensor."""

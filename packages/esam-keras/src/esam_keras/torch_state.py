@@ -33,16 +33,16 @@ class UnknownState:
             if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             else []
         )
-        self._entry = self._random()
+        self._entry = self.random_state()
         self._after: Any = None
         self._buffers: Any = None
 
-    def _random(self) -> list[torch.Tensor]:
+    def random_state(self) -> list[torch.Tensor]:
         """Return the states of the global generators."""
         states = [torch.get_rng_state()]
         return states + [torch.cuda.get_rng_state(device) for device in self._devices]
 
-    def _set_random(self, states: list[torch.Tensor]) -> None:
+    def set_random_state(self, states: list[torch.Tensor]) -> None:
         """Set the states of the global generators."""
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
@@ -55,7 +55,7 @@ class UnknownState:
         Args:
             running: whether wrapped BatchNorm layers use their running statistics.
         """
-        self._set_random(self._entry)
+        self.set_random_state(self._entry)
         buffers: list[dict[str, torch.Tensor]] = []
         with ExitStack() as stack:
             for place, layer in enumerate(self._wrappers):
@@ -66,20 +66,20 @@ class UnknownState:
                 stack.enter_context(_functional(layer, buffers[-1], running))
             yield
         if self._after is None:
-            self._after, self._buffers = self._random(), buffers
+            self._after, self._buffers = self.random_state(), buffers
 
     def keep(self) -> None:
         """Leave generators and buffers as the first pass did."""
         if self._after is None:
             return
-        self._set_random(self._after)
+        self.set_random_state(self._after)
         for layer, buffers in zip(self._wrappers, self._buffers, strict=True):
             for name, buffer in layer.module.named_buffers():
                 buffer.copy_(buffers[name])
 
     def restore(self) -> None:
         """Leave the generators as they were at entry; the buffers were never touched."""
-        self._set_random(self._entry)
+        self.set_random_state(self._entry)
 
 
 @contextmanager
