@@ -132,7 +132,7 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Wheels and sdists into dist/, tests of them, the kit on each in an empty environment."""
+    """Wheels and sdists into dist/; from each, in an empty environment, the kit and its README."""
     python = python_of(session, "torch", "keras", "checks")
     shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
@@ -150,6 +150,9 @@ def build(session: nox.Session) -> None:
         run(session, alone, *install, wheel)
         run(session, alone, "pip", "check")
         run(session, alone, "esam_core.conformance", "--quiet", ADAPTERS[package])
+        # A script, and not a module: the checkout must not be on its path.
+        blocks = ("tests/packaging/readme_blocks.py", f"packages/{package}/README.md")
+        session.run(alone, *blocks, env={"KERAS_BACKEND": "torch"})
         shutil.rmtree(folder)
 
 
