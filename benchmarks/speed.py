@@ -34,6 +34,7 @@ DEFAULT = (
         "sds-loss",
         "every10",
         "late-phase",
+        "suffix-proportional",
         "budget",
         "empty",
         "msam",
@@ -97,15 +98,17 @@ def _step(
 
 def _mixed(timing: Timing, base: Timing, share: float) -> Timing:
     """Return the timing of a run of which a share of the steps is perturbed."""
-    pairs = [
-        (getattr(timing, name), getattr(base, name)) for name in ("median", "mean", "low", "high")
-    ]
-    return Timing(*(share * a + (1 - share) * b for a, b in pairs), timing.repeats)
-
-
-def _typical(timing: Timing, method: Method) -> float:
-    """Return the median, or the mean where a budget may take steps of two kinds in turn."""
-    return timing.median if method.budget is None else timing.mean
+    return Timing(
+        *(
+            share * a + (1 - share) * b
+            for a, b in zip(
+                (timing.median, timing.low, timing.high),
+                (base.median, base.low, base.high),
+                strict=True,
+            )
+        ),
+        timing.repeats,
+    )
 
 
 def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -173,9 +176,9 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
                 "title": method.title,
                 "predicted_ratio": share * predicted[m] + 1 - share,
                 "flops_ratio": flops,
-                "seconds": {**dataclasses.asdict(taken), "typical": _typical(taken, method)},
-                "time_ratio": {**dataclasses.asdict(ratio), "typical": _typical(ratio, method)},
-                "images_per_second": options.batch / _typical(taken, method),
+                "seconds": dataclasses.asdict(taken),
+                "time_ratio": dataclasses.asdict(ratio),
+                "images_per_second": options.batch / taken.median,
                 "peak_bytes": memory[m],
             }
         )
@@ -198,10 +201,10 @@ def _rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
                 r["title"],
                 f"{r['predicted_ratio']:.3f}",
                 f"{r['flops_ratio']:.3f}",
-                f"{ratio['typical']:.2f}",
+                f"{ratio['median']:.2f}",
                 f"{ratio['low']:.2f} to {ratio['high']:.2f}",
-                f"{ratio['typical'] / r['flops_ratio']:.2f}",
-                f"{1e3 * r['seconds']['typical']:.1f}",
+                f"{ratio['median'] / r['flops_ratio']:.2f}",
+                f"{1e3 * r['seconds']['median']:.1f}",
                 f"{r['images_per_second']:.0f}",
                 f"{r['peak_bytes'] / 2**20:.1f}",
             ]
@@ -243,7 +246,7 @@ def _verdict(got: float, bar: float) -> str:
 
 def _time_bar_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return what the clock is held to: the FLOPs' promise to a tenth, and the peer's SAM."""
-    by_method = {r["method"]: r["time_ratio"]["typical"] for r in records}
+    by_method = {r["method"]: r["time_ratio"]["median"] for r in records}
     rows = []
     for r in records:
         over = by_method[r["method"]] / r["flops_ratio"]
@@ -351,7 +354,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             options.out / f"{stem}.png",
             title=title,
             x=("FLOPs of a step / SGD's", [r["flops_ratio"] for r in records]),
-            y=("time of a step / SGD's", [r["time_ratio"]["typical"] for r in records]),
+            y=("time of a step / SGD's", [r["time_ratio"]["median"] for r in records]),
             spread=[(r["time_ratio"]["low"], r["time_ratio"]["high"]) for r in records],
             labels=[r["title"] for r in records],
             diagonal="time = FLOPs",

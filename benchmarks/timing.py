@@ -20,14 +20,12 @@ class Timing:
 
     Args:
         median: the middle one.
-        mean: of all, for steps that are not all of one kind.
         low: the first quartile.
         high: the third quartile.
         repeats: how many there were.
     """
 
     median: float
-    mean: float
     low: float
     high: float
     repeats: int
@@ -87,9 +85,9 @@ def interleaved(
 
 def _timing(values: list[float]) -> Timing:
     if len(values) == 1:
-        return Timing(values[0], values[0], values[0], values[0], 1)
+        return Timing(values[0], values[0], values[0], 1)
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Timing(median, statistics.mean(values), low, high, len(values))
+    return Timing(median, low, high, len(values))
 
 
 def peak_memory(step: Step, device: torch.device) -> int:

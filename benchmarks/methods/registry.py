@@ -83,7 +83,7 @@ class Method:
     @property
     def random(self) -> bool:
         """Whether masks differ from step to step, and the cost of a step with them."""
-        return self.budget is not None or self.perturb in (_bernoulli, _random_suffix)
+        return self.perturb in (_bernoulli, _random_suffix)
 
 
 def _bernoulli(_: str, beta: float) -> object:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from esam_core import ESAMConfig
-from esam_core.presets import PRESETS
+from esam_core import ESAMConfig, Unit
+from esam_core.cost import expected_cost
+from esam_core.presets import PRESETS, RECOMMENDED
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -30,3 +31,12 @@ def test_whose_values_they_are():
     assert all(p.source for p in PRESETS.values())
     assert "ours" in PRESETS["imagenet-vit-s16"].source
     assert "beta=0.5" in PRESETS["cifar-pyramidnet110"].source
+
+
+def test_the_recommended_is_a_configuration_and_costs_less_than_the_papers():
+    config = ESAMConfig.from_arguments(rho=0.05, **RECOMMENDED)
+    paper = ESAMConfig.from_arguments(**PRESETS["cifar-resnet18"].arguments())
+    units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(8)]
+    ours, theirs = (expected_cost(c.perturb, units, c.select).ratio for c in (config, paper))
+    assert ours == pytest.approx((1 + 2 * 0.5 + 1.5) / 3)  # forward, half a backward, half a step
+    assert ours < 0.75 * theirs

@@ -11,7 +11,6 @@ from esam_torch import (
     ESAM,
     All,
     Bernoulli,
-    Every,
     Everything,
     Only,
     Proportional,
@@ -69,8 +68,8 @@ def test_random_masks_cost_what_is_predicted_on_average():
 def test_steps_cost_no_more_than_the_budget(budget):
     model = ResNet(width=16, dropout=0.0)
     counted = flops(model, images(2), steps=24, budget=budget)
-    # 24 steps are not a whole number of rounds of every "every n-th step".
-    assert counted <= budget * 1.03 * flops(model, images(2), rho=0.0)
+    # The cost model is 1% off where a residual block has a shortcut.
+    assert counted <= budget * 1.015 * flops(model, images(2), rho=0.0)
 
 
 def test_plan_prints_the_choice(capsys):
@@ -82,8 +81,8 @@ def test_plan_prints_the_choice(capsys):
     printed = capsys.readouterr().out
     assert f"{plan.chosen.perturb!r}" in printed
     assert "->" in printed
-    assert optimizer.config.perturb == plan.chosen.perturb == Suffix("layer4")
-    assert optimizer.config.select == All()
+    assert optimizer.config.perturb == plan.chosen.perturb == Suffix("layer2")
+    assert optimizer.config.select == Proportional(0.5)
     optimizer.step(losses_of(model), *images())
     assert optimizer.plan() is plan
 
@@ -93,7 +92,7 @@ def test_a_spent_budget_is_in_the_checkpoint():
     optimizer = optimizer_of(model, budget=1.15)
     fresh = optimizer.state_dict()
     optimizer.step(losses_of(model), *images())
-    assert isinstance(optimizer.config.perturb, Every)
+    assert isinstance(optimizer.config.perturb, Suffix)
     state = optimizer.state_dict()
     other = optimizer_of(model)
     other.load_state_dict(state)

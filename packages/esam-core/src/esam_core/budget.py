@@ -1,17 +1,14 @@
 """From a budget to a sampler and a selector, by the cost model.
 
-The rules, in this order, each for a reason that the study page gives with its numbers:
+The rule, which the study page of the documentation gives its numbers for: perturb the longest
+suffix that the budget pays for. Where it does not pay for the whole batch in the descent as well,
+the descent takes half of the samples, drawn in proportion to their loss and weighted back, so that
+its gradient is the batch's on average.
 
-1. The descent takes the whole batch (gamma = 1) as long as the budget is above a base step:
-   taking the second gradient on half of the samples is what costs accuracy first.
-2. The longest suffix that fits is perturbed in every step, if it is worth it: if it does at least
-   a fifth of the forward's work.
-3. Otherwise half of the network, by work, is perturbed on every n-th step only.
-4. At or below the price of a base step something must be left out of the descent: the longest
-   suffix that fits, with half of the samples, drawn in proportion to their loss.
+What the rule leaves out was measured too: perturbing on every n-th step only, and keeping the
+samples of the largest loss or increase, both cost more accuracy than they save.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,12 +16,9 @@ from esam_core import validation
 from esam_core.cost import expected_cost
 from esam_core.errors import ESAMValueError
 from esam_core.sds import All, Proportional, Selector
-from esam_core.swp import Every, Everything, Sampler, Suffix, Unit, block_order
+from esam_core.swp import Everything, Sampler, Suffix, Unit, block_order
 
 __all__ = ["Option", "Plan", "make_plan"]
-
-#: A suffix that does less than this share of the forward's work is not worth perturbing alone.
-WORTHWHILE = 0.2
 
 
 @dataclass(frozen=True)
@@ -92,13 +86,15 @@ def make_plan(units: Sequence[Unit], budget: float, *, norm: str = "masked") -> 
 
     Example:
         >>> units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(12)]
-        >>> make_plan(units, 1.4).chosen.perturb
-        Suffix(start='b7')
         >>> make_plan(units, 1.1).chosen.perturb
-        Every(n=5, inner=Suffix(start='b6'))
+        Suffix(start='b7')
+        >>> make_plan(units, 1.1).chosen.select
+        Proportional(gamma=0.5, score='loss', floor=1.0)
+        >>> make_plan(units, 2.0).chosen.perturb, make_plan(units, 2.0).chosen.select
+        (Everything(), All())
     """
     budget = validation.positive("budget", budget)
-    options = _options(units, budget, norm)
+    options = _options(units, norm)
     fitting = [option for option in options if option.ratio <= budget * (1.0 + 1e-9)]
     if not fitting:
         cheapest = min(options, key=lambda option: option.ratio)
@@ -106,45 +102,24 @@ def make_plan(units: Sequence[Unit], budget: float, *, norm: str = "masked") -> 
             f"`budget` must be at least {cheapest.ratio:.3f} for this model, the cost of "
             f"{cheapest.perturb!r} with {cheapest.select!r}. Received: budget={budget}."
         )
-    every_step = [o for o in fitting if isinstance(o.select, All) and not _thinned(o)]
-    thinned = [o for o in fitting if _thinned(o)]
-    if every_step and (every_step[0].share >= WORTHWHILE or not thinned):
-        chosen = every_step[0]  # the dearest: the longest suffix
-    else:
-        chosen = (thinned or fitting)[0]
+    chosen = max(fitting, key=lambda option: (option.share, isinstance(option.select, All)))
     return Plan(budget, tuple(options), chosen)
 
 
-def _thinned(option: Option) -> bool:
-    """Say whether an option perturbs on some steps only."""
-    return isinstance(option.perturb, Every)
-
-
-def _options(units: Sequence[Unit], budget: float, norm: str) -> list[Option]:
+def _options(units: Sequence[Unit], norm: str) -> list[Option]:
     """Return what is worth considering, dearest first."""
-    found = []
-    for start in block_order(units):
-        suffix: Sampler = Suffix(start) if start != block_order(units)[0] else Everything()
-        found += [_priced(suffix, select, units, norm) for select in (All(), Proportional(0.5))]
-    # Half of the network, thinned out until it fits.
-    half = _priced(Suffix(_half(units)), All(), units, norm)
-    if 1.0 < budget < half.ratio:
-        every = Every(math.ceil((half.ratio - 1.0) / (budget - 1.0) - 1e-9), half.perturb)
-        found.append(_priced(every, All(), units, norm))
+    first = block_order(units)[0]
+    found = [
+        _priced(Everything() if start == first else Suffix(start), select, units, norm)
+        for start in block_order(units)
+        for select in (All(), Proportional(0.5))
+    ]
     return sorted(found, key=lambda option: -option.ratio)
-
-
-def _half(units: Sequence[Unit]) -> str:
-    """Return the block at which the longest suffix of at most half of the work begins."""
-    mask = Suffix(0.5).draw(units, seed=0, count=0)
-    inside = {unit.block for unit, m in zip(units, mask.perturbed, strict=True) if m}
-    return next(block for block in block_order(units) if block in inside)
 
 
 def _priced(perturb: Sampler, select: Selector, units: Sequence[Unit], norm: str) -> Option:
     """Return an option with its cost and the share of the work that it perturbs."""
-    steps = perturb.n if isinstance(perturb, Every) else 1
-    cost = expected_cost(perturb, units, select, norm=norm, steps=steps)
+    cost = expected_cost(perturb, units, select, norm=norm)
     mask = perturb.draw(units, seed=0, count=0)
     total = sum(unit.cost for unit in units)
     touched = sum(unit.cost for unit, m in zip(units, mask.perturbed, strict=True) if m)
