@@ -85,6 +85,14 @@ def test_validation_has_no_sharpness():
     assert set(model.evaluate(X, Y, verbose=0, return_dict=True)) == {"loss", "accuracy"}
 
 
+def test_the_progress_bar_shows_them(capsys):
+    model = mlp()
+    model.compile(ESAM("sgd"), cross_entropy(), metrics=["accuracy"])
+    model.fit(X, Y, verbose=2)
+    shown = capsys.readouterr().out
+    assert all(f"{name}: " in shown for name in ("loss", "accuracy", "sharpness", "sample_share"))
+
+
 def test_they_can_be_turned_off():
     model = mlp()
     model.compile(ESAM("sgd", logs=False), cross_entropy())

@@ -1,6 +1,7 @@
 """The untouched prefix is run once, and the step is the one that runs everything again."""
 
 from collections import Counter
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -23,7 +24,7 @@ def dense(n, name, **kwargs):
 class Counted(keras.layers.Layer):
     """A layer that counts its calls by name."""
 
-    seen = Counter()
+    seen: ClassVar = Counter()
 
     def call(self, x):
         Counted.seen[self.name] += 1
@@ -102,10 +103,10 @@ def shared_generator():
 
 
 def masked():
+    """The mask that the loss sees comes out of the prefix."""
     x = keras.Input((5,), dtype="int32")
     hidden = LAYERS.Embedding(9, 6, mask_zero=True, name="first")(x)
-    hidden = dense(6, "second")(hidden)
-    return keras.Model(x, LAYERS.Dense(3)(LAYERS.GlobalAveragePooling1D()(hidden)))
+    return keras.Model(x, LAYERS.Dense(3)(dense(6, "second")(hidden)))
 
 
 def two_outputs():
@@ -149,7 +150,9 @@ def trained(build, literally, monkeypatch, eager=False, **settings):
     keras.random.normal((1,))  # Keras makes its global generator when it is first used
     model = build()
     x = np.random.default_rng(0).integers(0, 9, (12, 5)) if build is masked else X
-    y = [Y[:8], Y[:8]] if build is two_outputs else Y[:8]
+    y = Y[:8]
+    if build in (masked, two_outputs):
+        y = np.repeat(y[:, None], 5, axis=1) if build is masked else [y, y]
     esam = ESAM(
         keras.optimizers.SGD(0.2),
         **{"rho": 0.5, "perturb": Only("*second*", Everything()), **settings},
@@ -249,7 +252,7 @@ def test_a_functional_model_with_a_call_of_its_own_is_run_in_full(monkeypatch):
 
 
 @pytest.mark.backends("tensorflow", "torch")
-def test_a_pass_that_raises_leaves_the_model_as_it_was(monkeypatch):
+def test_a_pass_that_raises_leaves_the_model_as_it_was():
     class Stops(keras.layers.Layer):
         def call(self, x):
             if stopping:
@@ -267,3 +270,25 @@ def test_a_pass_that_raises_leaves_the_model_as_it_was(monkeypatch):
     for a, b in zip(weights(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
     assert "_run_through_graph" not in vars(model._functional)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_scaled_loss_in_mixed_precision(gamma, monkeypatch):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        found = trained(chain, False, monkeypatch, gamma=gamma)[1]
+        expected = trained(chain, True, monkeypatch, gamma=gamma)[1]
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_frozen_beginning_is_run_once_less(monkeypatch):
+    def build():
+        model = counting()
+        model.layers[0].trainable = False
+        return model
+
+    assert counts(build, monkeypatch, perturb=Everything())["early"] == 2

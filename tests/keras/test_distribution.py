@@ -1,0 +1,172 @@
+"""Several devices: `DataParallel` on JAX is one step on the whole batch; the rest is refused."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from tests.keras.scene import close, cross_entropy, data, mlp, trainable
+
+from esam_core import ESAMRuntimeError
+from esam_keras import ESAM, Proportional, Suffix, TopIncrease
+
+BACKEND = keras.backend.backend()
+X, Y = data(16)
+
+
+@pytest.fixture
+def two_devices():
+    """`DataParallel` over two devices of the host, which conftest.py asks for."""
+    import jax
+
+    if len(jax.devices()) < 2:
+        pytest.skip("one device")
+    yield keras.distribution.DataParallel(devices=jax.devices()[:2], auto_shard_dataset=False)
+    keras.distribution.set_distribution(None)
+
+
+def fitted(distribution=None, build=mlp, **settings):
+    """Two steps, and what each reported."""
+    reports = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: reports.append(esam.report)
+    )
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(3)
+    model = build()
+    esam = ESAM(keras.optimizers.SGD(0.2, momentum=0.9), rho=0.4, seed=7, **settings)
+    model.compile(esam, cross_entropy(), metrics=["accuracy"])
+    logs = model.fit(X, Y, batch_size=8, shuffle=False, verbose=0, callbacks=[watch]).history
+    return model, reports, logs
+
+
+def with_statistics():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, name="first"),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.Dropout(0.3, seed=1),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.5, "gamma": 0.5},
+        {"build": with_statistics, "perturb": Suffix("norm")},
+        {"beta": 1.0, "select": Proportional(0.5), "on_nonfinite": "skip"},
+    ],
+    ids=["masks", "statistics", "weights"],
+)
+def test_two_devices_make_the_step_of_one(settings, two_devices):
+    alone, one, logs = fitted(**settings)
+    together, both, shown = fitted(two_devices, **settings)
+    devices = {len(v.value.sharding.device_set) for v in together.trainable_variables}
+    assert devices == {2}
+    # One theta, one epsilon, from the gradient and the samples of the whole batch: m-sharpness
+    # with m = b, and not one climb a device.
+    for a, b in zip(one, both, strict=True):
+        # The models differ in name.
+        names = [[name.partition("/")[2] for name in r.perturbed] for r in (a, b)]
+        assert names[0] == names[1]
+        if a.indices is not None:
+            np.testing.assert_array_equal(np.array(a.indices), np.array(b.indices))
+        close([a.losses], [b.losses], rtol=1e-4)
+    close(trainable(together), trainable(alone), rtol=1e-4, atol=1e-5)
+    for name, values in logs.items():
+        np.testing.assert_allclose(shown[name], values, rtol=1e-4)
+
+
+@pytest.mark.backends("jax")
+def test_the_batch_is_shared_out(two_devices):
+    shapes = []
+
+    class Looks(keras.layers.Layer):
+        def call(self, x):
+            import jax
+
+            jax.debug.inspect_array_sharding(x, callback=shapes.append)
+            return x
+
+    def build():
+        return keras.Sequential([keras.Input((6,)), Looks(), keras.layers.Dense(3)])
+
+    fitted(two_devices, build=build, select=TopIncrease(1.0))
+    assert {sharding.shard_shape((8, 6)) for sharding in shapes} == {(4, 6)}
+
+
+@pytest.mark.backends("tensorflow")
+def test_mirrored_strategy_of_two_devices_is_refused():
+    script = """
+import keras, tensorflow as tf
+from esam_keras import ESAM
+device = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert strategy.num_replicas_in_sync == 2
+with strategy.scope():
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    before = model.optimizer
+    try:
+        model.compile(ESAM("sgd"), "mse")
+    except RuntimeError as error:
+        print(type(error).__name__, error)
+    assert model.optimizer is before
+"""
+    said = run(script)
+    assert said.startswith("ESAMRuntimeError ESAM does not work under a `tf.distribute` strategy")
+    assert "each replica" in said  # the reason
+    assert "keras.distribution.DataParallel" in said  # the alternative
+    assert "MirroredStrategy" in said  # what came
+
+
+@pytest.mark.backends("jax")
+def test_nnx_mode_is_refused():
+    pytest.importorskip("flax")
+    said = run(
+        """
+import keras
+from esam_keras import ESAM
+assert keras.config.is_nnx_enabled()
+model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+try:
+    model.compile(ESAM("sgd"), "mse")
+except RuntimeError as error:
+    print(type(error).__name__, error)
+""",
+        KERAS_NNX_ENABLED="true",
+    )
+    assert said.startswith("ESAMRuntimeError ESAM does not work in Keras's NNX mode")
+    assert "KERAS_NNX_ENABLED=false" in said
+
+
+@pytest.mark.backends("jax")
+def test_nnx_mode_is_refused_before_anything_changes(monkeypatch):
+    monkeypatch.setattr(keras.config, "is_nnx_enabled", lambda: True, raising=False)
+    model = mlp()
+    model.compile("sgd", cross_entropy())
+    before = model.optimizer
+    with pytest.raises(ESAMRuntimeError, match="NNX"):
+        model.compile(ESAM("sgd"), cross_entropy())
+    assert model.optimizer is before
+    assert not any("esam" in name for name in vars(model))
+
+
+def run(script, **variables):
+    """What a script prints in a process of its own."""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
