@@ -7,6 +7,7 @@ is large, so all that need one use the same, and add to it what they need beside
 
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import nox
@@ -43,11 +44,23 @@ ADAPTERS = {
 #: The extra with which a wheel is tried in an empty environment: Keras needs a backend.
 EXTRAS = {"esam-keras": "[torch]"}
 
+
+def lowest(package: str, name: str) -> str:
+    """Return a dependency of a package at the lowest version that the package declares."""
+    text = (ROOT / "packages" / package / "pyproject.toml").read_text("utf-8")
+    declared = tomllib.loads(text)["project"]["dependencies"]
+    return next(r for r in declared if r.startswith(f"{name}>=")).replace(">=", "==")
+
+
 #: What is installed into each shared environment when it is made.
 ENVIRONMENTS = {
     # NumPy and pytest, nothing else: what esam-core promises to get by with.
     "core": ("-e", "packages/esam-core[test]"),
     "lint": ("ruff",),
+    "keras-lowest": (
+        *("-e", "packages/esam-core[test]", "-e", "packages/esam-keras[torch]"),
+        lowest("esam-keras", "keras"),
+    ),
     # What the demo needs.
     "torch": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
@@ -82,10 +95,18 @@ def python_of(session: nox.Session, name: str, *additions: str) -> str:
         if not stamp.exists() or stamp.read_text("utf-8") != wanted:
             if part == name:
                 new_environment(session, folder)
-            install = ("pip", "install", "--quiet", "-c", str(CONSTRAINTS))
-            run(session, str(python), *install, *requirements)
+            pins = folder / "constraints.txt"
+            pins.write_text(constraints(requirements), "utf-8")
+            run(session, str(python), "pip", "install", "--quiet", "-c", str(pins), *requirements)
             stamp.write_text(wanted, "utf-8")
     return str(python)
+
+
+def constraints(requirements: tuple[str, ...]) -> str:
+    """Return the pins, but for what the requirements pin themselves."""
+    own = {r.partition("==")[0] for r in requirements if "==" in r}
+    lines = CONSTRAINTS.read_text("utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if line.partition("==")[0] not in own)
 
 
 def new_environment(session: nox.Session, folder: Path) -> None:
@@ -193,6 +214,13 @@ def tests_keras(session: nox.Session, backend: str) -> None:
     """esam-keras's tests and its docstrings' examples: one Keras backend a process."""
     python = python_of(session, "torch", "keras", "backends")
     run_pytest(session, python, "tests/keras", "packages/esam-keras/src", keras=backend)
+
+
+@nox.session(venv_backend="none")
+def tests_keras_lowest(session: nox.Session) -> None:
+    """esam-keras's tests with the lowest Keras that it declares, on torch."""
+    python = python_of(session, "keras-lowest")
+    run_pytest(session, python, "tests/keras")
 
 
 @nox.session(venv_backend="none")
