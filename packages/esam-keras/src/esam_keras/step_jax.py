@@ -187,6 +187,17 @@ def _device(inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {name: jnp.asarray(value) for name, value in inputs.items()}
 
 
+def _shardings(model: keras.Model) -> tuple[list[Any], ...]:
+    """Return how the state is spread over the devices."""
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    return tuple([variable.value.sharding for variable in group] for group in groups)
+
+
 class _Counter:
     """The host's copy of the counter: read from the device only when it is not our own."""
 
@@ -219,7 +230,8 @@ def make_train_function(training: Any) -> Callable[[Any, Iterator[Any]], tuple[A
     if compiled:
         out_shardings = None
         if keras.distribution.distribution() is not None:
-            out_shardings = (None, model._get_state_sharding_spec(), None)
+            # Left to itself, the compiler might lay the weights out in another way.
+            out_shardings = (None, _shardings(model), None)
         one_step = jax.jit(
             one_step, static_argnums=0, donate_argnums=1, out_shardings=out_shardings
         )
