@@ -1,4 +1,9 @@
-"""The step on JAX: stateless, jitted for each plan."""
+"""The step on JAX: stateless, jitted for each plan.
+
+With `keras.distribution.DataParallel` the devices share one theta. The compiled step is that of one
+device: the gradient, its norm, epsilon and the selected samples are those of the whole batch, so
+that m-sharpness has m = b, and not a climb on each device's shard.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -189,6 +194,8 @@ def _device(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 def _shardings(model: keras.Model) -> tuple[list[Any], ...]:
     """Return how the state is spread over the devices."""
+    if hasattr(model, "_get_state_sharding_spec"):  # it warns of what does not fit together
+        return model._get_state_sharding_spec()
     groups = (
         model.trainable_variables,
         model.non_trainable_variables,

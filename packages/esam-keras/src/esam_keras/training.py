@@ -55,7 +55,6 @@ class Training:
         self.native = importlib.import_module(f"esam_keras.step_{name}")
         self.current: Current | None = None
         self.quiet = False
-        self.compilations: set[tuple[Any, ...]] = set()
         self._planner: Planner | None = None
         self._variables: tuple[int, ...] = ()
         self.route: str | None = None
