@@ -1,6 +1,7 @@
 """One Keras backend a process, chosen by KERAS_BACKEND; two devices for JAX to distribute over."""
 
 import os
+import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -11,6 +12,11 @@ if BACKEND == "jax":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Compiling takes the time here; what is proved of speed switches this off again.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # Tests train the same small models: what one has compiled the others read, for this run.
+    COMPILED = tempfile.TemporaryDirectory(prefix="esam-keras-jax-")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import warnings  # noqa: E402
 

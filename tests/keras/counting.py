@@ -49,7 +49,8 @@ def _analysed(model, training, batch):
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         if training is None:
-            model._record_training_state_sharding_spec()
+            if hasattr(model, "_record_training_state_sharding_spec"):  # Keras 3.10
+                model._record_training_state_sharding_spec()
             compiled = jax.jit(model.train_step).lower(state, batch).compile()
         else:
             drawn = training.draw(0, batch, compiled=True)
