@@ -19,7 +19,7 @@ from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import reshard
 from esam_torch.units import bare_model
 
-__all__ = ["Blocks", "compiled_as_a_whole", "find_blocks"]
+__all__ = ["Blocks", "compiled_as_a_whole", "find_blocks", "is_compiled"]
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,9 @@ def compiled_as_a_whole(model: nn.Module, blocks: Blocks) -> bool:
         for depth in range(1, len(parts)):
             with contextlib.suppress(AttributeError):
                 outer.append(inner.get_submodule(".".join(parts[:depth])))
-    return any(
-        module.__dict__.get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod")
-        for module in outer
-    )
+    return any(is_compiled(module) for module in outer)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Say whether a call of the module runs what torch.compile has made of it."""
+    return module.__dict__.get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMRuntimeError
-from esam_torch.blocks import Blocks
+from esam_torch.blocks import Blocks, is_compiled
 from esam_torch.guards import RandomState
 
 __all__ = ["Prefix", "verified_replays"]
@@ -120,6 +120,9 @@ class Prefix:
             before = RandomState(self._devices)
             with contextlib.nullcontext() if self._graph else torch.no_grad():
                 output = original(*args, **kwargs)
+            if self._keep and is_compiled(self._blocks.modules[place]):
+                # Where it replays a CUDA graph, the next pass writes over what this one gave.
+                output = torch.utils._pytree.tree_map_only(Tensor, torch.clone, output)
             if self._keep:
                 self._records.append(
                     _Record(
