@@ -84,7 +84,8 @@ def _table(
         caption=f"seed {options.seed}, {options.epochs} epochs, batch {BATCH}, rho {options.rho}, "
         f"beta {options.beta}, gamma {options.gamma}. Time (median step) and FLOPs (counted, and "
         "predicted by the cost model) are against SGD. Sharpness: rise of the training loss at "
-        f"distance {RADIUS} along its gradient. ESAM late: the last layers perturbed, gamma 1.",
+        f"distance {RADIUS} along its gradient. ESAM half: the last half of the network "
+        "perturbed, half of the samples drawn in proportion to their loss.",
     )
     for title in ("method", "best", "final", "images/s", "time", "FLOPs", "predicted", "sharpness"):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)

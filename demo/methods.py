@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from demo.options import Options
-from esam_torch import ESAM, All, Bernoulli, Everything, Suffix, TopIncrease
+from esam_core.presets import RECOMMENDED
+from esam_torch import ESAM, All, Bernoulli, Everything, TopIncrease
 
 __all__ = ["base", "choices", "losses", "make"]
 
@@ -19,7 +20,7 @@ def choices(options: Options) -> dict[str, dict[str, Any] | None]:
         "SGD": None,
         "SAM": {"perturb": Everything(), "select": All()},
         "ESAM": {"perturb": perturb, "select": select},
-        "ESAM late": {"perturb": Suffix("late"), "select": All()},
+        "ESAM half": dict(RECOMMENDED),
     }
 
 
