@@ -224,9 +224,15 @@ def train_step(model: keras.Model, *arguments: Any) -> Any:
         ESAMTypeError: the arguments are not those of this backend.
 
     Example:
-        class MyModel(keras.Model):
-            def train_step(self, *arguments):
-                return esam_keras.train_step(self, *arguments)
+        >>> import keras, numpy, esam_keras
+        >>> class MyModel(keras.Sequential):
+        ...     def train_step(self, *arguments):
+        ...         return esam_keras.train_step(self, *arguments)
+        >>> model = MyModel([keras.layers.Dense(1)])
+        >>> model.compile(esam_keras.ESAM("sgd"), loss="mse")
+        >>> history = model.fit(numpy.ones((8, 2)), numpy.ones((8, 1)), verbose=0)
+        >>> "sharpness" in history.history
+        True
     """
     training = Training.of(model)
     native = training.native
