@@ -12,7 +12,7 @@ from benchmarks.recipes import PUBLISHED, RECIPES
 from benchmarks.report import mean_and_error, write_json, write_tables
 from benchmarks.training import Run, train
 
-__all__ = ["add_comparison_options", "compare", "recipe_runs"]
+__all__ = ["add_comparison_options", "compare", "recipe_runs", "steadily_timed"]
 
 COLUMNS = (
     *("data, model, method", "accuracy %", "paper %", "images/s", "% of SAM's speed"),
@@ -63,6 +63,18 @@ def recipe_runs(
     return runs
 
 
+def steadily_timed(records: Iterable[dict[str, Any]]) -> bool:
+    """Say whether the images a second of runs that followed each other can be compared.
+
+    On a GPU lent to one process they can, and on a CPU by the process's own time, which leaves
+    out what else the machine does. Older records have a CPU's wall time, which does not.
+    """
+    return all(
+        record["machine"]["accelerator"] is not None or record.get("clock") == "processor time"
+        for record in records
+    )
+
+
 def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Train the runs; write a JSON each and one in all, the table and the figure.
 
@@ -78,10 +90,13 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
         key = (record["data"]["name"], record["run"]["model"], record["run"]["method"])
         groups.setdefault(key, []).append(record)
     rows, cells = [], []
+    timed = steadily_timed(records)
     for (data, model, method), group in groups.items():
-        speed = mean(r["images_per_second"] for r in group)
+        speed = mean(r["images_per_second"] for r in group) if timed else None
         sam = groups.get((data, model, "sam"))
-        relative = None if sam is None else speed / mean(r["images_per_second"] for r in sam)
+        relative = None
+        if speed is not None and sam is not None:
+            relative = speed / mean(r["images_per_second"] for r in sam)
         paper = PUBLISHED.get((data, model, method))
         paper_sam = PUBLISHED.get((data, model, "sam"))
         their_speed = ""
@@ -93,7 +108,7 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
                 f"{data}, {model}, {group[0]['title']}",
                 mean_and_error(finals),
                 f"{paper.accuracy:.2f}" if paper else "",
-                f"{speed:.0f}",
+                "" if speed is None else f"{speed:.0f}",
                 "" if relative is None else f"{100 * relative:.0f}%",
                 their_speed,
                 f"{mean(r['flops_ratio'] for r in group):.3f}",
@@ -121,7 +136,9 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
 def _draw(
     options: argparse.Namespace, name: str, title: str, cells: Sequence[dict[str, Any]]
 ) -> None:
-    """Draw accuracy against speed, one panel for each data set and model."""
+    """Draw accuracy against speed, or FLOPs, one panel for each data set and model."""
+    timed = all(c["images_per_second"] is not None for c in cells)
+    x = "images_per_second" if timed else "flops_ratio"
     places = list(dict.fromkeys((c["data"], c["model"]) for c in cells))
     figure, axes = panels(len(places), width=5.5)
     for axis, (data, model) in zip(axes, places, strict=True):
@@ -130,7 +147,7 @@ def _draw(
             n = len(cell["final"])
             colour = COLOURS[i % len(COLOURS)]
             axis.plot(
-                *([cell["images_per_second"]] * n, cell["final"]),
+                *([cell[x]] * n, cell["final"]),
                 *("o",),
                 color=colour,
                 label=cell["title"],
@@ -143,7 +160,8 @@ def _draw(
                     linestyle=":",
                     label=f"{cell['title']}: the paper's accuracy",
                 )
-        axis.set(title=f"{data}, {model}", xlabel="training images a second")
+        label = "training images a second" if timed else "FLOPs of the run / SGD's"
+        axis.set(title=f"{data}, {model}", xlabel=label)
         axis.set_ylabel("final test accuracy (%), a mark a seed")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -6,7 +6,7 @@ from statistics import mean
 
 from benchmarks.figures import panels, save
 from benchmarks.machine import provenance
-from benchmarks.paper.comparison import add_comparison_options, recipe_runs
+from benchmarks.paper.comparison import add_comparison_options, recipe_runs, steadily_timed
 from benchmarks.paper.options import parse
 from benchmarks.report import mean_and_error, write_json, write_tables
 from benchmarks.training import train
@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] = ()) -> None:
                     "value": value,
                     "title": records[0]["title"] + (f", {field} = {value:g}" if field else ""),
                     "final": [r["final"] for r in records],
-                    "images_per_second": mean(r["images_per_second"] for r in records),
+                    "images_per_second": (
+                        mean(r["images_per_second"] for r in records)
+                        if steadily_timed(records)
+                        else None
+                    ),
                     "flops_ratio": mean(r["flops_ratio"] for r in records),
                 }
             )
@@ -59,19 +63,21 @@ def main(arguments: Sequence[str] = ()) -> None:
             p["title"],
             mean_and_error(p["final"]),
             f"{p['flops_ratio']:.3f}",
-            f"{p['images_per_second']:.0f}",
-            f"{100 * p['images_per_second'] / sam:.0f}%",
+            *(
+                (f"{p['images_per_second']:.0f}", f"{100 * p['images_per_second'] / sam:.0f}%")
+                if sam
+                else ("", "")
+            ),
         ]
         for p in points
     ]
     title = "Figure 3: SWP alone by beta, SDS alone by gamma"
     write_tables(options.out, "fig3", title, COLUMNS, rows)
     write_json(options.out / "fig3.json", {"title": title, "points": points, **provenance()})
-    figure, axes = panels(2, width=5.5)
-    for axis, field, label in (
-        (axes[0], "flops_ratio", "FLOPs of a step / SGD's"),
-        (axes[1], "images_per_second", "training images a second"),
-    ):
+    across = [("flops_ratio", "FLOPs of a step / SGD's")]
+    across += [("images_per_second", "training images a second")] if sam else []
+    figure, axes = panels(len(across), width=5.5)
+    for axis, (field, label) in zip(axes, across, strict=True):
         for method, mark, colour, name in (
             ("sgd", "s", "#000000", "base optimizer"),
             ("sam", "D", "#D55E00", "SAM"),
