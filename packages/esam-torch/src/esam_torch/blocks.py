@@ -5,13 +5,13 @@ floating-point operations, and where each parameter is used first. Nothing is le
 """
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,6 +72,12 @@ class _FirstUses(TorchFunctionMode):
                     open_modules = tuple(name for name, _ in self._watch.stack)
                     self._watch.first_use[found] = (open_modules, len(self._watch.entries))
         return func(*args, **(kwargs or {}))
+
+
+class _Untracked(contextlib.nullcontext[None]):
+    """Stands in for the counter's view of modules: there is one, and everything is in it."""
+
+    parents = frozenset({"Global"})
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -144,28 +150,34 @@ def find_blocks(
             not run in a forward.
     """
     inner = bare_model(model)
+    scripted = [n for n, module in inner.named_modules() if isinstance(module, ScriptModule)]
+    if scripted:
+        raise ESAMTypeError(
+            "A sampler that needs the model's blocks must be able to watch its modules run. "
+            f"Received: {scripted[0]!r}, a module made by torch.jit. Use torch.compile instead, or "
+            "a sampler that needs no blocks, such as Bernoulli."
+        )
     names = {id(module): name for name, module in inner.named_modules()}
     modules = dict(inner.named_modules())
     fixed = None if chosen is None else _chosen_names(chosen, names, modules)
     watch = _Watch()
     counter = FlopCounterMode(display=False)
+    # What tells the counter of modules hooks into every backward: a gradient taken within the
+    # losses would fail. Operations are told apart by our own hooks.
+    counter.mod_tracker = _Untracked()  # type: ignore[assignment]
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),  # compiled code shows no modules
         counter,
         _FirstUses(inner.parameters(), watch),
         _hooks(inner, watch, counter),
-        warnings.catch_warnings(),
     ):
-        # The counter's hooks are global ones, of which a compiled model warns, in vain: it runs as
-        # eager code here.
-        warnings.filterwarnings("ignore", message="Using `torch.compile")
         forward()
     reshard(inner)
     order = tuple(dict.fromkeys(watch.entries))  # each module once, by first call
     if not order:
         raise ESAMValueError("`losses` must call `model`. Received: a function that did not.")
-    blocks = _opened(order, watch) if fixed is None else fixed
+    blocks = _opened(order, watch, modules) if fixed is None else fixed
     blocks = sorted(blocks, key=lambda name: order.index(name) if name in order else -1)
     if blocks[0] not in order:
         raise ESAMValueError(
@@ -234,14 +246,15 @@ def _called_below(parent: str, order: Sequence[str]) -> list[str]:
     ]
 
 
-def _opened(order: Sequence[str], watch: _Watch) -> list[str]:
+def _opened(order: Sequence[str], watch: _Watch, modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the called children of the model, opened where one does most of the work."""
-    root = min(order, key=len)
-    blocks = _called_below(root, order) or [root]
-    total = max(1, watch.flops.get(root, 0))
+    # A container that is not called itself (a ModuleDict of two networks, say) is no block.
+    blocks = _called_below("", order) or [""]
+    total = max(1, sum(watch.flops[name] for name in blocks))
     while True:
         for name in blocks:
-            children = _called_below(name, order)
+            # What is compiled runs in one piece.
+            children = [] if is_compiled(modules[name]) else _called_below(name, order)
             if children and watch.flops.get(name, 0) > total / 2:
                 place = blocks.index(name)
                 blocks[place : place + 1] = children
@@ -302,3 +315,12 @@ def compiled_as_a_whole(model: nn.Module, blocks: Blocks) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Say whether a call of the module runs what torch.compile has made of it."""
     return module.__dict__.get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod")
+
+
+def lends_its_memory(module: nn.Module) -> bool:
+    """Say whether a compiled module may replay a CUDA graph, whose memory is used again."""
+    compiled = module.__dict__.get("_compiled_call_impl") or module
+    config = getattr(compiled, "get_compiler_config", lambda: None)()
+    if config is None:  # not inductor's: nothing is known of it
+        return any(p.is_cuda for p in module.parameters())
+    return bool(config.get("triton.cudagraphs", False))

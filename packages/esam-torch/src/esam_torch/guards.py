@@ -67,7 +67,8 @@ class Buffers:
             if module.training
             for name, buffer in module.named_buffers(recurse=False)
         ]
-        self._values = [buffer.data for _, _, buffer in self._places]
+        # Where several elements are one place in memory (after `expand`), nothing can write.
+        self._values = [b.data for _, _, b in self._places if not _overlaps(b)]
         self._copies = [torch.empty_like(values) for values in self._values]
         _copy(self._copies, self._values)
 
@@ -77,6 +78,13 @@ class Buffers:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
         _copy(self._values, self._copies)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Say whether several elements of a tensor are one place in memory, as after `expand`."""
+    return tensor.layout == torch.strided and any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 class Gradients:

@@ -6,19 +6,29 @@ descent pass (gamma = 1) comes by. With gamma < 1 the prefix builds no graph eit
 ascent's gradient is for perturbed weights alone; with gamma = 1 the descent's gradient flows
 through the graph that the ascent has left there.
 
+A block is given again only where that cannot be told from running it: not where it has written
+into its arguments, where its output is an object that torch cannot look into, or where the output
+was changed in place afterwards. Such a block is run in every pass, and those around it are not.
+
 Blocks are patched for the length of a pass, on the instance, and always unpatched.
 """
 
 import contextlib
+import enum
+import sys
+import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from esam_core import ESAMRuntimeError
-from esam_torch.blocks import Blocks, is_compiled
+from esam_torch.blocks import Blocks, is_compiled, lends_its_memory
 from esam_torch.guards import RandomState
 
 __all__ = ["Prefix", "verified_replays"]
@@ -45,17 +55,85 @@ def verified_replays() -> Iterator[None]:
         _verify = before
 
 
+#: What cannot be changed, or not without torch's knowing, where a block has it in its hands.
+_TRANSPARENT = (
+    Tensor | bool | int | float | complex | str | bytes | None | range | slice | enum.Enum
+    | torch.dtype | torch.device | torch.layout | torch.memory_format | torch.Size
+    | nn.Module | types.FunctionType
+)  # fmt: skip
+
+
+class _Nest:
+    """What is in a nest of containers, and how often its tensors have been written to."""
+
+    def __init__(self, tree: Any) -> None:
+        self.leaves, self._spec = pytree.tree_flatten(tree)
+        self.transparent = all(
+            isinstance(x, _TRANSPARENT) and not (isinstance(x, Tensor) and _opaque(x))
+            for x in self.leaves
+        )
+        self._versions = self.versions() if self.transparent else []
+
+    def versions(self) -> list[int]:
+        """Return the version counters of the tensors: they count in-place changes."""
+        return [x._version for x in self.leaves if isinstance(x, Tensor)]
+
+    @property
+    def written(self) -> bool:
+        """Whether a tensor has been changed in place since."""
+        return self._versions != self.versions()
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the tensors, where they have any."""
+        if not self.transparent:
+            return []
+        return [tuple(x.shape) for x in self.leaves if isinstance(x, Tensor)]
+
+    def holds(self, other: "_Nest") -> bool:
+        """Say whether another nest is of the same containers with the very same things in them."""
+        return self._spec == other._spec and all(
+            a is b for a, b in zip(self.leaves, other.leaves, strict=True)
+        )
+
+    def cloned(self) -> "_Nest":
+        """Return a nest with copies of the tensors."""
+        return _Nest(pytree.tree_map_only(Tensor, torch.clone, self.tree()))
+
+    def tree(self) -> Any:
+        """Return the nest, in containers of its own: others may have been changed since."""
+        return pytree.tree_unflatten(self.leaves, self._spec)
+
+
+def _within_a_checkpoint() -> bool:
+    """Say whether a checkpoint is among the callers: torch before 2.8 has no other way to tell."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _opaque(tensor: Tensor) -> bool:
+    """Say whether a tensor does not tell of changes, or lives only within a transformation."""
+    return (
+        tensor.is_inference()
+        or tensor.is_nested
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 @dataclass
 class _Record:
-    """One call of a block in the ascent pass."""
+    """One call of a block in the ascent pass; without an output where it must be run again."""
 
     block: int
     training: bool
     shapes: list[tuple[int, ...]]
     random_before: RandomState
     random_after: RandomState
-    output: Any
-    versions: list[int]
+    output: _Nest | None
 
 
 class Prefix:
@@ -88,7 +166,10 @@ class Prefix:
             if any(id(p) in perturbed for p in module.parameters()):
                 reached.add(place)
         self._reached = reached
+        self._harmless = set(blocks.block_of) - perturbed
+        self._often = {place for place, n in Counter(blocks.calls).items() if n > 1}
         self._records: list[_Record] = []
+        self._ungraphed: set[int] = set()  # run without a graph, wherever they were called
         self.replayed = 0
 
     @property
@@ -107,6 +188,7 @@ class Prefix:
         """Record the blocks before the cut in the forward that runs inside."""
         call = 0
         clean = True
+        seen: set[Any] = set()
 
         def run(place: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             nonlocal call, clean
@@ -117,25 +199,87 @@ class Prefix:
             call += 1
             if not clean:
                 return original(*args, **kwargs)
+            given = _Nest((args, kwargs))
+            clean = not self._depends_on_others(given.leaves, seen)
+            if not clean:
+                return original(*args, **kwargs)
+            literal = self._checkpointed(place)
             before = RandomState(self._devices)
-            with contextlib.nullcontext() if self._graph else torch.no_grad():
+            with contextlib.nullcontext() if self._graph or literal else torch.no_grad():
                 output = original(*args, **kwargs)
-            if self._keep and is_compiled(self._blocks.modules[place]):
-                # Where it replays a CUDA graph, the next pass writes over what this one gave.
-                output = torch.utils._pytree.tree_map_only(Tensor, torch.clone, output)
-            if self._keep:
-                self._records.append(
-                    _Record(
-                        place,
-                        self._blocks.modules[place].training,
-                        _shapes((args, kwargs)),
-                        before,
-                        RandomState(self._devices),
-                        output,
-                        _versions(output),
-                    )
-                )
+            self._ungraphed.update(set() if self._graph else {place} - self._often)
+            if not self._keep:
+                return output
+            kept = None if literal else self._kept(place, given, (args, kwargs), output)
+            training = self._blocks.modules[place].training
+            after = RandomState(self._devices)
+            self._records.append(_Record(place, training, given.shapes, before, after, kept))
+            if kept is not None and is_compiled(self._blocks.modules[place]):
+                return kept.tree()
             return output
+
+        with self._patched(run):
+            yield
+
+    def _depends_on_others(self, leaves: Sequence[Any], seen: set[Any]) -> bool:
+        """Say whether gradients flow to anything but unperturbed parameters of the model.
+
+        To an input, say, whose gradient is a part of the loss; or to a perturbed parameter that
+        was not used here when the blocks were found. Then the prefix is not untouched.
+        """
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
+            return True
+        asked = [x for x in tensors if x.requires_grad]
+        if any(x.grad_fn is None and id(x) not in self._harmless for x in asked):
+            return True
+        waiting = [x.grad_fn for x in asked if x.grad_fn is not None and x.grad_fn not in seen]
+        seen.update(waiting)
+        while waiting:
+            node = waiting.pop()
+            leaf = getattr(node, "variable", None)  # an AccumulateGrad's
+            if leaf is not None and id(leaf) not in self._harmless:
+                return True
+            for function, _ in node.next_functions:
+                if function is not None and function not in seen:
+                    seen.add(function)
+                    waiting.append(function)
+        return False
+
+    def _checkpointed(self, place: int) -> bool:
+        """Say whether a call is within a checkpoint that could not do the same call again.
+
+        A checkpoint runs its region again in the backward, and counts on the very same tensors
+        being saved. See `recomputing`.
+        """
+        return (self._graph or place in self._often) and _within_a_checkpoint()
+
+    def _kept(self, place: int, given: _Nest, call: Any, output: Any) -> _Nest | None:
+        """Return what can be given again in place of a call, or None."""
+        if not given.transparent or given.written or not given.holds(_Nest(call)):
+            return None  # it wrote into its arguments, and that would not be done again
+        args, kwargs = call
+        same = any(output is x for x in (*args, *kwargs.values()))
+        kept = _Nest(output)
+        if not kept.transparent or (same and not isinstance(output, Tensor)):
+            return None
+        module = self._blocks.modules[place]
+        if not is_compiled(module):
+            return kept
+        # Where it replays a CUDA graph, the next pass writes over what this one gave, and over
+        # what it has saved for its backward.
+        return None if self._graph and lends_its_memory(module) else kept.cloned()
+
+    @contextlib.contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Let checkpoints that hold both sides of the cut run again what the ascent has run."""
+        if not self._ungraphed:
+            yield
+            return
+
+        def run(place: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            with torch.no_grad() if place in self._ungraphed else contextlib.nullcontext():
+                return original(*args, **kwargs)
 
         with self._patched(run):
             yield
@@ -152,21 +296,23 @@ class Prefix:
             nonlocal matching
             if not waiting or not matching:
                 return original(*args, **kwargs)
+            given = _Nest((args, kwargs))
             record = waiting.pop(0)
             matching = (
                 record.block == place
                 and record.training == self._blocks.modules[place].training
-                and record.shapes == _shapes((args, kwargs))
+                and record.shapes == given.shapes
                 and record.random_before == RandomState(self._devices)
             )
             # An output that was changed in place after the block gave it is no longer its output.
-            if not matching or record.versions != _versions(record.output):
+            output = record.output if matching else None
+            if output is None or output.written or not given.transparent:
                 return original(*args, **kwargs)
             if _verify:
-                _check(original(*args, **kwargs), record.output, self._blocks.names[place])
+                _check(original(*args, **kwargs), output, self._blocks.names[place])
             record.random_after.restore()
             self.replayed += 1
-            return record.output
+            return output.tree()
 
         with self._patched(run):
             yield
@@ -208,25 +354,10 @@ def _through(
     return patched
 
 
-def _leaves(tree: Any) -> list[Tensor]:
-    """Return the tensors of any nest that torch knows how to flatten."""
-    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor)]
-
-
-def _shapes(tree: Any) -> list[tuple[int, ...]]:
-    """Return the shapes of the tensors in a nest."""
-    return [tuple(x.shape) for x in _leaves(tree)]
-
-
-def _versions(tree: Any) -> list[int]:
-    """Return the version counters of the tensors in a nest: they count in-place changes."""
-    return [x._version for x in _leaves(tree)]
-
-
-def _check(fresh: Any, replayed: Any, name: str) -> None:
+def _check(fresh: Any, replayed: _Nest, name: str) -> None:
     """Raise if a block does not give again what it gave."""
-    for a, b in zip(_leaves(fresh), _leaves(replayed), strict=True):
-        if not torch.equal(a, b):
+    for a, b in zip(_Nest(fresh).leaves, replayed.leaves, strict=True):
+        if not (torch.equal(a, b) if isinstance(a, Tensor) else a is b or a == b):
             raise ESAMRuntimeError(
                 f"Block {name!r} gave another output when it was run again on the same input: it "
                 "is not a function of its input, weights and torch's random state."

@@ -125,7 +125,8 @@ class Step:
             at_theta = Buffers(self.model)
             b = len(values)
             k = self._checked_size(batch, b)
-            ascent = self._ascent(values)
+            with self._recomputing():
+                ascent = self._ascent(values)
         # A clone: where a compiled model replays CUDA graphs, the next pass writes over the losses.
         before = values.detach().clone()
         del values
@@ -244,6 +245,10 @@ class Step:
     def _recording(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of the ascent's forward."""
         return contextlib.nullcontext() if self.prefix is None else self.prefix.recording()
+
+    def _recomputing(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of the ascent's backward."""
+        return contextlib.nullcontext() if self.prefix is None else self.prefix.recomputing()
 
     def _replaying(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context of the one later forward on the whole batch."""
@@ -367,9 +372,9 @@ def _all_finite(parameters: Sequence[Tensor]) -> bool:
 def _running_statistics(model: nn.Module, *, when: bool) -> Iterator[None]:
     """Let BatchNorm use its running statistics: one sample has none of its own."""
     layers = statistics_layers(model) if when else []
-    for layer in layers:
-        layer.training = False
     try:
+        for layer in layers:
+            layer.training = False
         yield
     finally:
         for layer in layers:
