@@ -1,5 +1,8 @@
 """Something goes wrong inside a step: everything is as it was, and training goes on."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
@@ -229,3 +232,72 @@ def test_out_of_memory_with_scores():
         optimizer.step(limited, x, y)
     before.check()
     optimizer.step(limited, x[:4], y[:4])
+
+
+class InterruptAtLine:
+    """Raises a KeyboardInterrupt at the n-th line that esam_torch or contextlib runs."""
+
+    package = str(Path(esam_torch.step.__file__).parent)
+
+    def __init__(self, n: int, *, only: str = "") -> None:
+        self.n = n
+        self.only = only
+        self.line: tuple[str, int] | None = None
+
+    def __enter__(self):
+        self.traced_before = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.traced_before)
+
+    def __call__(self, frame, event, _):
+        name = frame.f_code.co_filename
+        if not name.startswith(self.package) and not name.endswith("contextlib.py"):
+            return None
+        if event == "line" and name.endswith(self.only):
+            self.n -= 1
+            if self.n == 0:
+                self.line = Path(name).name, frame.f_lineno
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize(
+    ("options", "only", "every"),
+    [
+        ({"perturb": Suffix("hidden"), "gamma": 0.5}, "", 37),
+        ({"perturb": Suffix("hidden"), "gamma": 0.5}, "contextlib.py", 1),
+        ({"perturb": Suffix("hidden"), "gamma": 1.0}, "", 37),
+        ({"perturb": Everything(), "gamma": 0.5}, "", 37),
+    ],
+    ids=["suffix", "suffix, in and out of contexts", "suffix, whole batch", "everything"],
+)
+def test_an_interrupt_at_any_line(options, only, every):
+    """Nothing stays patched, and all is as before the call, or as after it: never between."""
+    lines = 0
+    for n in range(1, 10_000, every):
+        model, optimizer = make(**options)
+        optimizer.backward(losses_of(model), *batch(seed=3))  # which watches the blocks, once
+        count, before = optimizer.count, Snapshot(model, optimizer)
+        clean = {name: set(vars(m)) for name, m in model.named_modules()}
+        losses, (x, y) = losses_of(model), batch(seed=4)
+        with InterruptAtLine(n, only=only) as interrupt:
+            try:
+                optimizer.backward(losses, x, y)
+            except KeyboardInterrupt:
+                lines += 1
+        if interrupt.line is None:
+            break
+        # Behind the last line of the step proper, nothing is taken back any more.
+        ended = interrupt.line[0] == "optimizer.py" and not torch.equal(
+            model.conv.weight.grad, before.taken["gradients"]["conv.weight"]
+        )
+        before.check(but=("gradients", "buffers", "random", "optimizer") if ended else ())
+        assert optimizer.count in (count, count + 1), interrupt.line
+        for name, module in model.named_modules():
+            assert set(vars(module)) == clean[name], (name, interrupt.line)
+            assert not module._forward_hooks and not module._forward_pre_hooks, interrupt.line
+    assert lines >= 20

@@ -170,6 +170,7 @@ class Prefix:
         self._often = {place for place, n in Counter(blocks.calls).items() if n > 1}
         self._records: list[_Record] = []
         self._ungraphed: set[int] = set()  # run without a graph, wherever they were called
+        self._patches: list[tuple[nn.Module, str, bool, Any]] = []
         self.replayed = 0
 
     @property
@@ -322,7 +323,6 @@ class Prefix:
     @contextlib.contextmanager
     def _patched(self, run: Callable[[int, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
         """Send every call of a block through `run` while the context lasts."""
-        restore: list[tuple[nn.Module, str, bool, Any]] = []
         try:
             for place, module in enumerate(self._blocks.modules):
                 # A block compiled in place keeps its compiled call here; its `forward` is traced.
@@ -330,15 +330,21 @@ class Prefix:
                 key = "_compiled_call_impl" if compiled else "forward"
                 own = key in module.__dict__
                 original = module.__dict__[key] if own else getattr(module, key)
-                restore.append((module, key, own, original))
+                self._patches.append((module, key, own, original))
                 module.__dict__[key] = _through(run, place, original)
             yield
         finally:
-            for module, key, own, original in reversed(restore):
-                if own:
-                    module.__dict__[key] = original
-                else:
-                    module.__dict__.pop(key, None)
+            self.unpatch()
+
+    def unpatch(self) -> None:
+        """Take all patches off the blocks; may be called again where an interrupt came between."""
+        while self._patches:
+            module, key, own, original = self._patches[-1]
+            if own:
+                module.__dict__[key] = original
+            else:
+                module.__dict__.pop(key, None)
+            self._patches.pop()
 
 
 def _through(

@@ -87,6 +87,8 @@ class Step:
             return report
         except BaseException:
             # An interrupt may have come while `_perturbed_step` was about to do this itself.
+            if self.prefix is not None:
+                self.prefix.unpatch()
             self._go_back()
             random.restore()
             buffers.restore()
