@@ -37,7 +37,7 @@ def scatter(
     spread: Sequence[tuple[float, float]] | None = None,
     diagonal: str | None = None,
 ) -> None:
-    """Draw one marker for each label.
+    """Draw one marker for each label, numbered, for many colours are hard to tell apart.
 
     Args:
         path: of the PNG.
@@ -57,10 +57,17 @@ def scatter(
             x[1][i],
             y[1][i],
             yerr=error,
-            fmt=MARKERS[i % len(MARKERS)],
+            fmt=MARKERS[(i + i // len(MARKERS)) % len(MARKERS)],  # with another colour each round
             color=COLOURS[i % len(COLOURS)],
-            label=label,
+            label=f"{i + 1}  {label}",
             capsize=3,
+        )
+        axes.annotate(
+            str(i + 1),
+            (x[1][i], y[1][i]),
+            xytext=(5, 3),
+            textcoords="offset points",
+            fontsize=7,
         )
     if diagonal is not None:
         ends = [min(x[1]), max(x[1])]

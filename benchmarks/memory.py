@@ -154,9 +154,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/memory)")
     parser.add_argument("--quick", action="store_true", help="a narrow network")
     options = parser.parse_args(arguments)
+    out = (
+        options.out or Path("benchmarks/out" if options.quick else "benchmarks/results") / "memory"
+    )
     device = torch.device(options.device)
     width = 8 if options.quick and options.width is None else options.width
     x = torch.randn(options.batch, 3, options.size, options.size, device=device)
@@ -187,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"Memory of a step beside the weights: {options.model}, batch {options.batch}, "
         f"weights of {weights / 2**20:.2f} MiB"
     )
-    write_tables(options.out, "memory", title, COLUMNS, rows)
-    write_json(options.out / "memory.json", {"needs": found, **provenance()})
+    write_tables(out, "memory", title, COLUMNS, rows)
+    write_json(out / "memory.json", {"needs": found, **provenance()})
 
 
 if __name__ == "__main__":

@@ -90,7 +90,13 @@ def main(arguments: Sequence[str] = ()) -> None:
             axis.plot(x, y, mark, color=colour, label=name)
             for p, a, b in zip(chosen, x, y, strict=True):
                 if p["value"] is not None:
-                    axis.annotate(f"{p['value']:g}", (a, b), fontsize=8)
+                    axis.annotate(
+                        f"{p['value']:g}",
+                        (a, b),
+                        xytext=(5, 3),
+                        textcoords="offset points",
+                        fontsize=8,
+                    )
         axis.set(xlabel=label, ylabel="final test accuracy (%)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
