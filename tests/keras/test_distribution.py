@@ -101,6 +101,32 @@ def test_the_batch_is_shared_out(two_devices):
     assert {sharding.shard_shape((8, 6)) for sharding in shapes} == {(4, 6)}
 
 
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta": 0.5, "gamma": 0.5}, {"build": with_statistics, "perturb": Suffix("norm")}],
+    ids=["masks", "statistics"],
+)
+def test_weights_that_lie_in_parts_on_two_devices(settings, two_devices):
+    alone, one, _ = fitted(**settings)
+    devices = keras.distribution.list_devices()[:2]
+    layout = keras.distribution.LayoutMap(
+        keras.distribution.DeviceMesh((1, 2), ("batch", "model"), devices)
+    )
+    layout[".*first/kernel"] = ("model", None)
+    together, both, _ = fitted(
+        keras.distribution.ModelParallel(
+            layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False
+        ),
+        **settings,
+    )
+    kernel = together.layers[0].kernel.value
+    assert {part.data.shape[0] for part in kernel.addressable_shards} == {kernel.shape[0] // 2}
+    for a, b in zip(one, both, strict=True):
+        close([a.losses], [b.losses], rtol=1e-4)
+    close(trainable(together), trainable(alone), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.backends("tensorflow")
 def test_mirrored_strategy_of_two_devices_is_refused():
     script = """
