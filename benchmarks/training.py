@@ -232,7 +232,14 @@ class Trainer:
 
 
 class Probe(Protocol):
-    """Something that looks on while a run trains."""
+    """Something that looks on while a run trains.
+
+    Attributes:
+        options: its name, and all that its values depend on beside the run, as plain data: kept in
+            the run's record, so that what another probe measured is not taken for this one's.
+    """
+
+    options: dict[str, Any]
 
     def observe(self, epoch: int, report: Any) -> None:
         """See the report of a step; None where the method has none."""
@@ -300,21 +307,23 @@ def train(
 
     Returns:
         The run's record, as in the JSON; its last epochs missing if it was stopped.
+
+    Raises:
+        ValueError: the folder holds a run of this name that was made with other options, or with
+            another probe.
     """
     trainer = Trainer(run, observe=None if probe is None else probe.observe)
     stem = run.file_name(trainer.source.name)
     done, saved = folder / f"{stem}.json", folder / "checkpoints" / f"{stem}.pt"
     if done.exists():
         record = json.loads(done.read_text("utf-8"))
-        if record["run"] != dataclasses.asdict(run):
-            raise ValueError(f"{done} holds a run of other options. Choose another `out`.")
+        _refuse_other(done, record, run, probe)
         say(f"{stem}: done before")
         return record
     history: list[dict[str, float]] = []
     if saved.exists():
         state = torch.load(saved, map_location=trainer.device, weights_only=True)
-        if state["run"] != dataclasses.asdict(run):
-            raise ValueError(f"{saved} holds a run of other options. Choose another `out`.")
+        _refuse_other(saved, state, run, probe)
         trainer.load(state)
         history = state["history"]
         say(f"{stem}: resumed behind epoch {len(history)}")
@@ -332,10 +341,10 @@ def train(
         )
         stopping = stop_after is not None and epoch + 1 - first >= stop_after
         if stopping or (epoch + 1) % checkpoint_every == 0:
-            _save({**trainer.state(), "history": history}, saved)
+            _save({**trainer.state(), "probe": _options(probe), "history": history}, saved)
         if stopping:
             break
-    record = _record(trainer, history)
+    record = _record(trainer, history, probe)
     if len(history) == run.epochs:
         if keep_weights:
             _save(trainer.model.state_dict(), folder / "weights" / f"{stem}.pt")
@@ -350,7 +359,28 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return time.process_time if device.type == "cpu" else time.perf_counter
 
 
-def _record(trainer: Trainer, history: list[dict[str, float]]) -> dict[str, Any]:
+def _options(probe: Probe | None) -> dict[str, Any] | None:
+    """Return what is kept of a probe: None where there is none, as in records without the field."""
+    return None if probe is None else probe.options
+
+
+def _refuse_other(path: Path, found: dict[str, Any], run: Run, probe: Probe | None) -> None:
+    """Refuse a record or checkpoint that was made with other options or another probe."""
+    for what, here, asked in (
+        ("options", found["run"], dataclasses.asdict(run)),
+        ("probe options", {"probe": found.get("probe")}, {"probe": _options(probe)}),
+    ):
+        if here != asked:
+            names = [name for name in asked if here.get(name) != asked[name]]
+            differing = ", ".join(f"{n}={asked[n]!r}, not {here.get(n)!r}" for n in names)
+            raise ValueError(
+                f"{path} holds a run of other {what}. Choose another `out`. Received: {differing}."
+            )
+
+
+def _record(
+    trainer: Trainer, history: list[dict[str, float]], probe: Probe | None
+) -> dict[str, Any]:
     """Return what is kept of a run."""
     run = trainer.run
     seconds = sum(row["seconds"] for row in history)
@@ -359,6 +389,7 @@ def _record(trainer: Trainer, history: list[dict[str, float]]) -> dict[str, Any]
     images = trainer.source.steps * trainer.source.batch
     return {
         "run": dataclasses.asdict(run),
+        "probe": _options(probe),
         "title": trainer.method.title,
         "norm": trainer.method.norm if trainer.method.family == "esam" else None,
         "rho": run.effective_rho,

@@ -25,6 +25,7 @@ class Splits:
     """Means over an epoch's steps of the losses of both parts of the batch."""
 
     def __init__(self) -> None:
+        self.options: dict[str, Any] = {"name": "fig5"}
         self._sums: list[Any] = []
 
     def observe(self, epoch: int, report: StepReport | None) -> None:

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from itertools import islice
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Cosines:
     """Cosines of subset gradients with the batch's, over the first batches of an epoch."""
 
     def __init__(self, batches: int) -> None:
+        self.options: dict[str, Any] = {"name": "fig6", "batches": batches}
         self._batches = batches
 
     def observe(self, epoch: int, report: object) -> None:

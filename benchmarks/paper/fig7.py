@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Linearity:
     """zeta for each beta and for SAM (beta = 1), over the first batches of an epoch."""
 
     def __init__(self, betas: Sequence[float], batches: int, draws: int) -> None:
+        drawn = {"betas": list(betas), "batches": batches, "draws": draws}
+        self.options: dict[str, Any] = {"name": "fig7", **drawn}
         self._betas, self._batches, self._draws = betas, batches, draws
 
     def observe(self, epoch: int, report: object) -> None:

@@ -1,0 +1,88 @@
+"""What a finished or a killed run is taken for: only for one of the same options and probe."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.paper import fig5, fig6, fig7
+from benchmarks.training import Run, train
+
+RUN = Run(method="sam", data="digits", model="resnet8", width=2, epochs=2, batch=128, images=256)
+QUICK = ["--quick", "--width", "2", "--images", "256", "--epochs", "1"]
+
+
+class Counting:
+    """A probe that says how often it was asked."""
+
+    def __init__(self, factor: int) -> None:
+        self.options = {"name": "counting", "factor": factor}
+        self.factor = factor
+        self.asked = 0
+
+    def observe(self, epoch: int, report: Any) -> None: ...
+
+    def measure(self, trainer: Any, epoch: int) -> dict[str, Any]:
+        self.asked += 1
+        return {"found": self.factor * (epoch + 1)}
+
+
+def _say(_: str) -> None: ...
+
+
+def test_a_run_of_the_same_probe_is_read(tmp_path: Path) -> None:
+    first = train(RUN, tmp_path, probe=Counting(3), say=_say)
+    again = Counting(3)
+    assert train(RUN, tmp_path, probe=again, say=_say)["history"] == first["history"]
+    assert [row["found"] for row in first["history"]] == [3, 6]
+    assert again.asked == 0
+
+
+@pytest.mark.parametrize("probe", [Counting(4), None])
+@pytest.mark.parametrize("stop_after", [None, 1])
+def test_a_run_of_another_probe_is_refused(
+    probe: Counting | None, stop_after: int | None, tmp_path: Path
+) -> None:
+    train(RUN, tmp_path, probe=Counting(3), stop_after=stop_after, say=_say)
+    with pytest.raises(ValueError, match=r"holds a run of other probe options\..*'factor': 3"):
+        train(RUN, tmp_path, probe=probe, say=_say)
+
+
+def test_a_record_from_before_probes_were_kept_is_one_without(tmp_path: Path) -> None:
+    train(RUN, tmp_path, say=_say)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(path.read_text().replace('"probe": null,', ""))
+    assert "probe" not in train(RUN, tmp_path, say=_say)
+    with pytest.raises(ValueError, match="other probe options"):
+        train(RUN, tmp_path, probe=Counting(3), say=_say)
+
+
+@pytest.mark.parametrize(
+    ("figure", "others"),
+    [(fig6, ["--batches", "1"]), (fig7, ["--draws", "2"]), (fig7, ["--betas", "0.4"])],
+)
+def test_a_figure_reads_its_own_runs_and_refuses_those_of_other_options(
+    figure: Any, others: list[str], tmp_path: Path
+) -> None:
+    arguments = [*QUICK, "--out", str(tmp_path)]
+    threads = torch.get_num_threads()
+    try:
+        figure.main(arguments)
+        (run,) = (tmp_path / "runs").glob("*.json")
+        made = run.stat().st_mtime_ns
+        figure.main(arguments)
+        assert run.stat().st_mtime_ns == made
+        with pytest.raises(ValueError, match="holds a run of other probe options"):
+            figure.main([*arguments, *others])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_figures_5_and_7_do_not_take_each_others_runs(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        fig5.main([*QUICK, "--out", str(tmp_path)])
+        with pytest.raises(ValueError, match=r"'fig7'.*not \{'name': 'fig5'\}"):
+            fig7.main([*QUICK, "--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
