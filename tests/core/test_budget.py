@@ -4,7 +4,7 @@ import pytest
 
 from esam_core import All, ESAMTypeError, ESAMValueError, Everything, Proportional, Unit
 from esam_core.budget import make_plan
-from esam_core.cost import expected_cost
+from esam_core.cost import base_cost, expected_cost
 
 # A hundred equal layers in ten equal blocks.
 UNITS = [Unit(f"{i}", (1,), cost=1.0, block=f"block{i // 10}", depth=i // 10) for i in range(100)]
@@ -51,3 +51,23 @@ def test_bad_input():
         make_plan(UNITS, 0.0)
     with pytest.raises(ESAMTypeError, match="`budget` must be a finite number > 0"):
         make_plan(UNITS, "cheap")
+
+
+def test_what_may_not_be_perturbed_is_not_bought():
+    units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(8)]
+    plan = make_plan(units, 1.9, perturbable=[i < 4 for i in range(8)])
+    assert all(option.share > 0.0 for option in plan.options)
+    with pytest.raises(ESAMValueError, match="may be perturbed"):
+        make_plan(units, 1.9, perturbable=[False] * 8)
+
+
+def test_frozen_units_cost_a_forward_only():
+    units = [
+        Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i, trained=i >= 6) for i in range(10)
+    ]
+    assert base_cost(units) == pytest.approx(1.0 + 0.3 + 0.4)
+    sam = expected_cost(Everything(), units, All())
+    # Forward, then up to the first trained unit and no further; the frozen prefix once.
+    assert sam.total == pytest.approx(1.7 + 0.4 + 0.7)
+    with pytest.raises(ESAMValueError, match="all are frozen"):
+        base_cost(units[:6])

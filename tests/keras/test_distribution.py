@@ -102,12 +102,13 @@ def test_the_batch_is_shared_out(two_devices):
 
 
 @pytest.mark.backends("jax")
+@pytest.mark.usefixtures("two_devices")
 @pytest.mark.parametrize(
     "settings",
     [{"beta": 0.5, "gamma": 0.5}, {"build": with_statistics, "perturb": Suffix("norm")}],
     ids=["masks", "statistics"],
 )
-def test_weights_that_lie_in_parts_on_two_devices(settings, two_devices):
+def test_weights_that_lie_in_parts_on_two_devices(settings):
     alone, one, _ = fitted(**settings)
     devices = keras.distribution.list_devices()[:2]
     layout = keras.distribution.LayoutMap(

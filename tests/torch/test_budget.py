@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.torch.networks import ResNet, flops, images
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from esam_core import ESAMRuntimeError, ESAMValueError
 from esam_core.cost import expected_cost
@@ -121,3 +122,51 @@ def test_bad_budgets():
         optimizer.step(losses_of(model), *images())
     with pytest.raises(ESAMRuntimeError, match="needs `budget`"):
         optimizer_of(model).plan()
+
+
+@pytest.mark.parametrize("held", ["everything", "the rest"])
+@pytest.mark.parametrize(("frozen", "budget"), [(6, 1.2), (9, 1.2), (9, 1.5), (6, 2.0)])
+def test_a_frozen_backbone_is_priced(frozen, budget, held):
+    """A base step is cheaper there, so the same budget buys less."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(12)))
+    for layer in list(model)[:frozen]:
+        layer.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad or held == "everything"]
+    x, y = torch.randn(8, 32), torch.randint(32, (8,))
+
+    def counted(**options):
+        base = torch.optim.SGD(parameters, lr=0.0)
+        optimizer = ESAM(base, model, **options)
+        optimizer.step(losses_of(model), x, y)
+        with FlopCounterMode(display=False) as counter:
+            for _ in range(4):
+                optimizer.step(losses_of(model), x, y)
+        return optimizer, counter.get_total_flops()
+
+    optimizer, cost = counted(budget=budget)
+    _, base = counted(rho=0.0)
+    assert cost / base == pytest.approx(optimizer.plan().chosen.ratio, rel=1e-3)
+    assert cost <= budget * base
+
+
+def test_a_budget_knows_what_may_not_be_perturbed():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(8)))
+    rest = {"params": list(model[:4].parameters())}
+    head = {"params": list(model[4:].parameters()), "esam_perturb": False}
+    optimizer = ESAM(torch.optim.SGD([rest, head], lr=0.1), model, budget=1.9)
+    x, y = torch.randn(8, 32), torch.randint(32, (8,))
+    report = optimizer.step(losses_of(model), x, y)
+    assert report.perturbed
+    assert all(int(name[0]) < 4 for name in report.perturbed)
+
+
+def test_a_spent_budget_from_a_checkpoint_has_no_plan():
+    model = ResNet(dropout=0.0)
+    optimizer = optimizer_of(model, budget=1.15)
+    optimizer.step(losses_of(model), *images())
+    other = optimizer_of(model, budget=1.15)
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ESAMRuntimeError, match=r"has been spent brings its choice instead: Suffix"):
+        other.plan(losses_of(model), *images())

@@ -5,15 +5,16 @@ import copy
 import pytest
 import torch
 from tests.torch.networks import vectors
+from tests.torch.replays import Chain, Layer, cross_entropies, replays_of, train
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from esam_core import ESAMTypeError
-from esam_torch import ESAM, Suffix, TopLoss
+from esam_torch import TopLoss
 from esam_torch import prefix as prefixes
 from esam_torch.blocks import find_blocks, lends_its_memory
-from esam_torch.prefix import Prefix, verified_replays
+from esam_torch.prefix import Prefix
 
 pytestmark = [
     # torch's own: a compiled block looks at `.grad` of its inputs, which are not leaves.
@@ -21,30 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
 ]
-
-
-class Layer(nn.Module):
-    """What the networks are made of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-        self.dropout = nn.Dropout(0.2)
-
-    def forward(self, x):
-        return self.dropout(torch.tanh(self.linear(x)))
-
-
-class Chain(nn.Module):
-    """Three blocks and a head; perturbed from `c` on."""
-
-    def __init__(self, make=Layer) -> None:
-        super().__init__()
-        self.a, self.b, self.c = make(), make(), make()
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x):
-        return self.head(self.c(self.b(self.a(x))))
 
 
 class ChangesItsInput(Chain):
@@ -196,43 +173,6 @@ class FrozenEncoder(nn.Module):
         return self.head(self.middle(self.encoder(x, src_key_padding_mask=padding)[:, 0]))
 
 
-def cross_entropies(model):
-    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
-
-
-def train(model, losses_of=cross_entropies, start="c", **options):
-    torch.manual_seed(0)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    base = torch.optim.SGD(trained, lr=0.05, momentum=0.9)
-    optimizer = ESAM(base, model, perturb=Suffix(start), **options)
-    losses = losses_of(model)
-    return [optimizer.step(losses, *vectors()) for _ in range(3)]
-
-
-def replays_of(model, monkeypatch, **options):
-    """Train beside a twin without a prefix, require equal bits, return how often was replayed."""
-    twin = copy.deepcopy(model)
-    made = []
-    init = Prefix.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Prefix, "__init__", lambda self, *a, **k: (made.append(self), init(self, *a, **k))[1]
-        )
-        with verified_replays():
-            reports = train(model, **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(ESAM, "_prefix", lambda *_: None)
-        expected = train(twin, **options)
-    state = model.state_dict()
-    for name, value in twin.state_dict().items():
-        assert torch.equal(state[name], value), name
-    for one, other in zip(reports, expected, strict=True):
-        assert torch.equal(one.losses, other.losses)
-        if other.perturbed_losses is not None:
-            assert torch.equal(one.perturbed_losses, other.perturbed_losses)
-    return sum(prefix.replayed for prefix in made) / 3
-
-
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize(
     ("make", "replays", "replays_with_a_graph"),
@@ -296,11 +236,11 @@ class Toggled(Chain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(8))
+        self.behind = nn.ParameterList([torch.ones(8)])  # the last in the model
         self.calls = 0
 
     def forward(self, x):
-        return super().forward(x * self.scale if self.calls > 3 else x)
+        return super().forward(x * self.behind[0] if self.calls > 3 else x)
 
 
 def test_a_perturbed_parameter_that_was_not_used_when_blocks_were_found(monkeypatch):

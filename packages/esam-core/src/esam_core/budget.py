@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esam_core import validation
-from esam_core.cost import expected_cost
+from esam_core.cost import step_cost
 from esam_core.errors import ESAMValueError
 from esam_core.sds import All, Proportional, Selector
 from esam_core.swp import Everything, Sampler, Suffix, Unit, block_order
@@ -73,16 +73,25 @@ class Plan:
         return "\n".join([f"budget: {self.budget:g} x the base optimizer's step", *lines])
 
 
-def make_plan(units: Sequence[Unit], budget: float, *, norm: str = "masked") -> Plan:
+def make_plan(
+    units: Sequence[Unit],
+    budget: float,
+    *,
+    norm: str = "masked",
+    perturbable: Sequence[bool] | None = None,
+) -> Plan:
     """Choose what a budget buys.
 
     Args:
         units: the model's units, with blocks and costs as measured.
         budget: the most that a step may cost on average, in base steps, > 0. SAM costs 2.
         norm: as for the optimizer; "full" forbids most savings.
+        perturbable: for each unit, whether it may be perturbed; None (default): where it is
+            trained.
 
     Raises:
-        ESAMValueError: nothing fits; the message says what the cheapest option costs.
+        ESAMValueError: nothing may be perturbed, or nothing fits; the message says what the
+            cheapest option costs.
 
     Example:
         >>> units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(12)]
@@ -94,7 +103,10 @@ def make_plan(units: Sequence[Unit], budget: float, *, norm: str = "masked") -> 
         (Everything(), All())
     """
     budget = validation.positive("budget", budget)
-    options = _options(units, norm)
+    allowed = [unit.trained for unit in units] if perturbable is None else list(perturbable)
+    if not any(allowed):
+        raise ESAMValueError("`units` must have one that may be perturbed. Received: none.")
+    options = _options(units, allowed, norm)
     fitting = [option for option in options if option.ratio <= budget * (1.0 + 1e-9)]
     if not fitting:
         cheapest = min(options, key=lambda option: option.ratio)
@@ -106,21 +118,29 @@ def make_plan(units: Sequence[Unit], budget: float, *, norm: str = "masked") -> 
     return Plan(budget, tuple(options), chosen)
 
 
-def _options(units: Sequence[Unit], norm: str) -> list[Option]:
+def _options(units: Sequence[Unit], allowed: Sequence[bool], norm: str) -> list[Option]:
     """Return what is worth considering, dearest first."""
-    first = block_order(units)[0]
+    # A suffix that begins in a block which may not be perturbed is that of the next block.
+    reached = {unit.block for unit, may in zip(units, allowed, strict=True) if may}
+    starts = [block for block in block_order(units) if block in reached]
     found = [
-        _priced(Everything() if start == first else Suffix(start), select, units, norm)
-        for start in block_order(units)
+        _priced(Everything() if start == starts[0] else Suffix(start), select, units, allowed, norm)
+        for start in starts
         for select in (All(), Proportional(0.5))
     ]
     return sorted(found, key=lambda option: -option.ratio)
 
 
-def _priced(perturb: Sampler, select: Selector, units: Sequence[Unit], norm: str) -> Option:
+def _priced(
+    perturb: Sampler,
+    select: Selector,
+    units: Sequence[Unit],
+    allowed: Sequence[bool],
+    norm: str,
+) -> Option:
     """Return an option with its cost and the share of the work that it perturbs."""
-    cost = expected_cost(perturb, units, select, norm=norm)
-    mask = perturb.draw(units, seed=0, count=0)
+    mask = perturb.draw(units, seed=0, count=0).within(allowed)
+    cost = step_cost(units, mask, select, norm=norm)
     total = sum(unit.cost for unit in units)
     touched = sum(unit.cost for unit, m in zip(units, mask.perturbed, strict=True) if m)
     return Option(perturb, select, cost.ratio, touched / total)

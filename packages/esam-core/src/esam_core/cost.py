@@ -12,6 +12,9 @@ every saving is something that one of the passes does not run:
 - the selection pass, where the selector does not need it;
 - everything but a base step, where the mask is empty.
 
+What is frozen has no weight gradients in any pass, and a backward ends at the first unit that is
+trained: that makes the base step cheaper too, and every ratio to it is of such a step.
+
 A unit's cost is that of the layer it drives, so the model sees layers in the order of `depth` and
 takes the network for a chain. Element-wise work, optimizer updates and memory traffic are free
 in it; it says what FLOP counters say, and clocks say more or less the same.
@@ -74,23 +77,38 @@ def _shares(units: Sequence[Unit]) -> tuple[list[Unit], list[float]]:
     return ordered, [unit.cost / total for unit in ordered]
 
 
-def _first_layer(shares: Sequence[float]) -> float:
-    """Return the share of the first layer, whose input needs no gradient."""
-    return next(share for share in shares if share > 0.0)
+def _backward(units: Sequence[Unit], shares: Sequence[float], of: set[str]) -> tuple[float, float]:
+    """Return the cost of the gradients of activations and of weights, for the units named."""
+    # What the first of them takes as input needs no gradient. The layer of a unit without a cost
+    # of its own (a bias, a norm) is where it stands: it needs the gradient of all that follows.
+    first = next(i for i, unit in enumerate(units) if unit.name in of)
+    weights = sum(s for unit, s in zip(units, shares, strict=True) if unit.name in of)
+    return sum(shares[first + 1 :]), weights
 
 
 def base_cost(units: Sequence[Unit]) -> float:
-    """Return the cost of a base step: a hair under 3.
+    """Return the cost of a base step: a hair under 3, and less where units are frozen.
 
     Args:
         units: the model's units, with costs.
+
+    Raises:
+        ESAMValueError: no unit has a cost, or none is trained.
 
     Example:
         >>> base_cost([Unit(f"w{i}", (1,), cost=1.0, depth=i) for i in range(10)])
         2.9
     """
-    _, shares = _shares(units)
-    return 3.0 - _first_layer(shares)
+    ordered, shares = _shares(units)
+    return 1.0 + sum(_backward(ordered, shares, _trained(units)))
+
+
+def _trained(units: Sequence[Unit]) -> set[str]:
+    """Return the names of the units that are trained."""
+    names = {unit.name for unit in units if unit.trained}
+    if not names:
+        raise ESAMValueError("`units` must have one that is trained: all are frozen.")
+    return names
 
 
 def step_cost(
@@ -120,6 +138,7 @@ def step_cost(
         3.5
     """
     base = base_cost(units)
+    mask = mask.within(unit.trained for unit in units)
     if not mask.active:
         return StepCost(0.0, 0.0, 0.0, 0.0, 1.0, base - 1.0, base)
     names = [unit.name for unit in units]
@@ -127,16 +146,8 @@ def step_cost(
         raise ESAMValueError("`units` must have names of their own.")
     ordered, shares = _shares(units)
     perturbed = {unit.name for unit, m in zip(units, mask.perturbed, strict=True) if m}
-    first = next(i for i, unit in enumerate(ordered) if unit.name in perturbed)
-    # The layer of a unit without a cost of its own (a bias, a norm) is where it stands: the
-    # gradient that it needs is that of all that follows.
     full = norm == "full"
-    activations = 1.0 - _first_layer(shares) if full else sum(shares[first + 1 :])
-    weights = (
-        1.0
-        if full
-        else sum(s for unit, s in zip(ordered, shares, strict=True) if unit.name in perturbed)
-    )
+    activations, weights = _backward(ordered, shares, _trained(units) if full else perturbed)
     order = block_order(units)
     cut = min(order.index(unit.block) for unit in ordered if unit.name in perturbed)
     suffix = (

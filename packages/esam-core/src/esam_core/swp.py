@@ -38,6 +38,11 @@ __all__ = [
 #: bias, "embedding" a look-up table, "weight" everything else.
 KINDS = ("weight", "bias", "norm", "embedding")
 
+# The grid of single-precision uniform draws. With a smaller beta, backends that draw each weight
+# on its own would still hit one in 2**23, and 1/beta soon leaves float32: inf times a weight that
+# was not drawn is not a number.
+_LEAST_BETA = 2.0**-23
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -52,6 +57,8 @@ class Unit:
             (multiply-adds, say). Only shares of the total matter.
         depth: place of the block in the order of execution, >= 0. Blocks of equal depth keep the
             order in which the units name them.
+        trained: whether a gradient is computed for it. What is frozen costs a forward only, and
+            is not perturbed.
 
     Example:
         >>> Unit("head.weight", (10, 64), kind="weight", block="head", cost=640.0, depth=2).size
@@ -64,6 +71,7 @@ class Unit:
     block: str = ""
     cost: float = 0.0
     depth: int = 0
+    trained: bool = True
 
     def __post_init__(self) -> None:
         validation.choice("kind", self.kind, KINDS)
@@ -151,7 +159,8 @@ class Bernoulli:
     `unit="tensor"` is what the authors' code does and what appendix A.4 argues for.
 
     Args:
-        beta: in (0, 1]. Default 0.6, the paper's for ResNet-18.
+        beta: in (0, 1], and at least 2**-23 (1.2e-07), the finest that backends can draw.
+            Default 0.6, the paper's for ResNet-18.
         unit: "tensor" (default) or "weight".
 
     Example:
@@ -165,6 +174,11 @@ class Bernoulli:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", validation.open_unit("beta", self.beta))
+        if self.beta < _LEAST_BETA:
+            raise ESAMValueError(
+                "`beta` must be at least 2**-23 (1.2e-07), the finest that backends can draw. "
+                f"Received: beta={self.beta!r}."
+            )
         validation.choice("unit", self.unit, ("tensor", "weight"))
 
     @property
@@ -312,6 +326,11 @@ class RandomSuffix:
                 "`starts` must be a non-empty sequence of block names or shares. "
                 f"Received: starts={self.starts!r}."
             )
+        if isinstance(self.probabilities, str) or not isinstance(self.probabilities, Iterable):
+            raise ESAMTypeError(
+                "`probabilities` must be a sequence of numbers in (0, 1], one a start, or () for "
+                f"equal ones. Received: probabilities={self.probabilities!r}."
+            )
         starts = tuple(_check_start(start) for start in self.starts)
         given = tuple(self.probabilities) or (1.0 / len(starts),) * len(starts)
         probabilities = tuple(validation.open_unit("probabilities", p) for p in given)
@@ -351,8 +370,12 @@ class Only:
 
     Args:
         kind: one of `KINDS`, or a pattern over names with the wildcards of `fnmatch`
-            ("*.attention.*"), or a function of a `Unit` that returns a bool.
+            ("*.attention.*"), or a function of a `Unit` that returns a bool. A pattern must match
+            a unit of the model; of a kind there may be none, and steps are then base steps.
         inner: any sampler; default `Everything()`. Its inclusion probabilities are kept.
+
+    Raises:
+        ESAMValueError: when masks are drawn or listed, if the text is no kind and matches nothing.
 
     Example:
         >>> units = [Unit("conv.weight", (3,)), Unit("bn.weight", (3,), kind="norm")]
@@ -371,13 +394,20 @@ class Only:
             )
         check_sampler("inner", self.inner)
 
-    def _allows(self, unit: Unit) -> bool:
-        """Say whether this unit is of the kind."""
+    def _allowed(self, units: Sequence[Unit]) -> list[bool]:
+        """Return for each unit whether it is of the kind."""
         if callable(self.kind):
-            return bool(self.kind(unit))
+            return [bool(self.kind(unit)) for unit in units]
         if self.kind in KINDS:
-            return unit.kind == self.kind
-        return fnmatch.fnmatchcase(unit.name, self.kind)
+            return [unit.kind == self.kind for unit in units]
+        allowed = [fnmatch.fnmatchcase(unit.name, self.kind) for unit in units]
+        if not any(allowed):  # most likely misspelt, and every step would silently be a base step
+            named = f", such as {units[0].name!r}" if units else ""
+            raise ESAMValueError(
+                f"`kind` must be one of {', '.join(map(repr, KINDS))}, or a pattern that matches "
+                f"the name of a unit{named}. Received: kind={self.kind!r}."
+            )
+        return allowed
 
     @property
     def needs_blocks(self) -> bool:
@@ -385,10 +415,10 @@ class Only:
 
     def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
         mask = self.inner.draw(units, seed=seed, count=count, stream=stream)
-        return mask.within([self._allows(unit) for unit in units])
+        return mask.within(self._allowed(units))
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-        allowed = [self._allows(unit) for unit in units]
+        allowed = self._allowed(units)
         inner = self.inner.masks(units)
         return None if inner is None else _distinct(mask.within(allowed) for mask in inner)
 

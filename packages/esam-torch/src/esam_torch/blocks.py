@@ -5,6 +5,7 @@ floating-point operations, and where each parameter is used first. Nothing is le
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import reshard
+from esam_torch.side_effects import SideEffects
 from esam_torch.units import bare_model
 
 __all__ = ["Blocks", "compiled_as_a_whole", "find_blocks", "is_compiled"]
@@ -33,6 +35,7 @@ class Blocks:
         block_of: place of the block in which, or before which, each parameter is used first, by
             the parameter's id.
         cost_of: floating-point operations of the forward that each parameter accounts for, by id.
+        effects: what is known of the blocks' side effects.
     """
 
     names: tuple[str, ...]
@@ -40,6 +43,7 @@ class Blocks:
     calls: tuple[int, ...]
     block_of: dict[int, int]
     cost_of: dict[int, float]
+    effects: SideEffects = field(compare=False)
 
 
 @dataclass
@@ -64,14 +68,34 @@ class _FirstUses(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Reading an attribute (a shape, a dtype) is not a use.
-        if getattr(func, "__name__", "") != "__get__":
+        result = func(*args, **(kwargs or {}))
+        if not _is_about_form(func, result):
             for value in _tensors((args, kwargs or {})):
                 found = self._watch.identity.get(id(value))
                 if found is not None and found not in self._watch.first_use:
                     open_modules = tuple(name for name, _ in self._watch.stack)
                     self._watch.first_use[found] = (open_modules, len(self._watch.entries))
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+#: Methods that tell of a tensor's form and nothing of its values.
+_FORM = frozenset(
+    (
+        *("size", "dim", "ndimension", "numel", "nelement", "stride"),
+        *("storage_offset", "element_size", "__len__", "data_ptr", "get_device", "is_contiguous"),
+        *("is_floating_point", "is_complex", "is_signed", "is_pinned", "__hash__"),
+        *("register_hook", "register_post_accumulate_grad_hook", "requires_grad_"),
+    )
+)
+
+
+def _is_about_form(func: Any, result: Any) -> bool:
+    """Say whether a call asked for a shape, a dtype, a gradient: that is not a use."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):  # of a property: W.T and W.data are uses, W.shape is not
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        return not isinstance(result, Tensor) or attribute == "grad"
+    return name in _FORM
 
 
 class _Untracked(contextlib.nullcontext[None]):
@@ -92,6 +116,23 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+class _Hook:
+    """A hook that a copy of the model, made in the forward that is watched, does not keep."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*_: Any) -> None:
+    """Do nothing."""
+
+
 @contextlib.contextmanager
 def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterator[None]:
     """Note every module's calls and operations while the context lasts."""
@@ -102,7 +143,7 @@ def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterato
         for leaf, parameter in module.named_parameters(recurse=False)
     }
 
-    def enter(name: str) -> Callable[..., None]:
+    def enter(name: str) -> "_Hook":
         def hook(module: nn.Module, args: Any) -> None:  # noqa: ARG001
             for leaf, parameter in module.named_parameters(recurse=False):
                 if (name, leaf) in known:
@@ -110,14 +151,14 @@ def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterato
             watch.entries.append(name)
             watch.stack.append((name, counter.get_total_flops()))
 
-        return hook
+        return _Hook(hook)
 
-    def leave(name: str) -> Callable[..., None]:
+    def leave(name: str) -> "_Hook":
         def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
             _, before = watch.stack.pop()
             watch.flops[name] = watch.flops.get(name, 0) + counter.get_total_flops() - before
 
-        return hook
+        return _Hook(hook)
 
     try:
         for name, module in model.named_modules():
@@ -137,7 +178,8 @@ def find_blocks(
     """Watch one forward and return the blocks of a model.
 
     Without a choice the blocks are the modules that the model itself calls; where one of them
-    does more than half of the work, the modules that it calls stand in its place, and so on.
+    does more than half of the work, and most of it in the modules that it calls, those stand in
+    its place, and so on.
 
     Args:
         model: what is trained; wrappers are looked through.
@@ -196,13 +238,41 @@ def find_blocks(
         # Used between blocks: it counts with the block that runs next.
         following = calls[seen[position]] if seen[position] < len(calls) else len(blocks) - 1
         block_of[parameter_id] = inside[0] if inside else following
+    here = 0
     for name, parameter in inner.named_parameters():
-        if id(parameter) not in block_of:  # unused: it stays with the block that holds it
-            holders = [place[b] for b in blocks if name.startswith(b + ".")]
-            block_of[id(parameter)] = holders[0] if holders else len(blocks) - 1
+        # Unused in this forward: it stays with the block that holds it, or else with the one
+        # whose parameters come before it in the model.
+        holders = [place[b] for b in blocks if name.startswith(b + ".")]
+        here = block_of.setdefault(id(parameter), holders[0] if holders else here)
+    _warn_of_early_uses(inner, watch, block_of, place)
     clean = tuple(name.replace("_orig_mod.", "").removesuffix("._orig_mod") for name in blocks)
     costs = _costs(inner, watch, block_of, blocks)
-    return Blocks(clean, tuple(modules[b] for b in blocks), tuple(calls), block_of, costs)
+    return Blocks(
+        clean, tuple(modules[b] for b in blocks), tuple(calls), block_of, costs, SideEffects(inner)
+    )
+
+
+def _warn_of_early_uses(
+    model: nn.Module, watch: _Watch, block_of: Mapping[int, int], place: Mapping[str, int]
+) -> None:
+    """Say so where a script uses the weights of several blocks before those blocks run."""
+    early = set()
+    for name, parameter in model.named_parameters():
+        stack, _ = watch.first_use.get(id(parameter), ((), 0))
+        outside = not any(module in place for module in stack)
+        early |= {
+            block
+            for block in place
+            if outside and name.startswith(block + ".") and place[block] > block_of[id(parameter)]
+        }
+    if len(early) > 1:
+        warnings.warn(
+            f"`losses` uses weights of {len(early)} blocks, {min(early, key=place.__getitem__)!r} "
+            "among them, before these blocks run. They count where they are used first, so a "
+            "suffix begins there and nothing can be left out. Compute a penalty of the weights "
+            "behind the model's call.",
+            stacklevel=2,
+        )
 
 
 def _chosen_names(
@@ -255,7 +325,9 @@ def _opened(order: Sequence[str], watch: _Watch, modules: Mapping[str, nn.Module
         for name in blocks:
             # What is compiled runs in one piece.
             children = [] if is_compiled(modules[name]) else _called_below(name, order)
-            if children and watch.flops.get(name, 0) > total / 2:
+            work = watch.flops.get(name, 0)
+            below = sum(watch.flops.get(child, 0) for child in children)
+            if work > total / 2 and below > work / 2:
                 place = blocks.index(name)
                 blocks[place : place + 1] = children
                 break

@@ -131,6 +131,7 @@ class ESAM(torch.optim.Optimizer):
         self._blocks = None if blocks is None else list(blocks)
         self._count = 0
         self._laid_out: Layout | None = None
+        self._reuses = True  # the prefix, where a step has one
         self._pending = False
         # Set by integrations: how a trainer back-propagates, and whether the closures that it
         # hands to `step` call `backward`, so that the update is all that is left to do.
@@ -259,12 +260,37 @@ class ESAM(torch.optim.Optimizer):
             descend=self._descend,
             watch_rounding=self._watches_rounding(parameters, mask),
         )
-        report = step.run(losses, batch, kwargs)
+        report = self._run(step, losses, batch, kwargs)
         self._count += 1
         self._pending = True
         if step.rounded is not None:
             self._warn_of_rounding(float(step.rounded))
         return report
+
+    def _run(
+        self, step: Step, losses: LossFunction, batch: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepReport:
+        """Run a step; without the reuse of the prefix where the script's own code needs it whole.
+
+        A penalty on the gradient of a hidden activation, say, asks for the graph that was left
+        out. All is as before the step then, so the same step can be made the literal way.
+        """
+        try:
+            return step.run(losses, batch, kwargs)
+        except (RuntimeError, ESAMValueError) as error:
+            if step.prefix is None or isinstance(error, torch.OutOfMemoryError | ESAMRuntimeError):
+                raise
+            literally = dataclasses.replace(step, prefix=None)
+            report = literally.run(losses, batch, kwargs)
+            step.rounded = literally.rounded
+            self._reuses = False
+            warnings.warn(
+                "From now on every pass runs the whole model: `losses` failed where the blocks "
+                "before the first perturbed one ran without a graph, or were not run again, and "
+                f"did not fail without that. It was: {type(error).__name__}: {error}",
+                stacklevel=3,
+            )
+            return report
 
     def _watches_rounding(self, parameters: list[Parameter], mask: Mask) -> bool:
         """Say whether to measure, once, how much of the perturbation half precision swallows."""
@@ -344,9 +370,11 @@ class ESAM(torch.optim.Optimizer):
         units = [p.unit for p in parameters]
         config = self._config
         mask = config.perturb.draw(units, seed=config.seed, count=self._count)
-        return mask.within(
-            perturbable(p) and p.group.get("esam_rho", config.rho) > 0.0 for p in parameters
-        )
+        return mask.within(map(self._may_perturb, parameters))
+
+    def _may_perturb(self, parameter: Parameter) -> bool:
+        """Say whether a mask may hit a parameter."""
+        return perturbable(parameter) and parameter.group.get("esam_rho", self._config.rho) > 0.0
 
     # -- what need not be run ---------------------------------------------------------------------
 
@@ -360,6 +388,8 @@ class ESAM(torch.optim.Optimizer):
         if self._laid_out is None or not self._laid_out.holds(self._base.param_groups):
             unspent = self._budget is not None and self._plan is None
             self._laid_out = self._lay_out(losses, batch, kwargs, watch=unspent)
+            # DataParallel's copies of a block would run the block that they were copied from.
+            self._reuses = not any(isinstance(m, nn.DataParallel) for m in self._model.modules())
             if unspent:
                 self._spend_budget(self._laid_out)
         return self._laid_out
@@ -384,12 +414,25 @@ class ESAM(torch.optim.Optimizer):
 
     def _spend_budget(self, layout: Layout) -> None:
         """Choose sampler and selector for the budget, from the costs just measured."""
-        units = [p.unit for p in layout.parameters]
-        plan = make_plan(units, cast(float, self._budget), norm=self._config.norm)
+        mine = {id(p.tensor): p for p in layout.parameters}
+        every = self._every_parameter(layout)
+        plan = make_plan(
+            [p.unit for p in every],
+            cast(float, self._budget),
+            norm=self._config.norm,
+            perturbable=[
+                id(p.tensor) in mine and self._may_perturb(mine[id(p.tensor)]) for p in every
+            ],
+        )
         self._config = dataclasses.replace(
             self._config, perturb=plan.chosen.perturb, select=plan.chosen.select
         )
         self._plan = plan
+
+    def _every_parameter(self, layout: Layout) -> list[Parameter]:
+        """Return all parameters of the model: what the optimizer does not hold costs as well."""
+        groups = [{"params": list(self._model.parameters())}]
+        return parameters_of(self._model, groups, layout.blocks)
 
     def measured_units(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> tuple[Unit, ...]:
         """Return the model's units with their blocks and costs, for `esam_core.cost`.
@@ -400,11 +443,12 @@ class ESAM(torch.optim.Optimizer):
             **kwargs: its keyword arguments.
 
         Returns:
-            One `Unit` a parameter tensor, in the model's order; costs are the floating-point
-            operations of a forward on this batch.
+            One `Unit` a parameter tensor of the model, in its order, those included that the
+            optimizer does not hold; costs are the floating-point operations of a forward on this
+            batch.
         """
         layout = self._lay_out(losses, batch, kwargs, watch=True)
-        return tuple(p.unit for p in layout.parameters)
+        return tuple(p.unit for p in self._every_parameter(layout))
 
     def plan(self, losses: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Plan:
         """Print and return what `budget` buys on this model: a table of options and the choice.
@@ -422,7 +466,9 @@ class ESAM(torch.optim.Optimizer):
         if self._plan is None:
             raise ESAMRuntimeError(
                 "plan() needs `budget` and a measured model: make ESAM(..., budget=1.15), and call "
-                "plan(losses, *batch) or, after the first backward, plan()."
+                "plan(losses, *batch) or, after the first backward, plan(). A checkpoint in which "
+                f"the budget has been spent brings its choice instead: {self._config.perturb!r}, "
+                f"{self._config.select!r}."
             )
         print(self._plan)  # noqa: T201  # this is what it is for
         return self._plan
@@ -431,7 +477,7 @@ class ESAM(torch.optim.Optimizer):
         self, blocks: Blocks | None, parameters: list[Parameter], mask: Mask
     ) -> Prefix | None:
         """Return the prefix that this step need not run twice, or None."""
-        if blocks is None or not mask.active:
+        if blocks is None or not mask.active or not self._reuses:
             return None
         # The full norm takes gradients through the prefix, and uses its graph up.
         full = self._config.norm == "full"

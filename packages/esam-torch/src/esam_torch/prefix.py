@@ -7,13 +7,17 @@ ascent's gradient is for perturbed weights alone; with gamma = 1 the descent's g
 through the graph that the ascent has left there.
 
 A block is given again only where that cannot be told from running it: not where it has written
-into its arguments, where its output is an object that torch cannot look into, or where the output
-was changed in place afterwards. Such a block is run in every pass, and those around it are not.
+into its arguments or changed anything in the model (see `side_effects`), where its output is an
+object that torch cannot look into, where the output was changed in place afterwards, or where
+hooks inside it are to see it run. Such a block is run in every pass; with gamma < 1, those around
+it are not. With hooks on a block's backward or on its output, the whole prefix is run again for
+the descent: a hook must see the gradient once, and all of it.
 
 Blocks are patched for the length of a pass, on the instance, and always unpatched.
 """
 
 import contextlib
+import copy
 import enum
 import sys
 import types
@@ -30,6 +34,7 @@ from torch.utils import _pytree as pytree
 from esam_core import ESAMRuntimeError
 from esam_torch.blocks import Blocks, is_compiled, lends_its_memory
 from esam_torch.guards import RandomState
+from esam_torch.side_effects import hooked_backwards, hooked_within
 
 __all__ = ["Prefix", "verified_replays"]
 
@@ -59,8 +64,15 @@ def verified_replays() -> Iterator[None]:
 _TRANSPARENT = (
     Tensor | bool | int | float | complex | str | bytes | None | range | slice | enum.Enum
     | torch.dtype | torch.device | torch.layout | torch.memory_format | torch.Size
-    | nn.Module | types.FunctionType
+    | nn.Module
 )  # fmt: skip
+
+
+def _is_transparent(x: Any) -> bool:
+    """Say whether torch would know of a change to a thing."""
+    if isinstance(x, types.FunctionType):
+        return x.__closure__ is None  # another may write to what it has closed over
+    return isinstance(x, _TRANSPARENT) and not (isinstance(x, Tensor) and _opaque(x))
 
 
 class _Nest:
@@ -68,10 +80,7 @@ class _Nest:
 
     def __init__(self, tree: Any) -> None:
         self.leaves, self._spec = pytree.tree_flatten(tree)
-        self.transparent = all(
-            isinstance(x, _TRANSPARENT) and not (isinstance(x, Tensor) and _opaque(x))
-            for x in self.leaves
-        )
+        self.transparent = all(_is_transparent(x) for x in self.leaves)
         self._versions = self.versions() if self.transparent else []
 
     def versions(self) -> list[int]:
@@ -89,6 +98,17 @@ class _Nest:
         if not self.transparent:
             return []
         return [tuple(x.shape) for x in self.leaves if isinstance(x, Tensor)]
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a tensor has hooks on its gradient, other than those of torch's counters."""
+        hooks = (
+            hook
+            for x in self.leaves
+            if isinstance(x, Tensor)
+            for hook in (x._backward_hooks or {}).values()
+        )
+        return any(getattr(hook, "__module__", None) != "torch.autograd.graph" for hook in hooks)
 
     def holds(self, other: "_Nest") -> bool:
         """Say whether another nest is of the same containers with the very same things in them."""
@@ -133,6 +153,7 @@ class _Record:
     shapes: list[tuple[int, ...]]
     random_before: RandomState
     random_after: RandomState
+    effects: bool  # it did, or hooks inside it may have done, more than return its output
     output: _Nest | None
 
 
@@ -169,6 +190,7 @@ class Prefix:
         self._harmless = set(blocks.block_of) - perturbed
         self._often = {place for place, n in Counter(blocks.calls).items() if n > 1}
         self._records: list[_Record] = []
+        self._watched = False  # by hooks, which must see every gradient once
         self._ungraphed: set[int] = set()  # run without a graph, wherever they were called
         self._patches: list[tuple[nn.Module, str, bool, Any]] = []
         self.replayed = 0
@@ -204,18 +226,25 @@ class Prefix:
             clean = not self._depends_on_others(given.leaves, seen)
             if not clean:
                 return original(*args, **kwargs)
+            module = self._blocks.modules[place]
+            self._watched = self._watched or (self._graph and hooked_backwards(module))
             literal = self._checkpointed(place)
             before = RandomState(self._devices)
+            state = self._blocks.effects.before(place) if self._keep else None
             with contextlib.nullcontext() if self._graph or literal else torch.no_grad():
                 output = original(*args, **kwargs)
             self._ungraphed.update(set() if self._graph else {place} - self._often)
             if not self._keep:
                 return output
-            kept = None if literal else self._kept(place, given, (args, kwargs), output)
-            training = self._blocks.modules[place].training
+            effects = self._blocks.effects.found(place, state) or hooked_within(module)
+            kept = None
+            if not literal and not effects:
+                kept = self._kept(place, given, (args, kwargs), output)
             after = RandomState(self._devices)
-            self._records.append(_Record(place, training, given.shapes, before, after, kept))
-            if kept is not None and is_compiled(self._blocks.modules[place]):
+            self._records.append(
+                _Record(place, module.training, given.shapes, before, after, effects, kept)
+            )
+            if kept is not None and is_compiled(module):
                 return kept.tree()
             return output
 
@@ -290,7 +319,9 @@ class Prefix:
     @contextlib.contextmanager
     def replaying(self) -> Iterator[None]:
         """Give the recorded outputs again in the forward that runs inside."""
-        waiting = list(self._records)
+        outputs = [record.output for record in self._records if record.output is not None]
+        watched = self._watched or any(output.hooked for output in outputs)
+        waiting = [] if watched else list(self._records)
         matching = True
 
         def run(place: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -308,6 +339,9 @@ class Prefix:
             # An output that was changed in place after the block gave it is no longer its output.
             output = record.output if matching else None
             if output is None or output.written or not given.transparent:
+                # What follows in the ascent's graph hangs on the ascent's call. Where gradients
+                # come by a side effect as well, their sum would be rounded otherwise.
+                matching = matching and not (self._graph and record.effects)
                 return original(*args, **kwargs)
             if _verify:
                 _check(original(*args, **kwargs), output, self._blocks.names[place])
@@ -331,7 +365,7 @@ class Prefix:
                 own = key in module.__dict__
                 original = module.__dict__[key] if own else getattr(module, key)
                 self._patches.append((module, key, own, original))
-                module.__dict__[key] = _through(run, place, original)
+                module.__dict__[key] = _Patch(module, place, original, run, own=own)
             yield
         finally:
             self.unpatch()
@@ -347,24 +381,46 @@ class Prefix:
             self._patches.pop()
 
 
-def _through(
-    run: Callable[[int, Callable[..., Any], Any, Any], Any],
-    place: int,
-    original: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Return a function that sends a call of one block through `run`."""
+class _Patch:
+    """Sends a call of one block through `run`; a copy of the block gets its own call back."""
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        return run(place, original, args, kwargs)
+    def __init__(
+        self,
+        module: nn.Module,
+        place: int,
+        original: Callable[..., Any],
+        run: Callable[[int, Callable[..., Any], Any, Any], Any],
+        *,
+        own: bool,
+    ) -> None:
+        self._module = module
+        self._place = place
+        self._original = original
+        self._run = run
+        self._own = own
 
-    return patched
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._place, self._original, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._own or id(self._module) not in memo:
+            return copy.deepcopy(self._original, memo)
+        twin = memo[id(self._module)]
+        return types.MethodType(type(twin).forward, twin)
 
 
 def _check(fresh: Any, replayed: _Nest, name: str) -> None:
     """Raise if a block does not give again what it gave."""
     for a, b in zip(_Nest(fresh).leaves, replayed.leaves, strict=True):
-        if not (torch.equal(a, b) if isinstance(a, Tensor) else a is b or a == b):
+        if not (_same(a, b) if isinstance(a, Tensor) else a is b or a == b):
             raise ESAMRuntimeError(
                 f"Block {name!r} gave another output when it was run again on the same input: it "
                 "is not a function of its input, weights and torch's random state."
             )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors are equal, NaN to itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())

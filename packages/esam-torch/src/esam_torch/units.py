@@ -78,6 +78,7 @@ def parameters_of(
                     block="" if blocks is None else blocks.names[place],
                     cost=0.0 if blocks is None else blocks.cost_of[id(tensor)],
                     depth=place,
+                    trained=tensor.requires_grad,
                 )
                 found.append(Parameter(tensor, unit, group))
     if group_of:
