@@ -1,12 +1,11 @@
 """Tables 2 and 6: ImageNet's layout, m-sharpness 128: ResNet-50, ResNet-101 and ViT-S/16.
 
 Without a folder in ImageNet's layout (train/ and val/, one folder a class), a small one is
-generated: then the loader, the networks and the steps are the real ones, and the accuracies mean
-nothing.
+generated beside the results: then the loader, the networks and the steps are the real ones, and
+the accuracies mean nothing.
 """
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,19 +34,22 @@ def _table(name: str, title: str, models: Sequence[str], arguments: Sequence[str
         full={"size": 224},
         quick={**small, "models": list(models)[:1], "epochs": 1, "lr": 0.01},
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder or write_small_folder(Path(scratch) / "generated", train=12, test=6)
-        runs = recipe_runs(options, options.models, [str(folder)], options.methods, arguments)
-        suffix = "" if options.folder else " (generated images: it runs, no more)"
-        compare(name, f"{title}{suffix}", runs, options)
+    # A place of its own for what is generated, and always the same images: the name of the data is
+    # part of a run, and the same command must find its runs again.
+    folder = options.folder or write_small_folder(options.out / "generated", train=12, test=6)
+    runs = recipe_runs(options, options.models, [str(folder)], options.methods, arguments)
+    sizes = sorted({run.m or run.batch for run in runs})
+    sharpness = f"m-sharpness {' and '.join(str(size) for size in sizes)}"
+    suffix = "" if options.folder else " (generated images: it runs, no more)"
+    compare(name, f"{title}, {sharpness}{suffix}", runs, options)
 
 
 def table2(arguments: Sequence[str] = ()) -> None:
     """ResNet-50 and ResNet-101."""
     models = ("resnet50", "resnet101")
-    _table("table2", "Table 2: ImageNet, m-sharpness 128", models, arguments)
+    _table("table2", "Table 2: ImageNet", models, arguments)
 
 
 def table6(arguments: Sequence[str] = ()) -> None:
     """ViT-S/16."""
-    _table("table6", "Table 6: ImageNet, ViT-S/16, m-sharpness 128", ("vit-s16",), arguments)
+    _table("table6", "Table 6: ImageNet, ViT-S/16", ("vit-s16",), arguments)
