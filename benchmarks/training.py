@@ -302,7 +302,8 @@ def train(
         checkpoint_every: epochs between checkpoints.
         stop_after: epochs in this call, as if killed behind them; None goes on to the end.
         probe: told of each step, and asked behind each epoch for what to add to its row.
-        keep_weights: write the trained weights to weights/NAME.pt.
+        keep_weights: write the trained weights to weights/NAME.pt. A run whose weights are not
+            there, as where its record alone was kept, is trained again.
         say: told of each epoch.
 
     Returns:
@@ -315,11 +316,14 @@ def train(
     trainer = Trainer(run, observe=None if probe is None else probe.observe)
     stem = run.file_name(trainer.source.name)
     done, saved = folder / f"{stem}.json", folder / "checkpoints" / f"{stem}.pt"
+    weights = folder / "weights" / f"{stem}.pt"
     if done.exists():
         record = json.loads(done.read_text("utf-8"))
         _refuse_other(done, record, run, probe)
-        say(f"{stem}: done before")
-        return record
+        if weights.exists() or not keep_weights:
+            say(f"{stem}: done before")
+            return record
+        say(f"{stem}: done before, but its weights are not here: trained again")
     history: list[dict[str, float]] = []
     if saved.exists():
         state = torch.load(saved, map_location=trainer.device, weights_only=True)
@@ -347,7 +351,7 @@ def train(
     record = _record(trainer, history, probe)
     if len(history) == run.epochs:
         if keep_weights:
-            _save(trainer.model.state_dict(), folder / "weights" / f"{stem}.pt")
+            _save(trainer.model.state_dict(), weights)
         done.parent.mkdir(parents=True, exist_ok=True)
         _write_text(done, json.dumps(record, indent=1))
         saved.unlink(missing_ok=True)

@@ -1,11 +1,12 @@
 """What a finished or a killed run is taken for: only for one of the same options and probe."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.paper import fig5, fig6, fig7
+from benchmarks.paper import fig5, fig6, fig7, imagenet, landscape
 from benchmarks.training import Run, train
 
 RUN = Run(method="sam", data="digits", model="resnet8", width=2, epochs=2, batch=128, images=256)
@@ -28,6 +29,15 @@ class Counting:
 
 
 def _say(_: str) -> None: ...
+
+
+def _threads_kept(run: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run a command and leave torch its number of threads."""
+    threads = torch.get_num_threads()
+    try:
+        run(arguments)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_run_of_the_same_probe_is_read(tmp_path: Path) -> None:
@@ -65,24 +75,41 @@ def test_a_figure_reads_its_own_runs_and_refuses_those_of_other_options(
     figure: Any, others: list[str], tmp_path: Path
 ) -> None:
     arguments = [*QUICK, "--out", str(tmp_path)]
-    threads = torch.get_num_threads()
-    try:
-        figure.main(arguments)
-        (run,) = (tmp_path / "runs").glob("*.json")
-        made = run.stat().st_mtime_ns
-        figure.main(arguments)
-        assert run.stat().st_mtime_ns == made
-        with pytest.raises(ValueError, match="holds a run of other probe options"):
-            figure.main([*arguments, *others])
-    finally:
-        torch.set_num_threads(threads)
+    _threads_kept(figure.main, arguments)
+    (run,) = (tmp_path / "runs").glob("*.json")
+    made = run.stat().st_mtime_ns
+    _threads_kept(figure.main, arguments)
+    assert run.stat().st_mtime_ns == made
+    with pytest.raises(ValueError, match="holds a run of other probe options"):
+        _threads_kept(figure.main, [*arguments, *others])
 
 
 def test_figures_5_and_7_do_not_take_each_others_runs(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    try:
-        fig5.main([*QUICK, "--out", str(tmp_path)])
-        with pytest.raises(ValueError, match=r"'fig7'.*not \{'name': 'fig5'\}"):
-            fig7.main([*QUICK, "--out", str(tmp_path)])
-    finally:
-        torch.set_num_threads(threads)
+    _threads_kept(fig5.main, [*QUICK, "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"'fig7'.*not \{'name': 'fig5'\}"):
+        _threads_kept(fig7.main, [*QUICK, "--out", str(tmp_path)])
+
+
+def test_generated_images_are_the_same_data_in_the_next_call(tmp_path: Path) -> None:
+    smallest = ["--methods", "sgd", "sam", "--width", "2", "--out", str(tmp_path)]
+    _threads_kept(imagenet.table2, ["--quick", *smallest])
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    _threads_kept(imagenet.table2, ["--quick", *smallest])
+    assert len(made) == 2
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    assert "m-sharpness 8 " in (tmp_path / "table2.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["fig4", "fig8"])
+def test_a_landscape_of_a_record_without_its_weights_is_trained_again(
+    name: str, tmp_path: Path
+) -> None:
+    smallest = ["--points", "2", "--samples", "32", "--methods", "sgd", "--out", str(tmp_path)]
+    run = getattr(landscape, name)
+    _threads_kept(run, [*QUICK, *smallest])
+    found = (tmp_path / f"{name}.md").read_text()
+    (weights,) = (tmp_path / "runs" / "weights").glob("*.pt")
+    weights.unlink()  # git ignores them: a fresh clone has the record alone
+    _threads_kept(run, [*QUICK, *smallest])
+    assert weights.exists()
+    assert (tmp_path / f"{name}.md").read_text() == found
