@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from esam_core.validation import nonnegative, open_unit
+from esam_core.validation import count_number, nonnegative, open_unit
 
 __all__ = ["Options", "parse"]
 
@@ -51,9 +51,20 @@ def parse(arguments: list[str] | None = None) -> Options:
         nonnegative("rho", found.rho)
         open_unit("beta", found.beta)
         open_unit("gamma", found.gamma)
+        count_number("epochs", found.epochs, least=1)
+        count_number("seed", found.seed, most=2**63 - 1)
+        _check_folder("out", found.out)
         torch.zeros(1, device=found.device)
-        if found.epochs < 1:
-            raise ValueError(f"`epochs` must be >= 1. Received: epochs={found.epochs}.")
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
     return Options(**vars(found))
+
+
+def _check_folder(name: str, path: Path) -> None:
+    """Refuse a path at which there is no folder and none can be made."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(
+            f"`{name}` must be a folder, or where one can be made: {nearest} is a file. "
+            f"Received: {name}={path}."
+        )

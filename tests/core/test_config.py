@@ -155,3 +155,54 @@ def test_functions_cannot_be_saved_and_say_so(sampler):
 def test_unknown_components_are_refused():
     with pytest.raises(ESAMValueError, match=re.escape("`name` must be one of 'Bernoulli'")):
         component_from_dict({"name": "Dirichlet"})
+
+
+BOTH = {"perturb": {"name": "Everything"}, "select": {"name": "All"}}
+
+
+@pytest.mark.parametrize(
+    ("read", "data", "error", "message"),
+    [
+        (
+            component_from_dict,
+            {"name": "Suffix"},
+            ESAMValueError,
+            "`data` of a Suffix must hold 'start', and may hold nothing. Received: data with noth",
+        ),
+        (
+            component_from_dict,
+            {"name": "Bernoulli", "betta": 0.5},
+            ESAMValueError,
+            "may hold 'beta', 'unit'. Received: data with 'betta'.",
+        ),
+        (component_from_dict, {"name": "Every", "inner": None}, ESAMValueError, "must hold 'n'"),
+        (
+            component_from_dict,
+            {"name": "Every", "n": 2, "inner": None},
+            ESAMTypeError,
+            "`inner` must be a mapping, as `to_dict` writes it. Received: inner=None.",
+        ),
+        (
+            component_from_dict,
+            {"name": "Every", "n": 2, "inner": {"name": "Suffix"}},
+            ESAMValueError,
+            "`inner` of a Suffix must hold 'start'",
+        ),
+        (component_from_dict, {}, ESAMValueError, "Received: name=None."),
+        (component_from_dict, {"name": ["Every"]}, ESAMValueError, "Received: name=['Every']."),
+        (component_from_dict, None, ESAMTypeError, "Received: data=None."),
+        (ESAMConfig.from_dict, {}, ESAMValueError, "must hold 'perturb' and 'select'"),
+        (ESAMConfig.from_dict, {"perturb": BOTH["perturb"]}, ESAMValueError, "data with 'perturb'"),
+        (ESAMConfig.from_dict, {**BOTH, "roh": 0.1}, ESAMValueError, "'select', 'roh'."),
+        (ESAMConfig.from_dict, {**BOTH, "perturb": 0.5}, ESAMTypeError, "perturb=0.5."),
+        (ESAMConfig.from_dict, None, ESAMTypeError, "Received: data=None."),
+    ],
+)
+def test_data_that_nobody_wrote_are_refused(read, data, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        read(data)
+
+
+def test_data_may_leave_defaults_out():
+    assert component_from_dict({"name": "Every", "n": 2}) == Every(2)
+    assert ESAMConfig.from_dict(BOTH) == ESAMConfig(perturb=Everything(), select=All())

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_core.draws import SELECTION_STREAM, derived_seed, uniforms
 
 _WORD = (1 << 64) - 1
@@ -59,6 +60,25 @@ def test_a_shorter_draw_is_the_beginning_of_a_longer_one():
     long = uniforms(100, seed=1, count=2)
     for n in (0, 1, 4, 5, 99):
         assert np.array_equal(uniforms(n, seed=1, count=2), long[:n])
+
+
+@pytest.mark.parametrize("name", ["seed", "count", "stream"])
+def test_what_is_no_64_bit_integer_is_refused(name):
+    for draw in (lambda **a: uniforms(1, **a), derived_seed):
+        arguments = {"seed": 0, "count": 0, "stream": 0}
+        draw(**{**arguments, name: np.int64(2**63 - 1)})
+        draw(**{**arguments, name: 2**64 - 1})
+        for wrong in (-1, 2**64):
+            message = rf"`{name}` must be in \[0, 18446744073709551615\]. Received: {name}={wrong}"
+            with pytest.raises(ESAMValueError, match=message):
+                draw(**{**arguments, name: wrong})
+        with pytest.raises(ESAMTypeError, match=f"`{name}` must be an integer"):
+            draw(**{**arguments, name: 1.5})
+
+
+def test_a_number_of_draws_below_0_is_refused():
+    with pytest.raises(ESAMValueError, match=r"`n` must be >= 0\. Received: n=-1\."):
+        uniforms(-1, seed=0, count=0)
 
 
 def test_seeds_counts_and_streams_all_matter():

@@ -203,11 +203,28 @@ class TestRunner:
         assert "test_kit.py" in result.reason
 
     @pytest.mark.parametrize(
-        "address", ["nonsense", "no_such_module:adapter", "esam_core:no_such_name", ":a", "a:"]
+        "address",
+        ["nonsense", "no_such_module:adapter", "esam_core:no_such_name", ":a", "a:", "..a:b"],
     )
     def test_wrong_addresses(self, address, capsys):
         assert main([address]) == 2
         assert address in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "address",
+        [
+            "math:pi",
+            "math:sqrt",
+            "esam_core:Bernoulli",
+            "esam_core:Suffix",
+            "esam_core.conformance.numpy_adapter:NumpySession",
+        ],
+    )
+    def test_what_is_no_adapter(self, address, capsys):
+        assert main([address]) == 2
+        said = capsys.readouterr().err
+        assert "The adapter must be an object with name, dtypes, conventions, gaps, session" in said
+        assert f"Received: {address!r}" in said
 
     def test_no_such_check(self, capsys):
         assert main([ADDRESS, "-k", "no_such_check"]) == 2

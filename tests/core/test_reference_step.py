@@ -274,3 +274,28 @@ class TestBaseOptimizers:
         base = Base("sgd", lr=0.1, momentum=0.9, weight_decay=0.1)
         BaseOptimizer(base).update(theta, {"w": np.array([1.0])})
         assert theta["unused"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("norm", ["masked", "estimated", "full", "none"])
+@pytest.mark.parametrize("beta", [2.0**-23, 5e-324])
+def test_masks_that_hit_no_single_weight_perturb_nothing(beta, norm, dtype):
+    """Even where 1 / beta is inf, as a sampler of one's own may have it."""
+
+    class Rare:
+        needs_blocks = False
+
+        def draw(self, units, *, seed, count, stream=0):
+            return swp.Mask((True,) * len(units), (beta,) * len(units), beta, 1)
+
+        def masks(self, units):
+            return None
+
+    problem = problems.mlp()
+    network = Network(problem.layers, dtype=dtype)
+    step = Step(network, ESAMConfig.from_arguments(perturb=Rare(), gamma=1.0, norm=norm))
+    expected = mean_gradient(network, problem.batches[0])
+    gradient, report = step.backward(problem.batches[0])
+    assert report.weight_share == report.perturbation_norm == 0.0
+    for name, array in gradient.items():
+        assert np.array_equal(array, expected[name]), name

@@ -47,6 +47,13 @@ def test_fit_recovers_the_constants_within_its_standard_errors(k1, k2):
 def test_bad_input():
     with pytest.raises(ESAMValueError, match="of one length, three or more"):
         fit_savings([1, 2], [0.5, 0.5], [0.1, 0.2])
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ESAMValueError, match="`saved` must be a sequence of finite numbers"):
+            fit_savings([1, 2, 4, 8], [0.2, 0.4, 0.6, 0.8], [0.1, 0.2, wrong, 0.1])
+    with pytest.raises(ESAMValueError, match=r"Received: saved=0\.1\."):
+        fit_savings([1, 2, 4], [0.2, 0.4, 0.6], 0.1)
+    with pytest.raises(ESAMValueError, match="beta=nan"):
+        fit_savings([1, 2, 4], [0.2, float("nan"), 0.6], [0.1, 0.2, 0.1])
     with pytest.raises(ESAMValueError, match="must vary"):
         fit_savings([1, 1, 1], [0.2, 0.5, 0.9], [0.1, 0.2, 0.3])
     with pytest.raises(ESAMValueError, match=r"`beta` must be in \(0, 1\]"):

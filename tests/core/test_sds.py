@@ -64,6 +64,18 @@ def test_no_k_of_an_empty_batch():
         subset_size(0.5, 0)
 
 
+@pytest.mark.parametrize("gamma", [2, 0, -0.5, 1.0 + 1e-9, float("nan")])
+def test_no_k_of_a_gamma_outside_0_1(gamma):
+    with pytest.raises(ESAMValueError, match=f"Received: gamma={gamma}"):
+        subset_size(gamma, 10)
+
+
+def test_k_of_what_is_no_number_and_of_numpy_numbers():
+    with pytest.raises(ESAMTypeError, match="`gamma` must be a number"):
+        subset_size("0.5", 10)
+    assert subset_size(np.float32(0.5), 10) == 5
+
+
 def test_top_indices_by_hand():
     assert top_indices(np.array([0.1, 3.0, -1.0, 2.0]), 2).tolist() == [1, 3]
     assert top_indices(np.array([5.0, 4.0, 3.0]), 2).tolist() == [0, 1]

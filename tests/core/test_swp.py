@@ -207,6 +207,29 @@ def test_only():
     assert perturbed(Only("weight", Suffix("layer2"))) == ["layer2.conv.weight", "head.weight"]
 
 
+@pytest.mark.parametrize("kind", ["norms", "*.atention.*", "Stem.weight"])
+@pytest.mark.parametrize("inner", [Everything(), Bernoulli(0.5)], ids=repr)
+def test_only_refuses_text_that_is_no_kind_and_matches_nothing(kind, inner):
+    """A misspelt kind would train with the base optimizer alone and never say so."""
+    message = re.escape(
+        "`kind` must be one of 'weight', 'bias', 'norm', 'embedding', or a pattern that matches "
+        f"the name of a unit, such as 'stem.weight'. Received: kind='{kind}'."
+    )
+    only = Only(kind, inner)
+    with pytest.raises(ESAMValueError, match=message):
+        only.draw(UNITS, seed=0, count=0)
+    with pytest.raises(ESAMValueError, match=message):
+        Between(5, None, only).masks(UNITS)  # at the start, not when the schedule comes to it
+    with pytest.raises(ESAMValueError, match=re.escape(f"Received: kind='{kind}'.")):
+        only.draw([], seed=0, count=0)
+
+
+def test_only_may_find_no_unit_of_a_kind_or_a_function():
+    for kind in ("embedding", lambda unit: False):
+        assert perturbed(Only(kind)) == []
+        assert not Only(kind).masks(UNITS)[0].active
+
+
 def test_only_keeps_the_inner_draw_and_probability():
     for count in range(20):
         inner = Bernoulli(0.4).draw(UNITS, seed=0, count=count)
@@ -284,6 +307,9 @@ def test_unit():
         (lambda: Bernoulli(float("nan")), ESAMValueError, "beta=nan"),
         (lambda: Bernoulli(True), ESAMTypeError, "beta=True"),
         (lambda: Bernoulli("0.5"), ESAMTypeError, "beta='0.5'"),
+        (lambda: Bernoulli(5e-324), ESAMValueError, "`beta` must be at least 2**-23"),
+        (lambda: Bernoulli(1e-39, unit="weight"), ESAMValueError, "Received: beta=1e-39."),
+        (lambda: Bernoulli(2.0**-24), ESAMValueError, "`beta` must be at least 2**-23"),
         (lambda: Bernoulli(0.5, unit="row"), ESAMValueError, "`unit` must be one of"),
         (lambda: Suffix(""), ESAMValueError, "`start` must be a block's name"),
         (lambda: Suffix(0.0), ESAMValueError, "`start` must be in (0, 1]"),
@@ -292,6 +318,9 @@ def test_unit():
         (lambda: RandomSuffix("stem"), ESAMTypeError, "starts='stem'"),
         (lambda: RandomSuffix(("a", "b"), (0.5,)), ESAMValueError, "must be 2 numbers"),
         (lambda: RandomSuffix(("a", "b"), (0.5, 0.6)), ESAMValueError, "add up to 1"),
+        (lambda: RandomSuffix((0.5,), None), ESAMTypeError, "Received: probabilities=None."),
+        (lambda: RandomSuffix((0.5,), 1.0), ESAMTypeError, "`probabilities` must be a sequence"),
+        (lambda: RandomSuffix((0.5,), ""), ESAMTypeError, "Received: probabilities=''."),
         (lambda: Only(""), ESAMTypeError, "`kind` must be one of"),
         (lambda: Only(3), ESAMTypeError, "kind=3"),
         (lambda: Only("norm", Everything), ESAMTypeError, "`inner` must be a sampler"),
@@ -310,6 +339,16 @@ def test_unit():
 def test_errors_say_what_must_hold_and_what_came(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Bernoulli(0.5), Bernoulli(0.5, unit="weight"), RandomSuffix(("stem",)), Sometimes(0.5)],
+    ids=repr,
+)
+def test_draws_refuse_counts_below_0(sampler):
+    with pytest.raises(ESAMValueError, match=re.escape("`count` must be in [0, 1844674407370955")):
+        sampler.draw(UNITS, seed=0, count=-1)
 
 
 def test_suffix_names_the_blocks_there_are():

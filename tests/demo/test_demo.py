@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from demo.__main__ import main
+from demo.options import parse
 
 
 def cifar(folder, train=128, test=64):
@@ -58,6 +59,8 @@ def test_the_digits_come_without_a_download():
         (["--beta", "0"], "`beta` must be in (0, 1]"),
         (["--gamma", "1.5"], "`gamma` must be in (0, 1]. Received: gamma=1.5."),
         (["--epochs", "0"], "`epochs` must be >= 1"),
+        (["--seed", "-1"], "`seed` must be in [0, 9223372036854775807]. Received: seed=-1."),
+        (["--seed", str(2**63)], "`seed` must be in [0, 9223372036854775807]"),
         (["--device", "abacus"], "abacus"),
         (["--epohcs", "1"], "--epohcs"),
     ],
@@ -66,6 +69,22 @@ def test_wrong_options(arguments, words, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["", "pictures", "a/b"])
+def test_out_that_is_a_file(inside, tmp_path, capsys):
+    (tmp_path / "taken").write_text("kept")
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "taken" / inside)])
+    said = capsys.readouterr().err
+    assert f"`out` must be a folder, or where one can be made: {tmp_path / 'taken'} is a" in said
+    assert (tmp_path / "taken").read_text() == "kept"
+
+
+def test_out_may_be_a_folder_or_yet_to_be_made(tmp_path):
+    for out in (tmp_path, tmp_path / "a" / "b"):
+        assert parse(["--out", str(out)]).out == out
+    assert not (tmp_path / "a").exists()
 
 
 def test_wrong_folders_say_what_belongs_where(tmp_path):

@@ -1,7 +1,7 @@
 """Hyperparameters, validated once for every backend."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,19 +60,69 @@ def component_to_dict(component: Any) -> dict[str, Any] | None:
 
 
 def component_from_dict(data: Mapping[str, Any]) -> Any:
-    """Return the sampler or selector that `component_to_dict` described."""
-    arguments = dict(data)
-    name = arguments.pop("name", None)
-    if name not in _COMPONENTS:
-        raise ESAMValueError(
-            f"`name` must be one of {', '.join(map(repr, _COMPONENTS))}. Received: name={name!r}."
-        )
+    """Return the sampler or selector that `component_to_dict` described.
+
+    Args:
+        data: its "name", and its arguments by name.
+
+    Raises:
+        ESAMTypeError: `data`, or what stands for a sampler in it, is not a mapping.
+        ESAMValueError: it names no sampler or selector of ours, lacks an argument that has no
+            default, or holds one that there is not; or an argument has a wrong value.
+
+    Example:
+        >>> component_from_dict({"name": "Every", "n": 10, "inner": {"name": "Bernoulli"}})
+        Every(n=10, inner=Bernoulli(beta=0.6, unit='tensor'))
+    """
+    return _component("data", data)
+
+
+def _component(label: str, data: Any) -> Any:
+    """Return the sampler or selector described, which errors call by its label."""
+    arguments = _mapping(label, data)
+    name = validation.choice("name", arguments.pop("name", None), _COMPONENTS)
+    specs = dataclasses.fields(_COMPONENTS[name])
+    required = [
+        spec.name
+        for spec in specs
+        if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+    ]
+    _check_keys(label, arguments, required, [spec.name for spec in specs], of=f" of a {name}")
     for key, value in arguments.items():
         if key == "inner":
-            arguments[key] = component_from_dict(value)
+            arguments[key] = _component("inner", value)
         elif isinstance(value, list):
             arguments[key] = tuple(value)
     return _COMPONENTS[name](**arguments)
+
+
+def _mapping(label: str, data: Any) -> dict[str, Any]:
+    """Return a copy of a mapping."""
+    if not isinstance(data, Mapping):
+        raise ESAMTypeError(
+            f"`{label}` must be a mapping, as `to_dict` writes it. Received: {label}={data!r}."
+        )
+    return dict(data)
+
+
+def _check_keys(
+    label: str,
+    data: Mapping[str, Any],
+    required: Collection[str],
+    known: Collection[str],
+    *,
+    of: str = "",
+) -> None:
+    """Refuse data that lack a required key or hold an unknown one."""
+    if all(key in data for key in required) and all(key in known for key in data):
+        return
+    optional = [key for key in known if key not in required]
+    must = " and ".join(map(repr, required)) or "nothing"
+    may = ", ".join(map(repr, optional)) or "nothing"
+    raise ESAMValueError(
+        f"`{label}`{of} must hold {must}, and may hold {may}. "
+        f"Received: {label} with {', '.join(map(repr, data)) or 'nothing'}."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,14 +221,22 @@ class ESAMConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> "ESAMConfig":
         """Return the configuration that `to_dict` wrote.
 
+        Args:
+            data: "perturb" and "select", as `component_to_dict` writes them, and any other fields.
+
         Raises:
-            ESAMValueError: the sampler could not be written as data.
+            ESAMTypeError: `data` is not a mapping.
+            ESAMValueError: the sampler could not be written as data, or `data` lack one of the
+                two or hold what is no field.
         """
-        arguments = dict(data)
-        for key in ("perturb", "select"):
+        arguments = _mapping("data", data)
+        components = ("perturb", "select")
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        _check_keys("data", arguments, components, known)
+        for key in components:
             if arguments[key] is None:
                 raise ESAMValueError(
                     f"`{key}` holds a function and could not be saved: give it again in code."
                 )
-            arguments[key] = component_from_dict(arguments[key])
+            arguments[key] = _component(key, arguments[key])
         return cls(**arguments)

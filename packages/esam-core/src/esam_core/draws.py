@@ -8,6 +8,8 @@ resume. We take its raw words: NumPy promises those to be stable, and `Generator
 import numpy as np
 from numpy.typing import NDArray
 
+from esam_core import validation
+
 __all__ = ["SELECTION_STREAM", "derived_seed", "uniforms"]
 
 #: Samplers use the streams 0, 1, 2, ... (one a nesting level); the selection has its own.
@@ -19,6 +21,8 @@ _TAG = 0x4553414D  # "ESAM"
 
 def _words(n: int, seed: int, count: int, stream: int) -> NDArray[np.uint64]:
     """Return n raw 64-bit Philox words; counts and streams can never overlap."""
+    for name, value in (("seed", seed), ("count", count), ("stream", stream)):
+        validation.count_number(name, value, most=2**64 - 1)
     generator = np.random.Philox(
         key=np.array([seed, _TAG], dtype=np.uint64),
         counter=np.array([0, 0, count, stream], dtype=np.uint64),
@@ -32,15 +36,18 @@ def uniforms(n: int, *, seed: int, count: int, stream: int = 0) -> NDArray[np.fl
     Args:
         n: how many, >= 0.
         seed: in [0, 2**64).
-        count: the number of the ascent, >= 0.
-        stream: which of the independent sequences of this (seed, count), >= 0.
+        count: the number of the ascent, in [0, 2**64).
+        stream: which of the independent sequences of this (seed, count), in [0, 2**64).
+
+    Raises:
+        ESAMValueError, ESAMTypeError: one of them is not an integer in its range.
 
     Example:
         >>> from esam_core.draws import uniforms
         >>> bool((uniforms(3, seed=0, count=7) == uniforms(3, seed=0, count=7)).all())
         True
     """
-    words = _words(n, seed, count, stream)
+    words = _words(validation.count_number("n", n), seed, count, stream)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

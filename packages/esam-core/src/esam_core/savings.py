@@ -89,7 +89,8 @@ def fit_savings(n: Sequence[int], beta: Sequence[float], saved: ArrayLike) -> Sa
         saved: share of the step's time saved in each; three or more measurements.
 
     Raises:
-        ESAMValueError: too few measurements, or none that tells the two constants apart.
+        ESAMValueError: too few measurements, one that is not finite, or none that tells the two
+            constants apart.
 
     Example:
         >>> n, beta = [1, 2, 4, 8], [0.2, 0.4, 0.6, 0.8]
@@ -98,6 +99,10 @@ def fit_savings(n: Sequence[int], beta: Sequence[float], saved: ArrayLike) -> Sa
         (0.3, 0.1)
     """
     measured: NDArray[Any] = np.asarray(saved, dtype=np.float64)
+    if measured.ndim != 1 or not np.isfinite(measured).all():
+        raise ESAMValueError(
+            f"`saved` must be a sequence of finite numbers. Received: saved={saved!r}."
+        )
     if len(n) != len(measured) or len(beta) != len(measured) or len(measured) < 3:
         raise ESAMValueError(
             "`n`, `beta` and `saved` must be of one length, three or more. "

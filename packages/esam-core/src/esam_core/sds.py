@@ -202,10 +202,14 @@ def subset_size(gamma: float, batch_size: int) -> int:
         gamma: share, in (0, 1].
         batch_size: b >= 1.
 
+    Raises:
+        ESAMValueError, ESAMTypeError: gamma is not a number in (0, 1], or the batch is empty.
+
     Example:
         >>> subset_size(0.07, 100), subset_size(0.5, 7), subset_size(0.1, 1)
         (7, 4, 1)
     """
+    gamma = validation.open_unit("gamma", gamma)
     if batch_size < 1:
         raise ESAMValueError(f"The batch must not be empty. Received: batch_size={batch_size}.")
     product = Fraction(gamma).limit_denominator(10**6) * batch_size

@@ -2,10 +2,11 @@
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from esam_core.conformance.checks import CHECKS
@@ -14,6 +15,8 @@ from esam_core.errors import ESAMValueError
 
 __all__ = ["load_adapter", "main"]
 
+# What `adapter.Adapter` asks for.
+_PARTS = ("name", "dtypes", "conventions", "gaps", "session")
 _MARKS = {"passed": "passed", "failed": "FAILED", "gap": "gap   "}
 
 
@@ -21,10 +24,10 @@ def load_adapter(address: str) -> Any:
     """Return the adapter at "package.module:name"; a class or function is called for it.
 
     Raises:
-        ESAMValueError: nothing is there.
+        ESAMValueError: nothing is there, or what is there is no adapter.
     """
     module, colon, name = address.partition(":")
-    if not (module and colon and name):
+    if not (module and colon and name) or module.startswith("."):
         raise ESAMValueError(
             f"The adapter must be given as 'package.module:name'. Received: {address!r}."
         )
@@ -32,7 +35,23 @@ def load_adapter(address: str) -> Any:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ESAMValueError(f"There is no adapter at {address!r}: {error}.") from error
-    return found() if callable(found) else found
+    adapter = found() if callable(found) and _needs_nothing(found) else found
+    absent = [name for name in _PARTS if not hasattr(adapter, name)]
+    if absent or isinstance(adapter, type):
+        raise ESAMValueError(
+            f"The adapter must be an object with {', '.join(_PARTS)}, or a class or function that "
+            f"makes one without arguments. Received: {address!r}, {adapter!r}."
+        )
+    return adapter
+
+
+def _needs_nothing(function: Callable[..., Any]) -> bool:
+    """Say whether a class or function can be called without arguments."""
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError):  # arguments are missing; a built-in that does not tell
+        return False
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

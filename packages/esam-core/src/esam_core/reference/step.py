@@ -48,7 +48,9 @@ def scales(mask: Mask, parameters: Sequence[Array]) -> list[float | Array]:
     result: list[float | Array] = []
     for t, (scale, theta) in enumerate(zip(mask.scale, parameters, strict=True)):
         drawn = uniforms(theta.size, seed=mask.weight_seed, count=0, stream=t) < mask.weight_beta
-        result.append(np.asarray(drawn.reshape(theta.shape) * scale, dtype=theta.dtype))
+        # Chosen, not multiplied: a scale may be inf, and 0 * inf is not a number.
+        chosen = np.where(drawn.reshape(theta.shape), scale, 0.0)
+        result.append(np.asarray(chosen, dtype=theta.dtype))
     return result
 
 
