@@ -403,3 +403,58 @@ def test_losses_that_overflow_at_the_peak_only(mode):
         assert report.skipped == (mode == "skip")
         assert model.weight.grad is None if mode == "skip" else model.weight.grad.isnan().all()
     assert torch.equal(model.weight, torch.full((1, 2), 0.5))
+
+
+def test_maximize_is_refused():
+    model = net()
+    with pytest.raises(ESAMValueError, match="`maximize` must be False"):
+        ESAM(sgd(model, maximize=True), model)
+
+
+def test_an_inner_gradient_without_a_graph_is_explained():
+    model = net()
+    optimizer = ESAM(sgd(model), model, rho=0.1)
+
+    def losses(x, y):
+        values = losses_of(model)(x, y)
+        (g,) = torch.autograd.grad(values.sum(), model.conv.weight, create_graph=True)
+        return values + g.square().sum()
+
+    with pytest.raises(RuntimeError, match="does not require grad") as raised:
+        optimizer.step(losses, *batch())
+    assert "under torch.enable_grad()" in raised.value.__notes__[0]
+
+
+def test_what_was_not_sliced_is_told():
+    model = net()
+    optimizer = ESAM(sgd(model), model, rho=0.1, gamma=0.5)
+    x, y = batch()
+
+    def losses(x, y):
+        return losses_of(model)(x, torch.as_tensor(y))
+
+    with pytest.raises(ValueError, match="batch_size") as raised:
+        optimizer.step(losses, x, y.tolist())
+    assert "on 4 of 8 samples" in raised.value.__notes__[0]
+    assert "Not sliced: list" in raised.value.__notes__[0] or "int" in raised.value.__notes__[0]
+
+
+BAD_LOSSES = {
+    "scalar": lambda values: values.mean(),
+    "column": lambda values: values[:, None],
+    "short": lambda values: values[:3],
+    "integer": lambda values: values.long(),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_LOSSES.values(), ids=BAD_LOSSES)
+def test_a_refused_step_keeps_the_gradients_that_it_would_have_zeroed(spoil):
+    model = net()
+    optimizer = ESAM(sgd(model), model, rho=0.1, gamma=0.5)
+    optimizer.step(losses_of(model), *batch())
+    before = Snapshot(model, optimizer)
+    tensors = [p.grad for p in model.parameters()]
+    with pytest.raises((ESAMValueError, ESAMTypeError)):
+        optimizer.step(lambda x, y: spoil(losses_of(model)(x, y)), *batch())
+    before.check()
+    assert all(p.grad is g for p, g in zip(model.parameters(), tensors, strict=True))

@@ -439,3 +439,41 @@ def test_data_parallel_copies_are_not_patched():
     layout = optimizer._laid_out
     mask = optimizer._mask(layout.parameters)
     assert optimizer._prefix(layout.blocks, layout.parameters, mask) is None
+
+
+class WithStatistics(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def with_a_teacher_s_pass(model):
+    """The same network in evaluation first, then in training, which updates what that has read."""
+
+    def losses(x, y):
+        model.eval()
+        with torch.no_grad():
+            soft = model(x).softmax(1)
+        model.train()
+        return F.cross_entropy(model(x), y, reduction="none") - (soft * model(x)).sum(1)
+
+    return losses
+
+
+@GAMMAS
+def test_running_statistics_that_are_read_before_they_are_updated(gamma, monkeypatch):
+    torch.manual_seed(0)
+    model = Chain(WithStatistics)
+    replays_of(model, monkeypatch, gamma=gamma, losses_of=with_a_teacher_s_pass)
+
+
+@GAMMAS
+def test_frozen_statistics_are_no_obstacle(gamma, monkeypatch):
+    torch.manual_seed(0)
+    model = Chain(WithStatistics)
+    for block in (model.a, model.b):
+        block.norm.eval()
+    assert replays_of(model, monkeypatch, gamma=gamma) == 2

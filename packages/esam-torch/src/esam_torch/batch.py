@@ -130,3 +130,18 @@ def take(batch: Any, indices: Tensor, batch_size: int) -> Any:
         return x.index_select(0, placed(indices, x.device)) if _has_rows(x, batch_size) else x
 
     return mapped(batch, leaf)
+
+
+def taken(batch: Any, k: int, batch_size: int) -> str:
+    """Return what to say of an error that comes when k of b samples have been taken."""
+    leaves: list[Any] = []
+    mapped(batch, leaves.append)
+    whole = ", ".join(
+        f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        for x in leaves
+        if not _has_rows(x, batch_size) and not isinstance(x, Whole)
+    )
+    return (
+        f"This was ESAM's descent pass, on {k} of {batch_size} samples: tensors with {batch_size} "
+        f"rows were sliced. Not sliced: {whole or 'nothing'}."
+    )

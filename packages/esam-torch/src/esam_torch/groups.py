@@ -7,7 +7,7 @@ change at any time, as a learning rate does, so they are checked in every step.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from esam_core import ESAMTypeError, validation
+from esam_core import ESAMTypeError, ESAMValueError, validation
 
 __all__ = ["OPTIONS", "check_groups"]
 
@@ -26,6 +26,11 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         ESAMTypeError, ESAMValueError: naming the option, what must hold, and what came.
     """
     for group in groups:
+        if group.get("maximize"):
+            raise ESAMValueError(
+                "`maximize` must be False: the perturbation climbs the losses, which are to be "
+                "small. Return the negative of what is to be large. Received: maximize=True."
+            )
         for name, value in group.items():
             if name in OPTIONS:
                 OPTIONS[name](name, value)

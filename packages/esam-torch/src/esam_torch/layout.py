@@ -10,6 +10,7 @@ from torch import nn
 from esam_core import Sampler
 from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.guards import Buffers, RandomState
+from esam_torch.notes import WITHOUT_A_GRAPH, noted
 from esam_torch.synchronisation import unsynchronised
 from esam_torch.units import Parameter, parameters_of
 
@@ -67,7 +68,10 @@ def lay_out(
     random = RandomState(p.tensor.device for p in parameters)
     buffers = Buffers(model)
     try:
-        with unsynchronised(model):
+        with (
+            unsynchronised(model),
+            noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
+        ):
             blocks = find_blocks(model, forward, chosen)
     finally:
         buffers.restore()

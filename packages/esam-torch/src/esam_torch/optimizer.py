@@ -133,6 +133,8 @@ class ESAM(torch.optim.Optimizer):
         self._laid_out: Layout | None = None
         self._reuses = True  # the prefix, where a step has one
         self._pending = False
+        # What `step(losses, ...)` has zeroed: let go of when the new gradients come.
+        self._stale: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         # Set by integrations: how a trainer back-propagates, and whether the closures that it
         # hands to `step` call `backward`, so that the update is all that is left to do.
         self._descend: Callable[[torch.Tensor], Any] | None = None
@@ -259,6 +261,7 @@ class ESAM(torch.optim.Optimizer):
             shards=shards,
             descend=self._descend,
             watch_rounding=self._watches_rounding(parameters, mask),
+            stale=self._stale,
         )
         report = self._run(step, losses, batch, kwargs)
         self._count += 1
@@ -353,8 +356,17 @@ class ESAM(torch.optim.Optimizer):
                 "scaler.update(): only the scaler knows whether the update may be made."
             )
         _check_losses(closure)
+        tensors = [p for group in self._base.param_groups for p in group["params"]]
+        self._stale = [(p, p.grad) for p in tensors if p.grad is not None]
         self.zero_grad()
-        report = self.backward(closure, *batch, **kwargs)
+        try:
+            report = self.backward(closure, *batch, **kwargs)
+        except BaseException:
+            for parameter, gradient in self._stale:
+                parameter.grad = gradient
+            raise
+        finally:
+            self._stale = []
         self._pending = False
         if not report.skipped:
             self._base.step()

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from esam_core import ESAMRuntimeError
@@ -153,6 +154,7 @@ class _Record:
     shapes: list[tuple[int, ...]]
     random_before: RandomState
     random_after: RandomState
+    statistics: list[int]  # versions of the running statistics that it reads
     effects: bool  # it did, or hooks inside it may have done, more than return its output
     output: _Nest | None
 
@@ -242,7 +244,16 @@ class Prefix:
                 kept = self._kept(place, given, (args, kwargs), output)
             after = RandomState(self._devices)
             self._records.append(
-                _Record(place, module.training, given.shapes, before, after, effects, kept)
+                _Record(
+                    block=place,
+                    training=module.training,
+                    shapes=given.shapes,
+                    random_before=before,
+                    random_after=after,
+                    statistics=_statistics_read(module),
+                    effects=effects,
+                    output=kept,
+                )
             )
             if kept is not None and is_compiled(module):
                 return kept.tree()
@@ -335,6 +346,8 @@ class Prefix:
                 and record.training == self._blocks.modules[place].training
                 and record.shapes == given.shapes
                 and record.random_before == RandomState(self._devices)
+                # Another call of the same layers, in training, has updated them since.
+                and record.statistics == _statistics_read(self._blocks.modules[place])
             )
             # An output that was changed in place after the block gave it is no longer its output.
             output = record.output if matching else None
@@ -379,6 +392,17 @@ class Prefix:
             else:
                 module.__dict__.pop(key, None)
             self._patches.pop()
+
+
+def _statistics_read(module: nn.Module) -> list[int]:
+    """Return the versions of the running statistics that a call of a module would use."""
+    return [
+        buffer._version
+        for layer in module.modules()
+        if isinstance(layer, _NormBase) and not layer.training
+        for buffer in layer.buffers(recurse=False)
+        if not buffer.is_inference()
+    ]
 
 
 class _Patch:

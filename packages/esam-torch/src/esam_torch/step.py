@@ -19,6 +19,7 @@ from esam_torch.ascent import ascent_gradients
 from esam_torch.devices import placed
 from esam_torch.guards import Buffers, Gradients, RandomState, Weights, statistics_layers
 from esam_torch.losses import LossFunction, per_sample
+from esam_torch.notes import WITHOUT_A_GRAPH, noted
 from esam_torch.perturbation import Ascent, Direction, perturb
 from esam_torch.prefix import Prefix
 from esam_torch.selection import Selected, select
@@ -45,6 +46,7 @@ class Step:
         descend: what back-propagates the descent's loss, where a trainer does it in its own way,
             its scaling included; or None.
         watch_rounding: whether to measure how much of the perturbation rounds away.
+        stale: gradients that only an error before the last backward would bring back.
 
     Attributes:
         rounded: what was measured, a 0-d tensor, or None.
@@ -60,6 +62,7 @@ class Step:
     shards: Shards | None = None
     descend: Callable[[Tensor], Any] | None = None
     watch_rounding: bool = False
+    stale: list[Any] = field(default_factory=list)
     rounded: Tensor | None = field(default=None, init=False)
     _weights: Weights | None = field(default=None, init=False, repr=False)
 
@@ -99,8 +102,9 @@ class Step:
         """Raise, or return the report of a step that is skipped."""
         if self.config.on_nonfinite == "raise":
             raise NonFiniteError(
-                f"A loss or gradient of step {self.count} is not finite; weights, gradients and "
-                'buffers are as before the call. Use on_nonfinite="skip" to leave such steps out.'
+                f"A loss or gradient of step {self.count} is not finite; weights and buffers are "
+                "as before the call, and nothing was added to the gradients. "
+                'Use on_nonfinite="skip" to leave such steps out.'
             )
         return StepReport(
             count=report.count, losses=report.losses, skipped=True, outputs=report.outputs
@@ -223,7 +227,12 @@ class Step:
 
     def _selection(self, losses: LossFunction, batch: Any, b: int) -> Tensor:
         """Return the (b,) losses at theta + epsilon; builds no graph."""
-        with torch.no_grad(), unsynchronised(self.model), self._replaying():
+        with (
+            torch.no_grad(),
+            unsynchronised(self.model),
+            self._replaying(),
+            noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
+        ):
             values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
         return values.clone()
 
@@ -239,7 +248,8 @@ class Step:
             k = len(selected.indices)
             with _running_statistics(self.model, when=k == 1):
                 part = batches.take(batch, selected.indices, b)
-                values, _ = self._forward(losses, part, expected=k)
+                with noted(batches.taken(batch, k, b), Exception):
+                    values, _ = self._forward(losses, part, expected=k)
                 total = (selected.weights * values).sum()
         # What was not finite must be seen in `.grad`, even if the selected samples are harmless.
         self._backward(_poisoned(total, finite & torch.isfinite(total.detach())))
@@ -277,6 +287,7 @@ class Step:
 
     def _backward(self, total: Tensor) -> None:
         """Back-propagate into `.grad`, scaled where the user scales."""
+        self.stale.clear()
         if self.descend is not None:
             self.descend(total)
         else:
