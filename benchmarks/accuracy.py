@@ -14,6 +14,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import (
+    at_least,
+    count_number,
+    method_name,
+    not_negative,
+    partial_share,
+    positive,
+    seed_number,
+    whole_share,
+)
 from benchmarks.figures import scatter
 from benchmarks.methods import METHODS, parse_method
 from benchmarks.models import MODELS
@@ -37,34 +47,43 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "$ESAM_DATA or ./data, or a folder (default: digits)",
     )
     add("--model", default="resnet20", choices=list(MODELS), help="(default: resnet20)")
-    add("--width", type=int, help="of the model (default: the published one)")
-    add("--epochs", type=int, default=run.epochs, help=f"(default: {run.epochs})")
-    add("--batch", type=int, default=run.batch, help=f"(default: {run.batch})")
-    add("--lr", type=float, default=run.lr, help=f"peak (default: {run.lr})")
-    add("--warmup", type=int, default=0, help="epochs of linear warm-up (default: 0)")
+    add("--width", type=count_number, help="of the model (default: the published one)")
+    add("--epochs", type=count_number, default=run.epochs, help=f"(default: {run.epochs})")
+    add("--batch", type=count_number, default=run.batch, help=f"(default: {run.batch})")
+    add("--lr", type=positive, default=run.lr, help=f"peak (default: {run.lr})")
+    add("--warmup", type=at_least(0), default=0, help="epochs of linear warm-up (default: 0)")
     add(
         "--weight-decay",
-        type=float,
+        type=not_negative,
         default=run.weight_decay,
         help=f"(default: {run.weight_decay})",
     )
     add(
         "--sharp-weight-decay",
-        type=float,
+        type=not_negative,
         help="of all methods but SGD; the paper doubles it (default: the same)",
     )
     add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="the base (default: sgd)")
-    add("--m", type=int, help="samples a perturbation is for (default: the batch)")
-    add("--smoothing", type=float, default=0.0, help="of the labels (default: 0)")
-    add("--rho", type=float, default=run.rho, help=f"(default: {run.rho})")
-    add("--beta", type=float, default=run.beta, help=f"(default: {run.beta})")
-    add("--gamma", type=float, default=run.gamma, help=f"(default: {run.gamma})")
-    add("--images", type=int, help="training images, as many of each class (default: all)")
-    add("--classes", type=int, help="the first so many (default: all)")
+    add("--m", type=count_number, help="samples a perturbation is for (default: the batch)")
+    add("--smoothing", type=partial_share, default=0.0, help="of the labels (default: 0)")
+    add("--rho", type=not_negative, default=run.rho, help=f"(default: {run.rho})")
+    add("--beta", type=whole_share, default=run.beta, help=f"(default: {run.beta})")
+    add("--gamma", type=whole_share, default=run.gamma, help=f"(default: {run.gamma})")
+    add("--images", type=count_number, help="training images, as many of each class (default: all)")
+    add("--classes", type=at_least(2), help="the first so many (default: all)")
     add("--spare", action="store_true", help="test on the training images left out as well")
-    add("--test-every", type=int, default=1, help="epochs (default: 1)")
-    add("--size", type=int, help="average the images down to this size (default: as they are)")
-    add("--noise", type=float, default=0.0, help="share of wrong training labels (default: 0)")
+    add("--test-every", type=count_number, default=1, help="epochs (default: 1)")
+    add(
+        "--size",
+        type=count_number,
+        help="average the images down to this size (default: as they are)",
+    )
+    add(
+        "--noise",
+        type=partial_share,
+        default=0.0,
+        help="share of wrong training labels (default: 0)",
+    )
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="crop and mirror")
     add(
         "--device",
@@ -154,12 +173,17 @@ def main(arguments: Sequence[str] = ()) -> None:
         prog="python -m benchmarks accuracy",
         description=__doc__,
         epilog="methods: " + "; ".join(f"{m.name}: {m.title}" for m in METHODS.values()),
+        allow_abbrev=False,
     )
-    parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "esam"], metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
+    parser.add_argument(
+        "--methods", nargs="+", type=method_name, default=["sgd", "sam", "esam"], metavar="NAME"
+    )
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
-    parser.add_argument("--checkpoint-every", type=int, default=5, help="epochs (default: 5)")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    parser.add_argument(
+        "--checkpoint-every", type=count_number, default=5, help="epochs (default: 5)"
+    )
+    parser.add_argument("--threads", type=count_number, help="of the CPU (default: torch's choice)")
     parser.add_argument("--quick", action="store_true", help="a few epochs on the digits")
     add_run_options(parser)
     options = parser.parse_args(arguments)
@@ -176,8 +200,6 @@ def main(arguments: Sequence[str] = ()) -> None:
             out=Path("benchmarks/out/accuracy"),
         )
         options = parser.parse_args(arguments)
-    for method in options.methods:
-        parse_method(method)  # a misspelt one is refused before anything is trained
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     for run in runs_of(options):

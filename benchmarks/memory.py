@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.arguments import at_least, count_number, method_name
 from benchmarks.machine import provenance
 from benchmarks.methods import METHODS, make_stepper, parse_method
 from benchmarks.models import MODELS, build
@@ -146,20 +147,27 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, and write it to a folder."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks memory", description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=list(DEFAULT), help=", ".join(METHODS))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks memory", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--methods", nargs="+", type=method_name, default=list(DEFAULT), help=", ".join(METHODS)
+    )
     parser.add_argument("--model", default="resnet18", choices=list(MODELS))
-    parser.add_argument("--width", type=int, default=None)
-    parser.add_argument("--batch", type=int, default=4, help="small: the weights show")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--width", type=count_number, default=None)
+    parser.add_argument("--batch", type=count_number, default=4, help="small: the weights show")
+    parser.add_argument("--size", type=count_number, default=32)
+    parser.add_argument("--classes", type=at_least(2), default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=count_number, help="of the CPU (default: torch's choice)")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/memory)")
     parser.add_argument("--quick", action="store_true", help="a narrow network")
     options = parser.parse_args(arguments)
     out = (
         options.out or Path("benchmarks/out" if options.quick else "benchmarks/results") / "memory"
     )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     width = 8 if options.quick and options.width is None else options.width
     x = torch.randn(options.batch, 3, options.size, options.size, device=device)

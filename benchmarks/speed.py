@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.arguments import at_least, count_number, method_name
 from benchmarks.costs import counted_steps, predicted_ratio
 from benchmarks.figures import scatter
 from benchmarks.machine import provenance
@@ -267,6 +268,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         prog="python -m benchmarks speed",
         description=__doc__,
         epilog="methods: " + "; ".join(f"{m.name}: {m.title}" for m in METHODS.values()),
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -276,26 +278,31 @@ def main(arguments: Sequence[str] = ()) -> None:
         choices=list(MODELS),
         metavar="MODEL",
     )
-    add("--methods", nargs="+", default=list(DEFAULT), metavar="NAME")
-    add("--batch", type=int, default=128, help="samples a step (default: 128)")
-    add("--size", type=int, default=32, help="of the images (default: 32)")
-    add("--classes", type=int, default=10, help="(default: 10)")
-    add("--width", type=int, help="of the model (default: the published one)")
+    add("--methods", nargs="+", type=method_name, default=list(DEFAULT), metavar="NAME")
+    add("--batch", type=count_number, default=128, help="samples a step (default: 128)")
+    add("--size", type=count_number, default=32, help="of the images (default: 32)")
+    add("--classes", type=at_least(2), default=10, help="(default: 10)")
+    add("--width", type=count_number, help="of the model (default: the published one)")
     add(
         "--narrow",
         action=argparse.BooleanOptionalAction,
         help="narrow models (default: on a CPU); FLOPs are held to their bars at full width",
     )
-    add("--repeats", type=int, default=9, help="rounds that count (default: 9)")
-    add("--warmup", type=int, default=2, help="rounds that do not (default: 2)")
-    add("--masks", type=int, default=100, help="random masks whose FLOPs are averaged (100)")
+    add("--repeats", type=count_number, default=9, help="rounds that count (default: 9)")
+    add("--warmup", type=at_least(0), default=2, help="rounds that do not (default: 2)")
+    add(
+        "--masks",
+        type=count_number,
+        default=100,
+        help="random masks whose FLOPs are averaged (100)",
+    )
     add(
         "--clock",
         choices=["wall", "cpu"],
         default="wall",
         help="cpu: the process's own time, for a machine with other work (default: wall)",
     )
-    add("--threads", type=int, help="of the CPU (default: torch's choice)")
+    add("--threads", type=count_number, help="of the CPU (default: torch's choice)")
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

@@ -45,7 +45,8 @@ def recipe_runs(
         methods: names.
         given: the command line's arguments: what they name precedes the recipe.
     """
-    named = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in given}
+    options_given = [argument.partition("=")[0] for argument in given]
+    named = {o[2:].replace("-", "_") for o in options_given if o.startswith("--")}
     data, methods = list(data), list(methods)  # gone through for each model
     runs = []
     for model in models:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from statistics import mean
 
+from benchmarks.arguments import whole_share
 from benchmarks.figures import panels, save
 from benchmarks.machine import provenance
 from benchmarks.paper.comparison import add_comparison_options, recipe_runs, steadily_timed
@@ -19,7 +20,7 @@ COLUMNS = ("method", "accuracy %", "FLOPs / SGD", "images/s", "% of SAM's speed"
 def _add(parser: argparse.ArgumentParser) -> None:
     add_comparison_options(parser)
     values = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-    parser.add_argument("--values", nargs="+", type=float, default=values, metavar="SHARE")
+    parser.add_argument("--values", nargs="+", type=whole_share, default=values, metavar="SHARE")
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import count_number, method_name
 from benchmarks.figures import curves
 from benchmarks.paper.gradients import cosine, length, point_of, shifted
 from benchmarks.paper.options import make_run, parse
@@ -61,8 +62,10 @@ class Cosines:
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batches", type=int, default=4, help="an epoch (default: 4)")
-    parser.add_argument("--method", default="sam", help="that trains (default: sam)")
+    parser.add_argument("--batches", type=count_number, default=4, help="an epoch (default: 4)")
+    parser.add_argument(
+        "--method", type=method_name, default="sam", help="that trains (default: sam)"
+    )
 
 
 def main(arguments: Sequence[str] = ()) -> None:

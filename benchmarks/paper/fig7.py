@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import count_number, open_share
 from benchmarks.figures import draw_curves, panels, save
 from benchmarks.paper.gradients import Point, inner, length, point_of, shifted
 from benchmarks.paper.options import make_run, parse
@@ -81,9 +82,10 @@ def _sam(beta: float) -> str:
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--betas", nargs="+", type=float, default=[0.3, 0.5, 0.6, 0.7, 0.9])
-    parser.add_argument("--batches", type=int, default=4, help="an epoch (default: 4)")
-    parser.add_argument("--draws", type=int, default=5, help="masks a batch (default: 5)")
+    betas = [0.3, 0.5, 0.6, 0.7, 0.9]
+    parser.add_argument("--betas", nargs="+", type=open_share, default=betas, metavar="BETA")
+    parser.add_argument("--batches", type=count_number, default=4, help="an epoch (default: 4)")
+    parser.add_argument("--draws", type=count_number, default=5, help="masks a batch (default: 5)")
 
 
 def main(arguments: Sequence[str] = ()) -> None:

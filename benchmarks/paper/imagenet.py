@@ -9,7 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.arguments import method_name
 from benchmarks.data.folders import write_small_folder
+from benchmarks.models import MODELS
 from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
 from benchmarks.paper.options import parse
 
@@ -19,18 +21,20 @@ __all__ = ["table2", "table6"]
 def _table(name: str, title: str, models: Sequence[str], arguments: Sequence[str]) -> None:
     """Train and compare."""
 
-    def add(parser: argparse.ArgumentParser) -> None:
+    def add_own(parser: argparse.ArgumentParser) -> None:
         add_comparison_options(parser)
-        parser.add_argument("--models", nargs="+", default=list(models), metavar="MODEL")
-        parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "esam"], metavar="NAME")
-        parser.add_argument("--folder", type=Path, help="ImageNet (default: generated images)")
+        add = parser.add_argument
+        add("--models", nargs="+", default=list(models), choices=list(MODELS), metavar="MODEL")
+        methods = ["sgd", "sam", "esam"]
+        add("--methods", nargs="+", type=method_name, default=methods, metavar="NAME")
+        add("--folder", type=Path, help="ImageNet (default: generated images)")
 
     small = {"size": 32, "width": 24 if "vit-s16" in models else 8, "batch": 16, "m": 8}
     options = parse(
         name,
         __doc__,
         arguments,
-        add=add,
+        add=add_own,
         full={"size": 224},
         quick={**small, "models": list(models)[:1], "epochs": 1, "lr": 0.01},
     )

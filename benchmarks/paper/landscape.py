@@ -16,6 +16,7 @@ from matplotlib.colors import BoundaryNorm
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.arguments import at_least, count_number, method_name, positive
 from benchmarks.data.source import load_source
 from benchmarks.figures import COLOURS, plt, save
 from benchmarks.machine import provenance
@@ -117,11 +118,12 @@ def _images(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "esam"], metavar="NAME")
-    parser.add_argument("--points", type=int, default=25, help="a side (default: 25)")
-    parser.add_argument("--samples", type=int, default=2000, help="for the loss (default: 2000)")
-    parser.add_argument("--groups", type=int, default=3, help="pairs of directions (default: 3)")
-    parser.add_argument("--reach", type=float, help="of both axes (fig4: 0.5; fig8: 3 rho)")
+    add, methods = parser.add_argument, ["sgd", "sam", "esam"]
+    add("--methods", nargs="+", type=method_name, default=methods, metavar="NAME")
+    add("--points", type=at_least(2), default=25, help="a side (default: 25)")
+    add("--samples", type=at_least(2), default=2000, help="for the loss (default: 2000)")
+    add("--groups", type=count_number, default=3, help="pairs of directions (default: 3)")
+    add("--reach", type=positive, help="of both axes (fig4: 0.5; fig8: 3 rho)")
 
 
 def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor, out: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import add_run_options
+from benchmarks.arguments import count_number, seed_number
 from benchmarks.training import Run
 
 __all__ = ["make_run", "parse", "shared_fields"]
@@ -46,11 +47,14 @@ def parse(
         full: defaults of its own; what stands on the command line precedes them.
         quick: defaults with --quick, on top of the common ones.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=description)
+    # No abbreviations: what is given is looked up by its whole name, to precede the recipe.
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}", description=description, allow_abbrev=False
+    )
     parser.add_argument("--quick", action="store_true", help="a small form, in seconds")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0], metavar="SEED")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / name)
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    parser.add_argument("--threads", type=count_number, help="of the CPU (default: torch's choice)")
     add_run_options(parser)
     if add is not None:
         add(parser)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.arguments import at_least, count_number, whole_share
 from benchmarks.figures import COLOURS, MARKERS, panels, save
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
@@ -107,16 +108,18 @@ def _measure(
 
 def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
     """Measure, fit, write and draw."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}", description=__doc__, allow_abbrev=False
+    )
     add = parser.add_argument
-    add("--layers", nargs="+", type=int, default=[2, 4, 8, 16, 32], metavar="N")
+    add("--layers", nargs="+", type=count_number, default=[2, 4, 8, 16, 32], metavar="N")
     betas = [round(0.1 * i, 1) for i in range(1, 10)]
-    add("--betas", nargs="+", type=float, default=betas, metavar="BETA")
-    add("--width", type=int, default=512, help="of each layer (default: 512)")
-    add("--batch", type=int, default=256, help="samples a pass (default: 256)")
-    add("--repeats", type=int, default=15, help="groups of ten masks timed (default: 15)")
-    add("--masks", type=int, default=200, help="whose FLOPs are counted (default: 200)")
-    add("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    add("--betas", nargs="+", type=whole_share, default=betas, metavar="BETA")
+    add("--width", type=at_least(2), default=512, help="of each layer (default: 512)")
+    add("--batch", type=count_number, default=256, help="samples a pass (default: 256)")
+    add("--repeats", type=count_number, default=15, help="groups of ten masks timed (default: 15)")
+    add("--masks", type=count_number, default=200, help="whose FLOPs are counted (default: 200)")
+    add("--threads", type=count_number, default=1, help="of the CPU (default: 1)")
     add("--out", type=Path, help="folder (default: benchmarks/results/NAME)")
     add("--quick", action="store_true", help="a small form, in seconds")
     options = parser.parse_args(arguments)

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from benchmarks.arguments import method_name
+from benchmarks.models import MODELS
 from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
 from benchmarks.paper.options import parse
 
@@ -12,9 +14,12 @@ __all__ = ["main"]
 def _add(parser: argparse.ArgumentParser) -> None:
     add_comparison_options(parser)
     models = ["resnet18", "wrn28-10", "pyramidnet110"]
-    parser.add_argument("--models", nargs="+", default=models, metavar="MODEL")
+    parser.add_argument(
+        "--models", nargs="+", default=models, choices=list(MODELS), metavar="MODEL"
+    )
     parser.add_argument("--sets", nargs="+", default=["cifar10", "cifar100"], metavar="DATA")
-    parser.add_argument("--methods", nargs="+", default=["sgd", "sam", "esam"], metavar="NAME")
+    methods = ["sgd", "sam", "esam"]
+    parser.add_argument("--methods", nargs="+", type=method_name, default=methods, metavar="NAME")
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from benchmarks.arguments import method_name
 from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
 from benchmarks.paper.options import parse
 
@@ -13,7 +14,7 @@ METHODS = ["sgd", "sam", "swp", "sds", "esam"]
 
 def _add(parser: argparse.ArgumentParser) -> None:
     add_comparison_options(parser)
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", type=method_name, default=METHODS, metavar="NAME")
 
 
 def main(arguments: Sequence[str] = ()) -> None:

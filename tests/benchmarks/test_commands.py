@@ -1,0 +1,95 @@
+"""What command lines are refused, before anything is trained, and what all of them take."""
+
+import pytest
+from benchmarks import __main__ as runner
+from benchmarks.__main__ import BENCHMARKS
+
+TRAINING = sorted(set(BENCHMARKS) - {"memory", "speed", "table4", "table5"})
+
+
+def _refused(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> str:
+    """Run a command that its parser must refuse; return what it said."""
+    with pytest.raises(SystemExit) as ended:
+        runner.run(name, list(arguments))
+    assert ended.value.code == 2
+    return " ".join(capsys.readouterr().err.partition("error: ")[2].split())
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_each_takes_what_all_are_given(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        runner.run(name, ["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--quick", "--threads", "--out"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_options_are_not_abbreviated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unrecognized arguments: --hel" in _refused(capsys, name, "--hel")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, "--methods") for name in ("table1", "table2", "table3", "table6")),
+        *((name, "--methods") for name in ("fig4", "fig8", "accuracy", "speed", "memory")),
+        ("fig6", "--method"),
+    ],
+)
+def test_a_misspelt_method_is_refused(
+    name: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _refused(capsys, name, option, "smam@0.1")
+    assert f"argument {option}: `method` must be one of sgd," in said
+    assert "Received: 'smam'" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, "--models") for name in ("table1", "table2", "table6", "speed")),
+        *((name, "--model") for name in ("table3", "fig3", "fig5", "accuracy", "memory")),
+    ],
+)
+def test_a_misspelt_model_is_refused(
+    name: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _refused(capsys, name, option, "resnet1")
+    assert f"argument {option}: invalid choice: 'resnet1'" in said
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_runs_of_no_epochs_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = _refused(capsys, name, "--epochs", "0")
+    assert said == "argument --epochs: must be a whole number >= 1. Received: 0."
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "must"),
+    [
+        ("table1", ("--batch", "0"), ">= 1"),
+        ("table2", ("--m", "0"), ">= 1"),
+        ("table3", ("--seeds", "-1"), ">= 0"),
+        ("table4", ("--betas", "0.5", "1.5"), "in (0, 1]"),
+        ("fig3", ("--values", "0"), "in (0, 1]"),
+        ("fig4", ("--points", "1"), ">= 2"),
+        ("fig4", ("--groups", "0"), ">= 1"),
+        ("fig5", ("--epochs", "three"), ">= 1. Received: three"),
+        ("fig6", ("--batches", "0"), ">= 1"),
+        ("fig7", ("--betas", "1"), "in (0, 1). Received: 1."),
+        ("fig7", ("--draws", "0"), ">= 1"),
+        ("fig8", ("--reach", "0"), "> 0"),
+        ("accuracy", ("--rho", "-1"), ">= 0"),
+        ("accuracy", ("--rho", "nan"), ">= 0"),
+        ("accuracy", ("--noise", "1"), "in [0, 1)"),
+        ("speed", ("--repeats", "0"), ">= 1"),
+        ("memory", ("--batch", "0"), ">= 1"),
+    ],
+)
+def test_meaningless_numbers_are_refused(
+    name: str, arguments: tuple[str, ...], must: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _refused(capsys, name, *arguments)
+    assert f"argument {arguments[0]}: must be " in said
+    assert must in said
