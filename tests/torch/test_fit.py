@@ -1,6 +1,7 @@
 """The training loop: with ESAM, SAM and a bare optimizer, what it measures and what it refuses."""
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -328,6 +329,143 @@ def test_checkpoints_and_histories_are_files(tmp_path):
     _, history = _fit(epochs=3, folder=tmp_path / "b", monitor="eval_accuracy", **options)
     best = torch.load(tmp_path / "b" / "best.pt", weights_only=True)
     assert best["row"]["eval_accuracy"] == max(history["eval_accuracy"])
+
+
+def _batches(*bad, n=4):
+    """Return batches of 10, some of them NaN, by their places."""
+    inputs, targets = _data().tensors
+    places = [slice(10 * i, 10 * i + 10) for i in range(n)]
+    return [
+        (inputs[p] * (torch.nan if i in bad else 1.0), targets[p]) for i, p in enumerate(places)
+    ]
+
+
+def _skipping(model, on_nonfinite="skip"):
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return ESAM(base, model, on_nonfinite=on_nonfinite)
+
+
+_QUIETLY = {"epochs": 1, "progress": False, "device": "cpu"}
+
+
+def test_losses_of_skipped_steps_are_left_out_of_the_means():
+    model, twin = _model(), _model()
+    row = fit(
+        *(model, _skipping(model), _losses, _batches(1)), metrics={"accuracy": accuracy}, **_QUIETLY
+    ).last
+    optimizer, kept, right = _skipping(twin), [], []
+    for i, batch in enumerate(_batches(1)):
+        report = optimizer.step(lambda *b: _losses(twin, *b), *batch)
+        assert report.skipped == (i == 1)
+        if i != 1:
+            kept += report.losses.tolist()
+            right += accuracy(report.outputs, *batch).tolist()
+    assert row["train_loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-6)
+    assert row["train_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert row["sample_share"] == 0.5  # and not what a step that did nothing reports
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
+def test_epochs_without_a_number_leave_checkpoints(tmp_path, on_nonfinite):
+    model = _model()
+    optimizer = _skipping(model, on_nonfinite)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    options = {**_QUIETLY, "folder": tmp_path, "scheduler": scheduler, "scheduler_step": "batch"}
+    batches = _batches(*range(4))
+    history = fit(model, optimizer, _losses, batches, **{**options, "epochs": 2})
+    assert all(math.isnan(value) for value in history["train_loss"])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["history.csv", "history.json", "last.pt"]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3
+    if on_nonfinite == "skip":
+        assert optimizer.param_groups[0]["lr"] == 0.1  # no update, no step of the scheduler
+        options |= {"epochs": 3, "resume": True}
+        history = fit(model, optimizer, _losses, _batches(), **options)
+        best = torch.load(tmp_path / "best.pt", weights_only=True)
+        assert best["row"] == history.last == history.best("train_loss", smallest=True)
+
+
+def test_an_end_between_the_two_checkpoints_loses_neither(tmp_path, monkeypatch):
+    from esam_torch.fitting.checkpoints import Checkpoints
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save_best", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            _fit(epochs=1, folder=tmp_path)
+    assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
+    model, history = _fit(epochs=1, folder=tmp_path, resume=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["row"] == history.last
+    assert torch.equal(best["model"]["0.weight"], model[0].weight)
+
+
+def test_a_write_that_is_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    _fit(epochs=1, folder=tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    save = torch.save
+
+    def half(state, file):
+        path = Path(getattr(file, "name", file))
+        if not path.name.startswith("last"):
+            return save(state, file)
+        path.write_bytes(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            _fit(epochs=2, folder=tmp_path, resume=True)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    _, history = _fit(epochs=2, folder=tmp_path, resume=True)
+    assert len(history) == 2
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_accumulated_batches_that_are_skipped_do_not_count(bad):
+    """The mean is that of the others; where all are skipped there is no update."""
+    batches = [*_batches(bad, n=2), *_batches(0, 1, n=2)]
+    model, twin = _model(), _model()
+    options = {**_QUIETLY, "accumulate": 2}
+    first = _skipping(twin)
+    model_optimizer = _skipping(model)
+    fit(model, model_optimizer, _losses, batches, **options)
+    for batch in batches[:2]:
+        first.backward(lambda *b: _losses(twin, *b), *batch)
+    first.step()  # with the momentum of one update, not of two
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # Nothing waits for a step of what was skipped.
+    assert model_optimizer.step(lambda *b: _losses(model, *b), *_batches()[0]).skipped is False
+
+
+def test_what_cannot_be_watched_is_refused_before_training(tmp_path):
+    trained = []
+
+    def refused(match, **options):
+        options = {"eval_loader": [_data().tensors], **options}
+        with pytest.raises(ValueError, match=match):
+            _fit(on_epoch=trained.append, folder=tmp_path, **options)
+
+    refused("`monitor` must be one of 'train_loss', 'eval_loss', 'sharpness'", monitor="evalloss")
+    refused(
+        "'eval_accuracy', 'sharpness'.*'eval_acc'",
+        metrics={"accuracy": accuracy},
+        monitor="eval_acc",
+    )
+    refused("must be one of 'train_loss', 'sharpness'", monitor="eval_loss", eval_loader=None)
+    refused("must be one of 'train_loss', 'eval_loss'\\.", kind="sgd", monitor="sharpness")
+    refused(
+        '`scheduler_step` must be "epoch" for a ReduceLROnPlateau',
+        scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
+        scheduler_step="batch",
+    )
+    assert not trained
 
 
 def test_tensorboard(tmp_path):

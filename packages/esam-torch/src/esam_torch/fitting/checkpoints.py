@@ -1,5 +1,6 @@
 """Checkpoints from which training goes on as if nothing had happened."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Checkpoints:
         loader: the training data.
         device: where the model is.
         monitor: the column whose best value makes "best.pt"; less is better of a name that ends
-            with "loss", more of any other.
+            with "loss", more of any other. An epoch without that number is passed over.
     """
 
     def __init__(
@@ -118,7 +119,10 @@ class Checkpoints:
         """Write "best.pt", the model and its row, if the last epoch is the best so far."""
         if self._folder is None or world()[0] > 0:
             return
-        best = self.history.best(self._monitor, smallest=self._monitor.endswith("loss"))
+        rows = [row for row in self.history if not math.isnan(row.get(self._monitor, math.nan))]
+        if not rows:
+            return
+        best = History(rows).best(self._monitor, smallest=self._monitor.endswith("loss"))
         if best is self.history.last:
             self._write({"model": self._model.state_dict(), "row": self.history.last}, "best.pt")
 

@@ -25,6 +25,8 @@ from esam_torch.units import bare_model
 
 __all__ = ["fit"]
 
+_Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+
 
 def fit(
     model: nn.Module,
@@ -72,7 +74,9 @@ def fit(
         device: default "auto": the accelerator where there is one.
         precision: what `losses` is computed in, by autocast: "fp32" (default), "bf16", or "fp16",
             which comes with a gradient scaler.
-        accumulate: batches whose gradients are averaged for one update, >= 1. Default 1.
+        accumulate: batches whose gradients are averaged for one update, >= 1. One that ESAM skips
+            (`on_nonfinite="skip"`) is left out of that average, and of the epoch's means; where
+            all are skipped, no update is made. Default 1.
         clip_norm: largest norm of the gradient, > 0. Default none.
         clip_value: largest absolute value in the gradient, > 0. Default none.
         folder: where "last.pt", "best.pt", "history.csv" and "history.json" are written after each
@@ -80,7 +84,8 @@ def fit(
         resume: whether to go on from "last.pt" where `folder` has one: to the same weights, bit
             for bit, as without the interruption. Default False.
         monitor: the number whose best value makes "best.pt", the least of a name that ends with
-            "loss", else the largest. Default "eval_loss", or "train_loss" without `eval_loader`.
+            "loss", else the largest; an epoch without that number, or with NaN, is passed over.
+            Default "eval_loss", or "train_loss" without `eval_loader`.
         save_every: updates between writes of "last.pt" within an epoch, >= 1. Default none.
         tensorboard: folder for TensorBoard's scalars. Default none.
         progress: True (default): bars with rich or tqdm, whichever is installed, else a line an
@@ -114,6 +119,11 @@ def fit(
         True
     """
     _check(model, optimizer, losses)
+    if scheduler_step == "batch" and isinstance(scheduler, _Plateau):
+        raise ESAMValueError(
+            '`scheduler_step` must be "epoch" for a ReduceLROnPlateau: the loss that it watches is '
+            'an epoch\'s. Received: "batch".'
+        )
     count_number("epochs", epochs, least=1)
     count_number("accumulate", accumulate, least=1)
     choice("scheduler_step", scheduler_step, ("epoch", "batch"))
@@ -141,7 +151,7 @@ def fit(
         loader = split(loader, training=True)
         eval_loader = None if eval_loader is None else split(eval_loader, training=False)
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
-        watched = monitor or ("train_loss" if eval_loader is None else "eval_loss")
+        watched = _monitored(monitor, optimizer, metrics or {}, evaluated=eval_loader is not None)
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         checkpoints = Checkpoints(folder, model, parts, loader, place, watched)
         history = checkpoints.history
@@ -157,6 +167,8 @@ def fit(
             Means(metrics or {}, place),
         )
         resumed = checkpoints.load(training.means) if resume else None
+        if resumed is not None and not resumed[0].updates:
+            checkpoints.save_best()  # the run may have ended between the two files
         start, now = resumed if resumed is not None else (Place(), None)
         if now is not None:
             checkpoints.load_random_state(start.random)
@@ -183,8 +195,8 @@ def fit(
             write(row)
             if on_epoch is not None:
                 on_epoch(row)
-            checkpoints.save_best()
             checkpoints.save(Place(epoch + 1, 0, checkpoints.random_state()), training.means)
+            checkpoints.save_best()
         _mode(called, optimizer, training=False)
     return history
 
@@ -229,6 +241,7 @@ class _Training:
         random = self.checkpoints.random_state()
         started, samples = time.perf_counter(), 0
         self.shown.start(epoch, _length(self.loader))
+        number = 0
         for number, group in enumerate(groups_of(self.loader, self.accumulate), 1):
             self.shown.advance(len(group))
             if number <= done:
@@ -240,13 +253,14 @@ class _Training:
             if stepped and self.scheduler is not None:
                 self.scheduler.step()
             for report, batch in zip(reports, batches, strict=True):
-                self.means.update(report.losses, report.outputs, batch)
-                self.means.report(report)
+                if not report.skipped:  # one NaN would be the mean of the whole epoch
+                    self.means.update(report.losses, report.outputs, batch)
+                    self.means.report(report)
                 samples += len(report.losses)
             self.shown.loss(reports[-1].losses)
             if self.save_every is not None and number % self.save_every == 0:
                 self.checkpoints.save(Place(epoch, number, random, rate), self.means)
-        if not self.means.samples:
+        if number == 0:
             raise ESAMValueError("`loader` must hold a batch in each epoch. Received: none.")
         measured = self.means.result(everywhere=True)
         named = {
@@ -255,6 +269,7 @@ class _Training:
         self.means.reset()
         seconds = time.perf_counter() - started  # result() has waited for the device
         total = summed([float(samples)], self.update.device)[0]
+        named.setdefault("train_loss", float("nan"))  # every step was skipped
         return {**named, "seconds": seconds, "samples_per_second": total / seconds}
 
 
@@ -292,6 +307,19 @@ def _check(model: Any, optimizer: Any, losses: Any) -> None:
         )
 
 
+def _monitored(
+    monitor: str | None, optimizer: Any, metrics: Mapping[str, Metric], *, evaluated: bool
+) -> str:
+    """Return the name of what makes the best epoch, if an epoch can hold such a number."""
+    if monitor is None:
+        return "eval_loss" if evaluated else "train_loss"
+    kinds = ("train", "eval") if evaluated else ("train",)
+    known = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
+    if isinstance(optimizer, ESAM):
+        known += REPORTED
+    return choice("monitor", monitor, tuple(known))
+
+
 def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
     """Set the mode of the model, and of optimizers that have one (schedule-free ones)."""
     model.train(training)
@@ -315,7 +343,7 @@ def _length(loader: Any) -> int | None:
 
 def _step_scheduler(scheduler: Any, row: Mapping[str, float]) -> None:
     """Step a scheduler after an epoch; one that watches a number gets the loss."""
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    if isinstance(scheduler, _Plateau):
         scheduler.step(row.get("eval_loss", row["train_loss"]))
     else:
         scheduler.step()

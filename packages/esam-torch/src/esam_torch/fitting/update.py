@@ -51,24 +51,27 @@ class Update:
 
         Returns:
             A report for each batch, and whether the optimizer made its step: a scaler leaves it
-            out where a gradient was not finite.
+            out where a gradient was not finite, and there is none where every batch was skipped.
         """
         self.optimizer.zero_grad()
         reports = []
         for place, batch in enumerate(group, 1):
-            # Ranks add their gradients up once, with the last batch.
-            context = (
-                contextlib.nullcontext() if place == len(group) else unsynchronised(self.model)
-            )
-            with context:
+            # Ranks add their gradients up once, with the last batch; with each where any may be
+            # skipped, the last one too: ranks would go on with gradients that they had never added.
+            alone = place < len(group) and not self._skips
+            with unsynchronised(self.model) if alone else contextlib.nullcontext():
                 reports.append(self._gradient(batch))
+        kept = sum(not report.skipped for report in reports)
+        if kept == 0:
+            self.optimizer.zero_grad()  # nothing waits for a step any more
+            return reports, False
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        if len(group) > 1:
+        if kept > 1:
             for parameter in parameters:
                 if parameter.grad is not None:
-                    parameter.grad.div_(len(group))
+                    parameter.grad.div_(kept)
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
@@ -87,6 +90,12 @@ class Update:
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype)
+
+    @property
+    def _skips(self) -> bool:
+        """Say whether a batch may be left out."""
+        optimizer = self.optimizer
+        return isinstance(optimizer, ESAM) and optimizer.config.on_nonfinite == "skip"
 
     def _losses(self, *batch: Any) -> Any:
         """Return what the user's function returns for a batch."""
