@@ -7,61 +7,16 @@ from typing import Any
 
 from benchmarks.figures import COLOURS, panels, save
 from benchmarks.machine import provenance
-from benchmarks.paper.options import shared_fields
-from benchmarks.recipes import PUBLISHED, RECIPES
+from benchmarks.recipes import PUBLISHED
 from benchmarks.report import mean_and_error, write_json, write_tables
 from benchmarks.training import Run, train
 
-__all__ = ["add_comparison_options", "compare", "recipe_runs", "steadily_timed"]
+__all__ = ["compare", "steadily_timed"]
 
 COLUMNS = (
     *("data, model, method", "accuracy %", "paper %", "images/s", "% of SAM's speed"),
     *("paper's", "FLOPs / SGD"),
 )
-
-
-def add_comparison_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a comparison that are not a run's."""
-    parser.add_argument(
-        "--same-weight-decay",
-        action="store_true",
-        help="give SAM and ESAM SGD's weight decay; the paper doubles it on ResNet-18 and WRN",
-    )
-
-
-def recipe_runs(
-    options: argparse.Namespace,
-    models: Iterable[str],
-    data: Iterable[str],
-    methods: Iterable[str],
-    given: Sequence[str],
-) -> list[Run]:
-    """Return the runs, each with its model's recipe under what the command line gives.
-
-    Args:
-        options: of the command.
-        models: keys of `MODELS`.
-        data: as in `load_source`.
-        methods: names.
-        given: the command line's arguments: what they name precedes the recipe.
-    """
-    options_given = [argument.partition("=")[0] for argument in given]
-    named = {o[2:].replace("-", "_") for o in options_given if o.startswith("--")}
-    data, methods = list(data), list(methods)  # gone through for each model
-    runs = []
-    for model in models:
-        recipe: dict[str, Any] = {}
-        if model in RECIPES and not options.quick:
-            recipe = RECIPES[model].fields(same_weight_decay=options.same_weight_decay)
-        recipe = {name: value for name, value in recipe.items() if name not in named}
-        shared = {**shared_fields(options), **recipe, "model": model}
-        runs += [
-            Run(**{**shared, "data": name, "method": method, "seed": seed})
-            for name in data
-            for method in methods
-            for seed in options.seeds
-        ]
-    return runs
 
 
 def steadily_timed(records: Iterable[dict[str, Any]]) -> bool:

@@ -7,8 +7,8 @@ from statistics import mean
 from benchmarks.arguments import whole_share
 from benchmarks.figures import panels, save
 from benchmarks.machine import provenance
-from benchmarks.paper.comparison import add_comparison_options, recipe_runs, steadily_timed
-from benchmarks.paper.options import parse
+from benchmarks.paper.comparison import steadily_timed
+from benchmarks.paper.options import parse, recipe_runs
 from benchmarks.report import mean_and_error, write_json, write_tables
 from benchmarks.training import train
 
@@ -18,7 +18,6 @@ COLUMNS = ("method", "accuracy %", "FLOPs / SGD", "images/s", "% of SAM's speed"
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    add_comparison_options(parser)
     values = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     parser.add_argument("--values", nargs="+", type=whole_share, default=values, metavar="SHARE")
 

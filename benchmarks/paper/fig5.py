@@ -4,13 +4,15 @@ Every step of a training run with ESAM is looked at, and averaged by epoch. Equa
 the paper say that the selected samples' losses rise most, and that they bound the batch's.
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.figures import draw_curves, panels, save
-from benchmarks.paper.options import make_run, parse
-from benchmarks.paper.training_figure import epoch_means, probed, write_epochs
-from benchmarks.training import Trainer
+from benchmarks.paper.options import parse
+from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
+from benchmarks.training import Run, Trainer
+from esam_core.sds import subset_size
 from esam_torch import StepReport
 
 __all__ = ["main"]
@@ -45,10 +47,25 @@ class Splits:
         return dict(zip(NAMES, means, strict=True))
 
 
+def _runs(options: argparse.Namespace, arguments: Sequence[str]) -> list[Run]:
+    """Return the runs, if their batches are whole and some of their samples are rejected."""
+    runs = perturbing_runs(options, "esam", arguments)
+    run = runs[0]
+    if run.m is not None and run.m < run.batch:
+        raise ValueError(f"--m must be {run.batch}, the batch, or more. Received: {run.m}.")
+    if subset_size(run.gamma, run.batch) == run.batch:
+        raise ValueError(
+            f"--gamma must leave out samples of a batch of {run.batch}. Received: {run.gamma:g}."
+        )
+    return runs
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """Train, write and draw."""
-    options = parse("fig5", __doc__, arguments, quick={"epochs": 5})
-    runs = [make_run(options, "esam", seed=seed) for seed in options.seeds]
+    options = parse(
+        "fig5", __doc__, arguments, quick={"epochs": 5}, check=lambda o: _runs(o, arguments)
+    )
+    runs = _runs(options, arguments)
     values = epoch_means(probed(runs, Splits, options), NAMES)
     rise = {
         part: [

@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.arguments import count_number, method_name
 from benchmarks.figures import curves
 from benchmarks.paper.gradients import cosine, length, point_of, shifted
-from benchmarks.paper.options import make_run, parse
-from benchmarks.paper.training_figure import epoch_means, probed, write_epochs
+from benchmarks.paper.options import parse
+from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
 from benchmarks.training import Trainer
 from esam_core.sds import random_indices, subset_size
 
@@ -70,8 +70,15 @@ def _add(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Train, write and draw."""
-    options = parse("fig6", __doc__, arguments, add=_add, quick={"batches": 2, "epochs": 5})
-    runs = [make_run(options, options.method, seed=seed) for seed in options.seeds]
+    options = parse(
+        "fig6",
+        __doc__,
+        arguments,
+        add=_add,
+        quick={"batches": 2, "epochs": 5},
+        check=lambda o: perturbing_runs(o, o.method, arguments),
+    )
+    runs = perturbing_runs(options, options.method, arguments)
     values = epoch_means(probed(runs, lambda: Cosines(options.batches), options), NAMES)
 
     def against(name: str, other: str) -> str:
@@ -89,5 +96,5 @@ def main(arguments: Sequence[str] = ()) -> None:
     title = f"Figure 6: cosine of a subset's gradient with the batch's, {options.data}"
     write_epochs(options, "fig6", title, values, verdicts)
     epochs = ("epoch", list(range(1, len(values["random"]) + 1)))
-    lines = {f"{name} (gamma = {options.gamma:g})": v for name, v in values.items()}
+    lines = {f"{name} (gamma = {runs[0].gamma:g})": v for name, v in values.items()}
     curves(options.out / "fig6.png", title=title, x=epochs, y="cosine", lines=lines)

@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.arguments import count_number, open_share
 from benchmarks.figures import draw_curves, panels, save
 from benchmarks.paper.gradients import Point, inner, length, point_of, shifted
-from benchmarks.paper.options import make_run, parse
-from benchmarks.paper.training_figure import epoch_means, probed, write_epochs
+from benchmarks.paper.options import parse
+from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
 from benchmarks.training import Trainer
 from esam_core import Bernoulli, Unit
 
@@ -91,8 +91,15 @@ def _add(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] = ()) -> None:
     """Train, write and draw."""
     small = {"betas": [0.3, 0.6, 0.9], "batches": 2, "draws": 4, "epochs": 5}
-    options = parse("fig7", __doc__, arguments, add=_add, quick=small)
-    runs = [make_run(options, "esam", seed=seed) for seed in options.seeds]
+    options = parse(
+        "fig7",
+        __doc__,
+        arguments,
+        add=_add,
+        quick=small,
+        check=lambda o: perturbing_runs(o, "esam", arguments),
+    )
+    runs = perturbing_runs(options, "esam", arguments)
     betas = (*options.betas, 1.0)
     names = [name(beta) for name in (_step, _sam) for beta in betas]
     records = probed(

@@ -12,8 +12,8 @@ from pathlib import Path
 from benchmarks.arguments import method_name
 from benchmarks.data.folders import write_small_folder
 from benchmarks.models import MODELS
-from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
-from benchmarks.paper.options import parse
+from benchmarks.paper.comparison import compare
+from benchmarks.paper.options import parse, recipe_runs
 
 __all__ = ["table2", "table6"]
 
@@ -22,7 +22,6 @@ def _table(name: str, title: str, models: Sequence[str], arguments: Sequence[str
     """Train and compare."""
 
     def add_own(parser: argparse.ArgumentParser) -> None:
-        add_comparison_options(parser)
         add = parser.add_argument
         add("--models", nargs="+", default=list(models), choices=list(MODELS), metavar="MODEL")
         methods = ["sgd", "sam", "esam"]

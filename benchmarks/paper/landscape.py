@@ -21,7 +21,7 @@ from benchmarks.data.source import load_source
 from benchmarks.figures import COLOURS, plt, save
 from benchmarks.machine import provenance
 from benchmarks.paper.gradients import length
-from benchmarks.paper.options import make_run, parse
+from benchmarks.paper.options import parse, recipe_runs
 from benchmarks.report import write_json, write_tables
 from benchmarks.training import Run, Trainer, train
 
@@ -155,18 +155,36 @@ def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor,
     save(figure, out / f"{name}.png")
 
 
+def _runs(name: str, options: argparse.Namespace, arguments: Sequence[str]) -> list[Run]:
+    """Return a run for each method, if there is one landscape for each."""
+    if len(options.seeds) > 1:
+        seeds = " ".join(str(seed) for seed in options.seeds)
+        raise ValueError(f"--seeds must be one: a landscape is that of one run. Received: {seeds}.")
+    runs = recipe_runs(options, [options.model], [options.data], options.methods, arguments)
+    if name == "fig8" and runs[0].rho == 0:
+        raise ValueError("--rho must be > 0: it is the unit of the axes. Received: 0.")
+    return runs
+
+
 def _figure(name: str, arguments: Sequence[str]) -> None:
     """Train, walk around the minima, write and draw."""
     small = {"points": 11, "samples": 250, "groups": 2, "epochs": 5}
-    options = parse(name, __doc__, arguments, add=_add, quick=small)
+    options = parse(
+        name,
+        __doc__,
+        arguments,
+        add=_add,
+        quick=small,
+        check=lambda o: _runs(name, o, arguments),
+    )
     x, y = _images(options)
     random = name == "fig4"
     reach = options.reach or (0.5 if random else 3.0)
     ends = torch.linspace(-reach, reach, options.points | 1)  # odd: the middle is the minimum
     grids: dict[str, Any] = {}
     rows = []
-    for method in options.methods:
-        trainer = _trained(make_run(options, method), options)
+    for run in _runs(name, options, arguments):
+        trainer = _trained(run, options)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         total: Any = 0.0
         groups = options.groups if random else 1
@@ -175,7 +193,7 @@ def _figure(name: str, arguments: Sequence[str]) -> None:
             if random:
                 directions = [filter_normalised(parameters, generator) for _ in range(2)]
             else:
-                directions = _adversarial(trainer, x, y, options.rho)
+                directions = _adversarial(trainer, x, y, run.rho)
             total = total + np.array(_grid(trainer, directions, ends, x, y)) / groups
         title = trainer.method.title
         grids[title] = total.tolist()

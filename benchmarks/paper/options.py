@@ -1,7 +1,7 @@
 """The options that all tables and figures of the paper share."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.accuracy import add_run_options
 from benchmarks.arguments import count_number, seed_number
+from benchmarks.recipes import RECIPES
 from benchmarks.training import Run
 
-__all__ = ["make_run", "parse", "shared_fields"]
+__all__ = ["parse", "recipe_runs"]
 
 #: What `--quick` trains: a narrow network on the digits, for a few epochs.
 QUICK = {
@@ -36,6 +37,7 @@ def parse(
     add: Callable[[argparse.ArgumentParser], None] | None = None,
     full: dict[str, Any] | None = None,
     quick: dict[str, Any] | None = None,
+    check: Callable[[argparse.Namespace], object] | None = None,
 ) -> argparse.Namespace:
     """Return the options of a table or figure.
 
@@ -46,6 +48,7 @@ def parse(
         add: adds options of its own.
         full: defaults of its own; what stands on the command line precedes them.
         quick: defaults with --quick, on top of the common ones.
+        check: raises a ValueError where the options do not go together; the parser says it.
     """
     # No abbreviations: what is given is looked up by its whole name, to precede the recipe.
     parser = argparse.ArgumentParser(
@@ -55,6 +58,11 @@ def parse(
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0], metavar="SEED")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / name)
     parser.add_argument("--threads", type=count_number, help="of the CPU (default: torch's choice)")
+    parser.add_argument(
+        "--same-weight-decay",
+        action="store_true",
+        help="give SAM and ESAM SGD's weight decay; the paper doubles it on ResNet-18 and WRN",
+    )
     add_run_options(parser)
     if add is not None:
         add(parser)
@@ -64,17 +72,48 @@ def parse(
         # The out folder of a quick run is ignored by git: such figures say only that it runs.
         parser.set_defaults(**{**QUICK, "out": Path("benchmarks/out") / name, **(quick or {})})
         options = parser.parse_args(arguments)
+    if check is not None:
+        try:
+            check(options)
+        except ValueError as error:
+            parser.error(str(error))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return options
 
 
-def shared_fields(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that are fields of a `Run`."""
-    names = {field.name for field in fields(Run)}
-    return {name: value for name, value in vars(options).items() if name in names}
+def recipe_runs(
+    options: argparse.Namespace,
+    models: Iterable[str],
+    data: Iterable[str],
+    methods: Iterable[str],
+    given: Sequence[str],
+) -> list[Run]:
+    """Return the runs, each with its model's recipe under what the command line gives.
 
-
-def make_run(options: argparse.Namespace, method: str, **others: Any) -> Run:
-    """Return a run with these options and others in their place."""
-    return Run(**{**shared_fields(options), "seed": options.seeds[0], "method": method, **others})
+    Args:
+        options: of the command.
+        models: keys of `MODELS`.
+        data: as in `load_source`.
+        methods: names.
+        given: the command line's arguments: what they name precedes the recipe.
+    """
+    options_given = [argument.partition("=")[0] for argument in given]
+    named = {o[2:].replace("-", "_") for o in options_given if o.startswith("--")}
+    fields_of_a_run = {field.name for field in fields(Run)}
+    asked = {name: value for name, value in vars(options).items() if name in fields_of_a_run}
+    data, methods = list(data), list(methods)  # gone through for each model
+    runs = []
+    for model in models:
+        recipe: dict[str, Any] = {}
+        if model in RECIPES and not options.quick:
+            recipe = RECIPES[model].fields(same_weight_decay=options.same_weight_decay)
+        recipe = {name: value for name, value in recipe.items() if name not in named}
+        shared = {**asked, **recipe, "model": model}
+        runs += [
+            Run(**{**shared, "data": name, "method": method, "seed": seed})
+            for name in data
+            for method in methods
+            for seed in options.seeds
+        ]
+    return runs

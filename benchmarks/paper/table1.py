@@ -5,14 +5,13 @@ from collections.abc import Sequence
 
 from benchmarks.arguments import method_name
 from benchmarks.models import MODELS
-from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
-from benchmarks.paper.options import parse
+from benchmarks.paper.comparison import compare
+from benchmarks.paper.options import parse, recipe_runs
 
 __all__ = ["main"]
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    add_comparison_options(parser)
     models = ["resnet18", "wrn28-10", "pyramidnet110"]
     parser.add_argument(
         "--models", nargs="+", default=models, choices=list(MODELS), metavar="MODEL"

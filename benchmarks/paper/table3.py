@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from benchmarks.arguments import method_name
-from benchmarks.paper.comparison import add_comparison_options, compare, recipe_runs
-from benchmarks.paper.options import parse
+from benchmarks.paper.comparison import compare
+from benchmarks.paper.options import parse, recipe_runs
 
 __all__ = ["main"]
 
@@ -13,7 +13,6 @@ METHODS = ["sgd", "sam", "swp", "sds", "esam"]
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    add_comparison_options(parser)
     parser.add_argument("--methods", nargs="+", type=method_name, default=METHODS, metavar="NAME")
 
 

@@ -6,10 +6,30 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import provenance
+from benchmarks.paper.options import recipe_runs
 from benchmarks.report import write_json, write_tables
 from benchmarks.training import Probe, Run, train
 
-__all__ = ["epoch_means", "probed", "write_epochs"]
+__all__ = ["epoch_means", "perturbing_runs", "probed", "write_epochs"]
+
+
+def perturbing_runs(
+    options: argparse.Namespace, method: str, arguments: Sequence[str]
+) -> list[Run]:
+    """Return the runs of a figure that looks at perturbations: one for each seed.
+
+    Args:
+        options: of the command.
+        method: its name.
+        arguments: from the command line.
+
+    Raises:
+        ValueError: the runs perturb nothing.
+    """
+    runs = recipe_runs(options, [options.model], [options.data], [method], arguments)
+    if runs[0].effective_rho == 0:
+        raise ValueError(f"the runs must perturb, with rho > 0. Received: {method} with rho = 0.")
+    return runs
 
 
 def probed(

@@ -1,0 +1,219 @@
+"""Which runs a command asks for: the paper's recipes, under what stands on the command line."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.methods import METHODS
+from benchmarks.paper import comparison, fig3, fig5, fig6, fig7, imagenet, landscape
+from benchmarks.paper.options import parse, recipe_runs
+from benchmarks.recipes import RECIPES
+from benchmarks.training import Run, new_stepper
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+class _Asked(Exception):  # noqa: N818  no error: the runs were asked for, and that is enough
+    """Ends a command where it would train."""
+
+
+def _asked(
+    monkeypatch: pytest.MonkeyPatch, module: Any, function: str, *arguments: str
+) -> list[tuple[Run, Path]]:
+    """Return the runs that a command trains, and where; none is trained."""
+    asked: list[tuple[Run, Path]] = []
+
+    def train(run: Run, folder: Path, **_: Any) -> dict[str, Any]:
+        asked.append((run, folder))
+        return {
+            "run": dataclasses.asdict(run),
+            "data": {"name": run.data},
+            "title": METHODS[run.method.partition("@")[0]].title,
+            "machine": {"accelerator": None},
+            "clock": "processor time",
+            "final": 50.0,
+            "best": 50.0,
+            "images_per_second": 1.0,
+            "flops_ratio": 1.0,
+        }
+
+    def stop(runs: Any, _probe: Any, options: Any) -> None:
+        asked.extend((run, options.out / "runs") for run in runs)
+        raise _Asked
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(module, "train", train, raising=False)
+    monkeypatch.setattr(module, "probed", stop, raising=False)
+    monkeypatch.setattr(
+        *(module, "_trained", lambda run, options: stop([run], None, options)), raising=False
+    )
+    monkeypatch.setattr(module, "_images", lambda options: (None, None), raising=False)
+    monkeypatch.setattr(comparison, "train", train)
+    try:
+        getattr(module, function)(list(arguments))
+    except _Asked:
+        pass
+    finally:
+        torch.set_num_threads(threads)
+    return asked
+
+
+def _runs(*arguments: str) -> list[Run]:
+    options = parse("none", None, arguments)
+    return recipe_runs(options, [options.model], [options.data], ["sgd", "sam"], arguments)
+
+
+def test_a_run_has_its_models_recipe() -> None:
+    run, _ = _runs("--model", "wrn28-10")
+    assert (run.rho, run.beta, run.gamma) == (0.1, 0.5, 0.5)
+    assert (run.epochs, run.batch, run.lr) == (200, 128, 0.05)
+    (vit, _) = _runs("--model", "vit-s16")
+    assert (vit.optimizer, vit.m, vit.warmup, vit.weight_decay) == ("adamw", 128, 30, 0.3)
+
+
+@pytest.mark.parametrize("given", [("--rho", "0.3", "--lr", "2"), ("--rho=0.3", "--lr=2")])
+def test_the_command_line_precedes_the_recipe(given: tuple[str, ...]) -> None:
+    run, _ = _runs("--model", "wrn28-10", *given)
+    assert (run.rho, run.lr, run.beta) == (0.3, 2.0, 0.5)
+
+
+def test_a_value_is_not_taken_for_an_option() -> None:
+    run, _ = _runs("--model", "wrn28-10", "--out", "rho")
+    assert run.rho == 0.1
+
+
+def test_a_quick_run_and_a_model_of_no_recipe_have_the_options_alone() -> None:
+    for run in (*_runs("--model", "resnet10"), *_runs("--quick", "--model", "wrn28-10")):
+        assert (run.rho, run.beta, run.sharp_weight_decay) == (0.05, 0.6, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "doubled"), [("sgd", 5e-4), ("sam", 1e-3), ("esam", 1e-3), ("msam", 1e-3)]
+)
+def test_the_weight_decay_of_all_but_the_base_is_doubled(method: str, doubled: float) -> None:
+    options = parse("none", None, ["--model", "resnet18"])
+    same = parse("none", None, ["--model", "resnet18", "--same-weight-decay"])
+    for chosen, expected in ((options, doubled), (same, 5e-4)):
+        (run,) = recipe_runs(chosen, ["resnet18"], ["digits"], [method], [])
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        (group,) = new_stepper(run, model, 1).base.param_groups
+        assert group["weight_decay"] == expected
+
+
+def test_figure_3_trains_with_the_values_it_shows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = ["--values", "0.3", "0.9", "--seeds", "0", "--out", str(tmp_path)]
+    asked = _asked(monkeypatch, fig3, "main", "--model", "wrn28-10", *values)
+    found = [(r.method, r.rho, r.beta, r.gamma, f.name) for r, f in asked]
+    assert found == [
+        ("sgd", 0.1, 0.5, 0.5, "runs"),
+        ("sam", 0.1, 0.5, 0.5, "runs"),
+        ("swp", 0.1, 0.3, 0.5, "beta0.3"),
+        ("swp", 0.1, 0.9, 0.5, "beta0.9"),
+        ("sds", 0.1, 0.5, 0.3, "gamma0.3"),
+        ("sds", 0.1, 0.5, 0.9, "gamma0.9"),
+    ]
+
+
+def test_table_2_trains_with_m_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path)]
+    for given, m in (((), 128), (("--m", "64"), 64), (("--quick",), 8), (("--quick", "--m=4"), 4)):
+        asked = _asked(monkeypatch, imagenet, "table2", *given, *out)
+        assert {run.m for run, _ in asked} == {m}
+        assert {run.method for run, _ in asked} == {"sgd", "sam", "esam"}
+        assert f"m-sharpness {m} (generated" in (tmp_path / "table2.md").read_text()
+
+
+FIGURES = {
+    "fig4": (landscape, "fig4"),
+    "fig5": (fig5, "main"),
+    "fig6": (fig6, "main"),
+    "fig7": (fig7, "main"),
+    "fig8": (landscape, "fig8"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_4_to_8_train_by_the_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--model", "wrn28-10", "--gamma", "0.7"]
+    (run, _), *_ = _asked(monkeypatch, *FIGURES[name], *arguments)
+    expected = RECIPES["wrn28-10"].fields() | {"gamma": 0.7}
+    assert {key: getattr(run, key) for key in expected} == expected
+    (run, _), *_ = _asked(monkeypatch, *FIGURES[name], *arguments, "--same-weight-decay")
+    assert run.sharp_weight_decay is None
+
+
+@pytest.mark.parametrize("name", ["fig3", *FIGURES])
+def test_a_committed_figures_command_asks_for_its_committed_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, function = (fig3, "main") if name == "fig3" else FIGURES[name]
+    figure = json.loads((RESULTS / name / f"{name}.json").read_text())
+    _, _, _, given, *arguments = shlex.split(figure["command"])
+    assert given == name
+    monkeypatch.chdir(RESULTS.parents[1])
+    if name == "fig3":
+        monkeypatch.setattr(fig3, "write_tables", lambda *_: None)
+        monkeypatch.setattr(fig3, "write_json", lambda *_: None)
+        monkeypatch.setattr(fig3, "save", lambda *_: None)
+    asked = [run for run, _ in _asked(monkeypatch, module, function, *arguments, "--device", "cpu")]
+    records = [json.loads(p.read_text()) for p in (RESULTS / name / "runs").rglob("*.json")]
+    assert asked
+    assert all(dataclasses.asdict(run) in [r["run"] for r in records] for run in asked)
+
+
+@pytest.mark.parametrize("module", [fig5, fig6, fig7])
+def test_a_committed_figures_command_asks_for_its_committed_probe(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = module.__name__.rpartition(".")[2]
+    figure = json.loads((RESULTS / name / f"{name}.json").read_text())
+
+    def probed(_runs: Any, probe: Any, _options: Any) -> None:
+        (path,) = (RESULTS / name / "runs").glob("*.json")
+        assert json.loads(path.read_text())["probe"] == probe().options
+        raise _Asked
+
+    monkeypatch.setattr(module, "probed", probed)
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(_Asked):
+            module.main(shlex.split(figure["command"])[4:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["fig4", "fig8"])
+def test_a_landscape_takes_one_seed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        getattr(landscape, name)(["--quick", "--seeds", "0", "1", "2"])
+    assert "--seeds must be one: a landscape is that of one run. Received: 0 1 2." in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("fig5", ["--gamma", "1"], "--gamma must leave out samples of a batch of 128"),
+        ("fig5", ["--gamma", "0.999"], "--gamma must leave out samples of a batch of 128"),
+        ("fig5", ["--m", "16"], "--m must be 128, the batch, or more. Received: 16."),
+        ("fig5", ["--rho", "0"], "must perturb, with rho > 0. Received: esam"),
+        ("fig6", ["--rho", "0"], "must perturb, with rho > 0. Received: sam"),
+        ("fig6", ["--method", "sgd"], "must perturb, with rho > 0. Received: sgd"),
+        ("fig7", ["--rho", "0"], "must perturb, with rho > 0. Received: esam"),
+        ("fig8", ["--rho", "0"], "--rho must be > 0"),
+    ],
+)
+def test_figures_of_nothing_are_refused(
+    name: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, function = FIGURES[name]
+    with pytest.raises(SystemExit):
+        getattr(module, function)(arguments)
+    assert said in " ".join(capsys.readouterr().err.split())
