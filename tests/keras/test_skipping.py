@@ -57,7 +57,7 @@ CASES = {
     "a late suffix": {"perturb": Suffix("d3"), "gamma": 0.5},
     "a late suffix, all samples": {"perturb": Suffix("d3"), "gamma": 1.0},
     "the last layer by loss": {"perturb": Suffix("d4"), "select": TopLoss(0.5)},
-    "one layer in the middle": {"perturb": Only("d2*", Everything()), "gamma": 0.25},
+    "one layer in the middle": {"perturb": Only("*d2*", Everything()), "gamma": 0.25},
     "the full norm": {"perturb": Suffix("d3"), "gamma": 0.5, "norm": "full"},
 }
 
