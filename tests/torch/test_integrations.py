@@ -194,9 +194,10 @@ def _language_model(transformers, kind):
     return transformers.DistilBertForSequenceClassification(config)
 
 
-def _trainer(transformers, kind="classes", esam=None, **arguments):
+def _trainer(transformers, kind="classes", esam=None, cls=None, more=None, **arguments):
     from esam_torch.integrations.transformers import ESAMTrainer
 
+    cls = cls or ESAMTrainer
     options = {
         "output_dir": "out",
         "per_device_train_batch_size": 8,
@@ -209,11 +210,12 @@ def _trainer(transformers, kind="classes", esam=None, **arguments):
         "disable_tqdm": True,
         **arguments,
     }
-    return ESAMTrainer(
+    return cls(
         model=_language_model(transformers, kind),
         args=transformers.TrainingArguments(**options),
         train_dataset=Sentences(kind),
         esam=esam,
+        **(more or {}),
     )
 
 
@@ -227,17 +229,20 @@ def test_trainer_trains(transformers, kind):
     assert all("sharpness" in row for row in logged)
 
 
-def test_trainer_without_perturbation_is_the_trainer(transformers):
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_trainer_without_perturbation_is_the_trainer(transformers, smoothing):
     """rho = 0 and all samples: what Trainer itself does, with accumulation and clipping."""
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "sgd"}
+    options["label_smoothing_factor"] = smoothing
     ours = _trainer(transformers, esam={"rho": 0.0, "select": All()}, **options)
     theirs = transformers.Trainer(
         model=_language_model(transformers, "classes"),
         args=ours.args,
         train_dataset=Sentences("classes"),
     )
-    # This model says that it divides its loss by the number of accumulated batches, and does not.
-    theirs.loss_is_scaled_for_ga = False
+    # This model says that it divides its loss by the number of accumulated batches, and does not;
+    # the Trainer's own smoothed loss is divided.
+    theirs.loss_is_scaled_for_ga = smoothing > 0.0
     for trainer in (ours, theirs):
         transformers.set_seed(0)
         trainer.train()
@@ -259,6 +264,66 @@ def test_losses_of_tokens_are_those_of_the_model(transformers):
     torch.testing.assert_close(per_sample_losses(model, batch)[2], model(**alone).loss)
     with pytest.raises(ValueError, match='"labels"'):
         per_sample_losses(model, {"input_ids": batch["input_ids"]})
+
+
+def test_smoothed_losses_are_those_of_the_trainer(transformers):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    for kind in ("classes", "causal"):
+        model = _language_model(transformers, kind).eval()
+        data = Sentences(kind)
+        batch = {key: torch.stack([data[i][key] for i in range(4)]) for key in data[0]}
+        found = per_sample_losses(model, batch, label_smoothing=0.2)
+        theirs = LabelSmoother(0.2)(model(**batch), batch["labels"], shift_labels=kind == "causal")
+        torch.testing.assert_close(found.mean(), theirs)
+    data = Sentences("number")
+    batch = {key: torch.stack([data[i][key] for i in range(4)]) for key in data[0]}
+    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0"):
+        per_sample_losses(_language_model(transformers, "number"), batch, label_smoothing=0.2)
+
+
+def test_losses_that_would_not_be_trained_with_are_refused(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    class Both(Own):
+        def per_sample_losses(self, model, inputs):
+            return 2 * super().per_sample_losses(model, inputs)
+
+    with pytest.raises(TypeError, match="Received: `compute_loss` and no `per_sample_losses`"):
+        _trainer(transformers, cls=Own)
+    more = {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.mean()}
+    with pytest.raises(TypeError, match="Received: `compute_loss_func` and no"):
+        _trainer(transformers, more=more)
+    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0 where"):
+        _trainer(transformers, cls=Both, label_smoothing_factor=0.1)
+    _trainer(transformers, cls=Both, more=more)
+
+
+def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):
+    kept = []
+
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Watching(ESAMTrainer):
+        def training_step(self, *args, **kwargs):
+            before = float(self._sharpness)
+            loss = super().training_step(*args, **kwargs)
+            kept.append(float(self._sharpness) - before)
+            return loss
+
+    trainer = _trainer(transformers, cls=Watching, logging_steps=4)
+    trainer.train()
+    found = [row["sharpness"] for row in trainer.state.log_history if "sharpness" in row]
+    assert found == pytest.approx([sum(kept[:4]) / 4, sum(kept[4:]) / 4], rel=1e-5)
+    never = _trainer(transformers, logging_strategy="no")
+    never.train()
+    assert never._measured == 8 and never._sharpness.numel() == 1  # a sum, and not each
 
 
 def test_trainer_goes_on_from_its_checkpoint(transformers, tmp_path):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from esam_core import ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.integrations.accelerate import descending, esam_in
 from esam_torch.optimizer import ESAM
 from esam_torch.units import bare_model
@@ -18,7 +18,9 @@ __all__ = ["ESAMTrainer", "per_sample_losses"]
 _IGNORED = -100  # the label of tokens that do not count, in every model of the library
 
 
-def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def per_sample_losses(
+    model: nn.Module, inputs: Mapping[str, Any], *, label_smoothing: float = 0.0
+) -> Tensor:
     """Return one loss a sample from a model's logits and the batch's labels.
 
     Classes: cross-entropy. One number: squared error. Several yes/no labels: their mean binary
@@ -28,9 +30,12 @@ def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     Args:
         model: a model of the library, called with the batch.
         inputs: the batch, with "labels".
+        label_smoothing: share of the target that is spread over all classes or tokens, in [0, 1).
+            Default 0.
 
     Raises:
-        ESAMValueError: there are no labels, or none of the above fits.
+        ESAMValueError: there are no labels, or none of the above fits, or labels that are not
+            classes or tokens are to be smoothed.
     """
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor):
@@ -43,14 +48,25 @@ def per_sample_losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     logits = logits.float()
     if not labels.is_floating_point():
         if labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1:
-            return F.cross_entropy(logits, labels, reduction="none")
+            return F.cross_entropy(
+                logits, labels, label_smoothing=label_smoothing, reduction="none"
+            )
         if labels.dim() == 2 and logits.dim() == 3:
             if type(bare_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
                 logits, labels = logits[:, :-1], labels[:, 1:]
             values = F.cross_entropy(
-                logits.transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
+                logits.transpose(1, 2),
+                labels,
+                ignore_index=_IGNORED,
+                label_smoothing=label_smoothing,
+                reduction="none",
             )
             return values.sum(1) / (labels != _IGNORED).sum(1).clamp_min(1)
+    elif label_smoothing:
+        raise ESAMValueError(
+            "`label_smoothing_factor` must be 0 where labels are not classes or tokens. "
+            f"Received: label_smoothing_factor={label_smoothing}."
+        )
     elif labels.shape == logits.shape and labels.dim() == 2 and labels.shape[1] > 1:
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
     elif labels.numel() == logits.numel() == len(labels):
@@ -72,8 +88,14 @@ class ESAMTrainer(Trainer):
         esam: keyword arguments of `ESAM`, such as `{"rho": 0.05, "gamma": 0.5}`. Default none.
         **kwargs: as for `Trainer`.
 
-    Override `per_sample_losses` where the one for labels and logits does not fit. Differs from
-    `Trainer`: losses are averaged over samples and not over tokens, and the sharpness is logged.
+    Override `per_sample_losses` where the one for labels and logits does not fit; it has the place
+    that `compute_loss` and `compute_loss_func` have with `Trainer`. Differs from `Trainer`: losses
+    are averaged over samples and not over tokens, and the sharpness is logged.
+
+    Raises:
+        ESAMTypeError: a loss of one number is given, by `compute_loss_func` or by an overridden
+            `compute_loss`, and `per_sample_losses` is not overridden.
+        ESAMValueError: `label_smoothing_factor` is given and `per_sample_losses` overridden.
 
     Example:
         `trainer = ESAMTrainer(model, arguments, train_dataset=data, esam={"rho": 0.05})`
@@ -81,8 +103,32 @@ class ESAMTrainer(Trainer):
 
     def __init__(self, *args: Any, esam: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._esam = dict(esam or {})
-        self._sharpness: list[Tensor] = []
+        self._sharpness: Any = 0.0  # summed up since the last time that it was logged
+        self._measured = 0
         super().__init__(*args, **kwargs)
+        self._check_losses()
+
+    def _check_losses(self) -> None:
+        """Refuse losses that the training would not use."""
+        if type(self).per_sample_losses is not ESAMTrainer.per_sample_losses:
+            if self.args.label_smoothing_factor:
+                raise ESAMValueError(
+                    "`label_smoothing_factor` must be 0 where `per_sample_losses` is overridden, "
+                    "which can smooth labels itself. "
+                    f"Received: label_smoothing_factor={self.args.label_smoothing_factor}."
+                )
+            return
+        given = {
+            "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
+            "compute_loss": type(self).compute_loss is not Trainer.compute_loss,
+        }
+        for name, refused in given.items():
+            if refused:
+                raise ESAMTypeError(
+                    "`per_sample_losses` must be overridden: ESAM needs one loss a sample, and "
+                    f"`{name}` returns one a batch, which would be for evaluation alone. "
+                    f"Received: `{name}` and no `per_sample_losses`."
+                )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap the Trainer's optimizer in an `ESAM`."""
@@ -95,7 +141,9 @@ class ESAMTrainer(Trainer):
 
     def per_sample_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Return one loss a sample, (b,). Default: `per_sample_losses` of this module."""
-        return per_sample_losses(model, inputs)
+        smoother = self.label_smoother  # None for several yes/no labels, of which Trainer warns
+        smoothing = 0.0 if smoother is None else float(smoother.epsilon)
+        return per_sample_losses(model, inputs, label_smoothing=smoothing)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Add ESAM's gradient of a batch; return its mean loss."""
@@ -117,14 +165,14 @@ class ESAMTrainer(Trainer):
         with descending(esam, descend):
             report = esam.backward(losses, inputs)
         if report.sharpness is not None:
-            self._sharpness.append(report.sharpness)
+            self._sharpness = self._sharpness + report.sharpness
+            self._measured += 1
         loss: Tensor = report.loss / micro_batches
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the mean sharpness since the last time, beside the loss."""
-        if "loss" in logs and self._sharpness:
-            total = sum(float(value) for value in self._sharpness)
-            logs = {**logs, "sharpness": total / len(self._sharpness)}
-            self._sharpness.clear()
+        if "loss" in logs and self._measured:
+            logs = {**logs, "sharpness": float(self._sharpness) / self._measured}
+            self._sharpness, self._measured = 0.0, 0
         super().log(logs, *args, **kwargs)
