@@ -11,7 +11,9 @@ from itertools import islice
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.arguments import count_number, method_name
@@ -25,6 +27,20 @@ from esam_core.sds import random_indices, subset_size
 __all__ = ["main"]
 
 NAMES = ("largest increase", "smallest increase", "random", "largest loss")
+
+
+def _subsets(
+    losses: Tensor, increase: Tensor, drawn: NDArray[np.integer[Any]]
+) -> dict[str, Tensor]:
+    """Return the indices of each subset, all as many as were drawn at random."""
+    k = len(drawn)
+    order = torch.argsort(increase, descending=True, stable=True)
+    return {
+        "largest increase": order[:k],
+        "smallest increase": order[-k:],
+        "random": torch.from_numpy(drawn).to(losses.device),
+        "largest loss": torch.argsort(losses, descending=True, stable=True)[:k],
+    }
 
 
 class Cosines:
@@ -51,12 +67,8 @@ class Cosines:
                 with torch.no_grad():
                     increase = point.losses(x, y) - before
                 whole = point.gradient(x, y)
-                order = torch.argsort(increase, descending=True, stable=True)
-                loss_order = torch.argsort(before, descending=True, stable=True)
                 drawn = random_indices(len(y), k, seed=run.seed, count=epoch * self._batches + i)
-                subset = torch.from_numpy(drawn).to(y.device)
-                subsets: list[Tensor] = [order[:k], order[-k:], subset, loss_order[:k]]
-                for name, chosen in zip(NAMES, subsets, strict=True):
+                for name, chosen in _subsets(before, increase, drawn).items():
                     found[name].append(cosine(point.gradient(x[chosen], y[chosen]), whole))
         return {name: mean(values) for name, values in found.items()}
 

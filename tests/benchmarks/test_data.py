@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.data import Batches, balanced_subset, load_source, noisy_labels, shrunk
+from benchmarks.data import Batches, balanced_subset, folders, load_source, noisy_labels, shrunk
 from benchmarks.data.batches import crop_and_flip
 from benchmarks.data.files import digits, synthetic
 from benchmarks.data.folders import ImageFolder, write_small_folder
 from benchmarks.data.source import load_images
+from PIL import Image
 
 
 def _write_cifar100(folder: Path) -> np.ndarray:
@@ -116,3 +117,54 @@ def test_image_folder(tmp_path: Path) -> None:
     once, again = list(folder.epoch(0)), list(folder.epoch(0))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(once, again, strict=True))
     assert sum(len(y) for _, y in folder.test()) == 6
+
+
+#: Draws of a crop: area, ratio, left, top, mirror.
+WHOLE, QUARTER = 1.0, (0.25 - 0.08) / 0.92
+
+
+@pytest.mark.parametrize(
+    ("draws", "corners"),
+    [
+        ((WHOLE, 0.5, 0.5, 0.5, 0.9), "abcd"),
+        ((WHOLE, 0.5, 0.5, 0.5, 0.1), "badc"),
+        ((QUARTER, 0.5, 0.0, 0.0, 0.9), "aaaa"),
+        ((QUARTER, 0.5, 0.999, 0.0, 0.9), "bbbb"),
+        ((QUARTER, 0.5, 0.0, 0.999, 0.1), "cccc"),
+        ((QUARTER, 0.5, 0.5, 0.999, 0.9), "cdcd"),
+        ((QUARTER, 0.5, 0.5, 0.999, 0.1), "dcdc"),
+    ],
+)
+def test_a_training_image_is_cropped_and_mirrored_as_drawn(
+    draws: tuple[float, ...], corners: str, tmp_path: Path
+) -> None:
+    colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255), "d": (255, 255, 255)}
+    pixels = np.zeros((40, 40, 3), np.uint8)  # a left of b, c left of d below them
+    for name, (row, column) in zip("abcd", ((0, 0), (0, 20), (20, 0), (20, 20)), strict=True):
+        pixels[row : row + 20, column : column + 20] = colours[name]
+    write_small_folder(tmp_path, classes=1, train=1, test=1)
+    path = tmp_path / "quarters.png"
+    Image.fromarray(pixels).save(path)
+    folder = ImageFolder(tmp_path, batch=1, seed=0, size=16)
+    image = folder._cropped(path, np.array(draws)) * folders._STD + folders._MEAN
+    found = [image[:, row, column] for row in (1, -2) for column in (1, -2)]
+    for seen, name in zip(found, corners, strict=True):
+        expected = torch.tensor(colours[name]) / 255
+        torch.testing.assert_close(seen, expected, atol=0.02, rtol=0)
+
+
+def test_crops_of_a_folder_are_drawn_anew_in_each_epoch(tmp_path: Path) -> None:
+    write_small_folder(tmp_path, classes=1, train=1, test=1)
+    folder = ImageFolder(tmp_path, batch=1, seed=0, size=16)
+    images = [next(folder.epoch(epoch))[0] for epoch in range(4)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(images) for b in images[:i])
+    mirrored = []
+
+    def cropped(_: Path, draws: np.ndarray) -> torch.Tensor:
+        mirrored.append(draws[4] < 0.5)
+        return torch.zeros(3, 16, 16)
+
+    folder._cropped = cropped
+    for epoch in range(200):
+        list(folder.epoch(epoch))
+    assert 70 < sum(mirrored) < 130

@@ -139,3 +139,12 @@ def test_bf16_and_channels_last_train_too() -> None:
     first, second = (trainer.train_epoch(epoch)["train_loss"] for epoch in range(2))
     assert second < first
     assert trainer.test()["accuracy"] > 10
+
+
+@pytest.mark.parametrize("method", ["msam", "msam-adaptive"])
+def test_momentum_sam_perturbs_without_being_told_a_radius(method: str) -> None:
+    assert Run(method=method, **SMALL).effective_rho > 0
+    base, other = (Trainer(Run(method=m, **SMALL)) for m in ("sgd", method))
+    for trainer in (base, other):
+        trainer.train_epoch(0)
+    assert not torch.equal(base.model.head.weight, other.model.head.weight)
