@@ -220,3 +220,54 @@ def _plain(value):
             _plain(inner)
     else:
         assert value is None or type(value) in (bool, int, float, str)
+
+
+def hooked(optimizer):
+    """Register one hook of every kind; return what they note."""
+    noted = []
+
+    def after_saving(_, state):
+        noted.append(("saved", sorted(state)))
+        return {**state, "mine": 7}
+
+    def before_loading(_, state):
+        noted.append(("loading", state.pop("mine")))
+        return dict(state)
+
+    optimizer.register_state_dict_pre_hook(lambda o: noted.append(("saving", o is optimizer)))
+    optimizer.register_state_dict_post_hook(after_saving)
+    optimizer.register_load_state_dict_pre_hook(before_loading)
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: noted.append(("loaded", o is optimizer, o.param_groups[0]["lr"]))
+    )
+    return noted
+
+
+def test_hooks_of_state_dicts_run_as_on_any_optimizer():
+    model = net()
+    base, optimizer = sgd(model), ESAM(sgd(model), model, seed=5)
+    theirs, ours = hooked(base), hooked(optimizer)
+    states = base.state_dict(), optimizer.state_dict()
+    assert all(state["mine"] == 7 for state in states)
+    base.load_state_dict(states[0])
+    optimizer.load_state_dict(states[1])
+    assert states[1]["mine"] == 7  # hooks work on a copy
+    kinds = ["saving", "saved", "loading", "loaded"]
+    assert [kind for kind, *_ in ours] == [kind for kind, *_ in theirs] == kinds
+    assert ours[1] == ("saved", ["esam", "param_groups", "state"])
+    assert ours[2:] == theirs[2:]
+
+
+def test_a_hook_may_change_what_is_loaded():
+    model = net()
+    optimizer = ESAM(sgd(model), model)
+    state = optimizer.state_dict()
+
+    def later(_, state):
+        return {**state, "esam": {**state["esam"], "count": 12}}
+
+    optimizer.register_load_state_dict_pre_hook(later)
+    seen = []
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.count))
+    optimizer.load_state_dict(state)
+    assert optimizer.count == 12 and seen == [12] and state["esam"]["count"] == 0

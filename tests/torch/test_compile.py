@@ -1,6 +1,7 @@
 """torch.compile, whole and block by block, activation checkpointing, and CUDA graphs."""
 
 import copy
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -170,6 +171,34 @@ def test_losses_compiled_with_the_model():
     found = run(make(whole), 4, losses=torch.compile(losses_of(whole), backend=compiler))
     same(found, wanted, "reports")
     assert compiler.graphs <= 4
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("perturb", [Suffix("hidden"), RandomSuffix(("hidden", "head"))], ids=repr)
+def test_a_suffix_with_compiled_losses(perturb, gamma):
+    """No block is patched inside the compiled function: it would be compiled anew in each step."""
+    eager, whole = net(), net()
+    options = {"perturb": perturb, "gamma": gamma}
+    wanted = run(make(eager, **options), 6)
+    compiler = Counting()
+    optimizer = make(whole, **options)
+    losses = torch.compile(losses_of(whole), backend=compiler)
+    with pytest.warns(UserWarning, match="`losses` is compiled as a whole") as warned:
+        found = run(optimizer, 6, losses=losses)
+    assert sum("compiled as a whole" in str(w.message) for w in warned) == 1
+    same(found, wanted, "reports")
+    same(whole.state_dict(), eager.state_dict(), "weights")
+    assert compiler.graphs <= 4
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(optimizer, 6, losses=losses)
+
+
+def test_losses_that_are_never_compiled_leave_the_prefix_out():
+    model = net()
+    optimizer = make(model, perturb=Suffix("hidden"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(optimizer, 1, losses=torch.compiler.disable(losses_of(model)))
 
 
 # torch's own: inductor is still written with what torch calls deprecated.

@@ -367,8 +367,10 @@ def _costs(
     return costs
 
 
-def compiled_as_a_whole(model: nn.Module, blocks: Blocks) -> bool:
-    """Say whether torch.compile holds the model, or a module around blocks, in one piece."""
+def compiled_as_a_whole(model: nn.Module, blocks: Blocks, losses: Callable[..., Any]) -> bool:
+    """Say whether torch.compile holds losses, model or a module around blocks in one piece."""
+    if _is_compiled_function(losses):
+        return True
     inner = bare_model(model)
     outer: list[nn.Module] = [inner]
     wrapped: nn.Module = model
@@ -387,6 +389,15 @@ def compiled_as_a_whole(model: nn.Module, blocks: Blocks) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Say whether a call of the module runs what torch.compile has made of it."""
     return module.__dict__.get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod")
+
+
+def _is_compiled_function(function: Callable[..., Any]) -> bool:
+    """Say whether a function is what torch.compile returned; a module may be one too."""
+    if isinstance(function, nn.Module):
+        return is_compiled(function)
+    # torch marks what `torch.compiler.disable` returned as well.
+    made = hasattr(function, "_torchdynamo_orig_callable")
+    return made and not getattr(function, "_torchdynamo_disable", False)
 
 
 def lends_its_memory(module: nn.Module) -> bool:

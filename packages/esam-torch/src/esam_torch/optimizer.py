@@ -257,7 +257,7 @@ class ESAM(torch.optim.Optimizer):
             count=self._count,
             scaler=self._scaler,
             # Sharded weights get their gradients from a whole backward.
-            prefix=None if shards is not None else self._prefix(blocks, parameters, mask),
+            prefix=None if shards is not None else self._prefix(losses, blocks, parameters, mask),
             shards=shards,
             descend=self._descend,
             watch_rounding=self._watches_rounding(parameters, mask),
@@ -486,7 +486,11 @@ class ESAM(torch.optim.Optimizer):
         return self._plan
 
     def _prefix(
-        self, blocks: Blocks | None, parameters: list[Parameter], mask: Mask
+        self,
+        losses: LossFunction,
+        blocks: Blocks | None,
+        parameters: list[Parameter],
+        mask: Mask,
     ) -> Prefix | None:
         """Return the prefix that this step need not run twice, or None."""
         if blocks is None or not mask.active or not self._reuses:
@@ -506,14 +510,14 @@ class ESAM(torch.optim.Optimizer):
         )
         if not prefix.worthwhile:
             return None
-        if compiled_as_a_whole(self._model, blocks):
+        if compiled_as_a_whole(self._model, blocks, losses):
             if not self._warned_compiled:
                 self._warned_compiled = True
                 warnings.warn(
-                    "The model is compiled as a whole, so the blocks before the first perturbed "
-                    "one cannot be left out, and its backward computes every weight gradient. "
-                    "Compile the blocks instead: for block in (model.layer1, model.layer2, ...): "
-                    "block.compile().",
+                    "The model or `losses` is compiled as a whole, so the blocks before the first "
+                    "perturbed one cannot be left out, and its backward computes every weight "
+                    "gradient. Compile the blocks instead: for block in (model.layer1, "
+                    "model.layer2, ...): block.compile().",
                     stacklevel=4,
                 )
             return None
@@ -524,8 +528,11 @@ class ESAM(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict and one more entry, "esam".
 
-        It loads into the bare base optimizer too.
+        It loads into the bare base optimizer too. Hooks registered on either optimizer run; torch
+        does not keep the entry in a `torch.distributed.checkpoint`: see `DistributedState`.
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         state = self._base.state_dict()
         # A budget that has been spent is in the configuration, as its sampler and selector.
         budget = self._budget if self._plan is None else None
@@ -534,6 +541,9 @@ class ESAM(torch.optim.Optimizer):
             "config": self._config.to_dict(),
             "budget": budget,
         }
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -543,6 +553,9 @@ class ESAM(torch.optim.Optimizer):
         sampler that holds a function cannot be saved, and stays the one given in code.
         """
         state = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state)
+            state = state if changed is None else dict(changed)
         own = state.pop("esam", None)
         config, count, budget, plan = self._config, self._count, self._budget, self._plan
         if own is not None:  # all that can be refused comes first
@@ -553,6 +566,8 @@ class ESAM(torch.optim.Optimizer):
         self._config, self._count, self._budget, self._plan = config, count, budget, plan
         self._laid_out = None  # the sampler may be another one
         self._pending = False
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy, which copies the model and the base optimizer along with this one. A

@@ -65,6 +65,7 @@ class Step:
     stale: list[Any] = field(default_factory=list)
     rounded: Tensor | None = field(default=None, init=False)
     _weights: Weights | None = field(default=None, init=False, repr=False)
+    _written: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     def run(
         self, losses: LossFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -74,7 +75,9 @@ class Step:
         trained = [p.tensor for p in self.parameters]
         random = RandomState(p.device for p in trained)
         buffers = Buffers(self.model)
-        gradients = Gradients(_differentiated(self.model, trained))
+        # Listed here: a forward puts gathered weights in the place of a sharded model's parameters.
+        self._written = _differentiated(self.model, trained)
+        gradients = Gradients(self._written)
         try:
             with torch.enable_grad():
                 if any(self.mask.perturbed):
@@ -200,8 +203,7 @@ class Step:
         else:
             # Ranks share one epsilon, so all must see a loss that is not finite on one of them.
             loss = values.mean() * torch.where(torch.isfinite(values).all(), 1.0, torch.nan)
-            every = [p.tensor for p in self.parameters]
-            found = self.shards.gradients(loss, tensors, every, scaler=self.scaler)
+            found = self.shards.gradients(loss, tensors, self._written, scaler=self.scaler)
         chosen = found[: len(perturbed)]
         others = [
             (g, self.parameters[t].tensor, adaptive[t])
