@@ -52,6 +52,23 @@ def test_gradients_add_up(results):
     assert max(value(results, "accumulation")) < 1e-6
 
 
+@pytest.mark.parametrize("outside", ["first", "last", "root"])
+def test_parameters_outside_the_optimizer_get_the_descent_alone(results, outside):
+    assert max(found[outside] for found in value(results, "trained_by_nobody_else")) < 1e-6
+
+
+@pytest.mark.parametrize("base", ["AdamW", "SGD"])
+@pytest.mark.parametrize("options", ["tensors", "suffix"])
+def test_a_run_from_a_distributed_checkpoint_goes_on_bit_for_bit(results, base, options):
+    wanted = {"count": 4, "steps": True, "config": True, "weights": True}
+    assert all(found[f"{base}, {options}"] == wanted for found in value(results, "checkpoints"))
+
+
+def test_a_whole_state_is_sent_by_rank_0(results):
+    wanted = {"count": 3, "steps": True, "weights": True}
+    assert all(found == wanted for found in value(results, "whole_checkpoints"))
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_reaches_both(results):
     first, second = value(results, "nonfinite")
     assert first == second

@@ -7,7 +7,9 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
@@ -17,7 +19,17 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from launch import main
 
 from esam_core import NonFiniteError
-from esam_torch import ESAM, All, Bernoulli, Everything, Suffix, fit
+from esam_torch import (
+    ESAM,
+    All,
+    Bernoulli,
+    DistributedState,
+    Everything,
+    RandomSuffix,
+    Suffix,
+    TopLoss,
+    fit,
+)
 
 WORLD = 2
 RHO = 0.1
@@ -214,6 +226,90 @@ def case_accumulation():
     fresh.backward(losses_of(model), *batch_of(rank, 1))
     second = [p.grad.full_tensor() for p in model.parameters()]
     return gap([a + b for a, b in zip(first, second, strict=True)], both)
+
+
+def case_trained_by_nobody_else():
+    """Parameters that the optimizer does not hold get the descent's gradient, once."""
+    rank, found = dist.get_rank(), {}
+    for name, held in {"first": "middle last", "last": "first middle", "root": "middle"}.items():
+        model, twin = sharded(), plain()
+        gradients = []
+        for net in (model, twin):
+            of_base = [p for n, p in net.named_parameters() if n.split(".")[0] in held.split()]
+            optimizer = ESAM(torch.optim.SGD(of_base, lr=0.1), net, rho=RHO, select=All())
+            both = [torch.cat(parts) for parts in zip(batch_of(0, 0), batch_of(1, 0), strict=True)]
+            mine = batch_of(rank, 0) if net is model else both
+            for _ in range(2):  # what is there already is added to
+                optimizer.backward(losses_of(net), *mine)
+            gradients.append(
+                [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in net.parameters()]
+            )
+        found[name] = gap(*gradients)
+    return found
+
+
+def go_on(model, optimizer, steps):
+    """Train; return what each step perturbed and selected."""
+    rank, seen = dist.get_rank(), []
+    for step in steps:
+        report = optimizer.step(losses_of(model), *batch_of(rank, step))
+        seen.append([list(report.perturbed), report.indices.tolist()])
+    return seen
+
+
+BASES = {
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    "SGD": sgd,
+}
+CHECKPOINTED = {
+    "tensors": {"seed": 7},
+    "suffix": {"perturb": RandomSuffix(("middle.0", "last")), "select": TopLoss(0.5), "rho": 0.2},
+}
+
+
+def case_checkpoints():
+    """A run saved by torch.distributed.checkpoint and loaded into fresh objects goes on alike.
+
+    The fresh ones are made with other options, so that all of them come from the checkpoint.
+    """
+    found = {}
+    for base, make in BASES.items():
+        for name, options in CHECKPOINTED.items():
+            model = sharded()
+            optimizer = ESAM(make(model), model, **options)
+            go_on(model, optimizer, range(4))
+            folder = os.path.join(sys.argv[1], f"{base}-{name}")
+            dcp.save({"run": DistributedState(model, optimizer)}, checkpoint_id=folder)
+            wanted = go_on(model, optimizer, range(4, 9))
+            fresh = sharded()
+            other = ESAM(make(fresh), fresh, beta=0.9, gamma=0.3)
+            dcp.load({"run": DistributedState(fresh, other)}, checkpoint_id=folder)
+            count = other.count
+            found[f"{base}, {name}"] = {
+                "count": count,
+                "steps": wanted == go_on(fresh, other, range(4, 9)),
+                "config": other.config == optimizer.config,
+                "weights": same(weights(model), weights(fresh)),
+            }
+    return found
+
+
+def case_whole_checkpoints():
+    """A state that rank 0 alone has, whole, is loaded by both."""
+    model = sharded()
+    optimizer = ESAM(sgd(model), model, seed=7)
+    go_on(model, optimizer, range(3))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    saved = DistributedState(model, optimizer, options=whole).state_dict()
+    wanted = go_on(model, optimizer, range(3, 6))
+    saved = saved if dist.get_rank() == 0 else {}
+    fresh = sharded()
+    other = ESAM(sgd(fresh), fresh)
+    sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    DistributedState(fresh, other, options=sent).load_state_dict(saved)
+    count = other.count
+    steps = wanted == go_on(fresh, other, range(3, 6))
+    return {"count": count, "steps": steps, "weights": same(weights(model), weights(fresh))}
 
 
 def case_nonfinite():

@@ -26,6 +26,7 @@ from esam_core import (
 )
 from esam_torch.bases import SideBySide
 from esam_torch.batch import Whole
+from esam_torch.distributed_state import DistributedState
 from esam_torch.fitting import History, accuracy, evaluate, fit
 from esam_torch.optimizer import ESAM
 
@@ -36,6 +37,7 @@ __all__ = [
     "All",
     "Bernoulli",
     "Between",
+    "DistributedState",
     "Every",
     "Everything",
     "History",

@@ -1,0 +1,93 @@
+"""What `torch.distributed.checkpoint` saves of a run: model, base optimizer, and ESAM's own entry.
+
+torch's `get_optimizer_state_dict` keeps "state" and "param_groups" alone, by the parameters' names,
+and drops every other entry of an optimizer's state dict without a word, ESAM's among them.
+"""
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from esam_core import ESAMTypeError
+from esam_torch.optimizer import ESAM
+
+__all__ = ["DistributedState"]
+
+
+class DistributedState:
+    """A model and its ESAM as one object that `torch.distributed.checkpoint` saves and loads.
+
+    For models under FSDP2 and DistributedDataParallel alike: weights and the base optimizer's state
+    are saved by parameter names, as torch's `get_state_dict` has them, and may be loaded by another
+    number of ranks. Hyperparameters, seed and count come from the checkpoint, so a resumed run
+    draws the masks that the uninterrupted one would have drawn.
+
+    Args:
+        model: what is trained, sharded or wrapped as it is in the step.
+        optimizer: its ESAM.
+        options: torch's `StateDictOptions`. Default None: every rank saves its own shards.
+
+    Raises:
+        ESAMTypeError: `optimizer` is not an ESAM.
+
+    `torch.distributed.checkpoint.save({"run": DistributedState(model, optimizer)},
+    checkpoint_id=folder)` calls `state_dict`, and its `load` `load_state_dict`.
+
+    Example:
+        >>> import torch
+        >>> from esam_torch import ESAM, DistributedState
+        >>> model, fresh = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> optimizer = ESAM(torch.optim.AdamW(model.parameters()), model, seed=7)
+        >>> other = ESAM(torch.optim.AdamW(fresh.parameters()), fresh)
+        >>> saved = DistributedState(model, optimizer).state_dict()
+        >>> DistributedState(fresh, other).load_state_dict(saved)
+        >>> other.config.seed, torch.equal(fresh.weight, model.weight)
+        (7, True)
+    """
+
+    def __init__(self, model: nn.Module, optimizer: ESAM, *, options: Any = None) -> None:
+        if not isinstance(optimizer, ESAM):
+            raise ESAMTypeError(
+                f"`optimizer` must be an ESAM. Received: {type(optimizer).__name__}."
+            )
+        self._model = model
+        self._optimizer = optimizer
+        self._options = options
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return "model", "optim" (the base optimizer's), both as torch has them, and "esam"."""
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(
+            self._model, self._optimizer.base_optimizer, options=self._options
+        )
+        # One string, for torch loads into the entries that it finds in the fresh objects: another
+        # sampler has other options.
+        own = json.dumps(self._optimizer.state_dict()["esam"])
+        return {"model": model, "optim": optimizer, "esam": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned.
+
+        With torch's `broadcast_from_rank0`, "esam" is rank 0's on every rank, as all the rest is.
+        """
+        from torch.distributed.checkpoint import state_dict as torchs
+
+        own = state_dict.get("esam")
+        if getattr(self._options, "broadcast_from_rank0", False):
+            sent = [own]
+            torch.distributed.broadcast_object_list(sent, src=0)
+            own = sent[0]
+        base = self._optimizer.base_optimizer
+        # One after the other: torch's `set_state_dict` leaves the model out where its part is
+        # empty, as it is on the ranks that are sent rank 0's.
+        torchs.set_model_state_dict(self._model, state_dict.get("model", {}), options=self._options)
+        torchs.set_optimizer_state_dict(
+            self._model, base, state_dict.get("optim", {}), options=self._options
+        )
+        loaded = base.state_dict()
+        if own is not None:
+            loaded["esam"] = json.loads(own)
+        self._optimizer.load_state_dict(loaded)
