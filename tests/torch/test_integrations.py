@@ -1,6 +1,8 @@
 """ESAM inside Accelerate, Hugging Face's Trainer and Lightning, on small models of theirs."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from esam_torch import ESAM, All, Everything
+
+CASES = Path(__file__).parent / "distributed_cases"
+sys.path.insert(0, str(CASES))
+
+from launch import launch, value  # noqa: E402
 
 pytestmark = [
     # Of the libraries' own making; ours stay errors.
@@ -440,3 +447,59 @@ def test_lightning_says_what_is_missing(lightning):
 
     with pytest.raises(TypeError, match="must have a method `losses`"):
         Nothing().losses(torch.ones(2))
+
+
+def test_lightning_names_a_training_step_that_was_left_in_place(lightning, tmp_path):
+    class Left(type(_classifier(lightning))):
+        def training_step(self, batch, batch_idx):
+            return self.losses(*batch).mean()
+
+    with pytest.raises(TypeError, match=r"`training_step` must be ESAMMixin's.*`losses`.*Left"):
+        _lightning_trainer(lightning, tmp_path).fit(Left(), DataLoader(_data(), batch_size=8))
+
+
+# -- two ranks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    for name in ("accelerate", "transformers", "lightning"):
+        pytest.importorskip(name)
+    if not torch.distributed.is_available():
+        pytest.skip("torch has no distributed")
+    # One start for all three: most of its time is imports of the libraries.
+    results = launch(CASES / "integrations.py", tmp_path_factory.mktemp("ranks"))
+
+    def case(name):
+        first, second = value(results, name)
+        assert first == second  # the weights' bits, on both ranks
+        return first
+
+    return case
+
+
+@pytest.mark.slow
+def test_ranks_train_one_model_in_accelerate_and_trainer(ranks):
+    accumulated, skipping, refused = ranks("accelerate")
+    assert accumulated[1] and skipping[1]
+    assert '`on_nonfinite` must be "propagate" or "raise" where several' in refused
+    assert ranks("trainer")[1]
+
+
+@pytest.mark.slow
+def test_ranks_train_one_model_in_lightning(ranks):
+    assert ranks("lightning")[1:] == [True, [False] * 4]
+    # NaN on one rank alone: both leave the batch out, or both raise.
+    _, finite, skipped = ranks("lightning_skips")
+    assert finite and sum(skipped) == 1
+    name, message = ranks("lightning_raises")
+    assert name == "NonFiniteError"
+    name, message = ranks("lightning_refuses_to_skip_what_it_accumulates")
+    assert name == "ESAMValueError" and "`on_nonfinite` must be" in message
+
+
+@pytest.mark.slow
+def test_ranks_find_unused_parameters_in_lightning(ranks):
+    *unused, none, plain = ranks("lightning_with_unused_parameters")
+    assert all(found[1:] == [True, [False] * 4] for found in unused)
+    assert none == plain

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esam_core import ESAMTypeError, StepReport
+from esam_core import ESAMTypeError, ESAMValueError, StepReport
 from esam_torch.losses import LossFunction
 from esam_torch.optimizer import ESAM
 
-__all__ = ["backward", "descending", "esam_in"]
+__all__ = ["backward", "check_skipping", "descending", "esam_in"]
 
 
 def backward(
@@ -39,6 +39,7 @@ def backward(
 
     Raises:
         ESAMTypeError: `optimizer` holds no `ESAM`.
+        ESAMValueError: several processes accumulate batches, and `on_nonfinite` is "skip".
 
     Example:
         >>> import torch
@@ -57,6 +58,7 @@ def backward(
         >>> optimizer.step()
     """
     esam = esam_in(optimizer)
+    check_skipping(esam, accelerator.num_processes, accelerator.gradient_accumulation_steps)
     if esam.model is not model:
         esam.model = model
     if esam.scaler is not accelerator.scaler:
@@ -75,6 +77,19 @@ def esam_in(optimizer: Any) -> ESAM:
                 f"`optimizer` must hold an ESAM. Received: {type(optimizer).__name__}."
             )
     return inner
+
+
+def check_skipping(esam: ESAM, processes: int, accumulated: int) -> None:
+    """Refuse to skip batches where ranks add their gradients up with the last of several only.
+
+    Without that one, each would go on with gradients that it had never added to the others'.
+    """
+    if processes > 1 and accumulated > 1 and esam.config.on_nonfinite == "skip":
+        raise ESAMValueError(
+            '`on_nonfinite` must be "propagate" or "raise" where several processes accumulate '
+            "batches: they add their gradients up with the last batch, which may not be left out. "
+            'Received: on_nonfinite="skip".'
+        )
 
 
 @contextlib.contextmanager

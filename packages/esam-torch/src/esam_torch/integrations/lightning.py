@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from esam_core import ESAMTypeError, StepReport
+from esam_core import ESAMTypeError, ESAMValueError, StepReport
 from esam_torch.fitting.data import arguments
-from esam_torch.integrations.accelerate import descending, esam_in
+from esam_torch.integrations.accelerate import check_skipping, descending, esam_in
 from esam_torch.optimizer import ESAM
+from esam_torch.units import bare_model
 
 __all__ = ["ESAMMixin"]
 
@@ -19,6 +21,9 @@ class ESAMMixin:
     Write `losses` in place of `training_step`, and return an `ESAM` from `configure_optimizers`.
     The Trainer's accumulation, clipping, precision, schedules, strategies and checkpoints work as
     ever. "train_loss" and "sharpness" are logged, and the last step's report is `self.report`.
+
+    With DistributedDataParallel, ranks agree about what is not finite; then `on_nonfinite="skip"`
+    is refused beside accumulation.
 
     The loss that `on_train_batch_end` gets is a placeholder: passes are run when Lightning calls
     `backward`, after it has asked for the loss.
@@ -60,7 +65,15 @@ class ESAMMixin:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run ESAM's passes; the descent's loss is scaled as Lightning has scaled the 1."""
         trainer: Any = self.trainer  # type: ignore[attr-defined]
+        if not hasattr(self, "_batch"):
+            raise ESAMTypeError(
+                "`training_step` must be ESAMMixin's, which comes before LightningModule in the "
+                "bases: what it would return, one loss a sample, is what `losses` returns. "
+                f"Received: a training_step of {type(self).__name__} that does not call it."
+            )
         esam = _esam(trainer)
+        check_skipping(esam, trainer.world_size, trainer.accumulate_grad_batches)
+        replicas = _replicas(trainer, esam)
         precision = trainer.precision_plugin
         esam.scaler = getattr(precision, "scaler", None)
         scale = loss.detach()
@@ -70,7 +83,15 @@ class ESAMMixin:
                 return self.losses(*batch)
 
         def descend(total: Tensor) -> None:
-            torch.autograd.backward(total * scale)
+            loss = total * scale
+            if (
+                replicas is not None
+                and replicas.find_unused_parameters
+                and replicas.require_backward_grad_sync
+            ):
+                # It has looked at the placeholder, and takes every parameter for unused.
+                replicas.reducer.prepare_for_backward([loss])
+            torch.autograd.backward(loss)
 
         with descending(esam, descend):
             self.report = esam.backward(losses, *self._batch)
@@ -102,3 +123,20 @@ def _esam(trainer: Any) -> ESAM:
             f"Received: {len(trainer.optimizers)} optimizers."
         )
     return esam_in(trainer.optimizers[0])
+
+
+def _replicas(trainer: Any, esam: ESAM) -> DistributedDataParallel | None:
+    """Return what Lightning has wrapped the module in, if it trains replicas, and tell ESAM."""
+    model = trainer.strategy.model
+    if not isinstance(model, DistributedDataParallel):
+        return None
+    if esam.model is not model:
+        if bare_model(esam.model) is bare_model(model):
+            esam.model = model  # so that ranks agree about what is not finite
+        elif esam.config.on_nonfinite != "propagate":
+            raise ESAMValueError(
+                "`model` of the ESAM must be the LightningModule itself where replicas must agree "
+                f"about what is not finite, on_nonfinite={esam.config.on_nonfinite!r}. "
+                f"Received: {type(bare_model(esam.model)).__name__}."
+            )
+    return model

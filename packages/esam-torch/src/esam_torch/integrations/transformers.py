@@ -9,7 +9,7 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch.integrations.accelerate import descending, esam_in
+from esam_torch.integrations.accelerate import check_skipping, descending, esam_in
 from esam_torch.optimizer import ESAM
 from esam_torch.units import bare_model
 
@@ -154,6 +154,7 @@ class ESAMTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         whole: Any = getattr(self, "current_gradient_accumulation_steps", None)
         micro_batches = whole or self.args.gradient_accumulation_steps
+        check_skipping(esam, self.args.world_size, self.args.gradient_accumulation_steps)
 
         def losses(batch: Mapping[str, Any]) -> Any:
             with self.compute_loss_context_manager():
