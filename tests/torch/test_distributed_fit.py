@@ -51,3 +51,15 @@ def test_the_first_rank_writes(results, folder):
     last = torch.load(folder / "esam" / "last.pt", weights_only=True)
     assert len(last["ranks"]) == len(results) == 2
     assert not any(name.startswith("module.") for name in last["model"])
+
+
+def test_ranks_add_their_gradients_up_once_an_update(results):
+    assert [found["reduced"][0] for found in results] == [2, 2]
+    assert results[0]["reduced"] == results[1]["reduced"]
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_ranks_stay_one_model_where_an_accumulated_batch_is_skipped(results, place):
+    first, second = (found[f"skipped {place}"] for found in results)
+    assert first == second
+    assert first[1] != results[0]["reduced"][1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,6 +65,34 @@ def trained(folder, kind="esam", epochs=3, **options):
     }
 
 
+def reduced(accumulate, bad=None, **options):
+    """Train on six batches of this rank; return how often gradients were added up, and the bits."""
+    torch.manual_seed(0)
+    bare = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    model = nn.parallel.DistributedDataParallel(bare)
+    calls = []
+
+    def hook(process_group, bucket):
+        calls.append(bucket.is_last())
+        return default_hooks.allreduce_hook(process_group, bucket)
+
+    model.register_comm_hook(None, hook)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+    inputs, targets = data(48 + torch.distributed.get_rank()).tensors
+    batches = [[inputs[8 * i : 8 * i + 8], targets[8 * i : 8 * i + 8]] for i in range(6)]
+    if bad is not None and torch.distributed.get_rank() == 0:
+        batches[bad][0] = batches[bad][0] * torch.nan
+    fit(
+        *(model, optimizer, lambda m, x, y: F.cross_entropy(m(x), y, reduction="none"), batches),
+        epochs=1,
+        accumulate=accumulate,
+        device="cpu",
+        progress=False,
+    )
+    weights = b"".join(p.detach().numpy().tobytes() for p in bare.parameters())
+    return [sum(calls), hashlib.sha256(weights).hexdigest()]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
@@ -72,5 +101,8 @@ if __name__ == "__main__":
         "sgd": trained(folder / "sgd", "sgd"),
         "first": trained(folder / "resumed", epochs=1),
         "resumed": trained(folder / "resumed", resume=True),
+        "reduced": reduced(3),
+        "skipped first": reduced(3, bad=0, on_nonfinite="skip"),
+        "skipped last": reduced(3, bad=5, on_nonfinite="skip"),
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))
