@@ -63,6 +63,19 @@ def _same(model, twin, **tolerance):
         torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-5, "atol": 1e-7}))
 
 
+class RecordingScaler(torch.amp.GradScaler):
+    """Keeps what it is asked to scale: the losses of the ascent and of the descent."""
+
+    def __init__(self):
+        super().__init__("cpu", init_scale=8.0)
+        self.seen = []
+
+    def scale(self, outputs):
+        if outputs.requires_grad:  # a loss, and no look at the scale
+            self.seen.append(float(outputs.detach()))
+        return super().scale(outputs)
+
+
 # -- Accelerate ------------------------------------------------------------------------------------
 
 
@@ -136,6 +149,27 @@ def test_accelerate_in_bfloat16_and_its_checkpoints(accelerate, tmp_path):
         optimizer.step()
     for name, tensor in bare.state_dict().items():
         assert torch.equal(tensor, after[name])
+
+
+def test_accelerate_scales_ascent_and_descent(accelerate):
+    from esam_torch.integrations.accelerate import backward
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = RecordingScaler()
+    bare, twin = _model(), _model()
+    model, optimizer = accelerator.prepare(bare, _esam(bare))
+    report = backward(
+        *(accelerator, model, optimizer),
+        lambda x, y: F.cross_entropy(model(x), y, reduction="none"),
+        *_data().tensors,
+    )
+    first, second = accelerator.scaler.seen
+    assert first == float(report.loss) and second > first
+    _esam(twin).backward(
+        lambda x, y: F.cross_entropy(twin(x), y, reduction="none"), *_data().tensors
+    )
+    for a, b in zip(bare.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, 8.0 * b.grad)
 
 
 def test_another_optimizer_is_refused(accelerate):
@@ -333,6 +367,17 @@ def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):
     assert never._measured == 8 and never._sharpness.numel() == 1  # a sum, and not each
 
 
+def test_trainer_scales_ascent_and_descent(transformers):
+    trainer, twin = (_trainer(transformers, max_grad_norm=0.0) for _ in range(2))
+    scaler = trainer.accelerator.scaler = RecordingScaler()
+    for each in (trainer, twin):
+        transformers.set_seed(0)
+        each.train()
+    assert len(scaler.seen) == 2 * trainer.optimizer.optimizer.count == 2 * 8
+    assert scaler.get_scale() == 8.0  # no overflow: every update was made
+    _same(trainer.model, twin.model, rtol=1e-4, atol=1e-4)
+
+
 def test_trainer_goes_on_from_its_checkpoint(transformers, tmp_path):
     whole = _trainer(transformers, save_strategy="epoch", output_dir=str(tmp_path / "a"))
     whole.train()
@@ -423,6 +468,19 @@ def test_lightning_in_other_precisions(lightning, tmp_path, precision):
     batches = list(DataLoader(_data(), batch_size=8))
     _by_hand(twin, _esam(twin, perturb=Everything()), batches, clip=0.1)
     _same(module.layers, twin, rtol=0.0, atol=0.1)
+
+
+def test_lightning_scales_ascent_and_descent(lightning, tmp_path):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    module, scaler = _classifier(lightning), RecordingScaler()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    _lightning_trainer(lightning, tmp_path, plugins=[plugin]).fit(
+        module, DataLoader(_data(), batch_size=8)
+    )
+    ones, ascents = scaler.seen[::2], scaler.seen[1::2]
+    assert ones == [1.0] * 8  # the loss that Lightning gets, and whose scale the descent's has
+    assert len(ascents) == 8 and ascents[-1] == float(module.report.loss)
 
 
 def test_lightning_goes_on_from_its_checkpoint(lightning, tmp_path):
