@@ -175,14 +175,19 @@ def test_losses_compiled_with_the_model():
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize("perturb", [Suffix("hidden"), RandomSuffix(("hidden", "head"))], ids=repr)
-def test_a_suffix_with_compiled_losses(perturb, gamma):
-    """No block is patched inside the compiled function: it would be compiled anew in each step."""
+@pytest.mark.parametrize("within", [False, True], ids=["compiled", "calling what is compiled"])
+def test_a_suffix_with_compiled_losses(within, perturb, gamma):
+    """No block is patched inside the compiled function: it would be compiled anew in each step.
+
+    Within another function it is seen when it is compiled, in the first step.
+    """
     eager, whole = net(), net()
     options = {"perturb": perturb, "gamma": gamma}
     wanted = run(make(eager, **options), 6)
     compiler = Counting()
     optimizer = make(whole, **options)
-    losses = torch.compile(losses_of(whole), backend=compiler)
+    compiled = torch.compile(losses_of(whole), backend=compiler)
+    losses = (lambda x, y: compiled(x, y)) if within else compiled
     with pytest.warns(UserWarning, match="`losses` is compiled as a whole") as warned:
         found = run(optimizer, 6, losses=losses)
     assert sum("compiled as a whole" in str(w.message) for w in warned) == 1

@@ -264,6 +264,11 @@ class ESAM(torch.optim.Optimizer):
             stale=self._stale,
         )
         report = self._run(step, losses, batch, kwargs)
+        if step.prefix is not None and step.prefix.traced:
+            # A compiled function somewhere within `losses` calls the model: blocks patched once
+            # more would have it compiled anew in each step.
+            self._reuses = False
+            self._warn_of_compiled()
         self._count += 1
         self._pending = True
         if step.rounded is not None:
@@ -511,17 +516,21 @@ class ESAM(torch.optim.Optimizer):
         if not prefix.worthwhile:
             return None
         if compiled_as_a_whole(self._model, blocks, losses):
-            if not self._warned_compiled:
-                self._warned_compiled = True
-                warnings.warn(
-                    "The model or `losses` is compiled as a whole, so the blocks before the first "
-                    "perturbed one cannot be left out, and its backward computes every weight "
-                    "gradient. Compile the blocks instead: for block in (model.layer1, "
-                    "model.layer2, ...): block.compile().",
-                    stacklevel=4,
-                )
+            self._warn_of_compiled()
             return None
         return prefix
+
+    def _warn_of_compiled(self) -> None:
+        """Say once that no block can be left out of what is compiled in one piece."""
+        if not self._warned_compiled:
+            self._warned_compiled = True
+            warnings.warn(
+                "The model or `losses` is compiled as a whole, so the blocks before the first "
+                "perturbed one cannot be left out, and its backward computes every weight "
+                "gradient. Compile the blocks instead: for block in (model.layer1, "
+                "model.layer2, ...): block.compile().",
+                stacklevel=5,
+            )
 
     # -- checkpoints ------------------------------------------------------------------------------
 

@@ -196,6 +196,7 @@ class Prefix:
         self._ungraphed: set[int] = set()  # run without a graph, wherever they were called
         self._patches: list[tuple[nn.Module, str, bool, Any]] = []
         self.replayed = 0
+        self.traced = False  # by torch.compile, which met a patched block in a compiled function
 
     @property
     def worthwhile(self) -> bool:
@@ -378,7 +379,7 @@ class Prefix:
                 own = key in module.__dict__
                 original = module.__dict__[key] if own else getattr(module, key)
                 self._patches.append((module, key, own, original))
-                module.__dict__[key] = _Patch(module, place, original, run, own=own)
+                module.__dict__[key] = _Patch(self, place, original, run, own=own)
             yield
         finally:
             self.unpatch()
@@ -410,20 +411,24 @@ class _Patch:
 
     def __init__(
         self,
-        module: nn.Module,
+        prefix: Prefix,
         place: int,
         original: Callable[..., Any],
         run: Callable[[int, Callable[..., Any], Any, Any], Any],
         *,
         own: bool,
     ) -> None:
-        self._module = module
+        self._prefix = prefix
+        self._module = prefix._blocks.modules[place]
         self._place = place
         self._original = original
         self._run = run
         self._own = own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            self._prefix.traced = True
+            return self._original(*args, **kwargs)
         return self._run(self._place, self._original, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
