@@ -434,11 +434,12 @@ def test_a_copy_made_in_a_forward_is_free(when):
 def test_data_parallel_copies_are_not_patched():
     model = nn.DataParallel(Chain())
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, perturb=Suffix("c"))
-    optimizer.step(cross_entropies(model), *vectors())
+    losses = cross_entropies(model)
+    optimizer.step(losses, *vectors())
     assert optimizer._prefix is not None
     layout = optimizer._laid_out
     mask = optimizer._mask(layout.parameters)
-    assert optimizer._prefix(layout.blocks, layout.parameters, mask) is None
+    assert optimizer._prefix(losses, layout.blocks, layout.parameters, mask) is None
 
 
 class WithStatistics(Layer):
