@@ -75,4 +75,4 @@ def step(training: Any, current: Any, data: Any) -> dict[str, Any]:
             ops.where(ok, after, before) for after, before in zip(sums, sums_before, strict=True)
         ]
         current.report = {**outcome.report, "ok": ok}
-    return {**logs, **training.log_means(sums)}
+    return training.with_means(logs, sums)

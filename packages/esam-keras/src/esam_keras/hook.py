@@ -58,6 +58,12 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
     """Raise where this model cannot train with ESAM, and keep Keras from scaling losses twice."""
     training = Training(model, esam)
     training.native.refuse(model)
+    if type(model).make_train_function is not keras.Model.make_train_function:
+        raise ESAMTypeError(
+            "A model with a `make_train_function` of its own cannot be compiled with ESAM, which "
+            "draws a mask for every step in its own. Override `train_step` instead, and call "
+            f"`esam_keras.train_step` in it. Received: {type(model).__name__}."
+        )
     if (
         arguments.get("loss") is None
         and not has_own_compute_loss(model)

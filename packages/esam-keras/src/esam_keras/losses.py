@@ -43,7 +43,8 @@ def compiled_losses(model: keras.Model) -> list[Any]:
 
 def has_own_compute_loss(model: keras.Model) -> bool:
     """Say whether the model brings a `compute_loss` of its own."""
-    return type(model).compute_loss is not keras.Model.compute_loss
+    own = "compute_loss" in vars(model)
+    return own or type(model).compute_loss is not keras.Model.compute_loss
 
 
 def check_scalar(loss: Tensor) -> None:

@@ -48,9 +48,13 @@ class Backend(Protocol):
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
+        again: Callable[[], AbstractContextManager[Any]],
         keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the derivative of the function's first result by its arguments, and the rest.
+
+        `again` is the context in which the function ran its forward: what is checkpointed runs
+        once more while the derivative is taken, and must find the same values.
 
         `keep_graph` leaves the rest its graph, as far as the derivative has not used it up; only
         asked for where the backend shares graphs.
@@ -171,6 +175,9 @@ class Step:
     fixed: frozenset[int] = frozenset()
     graph: Graph | None = None
 
+    def __post_init__(self) -> None:
+        self._latest = self.state
+
     def run(self) -> Outcome:
         """Return the gradients for the update and all that the pass at theta left."""
         b = batch_size(self.batch[0])
@@ -277,7 +284,9 @@ class Step:
         arguments = [self.state.trainable[t] for t in chosen]
         if self.route:
             arguments.append(self._ones(b))
-        found, evaluated = self.backend.gradients(scaled_loss, arguments, keep_graph=keep_graph)
+        found, evaluated = self.backend.gradients(
+            scaled_loss, arguments, again=self._again, keep_graph=keep_graph
+        )
         if keep_graph:  # for the descent; what is logged and assigned must not hold on to it
             rest = tree.map_structure(_without_graph, evaluated._replace(record=None))
             evaluated = rest._replace(record=evaluated.record)
@@ -297,7 +306,7 @@ class Step:
             state = self.state._replace(trainable=climbed)
             return self._evaluate(state, arguments[0], replays=(prefix, record)).loss, None
 
-        (derivative,), _ = self.backend.gradients(loss, [self._ones(b)])
+        (derivative,), _ = self.backend.gradients(loss, [self._ones(b)], again=self._again)
         return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
 
     def _descent(
@@ -331,7 +340,7 @@ class Step:
             poison = ops.where(finite, 1.0, float("nan"))
             return self._scaled(loss * ops.cast(poison, loss.dtype)), None
 
-        gradients, _ = self.backend.gradients(scaled_loss, climbed)
+        gradients, _ = self.backend.gradients(scaled_loss, climbed, again=self._again)
         return gradients
 
     # -- evaluations -------------------------------------------------------------------------------
@@ -390,6 +399,9 @@ class Step:
             for before, mask, now in zip(
                 tree.flatten(at_theta.y_pred), at_theta.masks, tree.flatten(run), strict=True
             ):
+                if not _has_rows(before, now, selected.indices):
+                    leaves.append(now)  # no prediction for each sample: of the selected, as it is
+                    continue
                 leaf = ops.scatter_update(ops.stop_gradient(before), places, now)
                 if mask is not None:
                     set_keras_mask(leaf, mask)
@@ -399,6 +411,7 @@ class Step:
 
     def _scope(self, state: State) -> Any:
         """Return a scope in which the model's variables have a state's values."""
+        self._latest = state
         model = self.model
         return keras.StatelessScope(
             mapped(model.trainable_variables, state.trainable)
@@ -406,6 +419,10 @@ class Step:
             + mapped(model.metrics_variables, state.metrics),
             collect_losses=True,
         )
+
+    def _again(self) -> Any:
+        """Return a scope with the values of the latest forward."""
+        return self._scope(self._latest)
 
     def _forward(self, x: Any, *, running: bool) -> Any:
         """Return the predictions in training mode; `running` is for a single sample."""
@@ -505,3 +522,10 @@ def _without_graph(leaf: Any) -> Any:
 def _is_one(b: Any) -> bool:
     """Say whether a batch is known to be a single sample."""
     return isinstance(b, int) and b == 1
+
+
+def _has_rows(before: Any, now: Any, indices: Any) -> bool:
+    """Say whether an output has one row a sample: of the batch then, of the selected now."""
+    if len(before.shape) == 0 or len(now.shape) == 0:
+        return False
+    return now.shape[0] is None or now.shape[0] == indices.shape[0]

@@ -122,10 +122,8 @@ def _square_sum(tensor: Tensor) -> Tensor:
 
 def _total(terms: Sequence[Tensor]) -> Tensor:
     """Return a sum, in the widest of the terms' dtypes."""
-    result = terms[0]
-    for term in terms[1:]:
-        result = result + term
-    return result
+    widest = keras.backend.result_type(*(term.dtype for term in terms))
+    return sum((ops.cast(term, widest) for term in terms[1:]), ops.cast(terms[0], widest))
 
 
 def _is_zero(scale: Any) -> bool:

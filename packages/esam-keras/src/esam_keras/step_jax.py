@@ -44,6 +44,7 @@ class Native:
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
+        again: Callable[[], AbstractContextManager[Any]],
         keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result."""
@@ -136,7 +137,7 @@ def step(training: Any, current: Any, state: Any, data: Any) -> tuple[dict[str, 
         report = {**report, "ok": ok}
     current.report = report
     sums = [after[2][place] for place in _places(training)[1:]]
-    return {**logs, **training.log_means(sums)}, after
+    return training.with_means(logs, sums), after
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:

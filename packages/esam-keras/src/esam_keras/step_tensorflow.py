@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from esam_core import ESAMRuntimeError
 from esam_keras.commit import step
+from esam_keras.distribution import refuse_distribution
 from esam_keras.plan import Drawn, Plan
 
 __all__ = [
@@ -37,6 +38,7 @@ class Native:
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
+        again: Callable[[], AbstractContextManager[Any]],
         keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result."""
@@ -107,6 +109,14 @@ def refuse(model: keras.Model) -> None:
             "selected samples can be told apart. Use `keras.distribution.DataParallel` on the JAX "
             f"backend. Received: {strategy or tf.distribute.get_strategy()!r}."
         )
+    refuse_distribution()
+    for layer in model._flatten_layers():
+        if isinstance(layer.call, tf.types.experimental.GenericFunction):
+            raise ESAMRuntimeError(
+                "ESAM does not work with a `call` made by `tf.function`: it reads the variables "
+                "themselves, and not the perturbed values, and would not be trained. Leave the "
+                f"decorator out: `fit` compiles the whole step. Received: layer {layer.name!r}."
+            )
 
 
 def is_tracing(data: Any) -> bool:  # noqa: ARG001

@@ -1,5 +1,6 @@
 """The step on torch: eager, with nothing computed that the mask makes needless."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from esam_core import ESAMValueError
 from esam_keras.commit import step
+from esam_keras.distribution import refuse_distribution
 from esam_keras.plan import Drawn
 from esam_keras.torch_state import UnknownState
 
@@ -28,11 +30,13 @@ ARGUMENTS = ("data",)
 Tensor = Any
 
 
-class Native:
-    """The native parts of the passes: see `esam_keras.passes.Backend`."""
+class Native(threading.local):
+    """The native parts of the passes: see `esam_keras.passes.Backend`.
 
-    def __init__(self) -> None:
-        self._unknown: UnknownState | None = None
+    Several threads may train, each a model of its own.
+    """
+
+    _unknown: UnknownState | None = None
 
     shares_graphs = True
 
@@ -41,13 +45,16 @@ class Native:
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
+        again: Callable[[], AbstractContextManager[Any]],
         keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result without its graph."""
         with torch.enable_grad():
             leaves = [v if v.requires_grad else v.detach().requires_grad_() for v in variables]
             value, rest = function(leaves)
-            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+            # Keras's scopes are of one thread; so must be what is checkpointed and runs again.
+            with again(), torch.autograd.set_multithreading_enabled(False):
+                gradients = torch.autograd.grad(value, leaves, allow_unused=True)
         return list(gradients), rest if keep_graph else keras.tree.map_structure(_detached, rest)
 
     def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -116,8 +123,9 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def refuse(model: keras.Model) -> None:
-    """Raise where this backend cannot do ESAM's step: nothing is refused here."""
+def refuse(model: keras.Model) -> None:  # noqa: ARG001  # as every backend's
+    """Raise where this backend cannot do ESAM's step."""
+    refuse_distribution()
 
 
 def is_tracing(data: Any) -> bool:  # noqa: ARG001

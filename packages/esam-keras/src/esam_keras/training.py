@@ -88,7 +88,9 @@ class Training:
         model = self.model
         if self._planner is not None and self._variables == self._identity():
             return
-        model._symbolic_build(data_batch=data)
+        if state is None:  # or `fit` has built the model, and the variables' values are away
+            model._symbolic_build(data_batch=data)
+        self.native.refuse(model)  # again: some layers are made when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         units = unit_records(model)
@@ -198,11 +200,17 @@ class Training:
             kept = ops.cast(k, "float32") / ops.cast(b, "float32")
         return [total, number, share + kept, steps + 1.0]
 
-    def log_means(self, sums: list[Any]) -> dict[str, Any]:
-        """Return the logs that the sums make: not a number where no step had any."""
+    def with_means(self, logs: dict[str, Any], sums: list[Any]) -> dict[str, Any]:
+        """Return the logs with those that the sums make: not a number where no step had any."""
         total, number, share, steps = sums
         means = {"sharpness": total / number, "sample_share": share / steps}
-        return {name: means[name] for name in self.own_logs}
+        for name in self.own_logs:
+            if name in logs:
+                raise ESAMValueError(
+                    f"A metric must not be called {name!r}, which is a log of ESAM's. Rename it, "
+                    "or leave ESAM's logs out: ESAM(..., logs=False)."
+                )
+        return {**logs, **{name: means[name] for name in self.own_logs}}
 
 
 def train_step(model: keras.Model, *arguments: Any) -> Any:

@@ -1,0 +1,224 @@
+"""Models that plain Keras trains, and that ESAM trains too or refuses by name."""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tests.keras.scene import close, cross_entropy, data, mlp, trainable
+
+from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError
+from esam_keras import ESAM, Everything, Suffix
+
+BACKEND = keras.backend.backend()
+X, Y = data(20)
+
+
+def fit(model, optimizer, loss=None, **options):
+    model.compile(optimizer, cross_entropy() if loss is None else loss, **options)
+    return model.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+
+
+def esam(**settings):
+    return ESAM(keras.optimizers.SGD(0.1), **{"rho": 0.1, "seed": 3, **settings})
+
+
+class UnusedLayer(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.head = keras.layers.Dense(3)
+        self.unused = keras.layers.Dense(7)
+
+    def call(self, x):
+        return self.head(x)
+
+
+class OwnLoss(UnusedLayer):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        own = super().compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+        )
+        return own + 0.01 * ops.mean(ops.square(y_pred))
+
+
+@pytest.mark.filterwarnings(r"ignore:`build\(\)` was called on layer:UserWarning")
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
+@pytest.mark.parametrize("make", [UnusedLayer, OwnLoss])
+def test_a_layer_that_is_not_called(make):
+    keras.utils.set_random_seed(0)
+    model = make()
+    history = fit(model, esam(beta=1.0, gamma=0.5)).history
+    assert history["sharpness"][-1] > 0.0
+
+
+def test_compute_loss_set_on_the_instance():
+    keras.utils.set_random_seed(0)
+    model = mlp()
+
+    def own(x, y, y_pred, sample_weight, training):  # noqa: ARG001  # as Keras calls it
+        each = keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)
+        return ops.mean(each if sample_weight is None else each * sample_weight)
+
+    model.compute_loss = own
+    fit(model, esam(beta=1.0, gamma=1.0))
+
+
+def test_an_output_without_a_row_a_sample():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6,))
+    hidden = keras.layers.Dense(8, activation="tanh")(x)
+    logits = keras.layers.Dense(3, name="logits")(hidden)
+    model = keras.Model(x, {"logits": logits, "aux": ops.mean(hidden)})
+    model.compile(esam(beta=1.0, gamma=0.5), {"logits": cross_entropy()})
+    history = model.fit(X, {"logits": Y}, batch_size=8, verbose=0).history
+    assert np.isfinite(history["loss"][-1])
+
+
+def test_a_train_function_of_the_model_s_own_is_refused():
+    class Own(keras.Sequential):
+        def make_train_function(self, force=False):
+            return super().make_train_function(force)
+
+    with pytest.raises(ESAMTypeError, match="make_train_function"):
+        Own([keras.layers.Dense(3)]).compile(esam(), cross_entropy())
+
+
+def test_a_metric_with_the_name_of_a_log_is_refused():
+    metric = keras.metrics.SparseCategoricalAccuracy(name="sharpness")
+    with pytest.raises(ESAMValueError, match="must not be called 'sharpness'"):
+        fit(mlp(), esam(beta=1.0, gamma=0.5), metrics=[metric])
+
+
+def test_layers_of_several_widths():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, dtype="float32"),
+            keras.layers.Dense(3, dtype="float64" if BACKEND != "jax" else "float32"),
+        ]
+    )
+    assert fit(model, esam(beta=1.0, gamma=0.5)).history["sharpness"][-1] > 0.0
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_call_made_by_tf_function_is_refused():
+    import tensorflow as tf
+
+    class Traced(keras.layers.Dense):
+        @tf.function
+        def call(self, x):
+            return super().call(x)
+
+    model = keras.Sequential([keras.Input((6,)), Traced(8, name="traced"), keras.layers.Dense(3)])
+    with pytest.raises(ESAMRuntimeError, match=r"tf\.function.*'traced'"):
+        fit(model, esam())
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"perturb": Everything(), "gamma": 1.0},
+        {"perturb": Everything(), "gamma": 0.5},
+        {"beta": 0.5, "gamma": 0.5},
+        {"perturb": Suffix("last"), "gamma": 1.0},
+    ],
+    ids=str,
+)
+def test_what_is_checkpointed_runs_again_at_the_same_weights(settings):
+    from torch.utils.checkpoint import checkpoint
+
+    class Hidden(keras.layers.Layer):
+        def __init__(self, saves, **kwargs):
+            super().__init__(**kwargs)
+            self.first = keras.layers.Dense(8, activation="tanh")
+            self.second = keras.layers.Dense(8, activation="tanh")
+            self.saves = saves
+
+        def inside(self, x):
+            return self.second(self.first(x))
+
+        def call(self, x):
+            return checkpoint(self.inside, x, use_reentrant=False) if self.saves else self.inside(x)
+
+    def weights(saves):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((6,)), Hidden(saves), Hidden(saves), keras.layers.Dense(3, name="last")]
+        )
+        fit(model, esam(**{"rho": 0.5, **settings}))
+        return trainable(model)
+
+    close(weights(True), weights(False), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.backends("torch")
+def test_two_threads_train_a_model_each():
+    errors = []
+
+    def train(seed):
+        try:
+            model = mlp()
+            fit(model, esam(beta=1.0, gamma=0.5, seed=seed))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=train, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+@pytest.mark.backends("tensorflow", "torch")
+def test_a_distribution_that_keras_passes_over_is_refused(monkeypatch):
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: "DataParallel")
+    with pytest.raises(ESAMRuntimeError, match="on the JAX backend alone"):
+        mlp().compile(esam(), cross_entropy())
+
+
+def history_of(optimizer):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6,))
+    hidden = keras.layers.Dense(8, activation="tanh")(x)
+    model = keras.Model(
+        x,
+        {
+            "c": keras.layers.Dense(3, name="c")(hidden),
+            "r": keras.layers.Dense(1, name="r")(hidden),
+        },
+    )
+    model.compile(
+        optimizer,
+        {"c": cross_entropy(), "r": "mse"},
+        loss_weights={"c": 1.0, "r": 0.3},
+        metrics={"c": ["accuracy"], "r": ["mae"]},
+        weighted_metrics={"c": ["accuracy"], "r": ["mae"]},
+    )
+    # On TensorFlow Keras weighs the outputs' losses by whether a batch's size was known in tracing.
+    n = 16 if BACKEND == "tensorflow" else 20
+    weight = np.linspace(0.1, 2.0, n)
+    targets = {"c": Y[:n], "r": X[:n, :1]}
+    history = model.fit(
+        X[:n],
+        targets,
+        sample_weight={"c": weight, "r": weight[::-1]},
+        batch_size=8,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+    )
+    return history.history, trainable(model)
+
+
+def test_history_is_the_base_optimizer_s_where_nothing_is_perturbed():
+    base, weights = history_of(keras.optimizers.SGD(0.1))
+    ours, same = history_of(ESAM(keras.optimizers.SGD(0.1), rho=0.0, logs=False))
+    close(same, weights, rtol=1e-5, atol=1e-6)
+    assert ours.keys() == base.keys()
+    assert any("weighted" in name for name in base)
+    for name, values in base.items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-5, err_msg=name)
