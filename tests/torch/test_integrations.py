@@ -353,9 +353,9 @@ def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):
 
     class Watching(ESAMTrainer):
         def training_step(self, *args, **kwargs):
-            before = float(self._sharpness)
+            before = float(self._means._sums.get("sharpness", 0.0))
             loss = super().training_step(*args, **kwargs)
-            kept.append(float(self._sharpness) - before)
+            kept.append(float(self._means._sums["sharpness"]) - before)
             return loss
 
     trainer = _trainer(transformers, cls=Watching, logging_steps=4)
@@ -364,7 +364,8 @@ def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):
     assert found == pytest.approx([sum(kept[:4]) / 4, sum(kept[4:]) / 4], rel=1e-5)
     never = _trainer(transformers, logging_strategy="no")
     never.train()
-    assert never._measured == 8 and never._sharpness.numel() == 1  # a sum, and not each
+    means = never._means
+    assert means._counts["sharpness"] == 8 and means._sums["sharpness"].numel() == 1  # a sum
 
 
 def test_trainer_scales_ascent_and_descent(transformers):

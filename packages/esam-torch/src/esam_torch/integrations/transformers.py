@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from esam_core import ESAMTypeError, ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError, RunningMeans
 from esam_torch.integrations.accelerate import check_skipping, descending, esam_in
 from esam_torch.optimizer import ESAM
 from esam_torch.units import bare_model
@@ -103,8 +103,7 @@ class ESAMTrainer(Trainer):
 
     def __init__(self, *args: Any, esam: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         self._esam = dict(esam or {})
-        self._sharpness: Any = 0.0  # summed up since the last time that it was logged
-        self._measured = 0
+        self._means = RunningMeans(("sharpness",))  # since the last time that it was logged
         super().__init__(*args, **kwargs)
         self._check_losses()
 
@@ -165,15 +164,13 @@ class ESAMTrainer(Trainer):
 
         with descending(esam, descend):
             report = esam.backward(losses, inputs)
-        if report.sharpness is not None:
-            self._sharpness = self._sharpness + report.sharpness
-            self._measured += 1
+        self._means.update(report)
         loss: Tensor = report.loss / micro_batches
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the mean sharpness since the last time, beside the loss."""
-        if "loss" in logs and self._measured:
-            logs = {**logs, "sharpness": float(self._sharpness) / self._measured}
-            self._sharpness, self._measured = 0.0, 0
+        if "loss" in logs:
+            logs = {**logs, **self._means.result()}
+            self._means.reset()
         super().log(logs, *args, **kwargs)
