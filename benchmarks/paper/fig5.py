@@ -12,7 +12,7 @@ from benchmarks.figures import draw_curves, panels, save
 from benchmarks.paper.options import parse
 from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
 from benchmarks.training import Run, Trainer
-from esam_core.sds import subset_size
+from esam_core.selectors import subset_size
 from esam_torch import StepReport
 
 __all__ = ["main"]

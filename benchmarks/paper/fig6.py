@@ -22,7 +22,7 @@ from benchmarks.paper.gradients import cosine, length, point_of, shifted
 from benchmarks.paper.options import parse
 from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
 from benchmarks.training import Trainer
-from esam_core.sds import random_indices, subset_size
+from esam_core.selectors import random_indices, subset_size
 
 __all__ = ["main"]
 

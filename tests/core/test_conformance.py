@@ -2,9 +2,9 @@
 
 import pytest
 
-from esam_core.conformance.adapter import Conventions
 from esam_core.conformance.numpy_adapter import NumpyAdapter, adapter
 from esam_core.conformance.testing import conformance
+from esam_core.problem import Conventions
 
 
 @conformance(adapter)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from esam_core.conformance import golden
-from esam_core.conformance.adapter import Conventions
 from esam_core.conformance.compare import close_all
 from esam_core.conformance.golden import __main__ as recorder
 from esam_core.conformance.numpy_adapter import NumpyAdapter
+from esam_core.problem import Conventions
 
 
 @pytest.mark.parametrize("name", golden.RUNS)

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from tests.core.mutants.passes import PlainSGD
 
 from esam_core import ESAMValueError
 from esam_core.conformance import problems
@@ -19,14 +20,13 @@ from esam_core.conformance.compare import (
     equal_all,
     has_nonfinite,
 )
-from esam_core.conformance.mutants.passes import PlainSGD
 from esam_core.conformance.numpy_adapter import NumpyAdapter
 from esam_core.conformance.run import check_gaps, run_check, run_checks
 from esam_core.conformance.testing import conformance
 from esam_core.conformance.tolerances import TOLERANCES, tolerance
 from esam_core.conformance.trace import Run
 from esam_core.reference import Network
-from esam_core.sds import Proportional, TopIncrease
+from esam_core.selectors import Proportional, TopIncrease
 
 ADDRESS = "esam_core.conformance.numpy_adapter:adapter"
 ONES = np.ones(3)
@@ -316,7 +316,7 @@ class TestProblems:
 
     @pytest.mark.parametrize("selector", [Proportional(0.5), Proportional(0.5, "increase", 0.5)])
     def test_no_sample_is_drawn_by_a_hair(self, selector):
-        from esam_core.sds import inclusion_probabilities, systematic_offset
+        from esam_core.selectors import inclusion_probabilities, systematic_offset
 
         esam = {"rho": 0.3, "beta": 1.0, "select": selector, "seed": 7}
         session = Run(problem=problems.mlp(), esam=esam).on(NumpyAdapter(), "float64")

@@ -1,10 +1,10 @@
 """The kit catches what it is for: each wrong step fails the check that is named for it."""
 
 import pytest
+from tests.core.mutants import MUTANTS
 
 from esam_core.conformance.checks import CHECKS
 from esam_core.conformance.compare import ConformanceError
-from esam_core.conformance.mutants import MUTANTS
 from esam_core.conformance.run import run_check, run_checks
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from esam_core.conformance import problems
-from esam_core.conformance.adapter import Batch
+from esam_core.problem import Batch
 from esam_core.reference import Network, layers
 
 GENERATOR = np.random.Generator(np.random.PCG64(7))

@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 
-from esam_core import ESAMConfig, ESAMValueError, NonFiniteError, sds, swp
+from esam_core import (
+    ESAMConfig,
+    ESAMValueError,
+    Mask,
+    NonFiniteError,
+    Unit,
+    samplers,
+    schedules,
+    selectors,
+)
 from esam_core.conformance import problems
-from esam_core.conformance.adapter import Base, Batch, Conventions, Dense
+from esam_core.problem import Base, Batch, Conventions, Dense
 from esam_core.reference import BaseOptimizer, Network, Step
 
 
@@ -23,7 +32,7 @@ class Quadratic:
     """b losses l_i = a_i |theta|^2 / 2 in one unit: everything about it can be done in the head."""
 
     random_state = None
-    units = (swp.Unit("theta", (2,)),)
+    units = (Unit("theta", (2,)),)
 
     def __init__(self, curvatures):
         self.buffers = {}
@@ -66,7 +75,7 @@ def test_rho_zero_is_the_base_gradient():
 
 def test_an_empty_mask_is_the_base_gradient():
     problem = problems.mlp()
-    step = step_of(problem, rho=1.0, perturb=swp.Every(2), gamma=0.5)
+    step = step_of(problem, rho=1.0, perturb=schedules.Every(2), gamma=0.5)
     step.backward(problem.batches[0])
     gradient, report = step.backward(problem.batches[1])
     expected = mean_gradient(Network(problem.layers), problem.batches[1])
@@ -132,7 +141,9 @@ def test_masks_of_single_weights_have_their_law():
     batch = Batch(np.ones((4, 50)), np.array([0, 1, 2, 3]))
     step = Step(
         network,
-        ESAMConfig.from_arguments(rho=0.1, perturb=swp.Bernoulli(0.3, unit="weight"), gamma=1.0),
+        ESAMConfig.from_arguments(
+            rho=0.1, perturb=samplers.Bernoulli(0.3, unit="weight"), gamma=1.0
+        ),
     )
     shares = [step.backward(batch)[1].weight_share for _ in range(20)]
     assert len(set(shares)) > 10
@@ -142,7 +153,7 @@ def test_masks_of_single_weights_have_their_law():
 def test_weight_share_counts_perturbable_weights():
     problem = problems.mlp()
     settings = {"head.weight": {"perturb": False}, "head.bias": {"perturb": False}}
-    step = step_of(problem, settings, rho=0.1, perturb=swp.Suffix("second"))
+    step = step_of(problem, settings, rho=0.1, perturb=samplers.Suffix("second"))
     _, report = step.backward(problem.batches[0])
     assert report.perturbed == ("second.weight", "second.bias")
     assert report.weight_share == pytest.approx((35 + 5) / (42 + 7 + 35 + 5))
@@ -163,7 +174,12 @@ class TestNonFinite:
     bad = problems.with_nan(problem.batches[0], 5)
 
     def test_propagate(self):
-        for select in (sds.TopIncrease(0.5), sds.TopLoss(0.25), sds.Random(0.125), sds.All()):
+        for select in (
+            selectors.TopIncrease(0.5),
+            selectors.TopLoss(0.25),
+            selectors.Random(0.125),
+            selectors.All(),
+        ):
             step = step_of(problems.mlp(), rho=0.1, beta=1.0, select=select)
             batch = problems.with_nan(problems.mlp().batches[0], 5)
             gradient, report = step.backward(batch)
@@ -172,7 +188,7 @@ class TestNonFinite:
 
     @pytest.mark.parametrize("score", ["loss", "increase"])
     def test_propagate_through_a_random_choice(self, score):
-        select = sds.Proportional(0.25, score=score)
+        select = selectors.Proportional(0.25, score=score)
         gradient, _ = step_of(self.problem, rho=0.1, beta=1.0, select=select).backward(self.bad)
         assert all(np.isnan(g).any() for g in gradient.values())
 
@@ -286,7 +302,7 @@ def test_masks_that_hit_no_single_weight_perturb_nothing(beta, norm, dtype):
         needs_blocks = False
 
         def draw(self, units, *, seed, count, stream=0):
-            return swp.Mask((True,) * len(units), (beta,) * len(units), beta, 1)
+            return Mask((True,) * len(units), (beta,) * len(units), beta, 1)
 
         def masks(self, units):
             return None

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from esam_core.sds import subset_size
+from esam_core.selectors import subset_size
 
 RHO = 0.3
 

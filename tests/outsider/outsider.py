@@ -13,7 +13,8 @@ witness: nothing of esam-core's reference is used, and the kit compares the two.
 import numpy as np
 
 from esam_core import ESAMConfig, ESAMValueError, NonFiniteError, Unit
-from esam_core.conformance.adapter import (
+from esam_core.conformance.adapter import Observed
+from esam_core.problem import (
     BatchNorm,
     Conv,
     Conventions,
@@ -21,11 +22,10 @@ from esam_core.conformance.adapter import (
     Dropout,
     Embedding,
     GlobalMean,
-    Observed,
     Relu,
     Tanh,
 )
-from esam_core.sds import select, subset_size
+from esam_core.selectors import select, subset_size
 
 STEP = 1e-30
 

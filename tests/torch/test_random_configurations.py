@@ -20,8 +20,8 @@ from esam_core import (
     TopLoss,
 )
 from esam_core.conformance import problems
-from esam_core.conformance.adapter import Base
 from esam_core.conformance.trace import Run, follow
+from esam_core.problem import Base
 from esam_torch.conformance import adapter
 
 PROBLEMS = (problems.mlp, problems.batchnorm, problems.convolution, problems.embedding)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from esam_core import Proportional, Random, TopIncrease, TopLoss, sds
+from esam_core import Proportional, Random, TopIncrease, TopLoss, selectors
 from esam_core.perturbation import NORMS, perturbation_norm, perturbations
 from esam_torch.perturbation import Direction, perturb
 from esam_torch.selection import inclusion_probabilities, select, systematic_indices, top_indices
@@ -44,7 +44,7 @@ def test_top_indices(kind, dtype):
         for k in range(1, b + 1):
             scores = scores_of(kind, b, rng).astype(dtype)
             found = top_indices(torch.from_numpy(scores), k)
-            assert found.tolist() == sds.top_indices(scores, k).tolist()
+            assert found.tolist() == selectors.top_indices(scores, k).tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,7 +55,7 @@ def test_inclusion_probabilities(kind):
             for floor in (1e-3, 0.5, 1.0):
                 scores = scores_of(kind, b, rng).astype(np.float32)
                 found = inclusion_probabilities(torch.from_numpy(scores), k, floor).numpy()
-                wanted = sds.inclusion_probabilities(scores, k, floor)
+                wanted = selectors.inclusion_probabilities(scores, k, floor)
                 np.testing.assert_allclose(found, wanted, rtol=1e-9)
                 assert found.max() <= 1.0 + 1e-12
                 np.testing.assert_allclose(found.sum(), k, rtol=1e-12)
@@ -66,10 +66,10 @@ def test_systematic_indices():
     for _ in range(300):
         b = int(rng.integers(1, 40))
         k = int(rng.integers(1, b + 1))
-        pi = sds.inclusion_probabilities(rng.exponential(size=b), k, 0.1)
+        pi = selectors.inclusion_probabilities(rng.exponential(size=b), k, 0.1)
         offset = float(rng.random())
         found = systematic_indices(torch.from_numpy(pi), k, offset).tolist()
-        assert found == sds.systematic_indices(pi, offset).tolist()
+        assert found == selectors.systematic_indices(pi, offset).tolist()
         assert len(set(found)) == k
 
 
@@ -89,11 +89,11 @@ def test_select(selector, dtype):
     rng = np.random.default_rng(3)
     for count, kind in enumerate(FINITE * 4):
         b = int(rng.integers(2, 50))
-        if sds.subset_size(selector.gamma, b) == b:
+        if selectors.subset_size(selector.gamma, b) == b:
             continue
         losses = np.abs(scores_of(kind, b, rng)).astype(dtype)
         after = (losses + scores_of(kind, b, rng)).astype(dtype)
-        wanted = sds.select(selector, losses, after, seed=5, count=count)
+        wanted = selectors.select(selector, losses, after, seed=5, count=count)
         needed = torch.from_numpy(after) if selector.score == "increase" else None
         found = select(selector, torch.from_numpy(losses), needed, seed=5, count=count)
         assert found.indices.tolist() == wanted.indices.tolist()

@@ -12,21 +12,11 @@ from esam_core.errors import (
     ESAMValueError,
     NonFiniteError,
 )
-from esam_core.sds import All, Proportional, Random, Selector, TopIncrease, TopLoss
-from esam_core.sharpness import RunningMeans, StepReport
-from esam_core.swp import (
-    Bernoulli,
-    Between,
-    Every,
-    Everything,
-    Mask,
-    Only,
-    RandomSuffix,
-    Sampler,
-    Sometimes,
-    Suffix,
-    Unit,
-)
+from esam_core.report import RunningMeans, StepReport
+from esam_core.samplers import Bernoulli, Everything, Only, RandomSuffix, Sampler, Suffix
+from esam_core.schedules import Between, Every, Sometimes
+from esam_core.selectors import All, Proportional, Random, Selector, TopIncrease, TopLoss
+from esam_core.units import Mask, Unit
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from esam_core import validation
 from esam_core.cost import step_cost
 from esam_core.errors import ESAMValueError
-from esam_core.sds import All, Proportional, Selector
-from esam_core.swp import Everything, Sampler, Suffix, Unit, block_order
+from esam_core.samplers import Everything, Sampler, Suffix
+from esam_core.selectors import All, Proportional, Selector
+from esam_core.units import Unit, block_order
 
 __all__ = ["Option", "Plan", "make_plan"]
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from esam_core import sds, swp, validation
+from esam_core import samplers, schedules, selectors, validation
 from esam_core.errors import ESAMTypeError, ESAMValueError
 from esam_core.perturbation import NORMS
 
@@ -19,19 +19,19 @@ ON_NONFINITE = ("propagate", "skip", "raise")
 _COMPONENTS = {
     cls.__name__: cls
     for cls in (
-        swp.Bernoulli,
-        swp.Everything,
-        swp.Suffix,
-        swp.RandomSuffix,
-        swp.Only,
-        swp.Every,
-        swp.Between,
-        swp.Sometimes,
-        sds.TopIncrease,
-        sds.TopLoss,
-        sds.Random,
-        sds.Proportional,
-        sds.All,
+        samplers.Bernoulli,
+        samplers.Everything,
+        samplers.Suffix,
+        samplers.RandomSuffix,
+        samplers.Only,
+        schedules.Every,
+        schedules.Between,
+        schedules.Sometimes,
+        selectors.TopIncrease,
+        selectors.TopLoss,
+        selectors.Random,
+        selectors.Proportional,
+        selectors.All,
     )
 }
 
@@ -40,7 +40,7 @@ def component_to_dict(component: Any) -> dict[str, Any] | None:
     """Return a sampler or selector as plain data, or None if it holds a function or is not ours.
 
     Example:
-        >>> component_to_dict(swp.Every(10, swp.Bernoulli(0.5)))["inner"]
+        >>> component_to_dict(schedules.Every(10, samplers.Bernoulli(0.5)))["inner"]
         {'name': 'Bernoulli', 'beta': 0.5, 'unit': 'tensor'}
     """
     name = type(component).__name__
@@ -148,8 +148,8 @@ class ESAMConfig:
     """
 
     rho: float = 0.05
-    perturb: swp.Sampler = field(default_factory=swp.Bernoulli)
-    select: sds.Selector = field(default_factory=sds.TopIncrease)
+    perturb: samplers.Sampler = field(default_factory=samplers.Bernoulli)
+    select: selectors.Selector = field(default_factory=selectors.TopIncrease)
     adaptive: bool = False
     norm: str = "masked"
     norm_eps: float = 1e-12
@@ -158,8 +158,8 @@ class ESAMConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", validation.nonnegative("rho", self.rho))
-        swp.check_sampler("perturb", self.perturb)
-        sds.check_selector("select", self.select)
+        samplers.check_sampler("perturb", self.perturb)
+        selectors.check_selector("select", self.select)
         validation.flag("adaptive", self.adaptive)
         validation.choice("norm", self.norm, NORMS)
         object.__setattr__(self, "norm_eps", validation.positive("norm_eps", self.norm_eps))
@@ -173,8 +173,8 @@ class ESAMConfig:
         *,
         beta: float | None = None,
         gamma: float | None = None,
-        perturb: swp.Sampler | None = None,
-        select: sds.Selector | None = None,
+        perturb: samplers.Sampler | None = None,
+        select: selectors.Selector | None = None,
         **others: Any,
     ) -> "ESAMConfig":
         """Return a configuration from the public arguments of the optimizers.
@@ -202,9 +202,9 @@ class ESAMConfig:
                 f"Received: gamma={gamma!r}, select={select!r}."
             )
         if perturb is None:
-            perturb = swp.Bernoulli() if beta is None else swp.Bernoulli(beta)
+            perturb = samplers.Bernoulli() if beta is None else samplers.Bernoulli(beta)
         if select is None:
-            select = sds.TopIncrease() if gamma is None else sds.TopIncrease(gamma)
+            select = selectors.TopIncrease() if gamma is None else selectors.TopIncrease(gamma)
         return cls(perturb=perturb, select=select, **others)
 
     def to_dict(self) -> dict[str, Any]:

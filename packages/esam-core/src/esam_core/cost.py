@@ -26,8 +26,9 @@ from dataclasses import dataclass, fields
 
 from esam_core import validation
 from esam_core.errors import ESAMValueError
-from esam_core.sds import Selector, subset_size
-from esam_core.swp import Mask, Sampler, Unit, block_order
+from esam_core.samplers import Sampler
+from esam_core.selectors import Selector, subset_size
+from esam_core.units import Mask, Unit, block_order
 
 __all__ = ["StepCost", "base_cost", "expected_cost", "step_cost"]
 

@@ -8,8 +8,8 @@ preset says where it has other values than the paper.
 from dataclasses import dataclass
 
 from esam_core import validation
-from esam_core.sds import Proportional, Selector
-from esam_core.swp import Sampler, Suffix
+from esam_core.samplers import Sampler, Suffix
+from esam_core.selectors import Proportional, Selector
 
 __all__ = ["PRESETS", "RECOMMENDED", "Preset"]
 

@@ -12,7 +12,8 @@ import numpy as np
 from keras import ops
 from numpy.typing import NDArray
 
-from esam_core.conformance.adapter import (
+from esam_core.conformance.adapter import Fault, Observed
+from esam_core.problem import (
     Base,
     Batch,
     BatchNorm,
@@ -21,10 +22,8 @@ from esam_core.conformance.adapter import (
     Dense,
     Dropout,
     Embedding,
-    Fault,
     GlobalMean,
     Layer,
-    Observed,
     Problem,
     Tanh,
 )

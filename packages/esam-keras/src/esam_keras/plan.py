@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from esam_core import ESAMConfig, Mask, Unit, sds
+from esam_core import ESAMConfig, Mask, Unit, selectors
 
 __all__ = ["BASE", "Drawn", "Plan", "Planner"]
 
@@ -87,7 +87,7 @@ class Planner:
             inputs["scale"] = np.asarray(mask.scale, dtype=np.float32)
         if mask.weight_seed is not None:
             inputs["weight_seed"] = _two_words(mask.weight_seed)
-        k = sds.subset_size(config.select.gamma, batch_size)
+        k = selectors.subset_size(config.select.gamma, batch_size)
         kept = "one" if k == 1 else "all" if k == batch_size else "some"
         if kept != "all" and k < batch_size:
             inputs.update(self._selection_inputs(batch_size, k, count))
@@ -101,10 +101,10 @@ class Planner:
         """Return what the selection needs of the host's random numbers."""
         config = self.config
         if config.select.rule == "random":
-            drawn = sds.random_indices(b, k, seed=config.seed, count=count)
+            drawn = selectors.random_indices(b, k, seed=config.seed, count=count)
             return {"indices": drawn.astype(np.int32)}
         if config.select.rule == "proportional":
-            offset = sds.systematic_offset(seed=config.seed, count=count)
+            offset = selectors.systematic_offset(seed=config.seed, count=count)
             return {"offset": np.asarray(offset, dtype=np.float64)}
         return {}
 

@@ -1,4 +1,4 @@
-"""Data selection on the device, in Keras's operations: compiled twin of `esam_core.sds.select`."""
+"""Data selection on the device, in Keras's operations: twin of `esam_core.selectors.select`."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from keras import ops
 
-from esam_core import sds
+from esam_core import selectors
 
 __all__ = ["Selected", "select", "subset_size"]
 
@@ -24,7 +24,7 @@ class Selected:
 def subset_size(gamma: float, b: int | Tensor) -> int | Tensor:
     """Return k = max(1, ceil(gamma b)), exactly; a tensor where b is known only when it runs."""
     if isinstance(b, int):
-        return sds.subset_size(gamma, b)
+        return selectors.subset_size(gamma, b)
     share = Fraction(gamma).limit_denominator(10**6)
     wide = ops.cast(b, "int64")
     ceiling = (wide * share.numerator + (share.denominator - 1)) // share.denominator
@@ -32,7 +32,7 @@ def subset_size(gamma: float, b: int | Tensor) -> int | Tensor:
 
 
 def select(
-    selector: sds.Selector,
+    selector: selectors.Selector,
     losses: Tensor,
     perturbed_losses: Tensor | None,
     inputs: dict[str, Tensor],
@@ -53,7 +53,7 @@ def select(
     scores = losses if selector.score == "loss" else perturbed_losses - losses
     if selector.rule == "top":
         return Selected(_top(scores, k), _even(k, losses))
-    floor = cast(sds.Proportional, selector).floor  # the rules are these four
+    floor = cast(selectors.Proportional, selector).floor  # the rules are these four
     pi = _inclusion_probabilities(scores, k, b, floor)
     indices = _systematic(pi, k, b, inputs["offset"])
     weights = 1.0 / (ops.cast(b, pi.dtype) * ops.take(pi, indices, axis=0))

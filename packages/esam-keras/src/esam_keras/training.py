@@ -10,7 +10,7 @@ import keras
 from keras import tree
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
-from esam_core.sds import subset_size
+from esam_core.selectors import subset_size
 from esam_keras.losses import find_route
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esam_core import StepReport
-from esam_core.conformance.adapter import (
+from esam_core.conformance.adapter import Fault, Observed
+from esam_core.problem import (
     Base,
     Batch,
     BatchNorm,
@@ -24,10 +25,8 @@ from esam_core.conformance.adapter import (
     Dense,
     Dropout,
     Embedding,
-    Fault,
     GlobalMean,
     Layer,
-    Observed,
     Problem,
     Tanh,
 )

@@ -1,4 +1,4 @@
-"""Data selection on the device: the fast twin of `esam_core.sds.select`."""
+"""Data selection on the device: the fast twin of `esam_core.selectors.select`."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from esam_core import sds
+from esam_core import selectors
 from esam_torch.devices import placed
 
 __all__ = ["Selected", "select"]
@@ -64,7 +64,7 @@ def systematic_indices(pi: Tensor, k: int, offset: float) -> Tensor:
 
 
 def select(
-    selector: sds.Selector,
+    selector: selectors.Selector,
     losses: Tensor,
     perturbed_losses: Tensor | None,
     *,
@@ -81,14 +81,14 @@ def select(
         count: the number of the ascent, >= 0.
     """
     b, device = len(losses), losses.device
-    k = sds.subset_size(selector.gamma, b)
+    k = selectors.subset_size(selector.gamma, b)
     even = torch.full((k,), 1.0 / k, device=device, dtype=losses.dtype)
     if selector.rule == "random":
-        drawn = torch.from_numpy(sds.random_indices(b, k, seed=seed, count=count))
+        drawn = torch.from_numpy(selectors.random_indices(b, k, seed=seed, count=count))
         return Selected(placed(drawn, device), even)
     scores = losses if selector.score == "loss" else cast(Tensor, perturbed_losses) - losses
     if selector.rule == "top":
         return Selected(top_indices(scores, k), even)
-    pi = inclusion_probabilities(scores, k, cast(sds.Proportional, selector).floor)
-    indices = systematic_indices(pi, k, sds.systematic_offset(seed=seed, count=count))
+    pi = inclusion_probabilities(scores, k, cast(selectors.Proportional, selector).floor)
+    indices = systematic_indices(pi, k, selectors.systematic_offset(seed=seed, count=count))
     return Selected(indices, (1.0 / (b * pi[indices])).to(losses.dtype))

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esam_core import ESAMConfig, ESAMValueError, Mask, NonFiniteError, StepReport, sds
-from esam_core.swp import Unit
+from esam_core import ESAMConfig, ESAMValueError, Mask, NonFiniteError, StepReport, selectors
+from esam_core.units import Unit
 from esam_torch import batch as batches
 from esam_torch.ascent import ascent_gradients
 from esam_torch.devices import placed
@@ -270,7 +270,7 @@ class Step:
 
     def _checked_size(self, batch: Any, b: int) -> int:
         """Return k, the number of samples to select, of a batch that has b losses."""
-        k = sds.subset_size(self.config.select.gamma, b)
+        k = selectors.subset_size(self.config.select.gamma, b)
         batches.check_rows(batch, b, selecting=k < b)
         return k
 

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esam_core.config import ESAMConfig
-from esam_core.conformance.adapter import Base, Batch, Conventions, Fault, Observed, Problem
+from esam_core.conformance.adapter import Fault, Observed
 from esam_core.errors import ESAMRuntimeError
+from esam_core.problem import Base, Batch, Conventions, Problem
 from esam_core.reference.network import Evaluation, Network
 from esam_core.reference.optimizers import BaseOptimizer
 from esam_core.reference.step import Step, mean_weights
-from esam_core.sharpness import StepReport
+from esam_core.report import StepReport
 
 __all__ = ["NumpyAdapter", "NumpySession", "WatchedNetwork", "adapter"]
 

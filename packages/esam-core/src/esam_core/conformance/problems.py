@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from esam_core.conformance.adapter import (
+from esam_core.draws import uniforms
+from esam_core.problem import (
     Batch,
     BatchNorm,
     Conv,
@@ -22,7 +23,6 @@ from esam_core.conformance.adapter import (
     Relu,
     Tanh,
 )
-from esam_core.draws import uniforms
 
 __all__ = [
     "batches",

@@ -4,9 +4,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from esam_core.conformance.adapter import Adapter, Base, Batch, Observed, Problem, Session
+from esam_core.conformance.adapter import Adapter, Observed, Session
 from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.numpy_adapter import NumpyAdapter
+from esam_core.problem import Base, Batch, Problem
 
 __all__ = ["SGD", "Run", "compare_observed", "compare_state", "follow", "shows"]
 

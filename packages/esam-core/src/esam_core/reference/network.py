@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from esam_core.conformance.adapter import (
+from esam_core.problem import (
     Batch,
     BatchNorm,
     Conv,
@@ -23,7 +23,7 @@ from esam_core.conformance.adapter import (
     Tanh,
 )
 from esam_core.reference import layers as functions
-from esam_core.swp import Unit
+from esam_core.units import Unit
 
 __all__ = ["Evaluation", "Model", "Network"]
 
@@ -104,7 +104,7 @@ class Network:
 
     Example:
         >>> import numpy as np
-        >>> from esam_core.conformance.adapter import Batch, Dense
+        >>> from esam_core.problem import Batch, Dense
         >>> network = Network([Dense("head", np.zeros((3, 2)))])
         >>> batch = Batch(np.ones((4, 3)), np.array([0, 1, 0, 1]))
         >>> network.evaluate(batch).losses.round(4).tolist()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from esam_core.conformance.adapter import Base, Conventions
+from esam_core.problem import Base, Conventions
 
 __all__ = ["BaseOptimizer"]
 
@@ -22,7 +22,7 @@ class BaseOptimizer:
 
     Example:
         >>> import numpy as np
-        >>> from esam_core.conformance.adapter import Base
+        >>> from esam_core.problem import Base
         >>> theta = {"w": np.array([1.0])}
         >>> BaseOptimizer(Base("sgd", lr=0.5)).update(theta, {"w": np.array([0.2])})
         >>> theta["w"].tolist()

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from esam_core import sds
+from esam_core import selectors
 from esam_core.config import ESAMConfig
-from esam_core.conformance.adapter import Batch
 from esam_core.draws import uniforms
 from esam_core.errors import ESAMValueError, NonFiniteError
 from esam_core.perturbation import perturbation_norm, perturbations
+from esam_core.problem import Batch
 from esam_core.reference.network import Evaluation, Model
-from esam_core.sharpness import StepReport
-from esam_core.swp import Mask
+from esam_core.report import StepReport
+from esam_core.units import Mask
 
 __all__ = ["Step", "mean_weights", "needs_perturbed_losses", "scales", "subset"]
 
@@ -54,9 +54,9 @@ def scales(mask: Mask, parameters: Sequence[Array]) -> list[float | Array]:
     return result
 
 
-def needs_perturbed_losses(selector: sds.Selector, b: int) -> bool:
+def needs_perturbed_losses(selector: selectors.Selector, b: int) -> bool:
     """Say whether the selection pass is worth its price: not if all b samples are kept anyway."""
-    return selector.score == "increase" and sds.subset_size(selector.gamma, b) < b
+    return selector.score == "increase" and selectors.subset_size(selector.gamma, b) < b
 
 
 class Step:
@@ -73,7 +73,7 @@ class Step:
     Example:
         >>> import numpy as np
         >>> from esam_core import ESAMConfig
-        >>> from esam_core.conformance.adapter import Batch, Dense
+        >>> from esam_core.problem import Batch, Dense
         >>> from esam_core.reference import Network
         >>> model = Network([Dense("head", np.array([[0.5, -0.5]]))])
         >>> step = Step(model, ESAMConfig.from_arguments(rho=0.1, beta=1.0, gamma=0.5))
@@ -239,9 +239,9 @@ class Step:
         """Phase 4, forward: l_i(theta + epsilon) of the whole batch. No graph, no update."""
         return self.model.evaluate(batch, statistics="batch", update=False).losses
 
-    def selection(self, losses: Array, perturbed_losses: Array | None) -> sds.Selection:
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> selectors.Selection:
         """Phase 4, equations 7 to 10: the samples of the descent pass, and their weights."""
-        return sds.select(
+        return selectors.select(
             self.config.select, losses, perturbed_losses, seed=self.config.seed, count=self.count
         )
 

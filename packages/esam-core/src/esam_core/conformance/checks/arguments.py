@@ -4,13 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from esam_core.conformance.adapter import Adapter, Batch
+from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import ConformanceError, equal_all, require
 from esam_core.conformance.problems import softmax
 from esam_core.conformance.trace import Run
-from esam_core.sds import TopLoss
-from esam_core.swp import Bernoulli
+from esam_core.problem import Batch
+from esam_core.samplers import Bernoulli
+from esam_core.selectors import TopLoss
 
 __all__ = ["CHECKS"]
 

@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from esam_core.conformance.adapter import Adapter, Base
+from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.problems import batchnorm, mlp
 from esam_core.conformance.trace import SGD, Run, shows
+from esam_core.problem import Base
 from esam_core.reference.network import Network
-from esam_core.swp import Between
+from esam_core.schedules import Between
 
 __all__ = ["CHECKS"]
 

@@ -4,21 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from esam_core.conformance.adapter import Adapter, Base, Problem
+from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import equal, require
 from esam_core.conformance.problems import batchnorm, convolution, embedding, mlp, softmax
 from esam_core.conformance.trace import Run, follow, shows
+from esam_core.problem import Base, Problem
 from esam_core.reference.network import Network
-from esam_core.swp import (
-    Bernoulli,
-    Every,
-    Only,
-    RandomSuffix,
-    Sampler,
-    Sometimes,
-    Suffix,
-)
+from esam_core.samplers import Bernoulli, Only, RandomSuffix, Sampler, Suffix
+from esam_core.schedules import Every, Sometimes
 
 __all__ = ["CHECKS"]
 

@@ -4,13 +4,15 @@ import random
 
 import numpy as np
 
-from esam_core.conformance.adapter import Adapter, Base, BatchNorm, Dense, Problem
+from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, equal, require
 from esam_core.conformance.problems import batchnorm, convolution, dropout, mlp
 from esam_core.conformance.trace import Run, follow
-from esam_core.sds import Proportional
-from esam_core.swp import Bernoulli, Sometimes
+from esam_core.problem import Base, BatchNorm, Dense, Problem
+from esam_core.samplers import Bernoulli
+from esam_core.schedules import Sometimes
+from esam_core.selectors import Proportional
 
 __all__ = ["CHECKS"]
 

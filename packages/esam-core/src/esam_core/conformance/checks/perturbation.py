@@ -10,7 +10,7 @@ from esam_core.conformance.compare import close, equal_all, has_nonfinite, requi
 from esam_core.conformance.problems import flat, mlp
 from esam_core.conformance.trace import Run, follow, shows
 from esam_core.reference.network import Network
-from esam_core.swp import Bernoulli, Suffix
+from esam_core.samplers import Bernoulli, Suffix
 
 __all__ = ["CHECKS"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esam_core.conformance.adapter import Adapter, Base, Dense, Fault, Problem, Session
+from esam_core.conformance.adapter import Adapter, Fault, Session
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import (
     ConformanceError,
@@ -18,7 +18,8 @@ from esam_core.conformance.compare import (
 )
 from esam_core.conformance.problems import batchnorm, dropout, mlp, with_nan
 from esam_core.conformance.trace import Run, compare_state, shows
-from esam_core.sds import Random, TopIncrease, random_indices
+from esam_core.problem import Base, Dense, Problem
+from esam_core.selectors import Random, TopIncrease, random_indices
 
 __all__ = ["CHECKS"]
 

@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from esam_core.conformance.adapter import Adapter, Base, Batch, Problem
+from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, equal
 from esam_core.conformance.problems import mlp, softmax
 from esam_core.conformance.trace import Run, follow, shows
-from esam_core.sds import (
+from esam_core.problem import Base, Batch, Problem
+from esam_core.selectors import (
     All,
     Proportional,
     Random,

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from esam_core.conformance.adapter import Adapter, Base
+from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close_all, equal, equal_all, require
 from esam_core.conformance.problems import batchnorm, mlp
 from esam_core.conformance.trace import Run, compare_state, follow, shows
+from esam_core.problem import Base
 
 __all__ = ["CHECKS"]
 

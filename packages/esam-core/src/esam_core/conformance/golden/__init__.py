@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from esam_core.conformance.adapter import Base
 from esam_core.conformance.numpy_adapter import NumpyAdapter
 from esam_core.conformance.problems import batchnorm, convolution, embedding, mlp, softmax
 from esam_core.conformance.trace import Run
-from esam_core.sds import Proportional, Random, TopLoss
-from esam_core.swp import Every, Only, RandomSuffix, Suffix
+from esam_core.problem import Base
+from esam_core.samplers import Only, RandomSuffix, Suffix
+from esam_core.schedules import Every
+from esam_core.selectors import Proportional, Random, TopLoss
 
 __all__ = ["RUNS", "STEPS", "load", "record"]
 

@@ -16,7 +16,7 @@ from esam_core import (
     TopIncrease,
     TopLoss,
 )
-from esam_core.sds import (
+from esam_core.selectors import (
     check_selector,
     inclusion_probabilities,
     random_indices,

@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.core.mutants.registry import Mutants
 
-from esam_core.conformance.mutants.registry import Mutants
 from esam_core.conformance.numpy_adapter import NumpySession, WatchedNetwork
 from esam_core.perturbation import perturbation_norm, squared_norms
 from esam_core.reference.network import Evaluation
 from esam_core.reference.step import Step
-from esam_core.swp import Bernoulli, Mask, Only, RandomSuffix, Sometimes, Suffix
+from esam_core.samplers import Bernoulli, Only, RandomSuffix, Suffix
+from esam_core.schedules import Sometimes
+from esam_core.units import Mask
 
 __all__ = ["MUTANTS"]
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.core.mutants.registry import Mutants
 
-from esam_core.conformance.mutants.registry import Mutants
 from esam_core.conformance.numpy_adapter import WatchedNetwork
 from esam_core.reference.network import Evaluation
 from esam_core.reference.step import Step, mean_weights, subset
-from esam_core.sharpness import StepReport
-from esam_core.swp import Mask
+from esam_core.report import StepReport
+from esam_core.units import Mask
 
 __all__ = ["MUTANTS"]
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.core.mutants.registry import Mutants
 
-from esam_core import sds
-from esam_core.conformance.mutants.registry import Mutants
+from esam_core import selectors
 from esam_core.reference.step import Step, mean_weights
-from esam_core.sds import Selection
+from esam_core.selectors import Selection
 
 __all__ = ["MUTANTS"]
 
@@ -30,7 +30,7 @@ class _OtherK(Step):
         if perturbed_losses is None or self.config.select.rule != "top":
             return right
         k = self.k(len(losses))
-        indices = sds.top_indices(perturbed_losses - losses, k)
+        indices = selectors.top_indices(perturbed_losses - losses, k)
         return Selection(indices, np.full(k, 1.0 / max(k, 1)), right.threshold)
 
 
@@ -58,7 +58,7 @@ class StrictThreshold(_OtherK):
 
     def k(self, b: int) -> int:
         """Drop the sample at the threshold."""
-        return max(1, sds.subset_size(self.config.select.gamma, b) - 1)
+        return max(1, selectors.subset_size(self.config.select.gamma, b) - 1)
 
 
 @MUTANTS.caught_by("check_batches_of_one_and_two")
@@ -67,7 +67,7 @@ class SmallBatchesSelectNothing(_OtherK):
 
     def k(self, b: int) -> int:
         """Return 0 for small batches."""
-        return 0 if b <= 2 else sds.subset_size(self.config.select.gamma, b)
+        return 0 if b <= 2 else selectors.subset_size(self.config.select.gamma, b)
 
 
 @MUTANTS.caught_by("check_number_of_selected_samples")
@@ -77,7 +77,7 @@ class NearlyAllMeansAll(_OtherK):
     def k(self, b: int) -> int:
         """Keep all."""
         gamma = self.config.select.gamma
-        return b if gamma >= 0.99 else sds.subset_size(gamma, b)
+        return b if gamma >= 0.99 else selectors.subset_size(gamma, b)
 
 
 class _OtherScores(Step):
@@ -92,7 +92,7 @@ class _OtherScores(Step):
         right = super().selection(losses, perturbed_losses)
         if perturbed_losses is None or self.config.select.rule != "top":
             return right
-        indices = sds.top_indices(self.scores(losses, perturbed_losses), len(right.indices))
+        indices = selectors.top_indices(self.scores(losses, perturbed_losses), len(right.indices))
         return Selection(indices, right.weights, right.threshold)
 
 
@@ -233,13 +233,13 @@ class ProportionalWithoutFloor(Step):
         """Draw by the bare score."""
         right = super().selection(losses, perturbed_losses)
         select = self.config.select
-        if not isinstance(select, sds.Proportional):
+        if not isinstance(select, selectors.Proportional):
             return right
         increase = None if perturbed_losses is None else perturbed_losses - losses
         scores = losses if increase is None else increase
-        pi = sds.inclusion_probabilities(scores, len(right.indices), 1e-9)
-        offset = sds.systematic_offset(seed=self.config.seed, count=self.count)
-        indices = sds.systematic_indices(pi, offset)
+        pi = selectors.inclusion_probabilities(scores, len(right.indices), 1e-9)
+        offset = selectors.systematic_offset(seed=self.config.seed, count=self.count)
+        indices = selectors.systematic_indices(pi, offset)
         return Selection(indices, 1.0 / (len(losses) * pi[indices]), right.threshold)
 
 

@@ -1,8 +1,8 @@
 """Stochastic weight perturbation (SWP): which units are perturbed in a step.
 
-A *unit* is one parameter tensor. A *sampler* maps (units, seed, count) to a `Mask`, and does so
-as a pure function: nothing is stored, so the masks of a resumed run are those of the run that
-was cut off, on every platform, backend and rank.
+A *sampler* maps (units, seed, count) to a `Mask`, and does so as a pure function: nothing is
+stored, so the masks of a resumed run are those of the run that was cut off, on every platform,
+backend and rank. `schedules` holds the samplers that say when to perturb.
 
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2, equation 6 and appendix A.4.
 """
@@ -17,116 +17,23 @@ import numpy as np
 from esam_core import validation
 from esam_core.draws import derived_seed, uniforms
 from esam_core.errors import ESAMTypeError, ESAMValueError
+from esam_core.units import KINDS, Mask, Unit, block_order
 
 __all__ = [
-    "KINDS",
     "Bernoulli",
-    "Between",
-    "Every",
     "Everything",
-    "Mask",
     "Only",
     "RandomSuffix",
     "Sampler",
-    "Sometimes",
     "Suffix",
-    "Unit",
-    "block_order",
+    "check_sampler",
+    "distinct",
 ]
-
-#: What a unit can be. "norm" is a scale or shift of a normalisation layer, "bias" any other
-#: bias, "embedding" a look-up table, "weight" everything else.
-KINDS = ("weight", "bias", "norm", "embedding")
 
 # The grid of single-precision uniform draws. With a smaller beta, backends that draw each weight
 # on its own would still hit one in 2**23, and 1/beta soon leaves float32: inf times a weight that
 # was not drawn is not a number.
 _LEAST_BETA = 2.0**-23
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One parameter tensor, as samplers and the cost model see it.
-
-    Args:
-        name: the parameter's full name, such as "layer3.0.conv1.weight".
-        shape: its shape; () for a scalar.
-        kind: one of `KINDS`.
-        block: the name of the block that uses it, such as "layer3.0".
-        cost: forward cost of the layer that it drives, >= 0, in any unit common to the model
-            (multiply-adds, say). Only shares of the total matter.
-        depth: place of the block in the order of execution, >= 0. Blocks of equal depth keep the
-            order in which the units name them.
-        trained: whether a gradient is computed for it. What is frozen costs a forward only, and
-            is not perturbed.
-
-    Example:
-        >>> Unit("head.weight", (10, 64), kind="weight", block="head", cost=640.0, depth=2).size
-        640
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str = "weight"
-    block: str = ""
-    cost: float = 0.0
-    depth: int = 0
-    trained: bool = True
-
-    def __post_init__(self) -> None:
-        validation.choice("kind", self.kind, KINDS)
-        validation.nonnegative("cost", self.cost)
-        validation.count_number("depth", self.depth)
-
-    @property
-    def size(self) -> int:
-        """Number of scalar weights."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which units one step perturbs, and how likely that was. Hashable.
-
-    Args:
-        perturbed: T booleans, m_t.
-        probability: T inclusion probabilities p_t in [0, 1], conditional on the step being
-            active; p_t > 0 wherever m_t.
-        weight_beta: None, or the share in (0, 1] of the *scalar weights* of the perturbed units
-            that are perturbed; backends draw them natively from `weight_seed`, each on its own.
-        weight_seed: seed in [0, 2**63) of that native draw, else None.
-
-    Example:
-        >>> Mask((True, False), (0.5, 0.5)).scale
-        (2.0, 0.0)
-    """
-
-    perturbed: tuple[bool, ...]
-    probability: tuple[float, ...]
-    weight_beta: float | None = None
-    weight_seed: int | None = None
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is perturbed. If not, the step is the base optimizer's own."""
-        return any(self.perturbed)
-
-    @property
-    def scale(self) -> tuple[float, ...]:
-        """The T factors m_t / p_t of equation 6; 0 for units left alone."""
-        return tuple(
-            1.0 / p if m else 0.0 for m, p in zip(self.perturbed, self.probability, strict=True)
-        )
-
-    def within(self, allowed: Iterable[bool]) -> "Mask":
-        """Return this mask with every unit left out whose `allowed` is false."""
-        kept = tuple(m and bool(a) for m, a in zip(self.perturbed, allowed, strict=True))
-        return Mask(kept, self.probability, self.weight_beta, self.weight_seed)
-
-
-def _empty(units: Sequence[Unit]) -> Mask:
-    """Return the mask of a step that perturbs nothing."""
-    return Mask((False,) * len(units), (1.0,) * len(units))
 
 
 @runtime_checkable
@@ -215,14 +122,6 @@ class Everything:
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
         return (self.draw(units, seed=0, count=0),)
-
-
-def block_order(units: Sequence[Unit]) -> tuple[str, ...]:
-    """Return the names of the blocks in the order in which they run."""
-    depths: dict[str, int] = {}
-    for unit in units:
-        depths[unit.block] = min(depths.get(unit.block, unit.depth), unit.depth)
-    return tuple(sorted(depths, key=lambda block: depths[block]))  # sorted() is stable
 
 
 def _cut(start: str | float, units: Sequence[Unit]) -> int:
@@ -420,131 +319,12 @@ class Only:
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
         allowed = self._allowed(units)
         inner = self.inner.masks(units)
-        return None if inner is None else _distinct(mask.within(allowed) for mask in inner)
+        return None if inner is None else distinct(mask.within(allowed) for mask in inner)
 
 
-def _distinct(masks: Iterable[Mask]) -> tuple[Mask, ...]:
+def distinct(masks: Iterable[Mask]) -> tuple[Mask, ...]:
     """Return the masks in order, each once."""
     return tuple(dict.fromkeys(masks))
-
-
-def _with_empty(inner: tuple[Mask, ...] | None, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-    """Return the inner masks and the empty one, or None where those are too many."""
-    return None if inner is None else _distinct((*inner, _empty(units)))
-
-
-@dataclass(frozen=True)
-class Every:
-    """Perturb on every n-th ascent (0, n, 2n, ...), and take base steps between them.
-
-    A schedule: the inclusion probabilities stay the inner sampler's.
-
-    Args:
-        n: >= 1.
-        inner: any sampler; default `Everything()`.
-
-    Example:
-        >>> [Every(2).draw([Unit("w", (1,))], seed=0, count=c).active for c in range(4)]
-        [True, False, True, False]
-    """
-
-    n: int
-    inner: Sampler = field(default_factory=Everything)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "n", validation.count_number("n", self.n, least=1))
-        check_sampler("inner", self.inner)
-
-    @property
-    def needs_blocks(self) -> bool:
-        return self.inner.needs_blocks
-
-    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
-        if count % self.n:
-            return _empty(units)
-        return self.inner.draw(units, seed=seed, count=count, stream=stream)
-
-    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-        inner = self.inner.masks(units)
-        return inner if self.n == 1 else _with_empty(inner, units)
-
-
-@dataclass(frozen=True)
-class Between:
-    """Perturb on ascents start <= count < stop, and take base steps outside.
-
-    Late-phase SAM is `Between(int(0.88 * total_steps))`.
-
-    Args:
-        start: the first ascent that perturbs, >= 0.
-        stop: the first that no longer does, >= start, or None (default) for never.
-        inner: any sampler; default `Everything()`.
-
-    Example:
-        >>> [Between(1, 3).draw([Unit("w", (1,))], seed=0, count=c).active for c in range(4)]
-        [False, True, True, False]
-    """
-
-    start: int
-    stop: int | None = None
-    inner: Sampler = field(default_factory=Everything)
-
-    def __post_init__(self) -> None:
-        start = validation.count_number("start", self.start)
-        object.__setattr__(self, "start", start)
-        if self.stop is not None:
-            stop = validation.count_number("stop", self.stop, least=start)
-            object.__setattr__(self, "stop", stop)
-        check_sampler("inner", self.inner)
-
-    @property
-    def needs_blocks(self) -> bool:
-        return self.inner.needs_blocks
-
-    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
-        if count < self.start or (self.stop is not None and count >= self.stop):
-            return _empty(units)
-        return self.inner.draw(units, seed=seed, count=count, stream=stream)
-
-    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-        return _with_empty(self.inner.masks(units), units)
-
-
-@dataclass(frozen=True)
-class Sometimes:
-    """Perturb on a random share p of the ascents, and take base steps on the others.
-
-    A schedule: never rescaled by 1/p.
-
-    Args:
-        p: probability in (0, 1] that a step perturbs.
-        inner: any sampler; default `Everything()`. Drawn independently of the schedule.
-
-    Example:
-        >>> Sometimes(1.0).draw([Unit("w", (1,))], seed=0, count=0).active
-        True
-    """
-
-    p: float
-    inner: Sampler = field(default_factory=Everything)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "p", validation.open_unit("p", self.p))
-        check_sampler("inner", self.inner)
-
-    @property
-    def needs_blocks(self) -> bool:
-        return self.inner.needs_blocks
-
-    def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
-        (u,) = uniforms(1, seed=seed, count=count, stream=stream)
-        if u >= self.p:
-            return _empty(units)
-        return self.inner.draw(units, seed=seed, count=count, stream=stream + 1)
-
-    def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-        inner = self.inner.masks(units)
-        return inner if self.p == 1.0 else _with_empty(inner, units)
 
 
 def check_sampler(name: str, value: Any) -> Sampler:

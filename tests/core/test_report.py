@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from esam_core import RunningMeans, StepReport
-from esam_core.sharpness import REPORTED_MEANS
+from esam_core.report import REPORTED_MEANS
 
 LOSSES = np.array([1.0, 2.0, 3.0, 4.0])
 PERTURBED = np.array([1.5, 4.0, 3.25, 5.0])  # rises: .5, 2, .25, 1

@@ -21,7 +21,8 @@ from esam_core import (
     Unit,
 )
 from esam_core.draws import uniforms
-from esam_core.swp import block_order, check_sampler
+from esam_core.samplers import check_sampler
+from esam_core.units import block_order
 
 UNITS = [
     Unit("stem.weight", (3, 3), block="stem", cost=4.0, depth=0),

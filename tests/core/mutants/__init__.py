@@ -4,8 +4,8 @@ They are built on the reference, one fault each, and test the kit: a defect that
 made for it would pass in a backend too. Plain SGD is among them.
 """
 
-from esam_core.conformance.mutants import masks, passes, selection, sessions
-from esam_core.conformance.mutants.registry import Mutant
+from tests.core.mutants import masks, passes, selection, sessions
+from tests.core.mutants.registry import Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
 

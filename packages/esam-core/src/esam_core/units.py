@@ -1,0 +1,108 @@
+"""What samplers see of a model, and what they return: units and masks.
+
+A *unit* is one parameter tensor. A *mask* says which units a step perturbs, and with which
+probability each of them was drawn.
+
+Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2 and equation 6.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from esam_core import validation
+
+__all__ = ["KINDS", "Mask", "Unit", "block_order"]
+
+#: What a unit can be. "norm" is a scale or shift of a normalisation layer, "bias" any other
+#: bias, "embedding" a look-up table, "weight" everything else.
+KINDS = ("weight", "bias", "norm", "embedding")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One parameter tensor, as samplers and the cost model see it.
+
+    Args:
+        name: the parameter's full name, such as "layer3.0.conv1.weight".
+        shape: its shape; () for a scalar.
+        kind: one of `KINDS`.
+        block: the name of the block that uses it, such as "layer3.0".
+        cost: forward cost of the layer that it drives, >= 0, in any unit common to the model
+            (multiply-adds, say). Only shares of the total matter.
+        depth: place of the block in the order of execution, >= 0. Blocks of equal depth keep the
+            order in which the units name them.
+        trained: whether a gradient is computed for it. What is frozen costs a forward only, and
+            is not perturbed.
+
+    Example:
+        >>> Unit("head.weight", (10, 64), kind="weight", block="head", cost=640.0, depth=2).size
+        640
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str = "weight"
+    block: str = ""
+    cost: float = 0.0
+    depth: int = 0
+    trained: bool = True
+
+    def __post_init__(self) -> None:
+        validation.choice("kind", self.kind, KINDS)
+        validation.nonnegative("cost", self.cost)
+        validation.count_number("depth", self.depth)
+
+    @property
+    def size(self) -> int:
+        """Number of scalar weights."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which units one step perturbs, and how likely that was. Hashable.
+
+    Args:
+        perturbed: T booleans, m_t.
+        probability: T inclusion probabilities p_t in [0, 1], conditional on the step being
+            active; p_t > 0 wherever m_t.
+        weight_beta: None, or the share in (0, 1] of the *scalar weights* of the perturbed units
+            that are perturbed; backends draw them natively from `weight_seed`, each on its own.
+        weight_seed: seed in [0, 2**63) of that native draw, else None.
+
+    Example:
+        >>> Mask((True, False), (0.5, 0.5)).scale
+        (2.0, 0.0)
+    """
+
+    perturbed: tuple[bool, ...]
+    probability: tuple[float, ...]
+    weight_beta: float | None = None
+    weight_seed: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is perturbed. If not, the step is the base optimizer's own."""
+        return any(self.perturbed)
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        """The T factors m_t / p_t of equation 6; 0 for units left alone."""
+        return tuple(
+            1.0 / p if m else 0.0 for m, p in zip(self.perturbed, self.probability, strict=True)
+        )
+
+    def within(self, allowed: Iterable[bool]) -> "Mask":
+        """Return this mask with every unit left out whose `allowed` is false."""
+        kept = tuple(m and bool(a) for m, a in zip(self.perturbed, allowed, strict=True))
+        return Mask(kept, self.probability, self.weight_beta, self.weight_seed)
+
+
+def block_order(units: Sequence[Unit]) -> tuple[str, ...]:
+    """Return the names of the blocks in the order in which they run."""
+    depths: dict[str, int] = {}
+    for unit in units:
+        depths[unit.block] = min(depths.get(unit.block, unit.depth), unit.depth)
+    return tuple(sorted(depths, key=lambda block: depths[block]))  # sorted() is stable
