@@ -67,7 +67,7 @@ def test_frozen_units_cost_a_forward_only():
     ]
     assert base_cost(units) == pytest.approx(1.0 + 0.3 + 0.4)
     sam = expected_cost(Everything(), units, All())
-    # Forward, then up to the first trained unit and no further; the frozen prefix once.
-    assert sam.total == pytest.approx(1.7 + 0.4 + 0.7)
+    # Twice a forward, and a backward down to the first trained unit and no further.
+    assert sam.total == pytest.approx(2 * 1.7)
     with pytest.raises(ESAMValueError, match="all are frozen"):
         base_cost(units[:6])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from esam_core import validation
 from esam_core.cost import step_cost
 from esam_core.errors import ESAMValueError
+from esam_core.perturbation import Norm
 from esam_core.samplers import Everything, Sampler, Suffix
 from esam_core.selectors import All, Proportional, Selector
 from esam_core.units import Unit, block_order
@@ -78,7 +79,7 @@ def make_plan(
     units: Sequence[Unit],
     budget: float,
     *,
-    norm: str = "masked",
+    norm: Norm = "masked",
     perturbable: Sequence[bool] | None = None,
 ) -> Plan:
     """Choose what a budget buys.
@@ -119,7 +120,7 @@ def make_plan(
     return Plan(budget, tuple(options), chosen)
 
 
-def _options(units: Sequence[Unit], allowed: Sequence[bool], norm: str) -> list[Option]:
+def _options(units: Sequence[Unit], allowed: Sequence[bool], norm: Norm) -> list[Option]:
     """Return what is worth considering, dearest first."""
     # A suffix that begins in a block which may not be perturbed is that of the next block.
     reached = {unit.block for unit, may in zip(units, allowed, strict=True) if may}
@@ -137,7 +138,7 @@ def _priced(
     select: Selector,
     units: Sequence[Unit],
     allowed: Sequence[bool],
-    norm: str,
+    norm: Norm,
 ) -> Option:
     """Return an option with its cost and the share of the work that it perturbs."""
     mask = perturb.draw(units, seed=0, count=0).within(allowed)

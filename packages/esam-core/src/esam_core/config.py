@@ -3,18 +3,21 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from esam_core import samplers, schedules, selectors, validation
 from esam_core.errors import ESAMTypeError, ESAMValueError
-from esam_core.perturbation import NORMS
+from esam_core.perturbation import NORMS, Norm
 
-__all__ = ["ON_NONFINITE", "ESAMConfig", "component_from_dict", "component_to_dict"]
+__all__ = ["ON_NONFINITE", "ESAMConfig", "OnNonfinite", "component_from_dict", "component_to_dict"]
 
 #: What to do when a loss or an ascent gradient is not finite. "propagate": no synchronisation;
 #: epsilon is 0 and the non-finite values reach the gradients. "skip": leave the gradients as they
 #: are. "raise": raise NonFiniteError. The last two cost one synchronisation a step.
-ON_NONFINITE = ("propagate", "skip", "raise")
+OnNonfinite = Literal["propagate", "skip", "raise"]
+
+#: The values of `OnNonfinite`.
+ON_NONFINITE: tuple[OnNonfinite, ...] = get_args(OnNonfinite)
 
 _COMPONENTS = {
     cls.__name__: cls
@@ -134,10 +137,10 @@ class ESAMConfig:
         perturb: the sampler of masks. Default Bernoulli(0.6), the paper's.
         select: the selector of samples. Default TopIncrease(0.5), the paper's.
         adaptive: scale the perturbation with the weights (ASAM). Default False.
-        norm: one of "masked" (default), "estimated", "full", "none": see `perturbation.NORMS`.
+        norm: one of "masked" (default), "estimated", "full", "none": see `perturbation.Norm`.
         norm_eps: added to the gradient's norm, finite, > 0. Default 1e-12.
         seed: of masks and random selections, in [0, 2**63). Default 0.
-        on_nonfinite: "propagate" (default), "skip" or "raise": see `ON_NONFINITE`.
+        on_nonfinite: "propagate" (default), "skip" or "raise": see `OnNonfinite`.
 
     Raises:
         ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
@@ -151,10 +154,10 @@ class ESAMConfig:
     perturb: samplers.Sampler = field(default_factory=samplers.Bernoulli)
     select: selectors.Selector = field(default_factory=selectors.TopIncrease)
     adaptive: bool = False
-    norm: str = "masked"
+    norm: Norm = "masked"
     norm_eps: float = 1e-12
     seed: int = 0
-    on_nonfinite: str = "propagate"
+    on_nonfinite: OnNonfinite = "propagate"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rho", validation.nonnegative("rho", self.rho))

@@ -5,12 +5,12 @@ that, half for the gradients of activations and half for those of weights; nobod
 gradient of the first layer's input. A base step is therefore close to 3 units, SAM's to 6, and
 every saving is something that one of the passes does not run:
 
-- weight gradients of unperturbed units, in the ascent pass;
-- activation gradients at and below the shallowest perturbed unit, in the ascent pass;
-- the forward of the blocks before the first perturbed one, in the selection pass, or in the
-  descent pass where it takes the whole batch;
+- weight gradients of units that are not perturbed, in the ascent pass;
+- activation gradients below the shallowest perturbed unit, in the ascent pass;
 - the selection pass, where the selector does not need it;
 - everything but a base step, where the mask is empty.
+
+Every forward that is run is a forward of the whole model.
 
 What is frozen has no weight gradients in any pass, and a backward ends at the first unit that is
 trained: that makes the base step cheaper too, and every ratio to it is of such a step.
@@ -26,9 +26,10 @@ from dataclasses import dataclass, fields
 
 from esam_core import validation
 from esam_core.errors import ESAMValueError
+from esam_core.perturbation import Norm
 from esam_core.samplers import Sampler
 from esam_core.selectors import Selector, subset_size
-from esam_core.units import Mask, Unit, block_order
+from esam_core.units import Mask, Unit
 
 __all__ = ["StepCost", "base_cost", "expected_cost", "step_cost"]
 
@@ -118,8 +119,7 @@ def step_cost(
     selector: Selector,
     *,
     batch_size: int | None = None,
-    norm: str = "masked",
-    prefix_reuse: bool = True,
+    norm: Norm = "masked",
 ) -> StepCost:
     """Return what one step with this mask costs.
 
@@ -129,14 +129,13 @@ def step_cost(
         selector: which samples are kept.
         batch_size: b, for the exact share k / b; default gamma.
         norm: "full" pays for the whole backward in the ascent.
-        prefix_reuse: whether the backend keeps what runs before the first perturbed block.
 
     Example:
         >>> from esam_core import Suffix, TopIncrease
         >>> units = [Unit(f"w{i}", (1,), cost=1.0, block=str(i), depth=i) for i in range(300)]
         >>> mask = Suffix("200").draw(units, seed=0, count=0)
-        >>> round(step_cost(units, mask, TopIncrease(0.5)).total, 1)      # 1 + 3 / 3 + 1.5
-        3.5
+        >>> round(step_cost(units, mask, TopIncrease(0.5)).total, 1)  # 1 + 2 / 3 + 1 + 1.5
+        4.2
     """
     base = base_cost(units)
     mask = mask.within(unit.trained for unit in units)
@@ -149,21 +148,9 @@ def step_cost(
     perturbed = {unit.name for unit, m in zip(units, mask.perturbed, strict=True) if m}
     full = norm == "full"
     activations, weights = _backward(ordered, shares, _trained(units) if full else perturbed)
-    order = block_order(units)
-    cut = min(order.index(unit.block) for unit in ordered if unit.name in perturbed)
-    suffix = (
-        sum(s for unit, s in zip(ordered, shares, strict=True) if order.index(unit.block) >= cut)
-        if prefix_reuse
-        else 1.0
-    )
     gamma = selector.gamma if batch_size is None else _kept(selector, batch_size)
-    selection = suffix if gamma < 1.0 and selector.score == "increase" else 0.0
-    # With everything selected the descent goes through the prefix that the ascent has left; the
-    # full norm's backward has used that up.
-    descent_forward = gamma if gamma < 1.0 else (1.0 if full else suffix)
-    return StepCost(
-        1.0, activations, weights, selection, descent_forward, gamma * (base - 1.0), base
-    )
+    selection = 1.0 if gamma < 1.0 and selector.score == "increase" else 0.0
+    return StepCost(1.0, activations, weights, selection, gamma, gamma * (base - 1.0), base)
 
 
 def _kept(selector: Selector, batch_size: int) -> float:
@@ -177,8 +164,7 @@ def expected_cost(
     selector: Selector,
     *,
     batch_size: int | None = None,
-    norm: str = "masked",
-    prefix_reuse: bool = True,
+    norm: Norm = "masked",
     start: int = 0,
     steps: int = 400,
     seed: int = 0,
@@ -194,7 +180,6 @@ def expected_cost(
         selector: any.
         batch_size: as in `step_cost`.
         norm: as in `step_cost`.
-        prefix_reuse: as in `step_cost`.
         start: the first step, >= 0.
         steps: how many, >= 1. Default 400.
         seed: of the draws.
@@ -215,9 +200,7 @@ def expected_cost(
     )
     means = dict.fromkeys((spec.name for spec in fields(StepCost)), 0.0)
     for mask, times in draws.items():
-        cost = step_cost(
-            units, mask, selector, batch_size=batch_size, norm=norm, prefix_reuse=prefix_reuse
-        )
+        cost = step_cost(units, mask, selector, batch_size=batch_size, norm=norm)
         for name in means:
             means[name] += times / count * getattr(cost, name)
     return StepCost(**means)

@@ -12,20 +12,23 @@ One norm runs over all units, accumulated in float64 here and in float32 or wide
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from esam_core.errors import ESAMValueError
 
-__all__ = ["NORMS", "perturbation_norm", "perturbations", "squared_norms"]
+__all__ = ["NORMS", "Norm", "perturbation_norm", "perturbations", "squared_norms"]
 
 #: "masked": norm of the gradient that was computed (the authors' code); the perturbation then
 #: has norm rho/p. "estimated": ||g||^2 ~ sum of m_t ||g_t||^2 / p_t, unbiased for the square and
 #: free. "full": the whole gradient's norm, at the price of the full backward. "none": Algorithm 1
 #: as printed, eps = (rho / p) g.
-NORMS = ("masked", "estimated", "full", "none")
+Norm = Literal["masked", "estimated", "full", "none"]
+
+#: The values of `Norm`.
+NORMS: tuple[Norm, ...] = get_args(Norm)
 
 Array = NDArray[np.floating[Any]]
 
@@ -49,7 +52,7 @@ def perturbation_norm(
     parameters: Sequence[Array],
     scale: Sequence[float | Array],
     *,
-    norm: str,
+    norm: Norm,
     adaptive: Sequence[bool],
 ) -> float:
     """Return the denominator ||g|| of the equations above, before norm_eps is added.
@@ -84,7 +87,7 @@ def perturbations(
     scale: Sequence[float | Array],
     *,
     rho: Sequence[float],
-    norm: str = "masked",
+    norm: Norm = "masked",
     norm_eps: float = 1e-12,
     adaptive: Sequence[bool],
 ) -> list[Array]:

@@ -169,8 +169,9 @@ def _in_suffix(cut: int, units: Sequence[Unit]) -> tuple[bool, ...]:
 class Suffix:
     """Perturb the blocks from `start` to the output, always the same ones (p = 1).
 
-    Back-propagation of the ascent pass stops at the cut, and the forward before it is not run
-    again: with a suffix of share s and gamma = .5 a step costs (1 + 3 s + 1.5) / 3 base steps.
+    Back-propagation of the ascent pass stops at the cut: with a suffix of share s and half of the
+    samples in the descent a step costs (1 + 2 s + 1.5) / 3 base steps, and one third more where
+    the selector needs the selection pass.
 
     Args:
         start: the name of a block ("layer3"; a name before a dot names all inside it), or a share

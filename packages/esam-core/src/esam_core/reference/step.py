@@ -17,7 +17,7 @@ from esam_core import selectors
 from esam_core.config import ESAMConfig
 from esam_core.draws import uniforms
 from esam_core.errors import ESAMValueError, NonFiniteError
-from esam_core.perturbation import perturbation_norm, perturbations
+from esam_core.perturbation import Norm, perturbation_norm, perturbations
 from esam_core.problem import Batch
 from esam_core.reference.network import Evaluation, Model
 from esam_core.report import StepReport
@@ -213,7 +213,7 @@ class Step:
 
         With norm="none", where nothing is divided by, the report still shows that of "masked".
         """
-        norm = "masked" if self.config.norm == "none" else self.config.norm
+        norm: Norm = "masked" if self.config.norm == "none" else self.config.norm
         return perturbation_norm(g, self.theta, scale, norm=norm, adaptive=self.adaptive)
 
     def perturbation(

@@ -1,0 +1,67 @@
+"""What strict mypy says of a user's script: the packages are typed for those who use them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CONFIGURATION = """\
+from esam_core import ESAMConfig
+from esam_core.presets import RECOMMENDED
+
+ESAMConfig(rho=0.1, **RECOMMENDED)
+ESAMConfig(norm="full", on_nonfinite="skip")
+"""
+
+TORCH = """\
+import torch
+
+from esam_core.presets import RECOMMENDED
+from esam_torch import ESAM
+
+model = torch.nn.Linear(2, 2)
+ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05, **RECOMMENDED)
+"""
+
+
+@pytest.fixture
+def mypy(tmp_path):
+    """Return a function from a script to what strict mypy prints of it; "" where all is well."""
+
+    def run(script):
+        path = tmp_path / "script.py"
+        path.write_text(script, "utf-8")
+        sources = os.pathsep.join(str(src) for src in ROOT.glob("packages/*/src"))
+        found = subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(path)],
+            cwd=tmp_path,
+            env={**os.environ, "MYPYPATH": sources},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not found.stderr
+        return found.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("script", [CONFIGURATION, TORCH], ids=["configuration", "torch"])
+def test_a_users_script_is_well_typed(mypy, script):
+    assert mypy(script) == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ('ESAMConfig(norm="l2")', '"norm"'),
+        ('ESAMConfig(on_nonfinite="ignore")', '"on_nonfinite"'),
+        ("ESAMConfig(perturb=0.5)", '"perturb"'),
+    ],
+)
+def test_a_wrong_option_is_a_type_error(mypy, wrong, message):
+    assert message in mypy(f"from esam_core import ESAMConfig\n\n{wrong}\n")
