@@ -1,0 +1,239 @@
+"""Wrong rescaling, wrong norms, wrong radii."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tests.core.mutants.registry import Mutants
+
+from esam_core.perturbation import perturbation_norm, squared_norms
+from esam_core.reference.network import Evaluation
+from esam_core.reference.step import Step
+from esam_core.units import Mask
+
+__all__ = ["MUTANTS"]
+
+Array = NDArray[Any]
+Scale = Sequence[float | Array]
+MUTANTS = Mutants()
+
+
+@MUTANTS.caught_by("check_radius")
+class NoRescaling(Step):
+    """No 1/beta."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Use m in place of m/p."""
+        return super().perturbation(g, [np.asarray(np.asarray(s) > 0, float) for s in scale])
+
+
+@MUTANTS.caught_by("check_radius")
+class RadiusShrunk(Step):
+    """A radius a little smaller than asked for."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Shrink by a thousandth."""
+        return [0.999 * e for e in super().perturbation(g, scale)]
+
+
+@MUTANTS.caught_by("check_radius")
+class NormPerTensor(Step):
+    """Each tensor is divided by its own norm."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide each by its own."""
+        epsilon = super().perturbation(g, scale)
+        common = self.norm(g, scale)
+        own = np.sqrt(squared_norms(g, self.theta, self.adaptive))
+        return [e * common / n if n else e for e, n in zip(epsilon, own, strict=True)]
+
+
+@MUTANTS.caught_by("check_radius")
+class NormSquared(Step):
+    """The square root of the norm is forgotten."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide by the norm once more."""
+        length = self.norm(g, scale)
+        return [e / length if length else e for e in super().perturbation(g, scale)]
+
+
+@MUTANTS.caught_by("check_norm_is_that_of_the_masked_units")
+class NormOverEverything(Step):
+    """The norm is the whole gradient's where that of the masked units is asked for."""
+
+    def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
+        """Return all gradients."""
+        everything = Mask((True,) * len(mask.perturbed), mask.probability)
+        return super().ascent_gradient(ascent, everything)
+
+    def norm(self, g: Sequence[Array | None], scale: Scale) -> float:
+        """Return the norm of all of them."""
+        return perturbation_norm(g, self.theta, scale, norm="full", adaptive=self.adaptive)
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide by it."""
+        masked = perturbation_norm(g, self.theta, scale, norm="masked", adaptive=self.adaptive)
+        ratio = masked / self.norm(g, scale)
+        return [e * ratio for e in super().perturbation(g, scale)]
+
+
+class _WrongMode(Step):
+    """One norm in place of another."""
+
+    mode, in_place_of = "masked", ""
+
+    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
+        if config.norm == self.in_place_of:
+            config = replace(config, norm=self.mode)
+        super().__init__(model, config, settings)
+
+
+@MUTANTS.caught_by("check_norm_modes")
+class EstimatedNormUnweighted(_WrongMode):
+    """`norm="estimated"` leaves the 1/p out."""
+
+    in_place_of = "estimated"
+
+
+@MUTANTS.caught_by("check_norm_modes")
+class FullNormOfThePart(_WrongMode):
+    """`norm="full"` takes the norm of the masked units."""
+
+    in_place_of = "full"
+
+
+@MUTANTS.caught_by("check_norm_modes")
+class NoneNormalised(_WrongMode):
+    """`norm="none"` normalises after all."""
+
+    in_place_of = "none"
+
+
+@MUTANTS.caught_by("check_norm_modes")
+class EstimatedNormSquaredProbability(Step):
+    """`norm="estimated"` divides the squares by p twice."""
+
+    def norm(self, g: Sequence[Array | None], scale: Scale) -> float:
+        """Divide twice."""
+        squares = scale if self.config.norm != "estimated" else [s * s for s in scale]
+        return super().norm(g, squares)
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide by that norm."""
+        ratio = super().norm(g, scale) / self.norm(g, scale)
+        return [e * ratio for e in super().perturbation(g, scale)]
+
+
+@MUTANTS.caught_by("check_norm_eps")
+class NormEpsMissing(Step):
+    """`norm_eps` is not added."""
+
+    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
+        super().__init__(model, replace(config, norm_eps=1e-300), settings)
+
+
+@MUTANTS.caught_by("check_zero_gradient")
+class ZeroOverZero(Step):
+    """A zero gradient is divided by its norm unguarded."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide 0 by 0 where that comes up."""
+        length = np.float64(self.norm(g, scale))
+        return [e * (length / length) for e in super().perturbation(g, scale)]
+
+
+@MUTANTS.caught_by("check_adaptive")
+class AdaptiveWithoutTheSquare(Step):
+    """Adaptive: epsilon is along |theta| g in place of theta^2 g."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Take one |theta| out."""
+        epsilon = super().perturbation(g, scale)
+        return [
+            e / np.where(theta == 0, 1, np.abs(theta)) if adaptive else e
+            for e, theta, adaptive in zip(epsilon, self.theta, self.adaptive, strict=True)
+        ]
+
+
+@MUTANTS.caught_by("check_adaptive")
+class AdaptiveNormOfThePlainGradient(Step):
+    """Adaptive: the norm is that of g in place of |theta| g."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Exchange the norms."""
+        plain = [False] * len(self.theta)
+        wrong = perturbation_norm(g, self.theta, scale, norm="masked", adaptive=plain)
+        ratio = self.norm(g, scale) / wrong if any(self.adaptive) else 1.0
+        return [e * ratio for e in super().perturbation(g, scale)]
+
+
+@MUTANTS.caught_by("check_adaptive")
+class AdaptiveIgnored(Step):
+    """`adaptive` does nothing."""
+
+    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
+        super().__init__(model, replace(config, adaptive=False), settings)
+
+
+class _SettingIgnored(Step):
+    """One of the settings of single parameters is not looked at."""
+
+    ignored = ""
+
+    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
+        kept = {
+            name: {key: value for key, value in own.items() if key != self.ignored}
+            for name, own in (settings or {}).items()
+        }
+        super().__init__(model, config, kept)
+
+
+@MUTANTS.caught_by("check_groups")
+class GroupRhoIgnored(_SettingIgnored):
+    """A parameter's own rho is overwritten."""
+
+    ignored = "rho"
+
+
+@MUTANTS.caught_by("check_groups")
+class GroupAdaptiveIgnored(_SettingIgnored):
+    """A parameter's own `adaptive` is overwritten."""
+
+    ignored = "adaptive"
+
+
+@MUTANTS.caught_by("check_groups")
+class GroupPerturbIgnored(_SettingIgnored):
+    """A parameter's own `perturb=False` is overwritten."""
+
+    ignored = "perturb"
+
+
+@MUTANTS.caught_by("check_groups")
+class NormPerRadius(Step):
+    """Parameters of different rho have each their own norm."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide each group by its own."""
+        epsilon = super().perturbation(g, scale)
+        common = self.norm(g, scale)
+        squares = squared_norms(g, self.theta, self.adaptive)
+        own = {
+            rho: np.sqrt(sum(s for s, r in zip(squares, self.rho, strict=True) if r == rho))
+            for rho in self.rho
+        }
+        return [
+            e * common / own[r] if own[r] else e for e, r in zip(epsilon, self.rho, strict=True)
+        ]
+
+
+@MUTANTS.caught_by("check_convolution")
+class KernelsLeftAlone(Step):
+    """Tensors of more than two axes are not perturbed."""
+
+    def climb(self, epsilon: Sequence[Array]) -> None:
+        """Move matrices and vectors only."""
+        super().climb([e if e.ndim <= 2 else 0 * e for e in epsilon])
