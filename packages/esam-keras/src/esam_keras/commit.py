@@ -38,7 +38,6 @@ def step(training: Any, current: Any, data: Any) -> dict[str, Any]:
             batch,
             loss_scale(model.optimizer),
             training.fixed,
-            training.graph,
         ).run()
     logs, counted = metrics_after(model, outcome.ascent, batch)
     sums_before = [native.value(v) for v in esam._log_sums]

@@ -7,7 +7,7 @@ made of them is returned, to be kept by the caller once nothing can fail any mor
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -20,7 +20,6 @@ from esam_keras.losses import Batch, check_scalar, weighted
 from esam_keras.modes import running_statistics
 from esam_keras.perturbation import Ascent, perturb, widened
 from esam_keras.plan import Plan
-from esam_keras.prefix import Graph, Prefix, Record
 from esam_keras.selection import Selected, select
 from esam_keras.units import statistics_layers
 
@@ -40,37 +39,18 @@ class State(NamedTuple):
 class Backend(Protocol):
     """What a Keras backend does in its own way."""
 
-    #: Whether a pass can go through the graph that another has left.
-    shares_graphs: bool
-
     def gradients(
         self,
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
         again: Callable[[], AbstractContextManager[Any]],
-        keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the derivative of the function's first result by its arguments, and the rest.
 
         `again` is the context in which the function ran its forward: what is checkpointed runs
         once more while the derivative is taken, and must find the same values.
-
-        `keep_graph` leaves the rest its graph, as far as the derivative has not used it up; only
-        asked for where the backend shares graphs.
         """
-        ...
-
-    def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return tensors that `gradients` differentiates by as they are, in more than one pass."""
-        ...
-
-    def random_state(self) -> list[Tensor]:
-        """Return the state of generators that no Keras variable holds, on the host."""
-        ...
-
-    def set_random_state(self, state: list[Tensor]) -> None:
-        """Set what `random_state` returned."""
         ...
 
     def dense(self, gradient: Tensor) -> Tensor:
@@ -90,16 +70,12 @@ class Backend(Protocol):
 
 
 class Evaluated(NamedTuple):
-    """What a forward pass left: the loss, the predictions and their masks, the new state.
-
-    `record` is what the untouched prefix left, where a later pass will take it up.
-    """
+    """What a forward pass left: the loss, the predictions and their masks, the new state."""
 
     loss: Tensor
     y_pred: Any
     masks: list[Tensor | None]
     state: State
-    record: Record | None = None
 
     def predictions(self) -> Any:
         """Return the predictions with their masks, which transformations strip."""
@@ -160,7 +136,6 @@ class Step:
         batch: (x, y, sample_weight).
         loss_scale: what the optimizer multiplies losses by, or None for 1.
         fixed: places of variables that no mask may hit.
-        graph: the model's operations, if their order is known; None runs every pass in full.
     """
 
     backend: Backend
@@ -173,7 +148,6 @@ class Step:
     batch: Batch
     loss_scale: Tensor | None = None
     fixed: frozenset[int] = frozenset()
-    graph: Graph | None = None
 
     def __post_init__(self) -> None:
         self._latest = self.state
@@ -192,20 +166,7 @@ class Step:
 
     def _perturbed_step(self, b: int | Tensor) -> Outcome:
         """Phases 2 to 5."""
-        prefix = self._prefix(b)
-        through = prefix is not None and not self._selects(b)
-        if through:
-            # The descent will differentiate by the very tensors that the ascent went through.
-            leaves = self.backend.leaves(self.state.trainable)
-            self.state = self.state._replace(
-                trainable=[
-                    theta if s is not None else leaf
-                    for theta, leaf, s in zip(
-                        self.state.trainable, leaves, self._scale(), strict=True
-                    )
-                ]
-            )
-        at_theta, ascent, losses = self._ascent(b, prefix, keep_graph=through)
+        at_theta, ascent, losses = self._ascent(b)
         climbed = [
             theta if e is None else theta + ops.cast(e, theta.dtype)
             for theta, e in zip(self.state.trainable, ascent.perturbations, strict=True)
@@ -217,12 +178,10 @@ class Step:
             finite = ops.logical_and(finite, ops.all(ops.isfinite(losses)))
         if self._selects(b):
             if self.config.select.score == "increase":
-                perturbed = self._selection(climbed, b, prefix, at_theta.record)
+                perturbed = self._selection(climbed, b)
                 finite = ops.logical_and(finite, ops.all(ops.isfinite(perturbed)))
             selected = select(self.config.select, losses, perturbed, self.inputs, b)
-        gradients = self._descent(
-            climbed, b, at_theta, selected, finite, prefix if through else None
-        )
+        gradients = self._descent(climbed, b, at_theta, selected, finite)
         report = {
             "perturbation_norm": ascent.perturbation_norm,
             "gradient_norm": ascent.gradient_norm,
@@ -239,9 +198,7 @@ class Step:
 
     # -- passes ------------------------------------------------------------------------------------
 
-    def _ascent(
-        self, b: int | Tensor, prefix: Prefix | None, *, keep_graph: bool
-    ) -> tuple[Evaluated, Ascent, Tensor | None]:
+    def _ascent(self, b: int | Tensor) -> tuple[Evaluated, Ascent, Tensor | None]:
         """Phases 2 and 3: the pass at theta, its gradient for the masked units, and epsilon."""
         theta = self.state.trainable
         scale = self._scale()
@@ -250,7 +207,7 @@ class Step:
             for t in range(len(theta))
             if t not in self.fixed and (self.config.norm == "full" or scale[t] is not None)
         ]
-        found, evaluated, losses = self._pass_at_theta(chosen, b, prefix, keep_graph=keep_graph)
+        found, evaluated, losses = self._pass_at_theta(chosen, b)
         gradients: list[Tensor | None] = [None] * len(theta)
         for t, g in zip(chosen, found, strict=True):
             gradients[t] = self._unscaled(theta[t], g)
@@ -263,12 +220,7 @@ class Step:
         return evaluated, perturb(gradients, theta, factors, self.config, masks), losses
 
     def _pass_at_theta(
-        self,
-        chosen: Sequence[int],
-        b: int | Tensor,
-        prefix: Prefix | None = None,
-        *,
-        keep_graph: bool = False,
+        self, chosen: Sequence[int], b: int | Tensor
     ) -> tuple[list[Tensor | None], Evaluated, Tensor | None]:
         """Return the scaled gradients by the chosen variables, the evaluation, and the losses."""
 
@@ -278,33 +230,22 @@ class Step:
             for t, value in zip(chosen, values, strict=True):
                 trainable[t] = value
             state = self.state._replace(trainable=trainable)
-            evaluated = self._evaluate(state, factor, records=prefix)
+            evaluated = self._evaluate(state, factor)
             return self._scaled(evaluated.loss), evaluated
 
         arguments = [self.state.trainable[t] for t in chosen]
         if self.route:
             arguments.append(self._ones(b))
-        found, evaluated = self.backend.gradients(
-            scaled_loss, arguments, again=self._again, keep_graph=keep_graph
-        )
-        if keep_graph:  # for the descent; what is logged and assigned must not hold on to it
-            rest = tree.map_structure(_without_graph, evaluated._replace(record=None))
-            evaluated = rest._replace(record=evaluated.record)
+        found, evaluated = self.backend.gradients(scaled_loss, arguments, again=self._again)
         losses = self._per_sample(found.pop(), b) if self.route else None
         return found, evaluated, losses
 
-    def _selection(
-        self,
-        climbed: list[Tensor],
-        b: int | Tensor,
-        prefix: Prefix | None,
-        record: Record | None,
-    ) -> Tensor:
+    def _selection(self, climbed: list[Tensor], b: int | Tensor) -> Tensor:
         """Phase 4: the losses at theta + epsilon; only they are differentiated, by the factors."""
 
         def loss(arguments: list[Tensor]) -> tuple[Tensor, None]:
             state = self.state._replace(trainable=climbed)
-            return self._evaluate(state, arguments[0], replays=(prefix, record)).loss, None
+            return self._evaluate(state, arguments[0]).loss, None
 
         (derivative,), _ = self.backend.gradients(loss, [self._ones(b)], again=self._again)
         return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
@@ -316,7 +257,6 @@ class Step:
         at_theta: Evaluated,
         selected: Selected | None,
         finite: Tensor,
-        prefix: Prefix | None,
     ) -> list[Tensor | None]:
         """Phase 5: the gradient of the sum of w_i l_i(theta + epsilon) for every variable.
 
@@ -330,9 +270,7 @@ class Step:
             if self.plan.kept == "one":
                 state = state._replace(non_trainable=self._with_statistics_of(at_theta.state))
             if selected is None:
-                replays = (prefix, at_theta.record)
-                running = self.plan.kept == "one"
-                loss = self._evaluate(state, None, running=running, replays=replays).loss
+                loss = self._evaluate(state, None, running=self.plan.kept == "one").loss
             else:
                 loss = self._evaluate_selected(state, b, at_theta, selected)
             # What is not finite must be seen in the gradient, even if the samples that were
@@ -345,29 +283,11 @@ class Step:
 
     # -- evaluations -------------------------------------------------------------------------------
 
-    def _evaluate(
-        self,
-        state: State,
-        factor: Tensor | None,
-        *,
-        running: bool = False,
-        records: Prefix | None = None,
-        replays: tuple[Prefix | None, Record | None] = (None, None),
-    ) -> Evaluated:
-        """Return the loss of the whole batch in a state, sample i counted factor_i-fold.
-
-        `records` is a prefix to be recorded, `replays` one to be taken up, with its record.
-        """
+    def _evaluate(self, state: State, factor: Tensor | None, *, running: bool = False) -> Evaluated:
+        """Return the loss of the whole batch in a state, sample i counted factor_i-fold."""
         model, batch = self.model, self.batch
-        record: Record | None = None if records is None else {}
-        prefix: AbstractContextManager[None] = nullcontext()
-        if records is not None and record is not None:
-            prefix = records.recording(record, self.backend)
-        elif replays[0] is not None and replays[1] is not None:
-            prefix = replays[0].replaying(replays[1], self.backend)
         with self._scope(state) as scope:
-            with prefix:
-                y_pred = self._forward(batch[0], running=running)
+            y_pred = self._forward(batch[0], running=running)
             masks = [get_keras_mask(leaf) for leaf in tree.flatten(y_pred)]
             loss = self._loss(batch, y_pred, factor)
         return Evaluated(
@@ -379,7 +299,6 @@ class Step:
                 [scope.get_current_value(v) for v in model.non_trainable_variables],
                 [scope.get_current_value(v) for v in model.metrics_variables],
             ),
-            record,
         )
 
     def _evaluate_selected(
@@ -456,27 +375,6 @@ class Step:
 
     # -- small things ------------------------------------------------------------------------------
 
-    def _prefix(self, b: int | Tensor) -> Prefix | None:
-        """Return the prefix that a later pass of this step takes up, or None."""
-        if self.graph is None or self.plan.scale is None:
-            return None
-        if self._selects(b):
-            taken_up = self.config.select.score == "increase"
-        else:
-            # The full norm's backward uses up the graph; one sample is normalised differently.
-            taken_up = (
-                self.backend.shares_graphs
-                and self.config.norm != "full"
-                and self.plan.kept == "all"
-            )
-        if not taken_up:
-            return None
-        variables = self.model.trainable_variables
-        perturbed = frozenset(
-            id(v) for v, s in zip(variables, self.plan.scale, strict=True) if s > 0.0
-        )
-        return self.graph.untouched(perturbed) or None
-
     def _selects(self, b: int | Tensor) -> bool:
         """Say whether this step leaves samples out."""
         return self.plan.kept == "some" or (self.plan.kept == "one" and not _is_one(b))
@@ -512,11 +410,6 @@ class Step:
             return gradient
         gradient = widened(gradient)
         return gradient / ops.cast(self.loss_scale, gradient.dtype)
-
-
-def _without_graph(leaf: Any) -> Any:
-    """Return a tensor that no gradient flows through."""
-    return ops.stop_gradient(leaf) if ops.is_tensor(leaf) else leaf
 
 
 def _is_one(b: Any) -> bool:

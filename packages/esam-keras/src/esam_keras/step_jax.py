@@ -37,30 +37,16 @@ Tensor = Any
 class Native:
     """The native parts of the passes: see `esam_keras.passes.Backend`."""
 
-    shares_graphs = False
-
     def gradients(
         self,
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
         again: Callable[[], AbstractContextManager[Any]],
-        keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result."""
         gradients, rest = jax.grad(function, has_aux=True)(list(variables))
         return gradients, rest
-
-    def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors: no graph outlives a pass here."""
-        return list(tensors)
-
-    def random_state(self) -> list[Tensor]:
-        """Return nothing: all random state is Keras's."""
-        return []
-
-    def set_random_state(self, state: list[Tensor]) -> None:
-        """Do nothing: see `random_state`."""
 
     def dense(self, gradient: Tensor) -> Tensor:
         """Return the gradient: here all are dense."""
@@ -118,7 +104,6 @@ def step(training: Any, current: Any, state: Any, data: Any) -> tuple[dict[str, 
         batch,
         scale,
         training.fixed,
-        training.graph,
     ).run()
     gradients = [
         jnp.zeros_like(v) if g is None else g

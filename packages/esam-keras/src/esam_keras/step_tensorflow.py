@@ -31,15 +31,12 @@ Tensor = Any
 class Native:
     """The native parts of the passes: see `esam_keras.passes.Backend`."""
 
-    shares_graphs = False
-
     def gradients(
         self,
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
         again: Callable[[], AbstractContextManager[Any]],
-        keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result."""
         watched = list(variables)
@@ -47,17 +44,6 @@ class Native:
             tape.watch(watched)
             value, rest = function(watched)
         return tape.gradient(value, watched), rest
-
-    def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the tensors: no graph outlives a pass here."""
-        return list(tensors)
-
-    def random_state(self) -> list[Tensor]:
-        """Return nothing: all random state is Keras's."""
-        return []
-
-    def set_random_state(self, state: list[Tensor]) -> None:
-        """Do nothing: see `random_state`."""
 
     def dense(self, gradient: Tensor) -> Tensor:
         """Return a gradient as a tensor: look-ups give one as slices."""

@@ -38,15 +38,12 @@ class Native(threading.local):
 
     _unknown: UnknownState | None = None
 
-    shares_graphs = True
-
     def gradients(
         self,
         function: Callable[[list[Tensor]], tuple[Tensor, Any]],
         variables: Sequence[Tensor],
         *,
         again: Callable[[], AbstractContextManager[Any]],
-        keep_graph: bool = False,
     ) -> tuple[list[Tensor | None], Any]:
         """Return the gradients, and the function's second result without its graph."""
         with torch.enable_grad():
@@ -55,20 +52,7 @@ class Native(threading.local):
             # Keras's scopes are of one thread; so must be what is checkpointed and runs again.
             with again(), torch.autograd.set_multithreading_enabled(False):
                 gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-        return list(gradients), rest if keep_graph else keras.tree.map_structure(_detached, rest)
-
-    def leaves(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return leaves of a graph."""
-        return [t.detach().requires_grad_() for t in tensors]
-
-    def random_state(self) -> list[Tensor]:
-        """Return the states of torch's global generators."""
-        return [] if self._unknown is None else self._unknown.random_state()
-
-    def set_random_state(self, state: list[Tensor]) -> None:
-        """Set the states of torch's global generators."""
-        if self._unknown is not None:
-            self._unknown.set_random_state(state)
+        return list(gradients), keras.tree.map_structure(_detached, rest)
 
     def dense(self, gradient: Tensor) -> Tensor:
         """Return a gradient as an ordinary tensor."""

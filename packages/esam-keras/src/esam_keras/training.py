@@ -14,7 +14,6 @@ from esam_core.selectors import subset_size
 from esam_keras.losses import find_route
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner
-from esam_keras.prefix import Graph, find_graph
 from esam_keras.report import KerasReport
 from esam_keras.trial import total_of_a_few
 from esam_keras.units import unit_records
@@ -58,7 +57,6 @@ class Training:
         self._planner: Planner | None = None
         self._variables: tuple[int, ...] = ()
         self.route: str | None = None
-        self.graph: Graph | None = None
 
     @staticmethod
     def of(model: keras.Model) -> "Training":
@@ -101,7 +99,6 @@ class Training:
         planner = Planner(self.esam.config, units, perturbable)
         needed = self.esam.config.select.gamma < 1.0
         self.route = find_route(model, needed, total_of_a_few(model, data, state))
-        self.graph = find_graph(model)
         self._planner, self._variables = planner, self._identity()
 
     def _identity(self) -> tuple[int, ...]:
