@@ -192,6 +192,7 @@ class Session:
         g = gradient(names if config.norm == "full" else perturbed, x, y, even)
         length, epsilon = self.perturbation(g, {name: scale[name] for name in g})
         finite = np.isfinite(length) and np.isfinite(losses).all()
+        epsilon = {name: mask.rho_factor * e for name, e in epsilon.items()}
         for name, e in epsilon.items():
             model.theta[name] = model.theta[name] + (e if finite else 0.0)
 

@@ -133,6 +133,26 @@ class ScheduleRescaled(Step):
         return [e / sampler.p for e in epsilon] if isinstance(sampler, Sometimes) else epsilon
 
 
+@MUTANTS.caught_by("check_schedule_that_scales_rho")
+class RhoNotScaled(Step):
+    """The factor by which a schedule scales rho is forgotten."""
+
+    def mask(self) -> Mask:
+        """Forget the factor."""
+        return replace(super().mask(), rho_factor=1.0)
+
+
+@MUTANTS.caught_by("check_schedule_that_scales_rho")
+class RhoScaledInTheNorm(Step):
+    """The factor that scales rho is taken for one over a probability, and enters the norm."""
+
+    def mask(self) -> Mask:
+        """Make every unit that much less likely."""
+        mask = super().mask()
+        rarer = tuple(p / mask.rho_factor for p in mask.probability)
+        return replace(mask, probability=rarer, rho_factor=1.0)
+
+
 @MUTANTS.caught_by("check_suffix")
 class SuffixRescaled(Step):
     """A fixed suffix is rescaled as if it were random."""

@@ -109,8 +109,8 @@ class Everything:
     """Perturb every unit: SAM (Foret et al. 2021).
 
     Example:
-        >>> Everything().draw([Unit("w", (2,))], seed=0, count=0)
-        Mask(perturbed=(True,), probability=(1.0,), weight_beta=None, weight_seed=None)
+        >>> Everything().draw([Unit("w", (2,))], seed=0, count=0).perturbed
+        (True,)
     """
 
     @property

@@ -3,11 +3,14 @@
 Source: `Every` is Composer's `interval`; `Between` is late-phase SAM (Zhou et al. 2025).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from esam_core import validation
 from esam_core.draws import uniforms
+from esam_core.errors import ESAMTypeError, ESAMValueError
 from esam_core.samplers import Everything, Sampler, check_sampler, distinct
 from esam_core.units import Mask, Unit
 
@@ -33,38 +36,52 @@ class Every:
     Args:
         n: >= 1.
         inner: any sampler; default `Everything()`.
+        scale_rho: climb n times as far on the steps that climb, so that the mean over all steps
+            stays the same; Composer advises so. Default False.
 
     Example:
         >>> [Every(2).draw([Unit("w", (1,))], seed=0, count=c).active for c in range(4)]
         [True, False, True, False]
+        >>> Every(10, scale_rho=True).draw([Unit("w", (1,))], seed=0, count=0).rho_factor
+        10.0
     """
 
     n: int
     inner: Sampler = field(default_factory=Everything)
+    scale_rho: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "n", validation.count_number("n", self.n, least=1))
         check_sampler("inner", self.inner)
+        validation.flag("scale_rho", self.scale_rho)
 
     @property
     def needs_blocks(self) -> bool:
         return self.inner.needs_blocks
 
+    def _stretched(self, mask: Mask) -> Mask:
+        """Return the mask with rho made n times as large where that is asked for."""
+        factor = float(self.n) if self.scale_rho else 1.0
+        return replace(mask, rho_factor=mask.rho_factor * factor)
+
     def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
         if count % self.n:
             return _empty(units)
-        return self.inner.draw(units, seed=seed, count=count, stream=stream)
+        return self._stretched(self.inner.draw(units, seed=seed, count=count, stream=stream))
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
         inner = self.inner.masks(units)
-        return inner if self.n == 1 else _with_empty(inner, units)
+        if inner is None:
+            return None
+        stretched = tuple(self._stretched(mask) for mask in inner)
+        return stretched if self.n == 1 else _with_empty(stretched, units)
 
 
 @dataclass(frozen=True)
 class Between:
     """Perturb on ascents start <= count < stop, and take base steps outside.
 
-    Late-phase SAM is `Between(int(0.88 * total_steps))`.
+    `of_run` and `of_learning_rate` find the two numbers from shares of the run.
 
     Args:
         start: the first ascent that perturbs, >= 0.
@@ -88,6 +105,65 @@ class Between:
             object.__setattr__(self, "stop", stop)
         check_sampler("inner", self.inner)
 
+    @classmethod
+    def of_run(
+        cls, start: float, stop: float = 1.0, *, steps: int, inner: Sampler | None = None
+    ) -> "Between":
+        """Return the schedule that perturbs in a part of the run.
+
+        Args:
+            start: the share of the steps, in [0, 1], before the first that perturbs.
+            stop: the share before the first that no longer does, in [start, 1]. Default 1: to the
+                end, and on if the run turns out longer.
+            steps: ascents in the run, >= 1: updates, times the batches that each accumulates.
+            inner: any sampler; None (default) is `Everything()`.
+
+        Example:
+            >>> Between.of_run(0.88, steps=1000)  # late-phase SAM: the last 12 %
+            Between(start=880, stop=None, inner=Everything())
+        """
+        validation.count_number("steps", steps, least=1)
+        # The first step with at least that share of the steps behind it, in integers.
+        first, last = (-(-s.numerator * steps // s.denominator) for s in _shares(start, stop))
+        return cls(first, None if stop == 1 else last, Everything() if inner is None else inner)
+
+    @classmethod
+    def of_learning_rate(
+        cls,
+        start: float,
+        stop: float = 1.0,
+        *,
+        rates: Sequence[float] | Callable[[int], float],
+        steps: int | None = None,
+        inner: Sampler | None = None,
+    ) -> "Between":
+        """Return the schedule that perturbs between two shares of the sum of learning rates.
+
+        The sum says how far the weights can have come. So measured, "the last tenth" means the same
+        under any schedule of the learning rate; of the steps it does not: under a cosine the last
+        12 % of the steps hold 0.3 % of the sum.
+
+        Args:
+            start: the share of the sum, in [0, 1], that lies behind the first step that perturbs.
+            stop: the share behind the first that no longer does, in [start, 1]. Default 1: to the
+                end, and on if the run turns out longer.
+            rates: the learning rate of each ascent, finite and >= 0, at least one > 0: a sequence,
+                or a function of the ascent's number.
+            steps: ascents in the run, >= 1; required where `rates` is a function.
+            inner: any sampler; None (default) is `Everything()`.
+
+        Raises:
+            ESAMValueError, ESAMTypeError: naming the argument.
+
+        Example:
+            >>> Between.of_learning_rate(0.9, rates=[0.1] * 90 + [0.01] * 100).start
+            90
+        """
+        sums = _running_sums(rates, steps)
+        # The sums are exact, so that half of a run of equal rates is half of its steps.
+        first, last = (bisect.bisect_left(sums, s * sums[-1]) for s in _shares(start, stop))
+        return cls(first, None if stop == 1 else last, Everything() if inner is None else inner)
+
     @property
     def needs_blocks(self) -> bool:
         return self.inner.needs_blocks
@@ -99,6 +175,46 @@ class Between:
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
         return _with_empty(self.inner.masks(units), units)
+
+
+def _shares(start: float, stop: float) -> tuple[Fraction, Fraction]:
+    """Return two shares as the fractions that were meant: 0.07 is 7 / 100."""
+    for name, value in (("start", start), ("stop", stop)):
+        if validation.nonnegative(name, value) > 1.0:
+            raise ESAMValueError(f"`{name}` must be in [0, 1]. Received: {name}={value!r}.")
+    if stop < start:
+        raise ESAMValueError(
+            f"`stop` must be in [start, 1]. Received: start={start!r}, stop={stop!r}."
+        )
+    first, last = (Fraction(value).limit_denominator(10**6) for value in (start, stop))
+    return first, last
+
+
+def _running_sums(
+    rates: Sequence[float] | Callable[[int], float], steps: int | None
+) -> list[Fraction]:
+    """Return the sums of the first 0, 1, ..., n learning rates, exactly."""
+    if callable(rates):
+        if steps is None:
+            raise ESAMTypeError(
+                "`steps` must be an integer >= 1 where `rates` is a function. Received: steps=None."
+            )
+        rates = [rates(count) for count in range(validation.count_number("steps", steps, least=1))]
+    elif isinstance(rates, str) or not isinstance(rates, Sequence):
+        raise ESAMTypeError(
+            "`rates` must be a sequence of learning rates, one an ascent, or a function of the "
+            f"ascent's number. Received: rates={rates!r}."
+        )
+    elif steps is not None and steps != len(rates):
+        raise ESAMValueError(
+            f"`steps` must be the number of `rates`. Received: steps={steps!r}, {len(rates)} rates."
+        )
+    sums = [Fraction(0)]
+    for rate in rates:
+        sums.append(sums[-1] + Fraction(validation.nonnegative("rates", rate)))
+    if sums[-1] == 0:
+        raise ESAMValueError("`rates` must hold a number > 0. Received: none.")
+    return sums
 
 
 @dataclass(frozen=True)

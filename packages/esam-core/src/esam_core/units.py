@@ -7,7 +7,7 @@ Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2 and equation 6.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,6 +71,8 @@ class Mask:
         weight_beta: None, or the share in (0, 1] of the *scalar weights* of the perturbed units
             that are perturbed; backends draw them natively from `weight_seed`, each on its own.
         weight_seed: seed in [0, 2**63) of that native draw, else None.
+        rho_factor: what rho is multiplied by in this step, > 0. Default 1. It is apart from the
+            m_t / p_t, which enter the norm too.
 
     Example:
         >>> Mask((True, False), (0.5, 0.5)).scale
@@ -81,6 +83,7 @@ class Mask:
     probability: tuple[float, ...]
     weight_beta: float | None = None
     weight_seed: int | None = None
+    rho_factor: float = 1.0
 
     @property
     def active(self) -> bool:
@@ -97,7 +100,7 @@ class Mask:
     def within(self, allowed: Iterable[bool]) -> "Mask":
         """Return this mask with every unit left out whose `allowed` is false."""
         kept = tuple(m and bool(a) for m, a in zip(self.perturbed, allowed, strict=True))
-        return Mask(kept, self.probability, self.weight_beta, self.weight_seed)
+        return replace(self, perturbed=kept)
 
 
 def block_order(units: Sequence[Unit]) -> tuple[str, ...]:

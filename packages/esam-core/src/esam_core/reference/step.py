@@ -165,7 +165,7 @@ class Step:
         g = self.ascent_gradient(ascent, mask)
         scale = scales(mask, self.theta)
         length = self.norm(g, scale)
-        epsilon = self.perturbation(g, scale)
+        epsilon = [mask.rho_factor * e for e in self.perturbation(g, scale)]
         self.climb(epsilon)
 
         perturbed_losses = None

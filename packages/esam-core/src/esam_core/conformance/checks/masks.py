@@ -170,6 +170,15 @@ def check_frozen_parameters(adapter: Adapter) -> None:
     follow(adapter, run, steps=3)
 
 
+@check()
+def check_schedule_that_scales_rho(adapter: Adapter) -> None:
+    """`Every(n, scale_rho=True)` climbs n times as far on the steps that climb, by every norm."""
+    for norm in ("masked", "estimated", "none"):
+        perturb = Every(2, Bernoulli(0.5), scale_rho=True)
+        esam = {"rho": 0.2, "perturb": perturb, "gamma": 0.5, "norm": norm, "seed": 3}
+        follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
+
+
 CHECKS = (
     check_each_step_has_its_own_mask,
     check_perturbation_follows_the_mask,
@@ -177,6 +186,7 @@ CHECKS = (
     check_random_suffix,
     check_only_one_kind,
     check_schedules,
+    check_schedule_that_scales_rho,
     check_masks_of_single_weights,
     check_frozen_parameters,
 )
