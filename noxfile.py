@@ -73,8 +73,8 @@ ADDITIONS = {
     "keras": ("-e", "packages/esam-keras"),
     "backends": ("tensorflow-cpu", "jax"),
     "trainers": (
-        *("accelerate", "lightning", "pytorch-optimizer", "schedulefree", "tensorboard", "tqdm"),
-        "transformers",
+        *("accelerate", "lightning", "peft", "pytorch-optimizer", "schedulefree", "skorch"),
+        *("tensorboard", "tqdm", "transformers"),
     ),
     "checks": ("mypy", "build"),
     "docs": ("sybil", "sphinx", "myst-parser", "furo"),
