@@ -5,6 +5,7 @@ is large, so all that need one use the same, and add to it what they need beside
 `nox -s SESSION -- ARGUMENTS` passes the arguments on to what the session runs.
 """
 
+import re
 import shutil
 import sys
 import tomllib
@@ -41,25 +42,56 @@ ADAPTERS = {
     "esam-keras": "esam_keras.conformance:adapter",
 }
 
-#: The extra with which a wheel is tried in an empty environment: Keras needs a backend.
+#: The extra with which a package is tried in an empty environment, of those that its README names.
 EXTRAS = {"esam-keras": "[torch]"}
 
 
-def lowest(package: str, name: str) -> str:
-    """Return a dependency of a package at the lowest version that the package declares."""
-    text = (ROOT / "packages" / package / "pyproject.toml").read_text("utf-8")
-    declared = tomllib.loads(text)["project"]["dependencies"]
-    return next(r for r in declared if r.startswith(f"{name}>=")).replace(">=", "==")
+#: Runs a session once with each Keras backend.
+BACKENDS = nox.parametrize(
+    "backend", [nox.param(name, id=name) for name in ("tensorflow", "jax", "torch")]
+)
 
+
+def lowest(package: str, *names: str) -> tuple[str, ...]:
+    """Return dependencies of a package at the lowest versions that it or its extras declare."""
+    text = (ROOT / "packages" / package / "pyproject.toml").read_text("utf-8")
+    project = tomllib.loads(text)["project"]
+    extras = project.get("optional-dependencies", {}).values()
+    declared = {}
+    for requirement in (*project["dependencies"], *(r for extra in extras for r in extra)):
+        name, _, bounds = requirement.partition(">=")
+        declared[name] = f"{name}=={bounds.partition(',')[0]}"
+    return tuple(declared[name] for name in names)
+
+
+#: What the files for GitHub must look like.
+SCHEMAS = {
+    "github-workflows": ".github/workflows/*.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/*_*.yml",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "dependabot": ".github/dependabot.yml",
+    "citation-file-format": "CITATION.cff",
+}
 
 #: What is installed into each shared environment when it is made.
 ENVIRONMENTS = {
     # NumPy and pytest, nothing else: what esam-core promises to get by with.
     "core": ("-e", "packages/esam-core[test]"),
-    "lint": ("ruff",),
+    "lint": ("ruff", "check-jsonschema"),
+    # The lowest versions that the packages declare, all at once; and the newest torch.
+    "torch-lowest": (
+        *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
+        *("-e", "packages/esam-keras", "pytorch-optimizer", "schedulefree", "scikit-learn"),
+        *lowest("esam-torch", "torch", "transformers", "accelerate", "lightning", "tensorboard"),
+        *(*lowest("esam-core", "numpy"), *lowest("esam-keras", "keras")),
+    ),
     "keras-lowest": (
-        *("-e", "packages/esam-core[test]", "-e", "packages/esam-keras[torch]"),
-        lowest("esam-keras", "keras"),
+        *("-e", "packages/esam-core[test]", "-e", "packages/esam-keras", "tensorflow-cpu==2.18"),
+        *lowest("esam-keras", "keras", "jax"),
+    ),
+    "torch-newest": (
+        *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]", "scikit-learn"),
+        *("torch==2.14.1", "torchvision==0.29.1", "timm"),
     ),
     # What the demo needs.
     "torch": (
@@ -73,11 +105,11 @@ ADDITIONS = {
     "keras": ("-e", "packages/esam-keras"),
     "backends": ("tensorflow-cpu", "jax"),
     "trainers": (
-        *("accelerate", "lightning", "peft", "pytorch-optimizer", "schedulefree", "skorch"),
-        *("tensorboard", "tqdm", "transformers"),
+        *("accelerate", "lightning", "pytorch-optimizer", "schedulefree", "tensorboard", "tqdm"),
+        "transformers",
     ),
-    "checks": ("mypy", "build"),
-    "docs": ("sybil", "sphinx", "myst-parser", "furo"),
+    "checks": ("mypy", "build", "twine"),
+    "docs": ("sybil", "sphinx", "myst-parser", "furo", "sphinx-copybutton", "peft"),
 }
 
 
@@ -96,17 +128,27 @@ def python_of(session: nox.Session, name: str, *additions: str) -> str:
             if part == name:
                 new_environment(session, folder)
             pins = folder / "constraints.txt"
-            pins.write_text(constraints(requirements), "utf-8")
+            pins.write_text(constraints(name, requirements), "utf-8")
             run(session, str(python), "pip", "install", "--quiet", "-c", str(pins), *requirements)
             stamp.write_text(wanted, "utf-8")
     return str(python)
 
 
-def constraints(requirements: tuple[str, ...]) -> str:
-    """Return the pins, but for what the requirements pin themselves."""
+def constraints(name: str, requirements: tuple[str, ...]) -> str:
+    """Return the pins of an environment, except those of what the requirements pin themselves."""
+    if name.endswith("-lowest"):
+        return ""  # What the lowest versions need beside them, they declare.
     own = {r.partition("==")[0] for r in requirements if "==" in r}
     lines = CONSTRAINTS.read_text("utf-8").splitlines(keepends=True)
     return "".join(line for line in lines if line.partition("==")[0] not in own)
+
+
+def readme_requirement(package: str) -> str:
+    """Return what a package's README says to install, with the extra to try it with."""
+    text = (ROOT / "packages" / package / "README.md").read_text("utf-8")
+    (line,) = re.findall(r"^\$ pip install \"?([\w-]+(?:\[\w+\])?)", text, re.MULTILINE)
+    name = line.partition("[")[0]
+    return f"{name}{EXTRAS.get(name, '')}"
 
 
 def new_environment(session: nox.Session, folder: Path) -> None:
@@ -137,10 +179,15 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Ruff: its checks, and that everything is formatted."""
+    """Ruff: its checks, and that everything is formatted; the forms of the files around it."""
     python = python_of(session, "lint")
     session.run(python, "-m", "ruff", "check", ".")
     session.run(python, "-m", "ruff", "format", "--check", ".")
+    for schema, pattern in SCHEMAS.items():
+        files = [str(path) for path in sorted(ROOT.glob(pattern))]
+        # The schemas are in the package: nothing is downloaded.
+        validate = ("check_jsonschema", "--quiet", "--builtin-schema", f"vendor.{schema}")
+        session.run(python, "-m", *validate, *files)
 
 
 @nox.session(venv_backend="none")
@@ -159,16 +206,15 @@ def build(session: nox.Session) -> None:
     for package in PACKAGES:
         source = f"packages/{package}"
         session.run(python, "-m", "build", "--outdir", str(DIST), source, silent=True)
+    run(session, python, "twine", "check", "--strict", *map(str, DIST.iterdir()))
     session.env["ESAM_DIST"] = str(DIST)
     run(session, python, "pytest", "tests/packaging")
     for package in PACKAGES:
-        module = package.replace("-", "_")
-        wheel = f"{next(DIST.glob(f'{module}-*.whl'))}{EXTRAS.get(package, '')}"
         folder = ROOT / ".nox" / f"empty-{package}"
         alone = str(folder / Path(python).relative_to(ROOT / ".nox" / "env-torch"))
         new_environment(session, folder)
         install = ("pip", "install", "--quiet", "-c", str(CONSTRAINTS), "--find-links", str(DIST))
-        run(session, alone, *install, wheel)
+        run(session, alone, *install, readme_requirement(package))
         run(session, alone, "pip", "check")
         run(session, alone, "esam_core.conformance", "--quiet", ADAPTERS[package])
         # A script, and not a module: the checkout must not be on its path.
@@ -209,7 +255,7 @@ def tests_torch(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
-@nox.parametrize("backend", [nox.param(name, id=name) for name in ("tensorflow", "jax", "torch")])
+@BACKENDS
 def tests_keras(session: nox.Session, backend: str) -> None:
     """esam-keras's tests and its docstrings' examples: one Keras backend a process."""
     python = python_of(session, "torch", "keras", "backends")
@@ -217,10 +263,25 @@ def tests_keras(session: nox.Session, backend: str) -> None:
 
 
 @nox.session(venv_backend="none")
-def tests_keras_lowest(session: nox.Session) -> None:
-    """esam-keras's tests with the lowest Keras that it declares, on torch."""
-    python = python_of(session, "keras-lowest")
-    run_pytest(session, python, "tests/keras")
+def tests_torch_lowest(session: nox.Session) -> None:
+    """esam-torch's tests with the lowest torch and trainers that it declares."""
+    python = python_of(session, "torch-lowest")
+    run_pytest(session, python, "tests/torch")
+
+
+@nox.session(venv_backend="none")
+def tests_torch_newest(session: nox.Session) -> None:
+    """esam-torch's tests with the newest torch, torchvision and timm."""
+    python = python_of(session, "torch-newest", "trainers")
+    run_pytest(session, python, "tests/torch", "packages/esam-torch/src")
+
+
+@nox.session(venv_backend="none")
+@BACKENDS
+def tests_keras_lowest(session: nox.Session, backend: str) -> None:
+    """esam-keras's tests with the lowest Keras and the lowest backend that it declares."""
+    python = python_of(session, "torch-lowest" if backend == "torch" else "keras-lowest")
+    run_pytest(session, python, "tests/keras", keras=backend)
 
 
 @nox.session(venv_backend="none")

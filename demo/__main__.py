@@ -25,6 +25,8 @@ BATCH = 64
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo."""
     options = parse(arguments)
+    # The network is small: threads that wait for each other cost more than they bring.
+    torch.set_num_threads(options.threads)
     console = Console()
     data = load(options.data)
     options.out.mkdir(parents=True, exist_ok=True)

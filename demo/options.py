@@ -22,6 +22,7 @@ class Options:
     gamma: float
     seed: int
     device: str
+    threads: int
     out: Path
 
 
@@ -45,6 +46,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--gamma", type=float, default=0.5, help="share of the samples kept")
     parser.add_argument("--seed", type=int, default=0, help="of the start, the batches, the masks")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; more rarely help here")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="for the pictures")
     found = parser.parse_args(arguments)
     try:
@@ -52,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         open_unit("beta", found.beta)
         open_unit("gamma", found.gamma)
         count_number("epochs", found.epochs, least=1)
+        count_number("threads", found.threads, least=1)
         count_number("seed", found.seed, most=2**63 - 1)
         _check_folder("out", found.out)
         torch.zeros(1, device=found.device)

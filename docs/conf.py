@@ -1,14 +1,21 @@
 """How Sphinx builds the pages: `nox -s docs`."""
 
 import re
-from importlib.metadata import version as installed
+
+import esam_core
 
 project = "esam"
 author = "The esam authors"
-release = installed("esam-core")
+release = esam_core.__version__
 version = release
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = [
+    *("myst_parser", "sphinx_copybutton"),
+    *("sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"),
+]
+# What a copy button leaves out of a block: prompts.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -24,7 +31,8 @@ add_module_names = False
 default_role = "code"
 
 html_theme = "furo"
-html_title = "esam"
+html_title = f"esam {release}"
+html_theme_options = {"navigation_with_keys": True}
 
 
 def skip_reexported(app, what, name, obj, skip, options):  # noqa: ARG001 (Sphinx's signature)

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from demo.__main__ import main
 from demo.options import parse
 
@@ -34,6 +35,26 @@ def _small(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
 
 
+@pytest.fixture
+def _threads():
+    """Two threads before, and as many as there were afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize(("arguments", "threads"), [((), 1), (("--threads", "2"), 2)])
+def test_it_trains_on_one_thread_unless_told_otherwise(arguments, threads, tmp_path, monkeypatch):
+    found = []
+    # The threads at the first thing that is computed; nothing is trained.
+    monkeypatch.setattr("demo.__main__.load", lambda path: found.append(torch.get_num_threads()))
+    with pytest.raises(AttributeError):
+        main(["--out", str(tmp_path), *arguments])
+    assert found == [threads]
+
+
 @pytest.mark.usefixtures("_small")
 def test_it_runs_on_cifar(tmp_path, capsys):
     main(["--data", str(cifar(tmp_path / "data")), "--epochs", "1", "--out", str(tmp_path / "o")])
@@ -59,6 +80,7 @@ def test_the_digits_come_without_a_download():
         (["--beta", "0"], "`beta` must be in (0, 1]"),
         (["--gamma", "1.5"], "`gamma` must be in (0, 1]. Received: gamma=1.5."),
         (["--epochs", "0"], "`epochs` must be >= 1"),
+        (["--threads", "0"], "`threads` must be >= 1"),
         (["--seed", "-1"], "`seed` must be in [0, 9223372036854775807]. Received: seed=-1."),
         (["--seed", str(2**63)], "`seed` must be in [0, 9223372036854775807]"),
         (["--device", "abacus"], "abacus"),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import esam_core
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 
@@ -76,6 +78,8 @@ def test_metadata_is_what_pyproject_declares(dist, package):
     assert said.get_all("Provides-Extra", []) == sorted(extras)
     assert said["Requires-Python"] == project["requires-python"]
     assert said["Summary"] == project["description"]
+    assert said["Version"] == esam_core.__version__
+    assert said.get_all("Project-URL") == [f"{k}, {v}" for k, v in project["urls"].items()]
     assert said.get_payload() == (ROOT / "packages" / package / "README.md").read_text()
 
 

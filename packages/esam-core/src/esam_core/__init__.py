@@ -18,7 +18,7 @@ from esam_core.schedules import Between, Every, Sometimes
 from esam_core.selectors import All, Proportional, Random, Selector, TopIncrease, TopLoss
 from esam_core.units import Mask, Unit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "All",

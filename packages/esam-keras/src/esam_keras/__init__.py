@@ -23,12 +23,13 @@ from esam_core import (
     TopIncrease,
     TopLoss,
 )
+from esam_core import (
+    __version__ as __version__,
+)
 from esam_keras.hook import install
 from esam_keras.optimizer import ESAM
 from esam_keras.training import train_step
 from esam_keras.units import unit_records
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ESAM",

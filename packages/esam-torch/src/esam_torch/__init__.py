@@ -24,13 +24,14 @@ from esam_core import (
     TopIncrease,
     TopLoss,
 )
+from esam_core import (
+    __version__ as __version__,
+)
 from esam_torch.bases import SideBySide
 from esam_torch.batch import Whole
 from esam_torch.distributed_state import DistributedState
 from esam_torch.fitting import History, accuracy, evaluate, fit
 from esam_torch.optimizer import ESAM
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ESAM",
