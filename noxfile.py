@@ -106,7 +106,7 @@ ADDITIONS = {
     "backends": ("tensorflow-cpu", "jax"),
     "trainers": (
         *("accelerate", "lightning", "pytorch-optimizer", "schedulefree", "tensorboard", "tqdm"),
-        "transformers",
+        *("tensordict", "torch-geometric", "transformers"),
     ),
     "checks": ("mypy", "build", "twine"),
     "docs": ("sybil", "sphinx", "myst-parser", "furo", "sphinx-copybutton", "peft"),

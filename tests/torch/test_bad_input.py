@@ -55,16 +55,6 @@ RETURNED = {
         ESAMValueError,
         "without a graph",
     ),
-    "too few": (
-        lambda model, x, y: F.cross_entropy(model(x), y, reduction="none")[1:],
-        ESAMValueError,
-        r"Received: 7 losses, and tensors of shapes: \(8, 2, 6, 6\), \(8,\)",
-    ),
-    "too many": (
-        lambda model, x, y: F.cross_entropy(model(x), y, reduction="none").repeat(2),
-        ESAMValueError,
-        "Received: 16 losses",
-    ),
 }
 
 
@@ -75,6 +65,16 @@ def test_what_losses_return(what, select):
     model, optimizer = make(gamma=None, select=select)
     losses = lambda x, y: returned(model, x, y)  # noqa: E731
     refuses(optimizer, losses, *batch(), error=error, match=match)
+
+
+@pytest.mark.parametrize("select", [TopIncrease(0.5), TopLoss(0.5)], ids=repr)
+@pytest.mark.parametrize(
+    ("change", "b"), [(lambda v: v[1:], 7), (lambda v: v.repeat(3), 24)], ids=["few", "many"]
+)
+def test_another_number_of_losses_than_of_samples(change, b, select):
+    model, optimizer = make(gamma=None, select=select)
+    match = rf"Received: {b} losses.*shape \(8, 2, 6, 6\)\), batch\[1\] \(Tensor of shape \(8,\)"
+    refuses(optimizer, lambda x, y: change(losses_of(model)(x, y)), *batch(), match=match)
 
 
 @pytest.mark.parametrize("perturb", [Everything(), Only("embedding")], ids=["climbs", "base step"])
@@ -129,8 +129,8 @@ def test_nothing_to_select_from():
     model, optimizer = make()
     x, y = batch()
     losses = losses_of(model)
-    refuses(optimizer, lambda: losses(x, y), match=r"tensors of shapes: none")
-    refuses(optimizer, losses, Whole(x), Whole(y), match=r"tensors of shapes: none")
+    refuses(optimizer, lambda: losses(x, y), match=r"in the batch: nothing")
+    refuses(optimizer, losses, Whole(x), Whole(y), match=r"in the batch:.*marked")
     # With every sample in the descent pass nothing has to be sliced.
     everything = ESAM(sgd(model), model, rho=0.1, gamma=1.0)
     assert everything.backward(lambda: losses(x, y)).losses.shape == (8,)
@@ -425,18 +425,16 @@ def test_an_inner_gradient_without_a_graph_is_explained():
     assert "under torch.enable_grad()" in raised.value.__notes__[0]
 
 
-def test_what_was_not_sliced_is_told():
+def test_what_was_whole_is_told():
     model = net()
     optimizer = ESAM(sgd(model), model, rho=0.1, gamma=0.5)
     x, y = batch()
 
-    def losses(x, y):
-        return losses_of(model)(x, torch.as_tensor(y))
-
     with pytest.raises(ValueError, match="batch_size") as raised:
-        optimizer.step(losses, x, y.tolist())
+        optimizer.step(losses_of(model), x, Whole(y))
     assert "on 4 of 8 samples" in raised.value.__notes__[0]
-    assert "Not sliced: list" in raised.value.__notes__[0] or "int" in raised.value.__notes__[0]
+    assert "Taken apart: batch[0] (Tensor of" in raised.value.__notes__[0]
+    assert "Whole: batch[1] (Tensor of shape (8,), marked)" in raised.value.__notes__[0]
 
 
 BAD_LOSSES = {

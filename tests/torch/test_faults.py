@@ -10,7 +10,7 @@ from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
 import esam_torch.step
 from esam_core import Proportional
 from esam_torch import ESAM, Everything, Suffix
-from esam_torch import batch as batches
+from esam_torch.batch import Samples
 from esam_torch.guards import Weights
 
 
@@ -113,7 +113,7 @@ STAGES = {
     "copying": (Weights, "__init__"),
     "climbing": (Weights, "add"),
     "selection": (esam_torch.step, "select"),
-    "slicing": (batches, "take"),
+    "taking samples": (Samples, "take"),
     "restoring": (Weights, "restore"),
     "report": (esam_torch.step, "StepReport"),
 }

@@ -28,9 +28,9 @@ from esam_core import (
     __version__ as __version__,
 )
 from esam_torch.bases import SideBySide
-from esam_torch.batch import Whole
 from esam_torch.distributed_state import DistributedState
 from esam_torch.fitting import History, accuracy, evaluate, fit
+from esam_torch.marks import Rows, Whole
 from esam_torch.optimizer import ESAM
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Proportional",
     "Random",
     "RandomSuffix",
+    "Rows",
     "RunningMeans",
     "SideBySide",
     "Sometimes",

@@ -1,147 +1,187 @@
-"""Slicing a batch of any shape: tuples, lists, dictionaries, keyword arguments, tensors in them."""
+"""The samples of a batch: what `losses` is given, whole or in part."""
 
-import copy
-import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch.devices import placed
+from esam_torch.containers import INSIDE, mapped
+from esam_torch.entries import Index, described, entries, items
+from esam_torch.marks import WAYS_OUT, Rows, Whole
+from esam_torch.reading import Reader, Reading
 
-__all__ = ["Whole", "check_rows", "detached", "mapped", "take", "unwrapped"]
+__all__ = ["Batch", "Samples"]
 
-
-class Whole:
-    """Marks a value of the batch that must reach `losses` whole, never a slice of it.
-
-    A tensor whose first dimension happens to equal the batch size is taken for one row a sample.
-    Wrap it where that is wrong; `losses` receives the bare value.
-
-    Args:
-        value: anything.
-
-    Example:
-        >>> import torch
-        >>> from esam_torch import Whole
-        >>> class_weights = Whole(torch.ones(10))     # ten classes, and ten samples in the batch
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"Whole({self.value!r})"
+#: The arguments of `losses`: positional ones, and those by keyword.
+Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
-    """Return the same nest of containers with `leaf` applied to what is in them.
-
-    Containers are tuples, lists, mappings and dataclasses, and named or derived kinds of those.
-    """
-    if isinstance(tree, PackedSequence):  # a named tuple, but not of one row a sample
-        return leaf(tree)
-    if isinstance(tree, tuple):
-        items = [mapped(item, leaf) for item in tree]
-        # Named tuples take their fields as separate arguments.
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [mapped(item, leaf) for item in tree]
-    if isinstance(tree, Mapping):
-        mapped_items = {key: mapped(value, leaf) for key, value in tree.items()}
-        if type(tree) is dict:
-            return mapped_items
-        if not hasattr(tree, "update"):  # a read-only mapping
-            return mapped_items
-        # Mappings of other libraries keep their type, and whatever else they carry.
-        twin = copy.copy(tree)
-        twin.update(mapped_items)
-        return twin
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        same = copy.copy(tree)
-        for spec in dataclasses.fields(tree):
-            value = mapped(getattr(tree, spec.name), leaf)
-            object.__setattr__(same, spec.name, value)  # frozen ones too: it is nobody's yet
-        return same
-    return leaf(tree)
-
-
-def unwrapped(batch: Any) -> Any:
-    """Return the batch with every `Whole` replaced by its value."""
-    return mapped(batch, lambda x: x.value if isinstance(x, Whole) else x)
-
-
-def detached(tree: Any) -> Any:
-    """Return the same nest with every tensor cut off from its graph."""
-    return mapped(tree, lambda x: x.detach() if isinstance(x, Tensor) else x)
-
-
-def _has_rows(x: Any, batch_size: int) -> bool:
-    """Say whether something is a tensor with one row a sample."""
-    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch_size
-
-
-def check_rows(batch: Any, batch_size: int, *, selecting: bool) -> None:
-    """Refuse a batch that does not belong to so many losses.
+class Samples:
+    """Takes samples out of batches.
 
     Args:
-        batch: any nest of containers.
-        batch_size: b, the number of losses.
-        selecting: whether samples of the batch will have to be selected. If not, a batch without
-            any tensor is fine: `losses` may have its data from elsewhere.
+        take: the user's own function, or None (default). It is called as take(batch, indices) with
+            the tuple of positional arguments of `losses` and a (k,) tensor of indices, and returns
+            the tuple of arguments for those samples. Where `losses` has keyword arguments too, it
+            is called as take(batch, indices, **kwargs) and returns the tuple and a dictionary.
 
     Raises:
-        ESAMValueError: no tensor of the batch has b rows.
-        ESAMTypeError: it holds a PackedSequence or a nested tensor, which cannot be sliced.
+        ESAMTypeError: `take` cannot be called.
+
+    Example:
+        >>> samples = Samples()
+        >>> batch = (torch.tensor([1.0, 2.0, 3.0]), ["one", "two", "three"]), {}
+        >>> samples.check(batch, 3)
+        >>> samples.take(batch, torch.tensor([0, 2]), 3)
+        ((tensor([1., 3.]), ['one', 'three']), {})
     """
-    leaves: list[Any] = []
-    mapped(batch, leaves.append)
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    ragged = [x for x in leaves if isinstance(x, PackedSequence) or getattr(x, "is_nested", False)]
-    if selecting and ragged:
-        raise ESAMTypeError(
-            "The batch must hold tensors with one row a sample, from which samples can be taken. "
-            f"Received: a {type(ragged[0]).__name__}. Pass the padded tensor and the lengths, and "
-            "pack or nest them within `losses`."
-        )
-    if any(_has_rows(x, batch_size) for x in tensors) or not (tensors or selecting):
-        return
-    shapes = ", ".join(str(tuple(x.shape)) for x in tensors) or "none"
-    raise ESAMValueError(
-        f"`losses` must return one loss a sample, and the batch must hold the samples as rows of "
-        f"tensors. Received: {batch_size} losses, and tensors of shapes: {shapes}."
+
+    def __init__(self, take: Callable[..., Any] | None = None) -> None:
+        if take is not None and not callable(take):
+            raise ESAMTypeError(
+                "`take` must be a function of a batch and indices that returns the selected "
+                f"samples. Received: {type(take).__name__}."
+            )
+        self._take = take
+        self._readings: dict[tuple[str, str], Reading] = {}
+
+    def bare(self, batch: Batch) -> Batch:
+        """Return the batch as `losses` gets it: `Rows` and `Whole` replaced by their values."""
+        return _each(batch, lambda x, _: x.value if isinstance(x, Rows | Whole) else INSIDE)
+
+    def check(self, batch: Batch, b: int) -> None:
+        """Refuse a batch from which samples cannot be taken with certainty.
+
+        To be called where fewer than b are selected. What is found out is remembered: a value that
+        can be read in two ways is read as in the batches before.
+
+        Args:
+            batch: the arguments of `losses`.
+            b: the number of losses, at least 2.
+
+        Raises:
+            ESAMTypeError: a value that cannot be taken apart, or not with certainty.
+            ESAMValueError: nothing in the batch has an entry for each of the b samples, or what
+                must have has not.
+        """
+        if self._take is not None:
+            return
+        reader = self._read(batch, b)
+        if not reader.apart:
+            raise ESAMValueError(_nothing_to_take(reader))
+        if reader.learned:  # a new kind of batch: what cannot be done is refused before the descent
+            reader = Reader(b, {**self._readings, **reader.learned})
+            _each(batch, functools.partial(_taken, reader, Index(torch.tensor([0, 1]))))
+            self._readings = {**self._readings, **reader.before}
+
+    def take(self, batch: Batch, indices: Tensor, b: int) -> Batch:
+        """Return the selected samples of a batch that `check` has accepted.
+
+        Args:
+            batch: the arguments of `losses`.
+            indices: (k,) ascending indices, on any device.
+            b: the number of samples in the batch.
+
+        Raises:
+            ESAMTypeError: a value cannot be indexed, or the user's `take` returned something else
+                than arguments.
+        """
+        if self._take is not None:
+            return _taken_by(self._take, self.bare(batch), indices)
+        reader = Reader(b, self._readings)
+        return _each(batch, functools.partial(_taken, reader, Index(indices)))
+
+    def note(self, batch: Batch, k: int, b: int) -> str:
+        """Return what to say beside an error that comes in the descent on k of b samples."""
+        start = f"This was ESAM's descent pass, on {k} of {b} samples. "
+        if self._take is not None:
+            return start + "They were taken by your `take`."
+        reader = self._read(batch, b)
+        apart, whole = (_listed(values) for values in (reader.apart, reader.whole))
+        return f"{start}Taken apart: {apart}. Whole: {whole}. If that is wrong: {WAYS_OUT}"
+
+    def _read(self, batch: Batch, b: int) -> Reader:
+        """Return a reader that has read the whole batch."""
+        reader = Reader(b, self._readings)
+        _each(batch, functools.partial(_taken, reader, None))
+        return reader
+
+
+def _each(batch: Batch, visit: Callable[[Any, str], Any]) -> Batch:
+    """Return the arguments with what `visit` puts in the place of each value inside them."""
+    args, kwargs = batch
+    return (
+        tuple(mapped(x, visit, f"batch[{i}]") for i, x in enumerate(args)),
+        {name: mapped(x, visit, name) for name, x in kwargs.items()},
     )
 
 
-def take(batch: Any, indices: Tensor, batch_size: int) -> Any:
-    """Return the samples `indices` of a batch: every tensor with b rows is sliced.
+def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: bool = False) -> Any:
+    """Return what comes in the place of a value where samples are taken, or INSIDE.
 
     Args:
-        batch: any nest of containers, checked by `check_rows`.
-        indices: (k,) indices on any device.
-        batch_size: b.
+        reader: says how the value is read.
+        index: which samples, or None to read only: the value itself is returned then.
+        x: the value.
+        path: its place.
+        declared: whether `Rows` has been written around it.
     """
+    if isinstance(x, Whole):
+        reader.whole.append((path, x))
+        return x.value
+    if isinstance(x, Rows):
+        return mapped(x.value, functools.partial(_taken, reader, index, declared=True), path)
+    reading = reader.read(x, path, declared=declared)
+    if reading is Reading.PARTS:
+        return INSIDE
+    if index is None or reading is Reading.WHOLE:
+        return x
+    try:
+        return items(x, index) if reading is Reading.ITEMS else entries(x, index)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever another library's object raises
+        raise ESAMTypeError(
+            f"`{path}` must be something that samples can be taken from. Received: {described(x)}, "
+            f"with which it was: {error} {WAYS_OUT}"
+        ) from error
 
-    def leaf(x: Any) -> Any:
-        if isinstance(x, Whole):
-            return x.value
-        return x.index_select(0, placed(indices, x.device)) if _has_rows(x, batch_size) else x
 
-    return mapped(batch, leaf)
-
-
-def taken(batch: Any, k: int, batch_size: int) -> str:
-    """Return what to say of an error that comes when k of b samples have been taken."""
-    leaves: list[Any] = []
-    mapped(batch, leaves.append)
-    whole = ", ".join(
-        f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        for x in leaves
-        if not _has_rows(x, batch_size) and not isinstance(x, Whole)
+def _taken_by(take: Callable[..., Any], batch: Batch, indices: Tensor) -> Batch:
+    """Return the samples that the user's own function takes."""
+    args, kwargs = batch
+    found = take(args, indices, **kwargs)
+    chosen, named = (
+        found if kwargs and isinstance(found, tuple) and len(found) == 2 else (found, {})
     )
+    if not isinstance(chosen, tuple) or len(chosen) != len(args) or set(named) != set(kwargs):
+        wanted = f"a tuple of {len(args)} arguments of `losses`"
+        more = f", and a dictionary with {sorted(kwargs)}" if kwargs else ""
+        raise ESAMTypeError(f"`take` must return {wanted}{more}. Received: {described(found)}.")
+    return chosen, named
+
+
+def _listed(values: list[tuple[str, Any]]) -> str:
+    """Return places and kinds of values in one line."""
+    return ", ".join(f"{path} ({described(x)})" for path, x in values[:12]) or "nothing"
+
+
+def _nothing_to_take(reader: Reader) -> str:
+    """Return the message for a batch without anything that has b entries."""
+    sizes = {len(x) for _, x in reader.whole if isinstance(x, Tensor) and x.dim()}
+    ratios = [(size, reader.b // size) for size in sizes if size > 1 and reader.b % size == 0]
+    hint = ""
+    if len(ratios) == 1:
+        size, times = ratios[0]
+        hint = (
+            f" If there are {size} samples with {times} losses each: "
+            f"`losses.reshape({size}, {times}).mean(1)`."
+        )
     return (
-        f"This was ESAM's descent pass, on {k} of {batch_size} samples: tensors with {batch_size} "
-        f"rows were sliced. Not sliced: {whole or 'nothing'}."
+        "`losses` must return one loss per sample, and the batch must hold the samples, so that "
+        f"some can be selected.{hint} {WAYS_OUT} With gamma=1.0 nothing is selected. "
+        f"Received: {reader.b} losses, and in the batch: {_listed(reader.whole)}."
     )

@@ -24,7 +24,7 @@ from esam_core import (
 from esam_core.budget import Plan, make_plan
 from esam_core.config import component_to_dict
 from esam_torch.bases import check_base
-from esam_torch.batch import unwrapped
+from esam_torch.batch import Batch, Samples
 from esam_torch.blocks import Blocks, compiled_as_a_whole
 from esam_torch.groups import check_groups
 from esam_torch.guards import is_half
@@ -64,6 +64,9 @@ class ESAM(torch.optim.Optimizer):
         budget: the most that a step may cost on average, in steps of the base optimizer (SAM costs
             2), > 0, in place of `beta`, `gamma`, `perturb` and `select`: the first `backward`
             measures the model's blocks and chooses. `plan()` shows the choice. Default None.
+        take: the function take(batch, indices) that takes samples out of a batch, where the rules
+            for samples (see the documentation) do not fit; `batch` is the tuple of arguments of
+            `losses`, and it returns the tuple for those samples. Default None.
 
     Raises:
         ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
@@ -105,6 +108,7 @@ class ESAM(torch.optim.Optimizer):
         scaler: Any = None,
         blocks: Iterable[nn.Module | str] | None = None,
         budget: float | None = None,
+        take: Callable[..., Any] | None = None,
     ) -> None:
         if isinstance(base_optimizer, ESAM):
             raise ESAMTypeError("`base_optimizer` must not be another ESAM.")
@@ -123,6 +127,7 @@ class ESAM(torch.optim.Optimizer):
         )
         self._budget = _check_budget(budget, beta=beta, gamma=gamma, perturb=perturb, select=select)
         self._plan: Plan | None = None
+        self._samples = Samples(take)
         check_groups(base_optimizer.param_groups)
         parameters_of(model, base_optimizer.param_groups)  # refuses parameters of another model
         self._base = base_optimizer
@@ -232,8 +237,10 @@ class ESAM(torch.optim.Optimizer):
             losses: a function of the batch that calls the model and returns one loss a sample, a
                 floating tensor of shape (b,), or a tuple of that and anything else, which comes
                 back as `report.outputs`.
-            *batch: its arguments: tensors, and tuples, lists and mappings of them. Every tensor
-                with b rows is sliced in the descent pass; `Whole(x)` marks one that must not be.
+            *batch: its arguments: tensors, arrays and lists with one entry per sample, tuples,
+                mappings and dataclasses of them, and anything else. The descent pass gets the
+                entries of the selected samples; `Rows(x)` and `Whole(x)` say what is one, where
+                that is not certain.
             **kwargs: its keyword arguments, likewise.
 
         Returns:
@@ -260,6 +267,7 @@ class ESAM(torch.optim.Optimizer):
             prefix=None if shards is not None else self._prefix(losses, blocks, parameters, mask),
             shards=shards,
             descend=self._descend,
+            samples=self._samples,
             watch_rounding=self._watches_rounding(parameters, mask),
             stale=self._stale,
         )
@@ -424,7 +432,7 @@ class ESAM(torch.optim.Optimizer):
             self._model,
             self._base.param_groups,
             self._config.perturb,
-            lambda: losses(*unwrapped(batch), **unwrapped(kwargs)),
+            lambda: _called(losses, self._samples.bare((batch, kwargs))),
             chosen=self._blocks,
             watch=watch,
         )
@@ -614,6 +622,12 @@ def _check_budget(budget: float | None, **instead: Any) -> float | None:
             f"Received: budget={budget!r}, {listed}."
         )
     return validation.positive("budget", budget)
+
+
+def _called(losses: LossFunction, batch: Batch) -> Any:
+    """Return what `losses` returns for a batch."""
+    args, kwargs = batch
+    return losses(*args, **kwargs)
 
 
 def _check_losses(losses: Any) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from esam_core import ESAMConfig, ESAMValueError, Mask, NonFiniteError, StepReport, selectors
 from esam_core.units import Unit
-from esam_torch import batch as batches
 from esam_torch.ascent import ascent_gradients
+from esam_torch.batch import Batch, Samples
+from esam_torch.containers import detached
 from esam_torch.devices import placed
 from esam_torch.guards import Buffers, Gradients, RandomState, Weights, statistics_layers
 from esam_torch.losses import LossFunction, per_sample
@@ -45,6 +46,7 @@ class Step:
         shards: what FSDP2 has made of the model, or None where nothing is sharded.
         descend: what back-propagates the descent's loss, where a trainer does it in its own way,
             its scaling included; or None.
+        samples: takes samples out of the batch.
         watch_rounding: whether to measure how much of the perturbation rounds away.
         stale: gradients that only an error before the last backward would bring back.
 
@@ -61,6 +63,7 @@ class Step:
     prefix: Prefix | None = None
     shards: Shards | None = None
     descend: Callable[[Tensor], Any] | None = None
+    samples: Samples = field(default_factory=Samples)
     watch_rounding: bool = False
     stale: list[Any] = field(default_factory=list)
     rounded: Tensor | None = field(default=None, init=False)
@@ -115,9 +118,9 @@ class Step:
 
     # -- passes ---------------------------------------------------------------------------------
 
-    def _base_step(self, losses: LossFunction, batch: Any) -> StepReport:
+    def _base_step(self, losses: LossFunction, batch: Batch) -> StepReport:
         """Nothing is perturbed: forward and backward of the whole batch, and no more."""
-        values, rest = self._forward(losses, batches.unwrapped(batch))
+        values, rest = self._forward(losses, self.samples.bare(batch))
         self._checked_size(batch, len(values))
         total = values.mean()
         if self.config.on_nonfinite != "propagate":  # what is looked for, is looked for in `.grad`
@@ -129,7 +132,7 @@ class Step:
         """Passes 2 to 6 of the step."""
         with unsynchronised(self.model):
             with self._recording():
-                values, rest = self._forward(losses, batches.unwrapped(batch))
+                values, rest = self._forward(losses, self.samples.bare(batch))
             after_forward = RandomState(p.tensor.device for p in self.parameters)
             at_theta = Buffers(self.model)
             b = len(values)
@@ -169,7 +172,7 @@ class Step:
         return self._report(before, after, selected, ascent, rest)
 
     def _forward(
-        self, losses: LossFunction, batch: Any, expected: int | None = None
+        self, losses: LossFunction, batch: Batch, expected: int | None = None
     ) -> tuple[Tensor, Any]:
         """Return (b,) losses with their graph, and what else the user's function returned."""
         args, kwargs = batch
@@ -177,7 +180,7 @@ class Step:
         # between passes: of other weights, or of the same without a graph.
         torch.clear_autocast_cache()
         values, rest = per_sample(losses(*args, **kwargs), expected=expected)
-        rest = batches.detached(rest)  # or a kept report would keep the graph
+        rest = detached(rest)  # or a kept report would keep the graph
         if torch.is_grad_enabled() and not values.requires_grad:
             raise ESAMValueError(
                 "`losses` must depend on the model's parameters. Received: losses without a graph. "
@@ -227,7 +230,7 @@ class Step:
             others=others,
         )
 
-    def _selection(self, losses: LossFunction, batch: Any, b: int) -> Tensor:
+    def _selection(self, losses: LossFunction, batch: Batch, b: int) -> Tensor:
         """Return the (b,) losses at theta + epsilon; builds no graph."""
         with (
             torch.no_grad(),
@@ -235,22 +238,22 @@ class Step:
             self._replaying(),
             noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
         ):
-            values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
+            values, _ = self._forward(losses, self.samples.bare(batch), expected=b)
         return values.clone()
 
     def _descent(
-        self, losses: LossFunction, batch: Any, b: int, selected: Selected | None, finite: Tensor
+        self, losses: LossFunction, batch: Batch, b: int, selected: Selected | None, finite: Tensor
     ) -> None:
         """Add the gradient of the weighted losses of the selected samples at theta + epsilon."""
         if selected is None:
             with self._replaying():
-                values, _ = self._forward(losses, batches.unwrapped(batch), expected=b)
+                values, _ = self._forward(losses, self.samples.bare(batch), expected=b)
             total = values.mean()
         else:
             k = len(selected.indices)
             with _running_statistics(self.model, when=k == 1):
-                part = batches.take(batch, selected.indices, b)
-                with noted(batches.taken(batch, k, b), Exception):
+                part = self.samples.take(batch, selected.indices, b)
+                with noted(self.samples.note(batch, k, b), Exception):
                     values, _ = self._forward(losses, part, expected=k)
                 total = (selected.weights * values).sum()
         # What was not finite must be seen in `.grad`, even if the selected samples are harmless.
@@ -268,10 +271,11 @@ class Step:
         """Return the context of the one later forward on the whole batch."""
         return contextlib.nullcontext() if self.prefix is None else self.prefix.replaying()
 
-    def _checked_size(self, batch: Any, b: int) -> int:
+    def _checked_size(self, batch: Batch, b: int) -> int:
         """Return k, the number of samples to select, of a batch that has b losses."""
         k = selectors.subset_size(self.config.select.gamma, b)
-        batches.check_rows(batch, b, selecting=k < b)
+        if k < b:
+            self.samples.check(batch, b)
         return k
 
     def _go_back(self) -> None:

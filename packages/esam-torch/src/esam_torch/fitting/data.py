@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_torch.batch import Whole, mapped
+from esam_torch.containers import INSIDE, is_tensor_collection, mapped
+from esam_torch.marks import Rows, Whole
 
 __all__ = ["Arguments", "arguments", "chosen_device", "groups_of", "moved"]
 
@@ -28,12 +29,14 @@ def chosen_device(device: torch.device | str) -> torch.device:
 def moved(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on a device; from pinned memory without waiting."""
 
-    def leaf(x: Any) -> Any:
-        if isinstance(x, Whole):
-            return Whole(moved(x.value, device))
-        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+    def visit(x: Any, _: str) -> Any:
+        if isinstance(x, Rows | Whole):
+            return type(x)(moved(x.value, device))
+        if isinstance(x, Tensor):
+            return x.to(device, non_blocking=True)
+        return x.to(device) if is_tensor_collection(x) else INSIDE
 
-    return mapped(batch, leaf)
+    return mapped(batch, visit)
 
 
 def arguments(batch: Any) -> Arguments:

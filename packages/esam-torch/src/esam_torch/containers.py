@@ -1,0 +1,167 @@
+"""Walking through containers: tuples, lists, mappings and records, of any library."""
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from esam_core import ESAMTypeError
+
+__all__ = [
+    "INSIDE",
+    "detached",
+    "is_container",
+    "is_record",
+    "is_tensor_collection",
+    "mapped",
+    "parts",
+]
+
+#: What a visitor returns to be asked for the parts of a container, one by one.
+INSIDE: Any = object()
+
+
+def mapped(
+    tree: Any, visit: Callable[[Any, str], Any], path: str = "batch", *, strict: bool = True
+) -> Any:
+    """Return a nest of containers with other things in it; itself where nothing is changed.
+
+    Args:
+        tree: anything.
+        visit: gets each node and its place, such as `batch[0]['x']`; returns what comes there, or
+            INSIDE to be asked for the parts of the node. A node without parts then stays.
+        path: the place of `tree`.
+        strict: whether to refuse a container that cannot be made anew. If not, it stays.
+
+    Raises:
+        ESAMTypeError: `strict`, and a container of another library cannot be made anew.
+    """
+    found = visit(tree, path)
+    if found is not INSIDE:
+        return found
+    inside = parts(tree)
+    if inside is None:
+        return tree
+    values = [mapped(value, visit, path + place, strict=strict) for place, value in inside]
+    if all(new is old for new, (_, old) in zip(values, inside, strict=True)):
+        return tree
+    twin = _rebuilt(tree, inside, values)
+    if twin is not None:
+        return twin
+    if not strict:
+        return tree
+    raise ESAMTypeError(
+        f"`{path}` is a {type(tree).__name__}, of which no copy with other values can be made. "
+        "Pass its values as arguments of their own, or give ESAM "
+        "take=function(batch, indices), which returns the selected samples."
+    )
+
+
+def detached(tree: Any) -> Any:
+    """Return the same nest with every tensor cut off from its graph; unknown things stay."""
+
+    def visit(x: Any, _: str) -> Any:
+        return x.detach() if isinstance(x, Tensor) or is_tensor_collection(x) else INSIDE
+
+    return mapped(tree, visit, strict=False)
+
+
+def is_record(x: Any) -> bool:
+    """Return whether something is a tuple whose places have names."""
+    return isinstance(x, tuple) and (hasattr(x, "_fields") or hasattr(x, "n_sequence_fields"))
+
+
+def is_tensor_collection(x: Any) -> bool:
+    """Return whether something is a TensorDict or a tensorclass, with a batch size of its own."""
+    return (isinstance(x, Mapping) or _is_dataclass(x)) and isinstance(
+        getattr(x, "batch_size", None), torch.Size
+    )
+
+
+def _is_dataclass(x: Any) -> bool:
+    """Return whether something is an instance of a dataclass."""
+    return dataclasses.is_dataclass(x) and not isinstance(x, type)
+
+
+def is_container(x: Any) -> bool:
+    """Return whether something has parts: a tuple, list, mapping or dataclass of any kind."""
+    if isinstance(x, PackedSequence | torch.Size | nn.Module) or is_tensor_collection(x):
+        return False
+    return isinstance(x, tuple | list | Mapping | UserDict) or _is_dataclass(x)
+
+
+def parts(tree: Any) -> list[tuple[str, Any]] | None:
+    """Return the places and values inside a container, or None for anything else.
+
+    Containers are tuples, lists, mappings and dataclasses, and named or derived kinds of those.
+    """
+    if not is_container(tree):
+        return None
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return [(f".{name}", value) for name, value in zip(tree._fields, tree, strict=True)]
+    if isinstance(tree, tuple | list):
+        return [(f"[{i}]", value) for i, value in enumerate(tree)]
+    if _is_dataclass(tree):
+        # ModelOutput is a mapping as well, and keeps its items in step with its attributes.
+        return [(f".{name}", getattr(tree, name)) for name in _attributes(tree)]
+    if isinstance(tree, UserDict):
+        # Its items, and what else it carries (the encodings of a tokenizer, say).
+        return [("" if name == "data" else f".{name}", x) for name, x in vars(tree).items()]
+    return [(f"[{key!r}]", tree[key]) for key in tree]
+
+
+def _attributes(record: Any) -> list[str]:
+    """Return the names of a dataclass's fields and of whatever else it has been given."""
+    fields = [f.name for f in dataclasses.fields(record) if hasattr(record, f.name)]
+    return list(dict.fromkeys([*fields, *getattr(record, "__dict__", ())]))
+
+
+def _rebuilt(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
+    """Return a container of the same type with other values, or None if that fails."""
+    if type(tree) is tuple:
+        return tuple(values)
+    if type(tree) is list:
+        return values
+    if type(tree) is dict:
+        return dict(zip(tree, values, strict=True))
+    try:
+        twin = _rebuilt_other(tree, inside, values)
+        found, kept = parts(twin), parts(tree)
+    except Exception:  # whatever a constructor or a setter of another library raises
+        return None
+    if kept is None or any(a is not b for (_, a), (_, b) in zip(kept, inside, strict=True)):
+        # The copy shares its store with the original, which must not change.
+        if hasattr(tree, "update"):
+            tree.update({key: old for key, (_, old) in zip(list(tree), inside, strict=True)})
+        return None
+    right = found is not None and [id(x) for _, x in found] == [id(x) for x in values]
+    return twin if right else None
+
+
+def _rebuilt_other(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
+    """Return a container of a type of another's making with other values."""
+    if isinstance(tree, tuple):
+        return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)
+    if isinstance(tree, Mapping) and not (_is_dataclass(tree) or isinstance(tree, UserDict)):
+        items = dict(zip(tree, values, strict=True))
+        if not hasattr(tree, "update"):  # a read-only mapping
+            return type(tree)(items)  # type: ignore[call-arg]
+        same: Any = copy.copy(tree)  # keeps whatever else it carries
+        same.update(items)
+        return same
+    twin: Any = copy.copy(tree)
+    if isinstance(tree, list):
+        twin[:] = values
+        return twin
+    names = list(vars(tree)) if isinstance(tree, UserDict) else _attributes(tree)
+    frozen = _is_dataclass(tree) and tree.__dataclass_params__.frozen
+    put = object.__setattr__ if frozen else setattr  # frozen ones too: the copy is nobody's yet
+    for name, (_, old), new in zip(names, inside, values, strict=True):
+        if new is not old:
+            put(twin, name, new)
+    return twin

@@ -1,0 +1,85 @@
+"""Picking the entries of the selected samples from tensors, arrays, lists and other sequences."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esam_core import ESAMTypeError
+from esam_torch.devices import placed
+from esam_torch.marks import WAYS_OUT, Whole
+
+__all__ = ["Index", "described", "entries", "items"]
+
+
+class Index:
+    """The (k,) indices of the selected samples, as each kind of sequence wants them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @functools.cached_property
+    def host(self) -> list[int]:
+        """The indices as numbers. On another device than the CPU the host waits for them."""
+        return list(map(int, self.tensor.tolist()))
+
+    @property
+    def array(self) -> Any:
+        """The indices as a NumPy array."""
+        return np.asarray(self.host, dtype=np.intp)
+
+
+def described(x: Any) -> str:
+    """Return a few words on a value: its type, and its shape or length."""
+    if isinstance(x, Whole):
+        return f"{described(x.value)}, marked"
+    name = type(x).__name__
+    if isinstance(x, Tensor | np.ndarray):
+        return f"{name} of shape {tuple(x.shape)}"
+    if isinstance(x, list | tuple):
+        kinds = {type(item).__name__ for item in x}
+        of = f" of {kinds.pop()}" if len(kinds) == 1 else ""
+        return f"{name}{of}, length {len(x)}"
+    return name
+
+
+def items(x: Any, index: Index) -> Any:
+    """Return the selected items of a list or tuple, in one of the same type."""
+    chosen = [x[i] for i in index.host]
+    return chosen if type(x) is list else type(x)(chosen)
+
+
+def entries(x: Any, index: Index) -> Any:
+    """Return the selected rows of a tensor or array, or entries of another sequence.
+
+    Raises:
+        ESAMTypeError: it cannot be indexed by a tensor, an array or a list.
+    """
+    if isinstance(x, Tensor):
+        return x.index_select(0, placed(index.tensor, x.device))
+    if isinstance(x, np.ndarray):
+        return x[index.array]
+    if hasattr(x, "iloc"):  # a pandas object: its own [] looks for labels
+        return x.iloc[index.host]
+    device = getattr(x, "device", None)
+    tensor = index.tensor if isinstance(device, torch.device) else index.tensor.cpu()
+    if isinstance(device, torch.device):
+        tensor = placed(index.tensor, device)
+    for form in (tensor, index.array, index.host):
+        try:
+            part = x[form]
+            if isinstance(part, list) and hasattr(x, "from_data_list"):  # graphs of PyG
+                names = [name.removesuffix("_batch") for name in x.keys()]  # noqa: SIM118
+                part = x.from_data_list(part, [name for name in names if f"{name}_batch" in x])
+            if isinstance(part, type(x)) and len(part) == len(index):
+                return part
+        except Exception:  # whatever an object raises that does not know this kind of index
+            continue
+    raise ESAMTypeError(
+        f"{type(x).__name__} cannot be indexed by a tensor, an array or a list. {WAYS_OUT}"
+    )

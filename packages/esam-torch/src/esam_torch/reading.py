@@ -1,0 +1,308 @@
+"""How each value of a batch is read: as one entry per sample, as a container, or as a whole.
+
+What is a sample is declared or certain. A tensor with one row per sample has samples in its rows,
+a list with one item per sample in its items. Where there are two ways to read a value, the batches
+before decide, which were of another size as a rule; without those it is refused by name.
+"""
+
+import enum
+import functools
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from numbers import Number
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.containers import is_container, is_record, is_tensor_collection, parts
+from esam_torch.entries import described
+from esam_torch.marks import WAYS_OUT, Rows, Whole
+
+__all__ = ["Reader", "Reading"]
+
+#: Up to so many numbers in a list are sizes or coefficients as often as one number per sample; up
+#: to so many tensors may be a record of things of several kinds.
+_SHORT = 4
+
+#: What holds no samples, whatever its length.
+_PLAIN = (
+    *(type(None), Number, str, bytes, type, AbstractSet, np.generic, enum.Enum),
+    *(torch.Size, torch.dtype, torch.device, torch.Generator, nn.Module),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
+)
+
+
+class Reading(enum.Enum):
+    """One way to read a value."""
+
+    ROWS = "one row or entry per sample"
+    ITEMS = "one item per sample"
+    PARTS = "a container, whose parts are read one by one"
+    WHOLE = "the same for all samples"
+
+
+class Reader:
+    """Reads the values of one batch.
+
+    Args:
+        b: the number of samples.
+        before: how values were read in earlier batches: by their place and kind.
+
+    Attributes:
+        learned: what this batch adds to that.
+        apart: (place, value) of all that has an entry for each sample.
+        whole: (place, value) of all that is the same for all samples.
+    """
+
+    def __init__(self, b: int, before: Mapping[tuple[str, str], Reading]) -> None:
+        self.b = b
+        self.before = before
+        self.learned: dict[tuple[str, str], Reading] = {}
+        self.apart: list[tuple[str, Any]] = []
+        self.whole: list[tuple[str, Any]] = []
+
+    def read(self, x: Any, path: str, *, declared: bool = False) -> Reading:
+        """Return how a value is read.
+
+        Args:
+            x: the value, not marked.
+            path: its place in the batch.
+            declared: whether the user has written `Rows` around it.
+
+        Raises:
+            ESAMTypeError: it cannot be read with certainty, or no samples can be taken from it.
+            ESAMValueError: it has another number of entries than it must have.
+        """
+        found = self._declared(x, path) if declared else self._found(x, path)
+        if found in (Reading.ROWS, Reading.ITEMS):
+            self.apart.append((path, x))
+        elif found is Reading.WHOLE:
+            self.whole.append((path, x))
+        return found
+
+    def _found(self, x: Any, path: str) -> Reading:
+        """Return how a value is read that the user has not marked."""
+        if isinstance(x, Tensor | np.ndarray):
+            return self._table(x, path)
+        if isinstance(x, PackedSequence):
+            self._refuse_ragged(x, path)
+        if isinstance(x, _PLAIN):
+            return Reading.WHOLE
+        if isinstance(x, list | tuple) and not is_record(x):
+            return self._list(x, path)
+        if is_tensor_collection(x):
+            return self._collection(x, path)
+        if is_container(x):
+            return Reading.PARTS
+        return self._object(x, path)
+
+    def _declared(self, x: Any, path: str) -> Reading:
+        """Return how a value is read that the user has marked with `Rows`."""
+        if x is None:
+            return Reading.WHOLE
+        if isinstance(x, PackedSequence) or getattr(x, "is_nested", False):
+            self._refuse_ragged(x, path)
+        simple = isinstance(x, list | tuple) and not is_record(x)
+        if is_container(x) and not simple:
+            return Reading.PARTS
+        length = None if isinstance(x, _PLAIN) else _length(x)
+        if length != self.b:
+            raise ESAMValueError(
+                f"`{path}` must have one entry per sample, since it is marked with Rows. "
+                f"Received: {described(x)}, and {self.b} losses."
+            )
+        return Reading.ITEMS if simple else Reading.ROWS
+
+    def _table(self, x: Any, path: str) -> Reading:
+        """Return how a tensor or an array is read."""
+        if getattr(x, "is_nested", False):
+            self._refuse_ragged(x, path)
+        length = len(x) if x.ndim else 1
+        if length == 1:  # no row for each of several samples, and the same for all by broadcasting
+            return Reading.WHOLE
+        before = self.before.get((path, "table"))
+        if before is Reading.ROWS and length != self.b:
+            self._refuse_changed(x, path)
+        if before is not None:
+            return before
+        if length != self.b:
+            return self._learn(path, "table", Reading.WHOLE)
+        if isinstance(x, nn.Parameter):
+            self._refuse_ambiguous(x, path, "one row per sample", "a parameter that all share")
+        return self._learn(path, "table", Reading.ROWS)
+
+    def _list(self, x: Sequence[Any], path: str) -> Reading:
+        """Return how a list or a tuple is read."""
+        if any(isinstance(item, Rows | Whole) for item in x):
+            return Reading.PARTS
+        if len(x) < 2:
+            return Reading.PARTS
+        before = self.before.get((path, "list"))
+        if before is Reading.ITEMS and len(x) != self.b:
+            self._refuse_changed(x, path)
+        if before is not None:
+            return before
+        found = self._list_of_b if len(x) == self.b else self._list_of_others
+        return self._learn(path, "list", found(x, path))
+
+    def _list_of_b(self, x: Sequence[Any], path: str) -> Reading:
+        """Return how a list with as many items as there are samples is read.
+
+        A list of samples holds things of one kind. If each of them has b rows, it may as well be a
+        container of tensors with one row per sample; and if some have, and they are of several
+        kinds, a record.
+        """
+        known = [item for item in x if item is not None]
+        if len(x) <= _SHORT and known and all(_is_number(item) for item in known):
+            self._refuse_ambiguous(x, path, "one number per sample", "numbers that all share")
+        rows = [self._holds_rows(item) for item in known]
+        if all(rows) and known and not _alike(known):
+            return Reading.PARTS
+        if any(rows) and (all(rows) or not _alike(known)):
+            self._refuse_ambiguous(
+                x, path, "one item per sample", "a container of things with one row per sample each"
+            )
+        return Reading.ITEMS
+
+    def _list_of_others(self, x: Sequence[Any], path: str) -> Reading:
+        """Return how a list with more or fewer items than there are samples is read."""
+        if not all(isinstance(item, Tensor | np.ndarray) and item.ndim for item in x):
+            return Reading.PARTS
+        rows = [self._holds_rows(item) for item in x]
+        if not any(rows):
+            return Reading.WHOLE
+        if len(x) > _SHORT and not all(rows) and _alike(x):
+            one = f"{sum(rows)} of its tensors have one row per sample"
+            self._refuse_ambiguous(x, path, one, "tensors of several lengths that all share")
+        return Reading.PARTS
+
+    def _collection(self, x: Any, path: str) -> Reading:
+        """Return how a TensorDict or a tensorclass is read: by its own batch size."""
+        size = x.batch_size
+        before = self.before.get((path, "object"))
+        length = size[0] if size else 1
+        if before is Reading.ROWS and length != self.b:
+            self._refuse_changed(x, path)
+        if before is not None:
+            return before
+        if length == self.b:
+            return self._learn(path, "object", Reading.ROWS)
+        if not size and any(self._holds_rows(value) for value in x.values(True, True)):
+            raise ESAMTypeError(
+                f"`{path}` must have a batch size, so that samples can be taken from it: "
+                f"batch_size=[{self.b}]. Received: a {type(x).__name__} with batch_size=[]."
+            )
+        return Reading.WHOLE if not size else self._learn(path, "object", Reading.WHOLE)
+
+    def _object(self, x: Any, path: str) -> Reading:
+        """Return how something of a type that is not known here is read."""
+        if isinstance(x, Iterator):
+            raise ESAMTypeError(
+                f"`{path}` can be read only once, and `losses` is called several times. Pass a "
+                f"list. Received: {type(x).__name__}."
+            )
+        length = _length(x)
+        before = self.before.get((path, "object"))
+        if before is Reading.ROWS and length != self.b:
+            self._refuse_changed(x, path)
+        if before is not None:
+            return before
+        if length == self.b:
+            return self._learn(path, "object", Reading.ROWS)
+        within = self._rows_within(x)
+        if within is not None:
+            raise ESAMTypeError(
+                f"`{path}` seems to hold samples, in `{within}`, and cannot be taken apart. "
+                f"{WAYS_OUT} Received: {described(x)}, and {self.b} losses."
+            )
+        return self._learn(path, "object", Reading.WHOLE)
+
+    # -- looking for rows -------------------------------------------------------------------------
+
+    def _holds_rows(self, x: Any, *, lists: bool = True) -> bool:
+        """Return whether something has b rows, or holds something that has.
+
+        Args:
+            x: anything.
+            lists: whether a list of length b counts as well.
+        """
+        if isinstance(x, Tensor | np.ndarray):
+            return bool(x.ndim) and len(x) == self.b
+        if isinstance(x, _PLAIN):
+            return False
+        if is_tensor_collection(x):
+            return bool(x.batch_size[:1] == (self.b,))
+        if lists and isinstance(x, list | tuple) and not is_record(x) and len(x) == self.b:
+            return True
+        return any(self._holds_rows(value, lists=lists) for _, value in parts(x) or ())
+
+    def _rows_within(self, x: Any, depth: int = 3) -> str | None:
+        """Return the name of an attribute of an object that is or holds a tensor with b rows."""
+        values: dict[str, Any] = {}
+        for slots in (getattr(cls, "__slots__", ()) for cls in type(x).__mro__):
+            names = (slots,) if isinstance(slots, str) else slots
+            values |= {name: getattr(x, name, None) for name in names}
+        values.update(getattr(x, "__dict__", {}))
+        for name, value in values.items():
+            if isinstance(value, (nn.Parameter, *_PLAIN)):
+                continue
+            if self._holds_rows(value, lists=False):
+                return name
+            within = self._rows_within(value, depth - 1) if depth else None
+            if within is not None:
+                return f"{name}.{within}"
+        return None
+
+    # -- remembering and refusing -----------------------------------------------------------------
+
+    def _learn(self, path: str, kind: str, reading: Reading) -> Reading:
+        """Return a reading that later batches are to follow."""
+        self.learned[path, kind] = reading
+        return reading
+
+    def _refuse_ambiguous(self, x: Any, path: str, one: str, other: str) -> NoReturn:
+        """Refuse what can be read in two ways."""
+        raise ESAMTypeError(
+            f"`{path}` can be read in two ways: {one}, or {other}. {WAYS_OUT} "
+            f"Received: {described(x)}, and {self.b} losses."
+        )
+
+    def _refuse_changed(self, x: Any, path: str) -> NoReturn:
+        """Refuse what had an entry for each sample in an earlier batch, and has not now."""
+        raise ESAMValueError(
+            f"`{path}` had one entry per sample in an earlier batch, and must have now. If that "
+            f"was by chance: {WAYS_OUT} Received: {described(x)}, and {self.b} losses."
+        )
+
+    def _refuse_ragged(self, x: Any, path: str) -> NoReturn:
+        """Refuse what holds sequences of several lengths in one tensor."""
+        raise ESAMTypeError(
+            f"`{path}` must hold samples that can be taken one by one. Received: a "
+            f"{type(x).__name__}. Pass the padded tensor and the lengths, and pack or nest them "
+            "within `losses`; or give ESAM take=function(batch, indices)."
+        )
+
+
+def _length(x: Any) -> int | None:
+    """Return the length of something, or None."""
+    try:
+        return len(x)
+    except Exception:  # no length, or one that cannot be told
+        return None
+
+
+def _is_number(x: Any) -> bool:
+    """Return whether something is a number, or a tensor or an array of no dimension."""
+    return isinstance(x, Number | np.generic) or (
+        isinstance(x, Tensor | np.ndarray) and x.ndim == 0
+    )
+
+
+def _alike(values: Sequence[Any]) -> bool:
+    """Return whether values are of one kind: of one type, tensors of one dtype and rank too."""
+    return len({(type(x), getattr(x, "dtype", None), getattr(x, "ndim", None)) for x in values}) < 2
