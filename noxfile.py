@@ -105,8 +105,8 @@ ADDITIONS = {
     "keras": ("-e", "packages/esam-keras"),
     "backends": ("tensorflow-cpu", "jax"),
     "trainers": (
-        *("accelerate", "lightning", "pytorch-optimizer", "schedulefree", "tensorboard", "tqdm"),
-        *("tensordict", "torch-geometric", "transformers"),
+        *("accelerate", "lightning", "peft", "pytorch-optimizer", "schedulefree", "skorch"),
+        *("tensorboard", "tensordict", "torch-geometric", "tqdm", "transformers"),
     ),
     "checks": ("mypy", "build", "twine"),
     "docs": ("sybil", "sphinx", "myst-parser", "furo", "sphinx-copybutton", "peft"),

@@ -290,39 +290,276 @@ def test_trainer_without_perturbation_is_the_trainer(transformers, smoothing):
     _same(ours.model, theirs.model, rtol=1e-4, atol=1e-5)
 
 
-def test_losses_of_tokens_are_those_of_the_model(transformers):
+def _batch(kind, n=4):
+    data = Sentences(kind)
+    return {key: torch.stack([data[i][key] for i in range(n)]) for key in data[0]}
+
+
+def _alone(model, batch):
+    """Return the model's own loss of a batch of each sample alone, (b,)."""
+    rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))]
+    return torch.stack([model(**row).loss for row in rows])
+
+
+@pytest.mark.parametrize("kind", ["classes", "number", "several", "causal"])
+def test_losses_are_the_models_own_of_each_sample(transformers, kind):
     from esam_torch.integrations.transformers import per_sample_losses
 
-    model = _language_model(transformers, "causal").eval()
-    data = Sentences("causal")
-    batch = {key: torch.stack([data[i][key] for i in range(4)]) for key in data[0]}
-    values = per_sample_losses(model, batch)
-    assert values.shape == (4,)
-    torch.testing.assert_close(values.mean(), model(**batch).loss)
-    batch["labels"] = batch["labels"].clone()
-    batch["labels"][2, 3:] = -100
-    alone = {key: value[2:3] for key, value in batch.items()}
-    torch.testing.assert_close(per_sample_losses(model, batch)[2], model(**alone).loss)
-    with pytest.raises(ValueError, match='"labels"'):
+    model, batch = _language_model(transformers, kind).eval(), _batch(kind)
+    if kind == "causal":
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][2, 3:] = -100
+    found = per_sample_losses(model, batch)
+    torch.testing.assert_close(found, _alone(model, batch))
+    torch.testing.assert_close(
+        found[1:3], per_sample_losses(model, {k: v[1:3] for k, v in batch.items()})
+    )
+    with pytest.raises(ValueError, match=r"must hold labels.*\['labels'\]"):
         per_sample_losses(model, {"input_ids": batch["input_ids"]})
 
 
-def test_smoothed_losses_are_those_of_the_trainer(transformers):
-    from transformers.trainer_pt_utils import LabelSmoother
-
+def test_tokens_count_the_same_on_demand(transformers):
     from esam_torch.integrations.transformers import per_sample_losses
 
-    for kind in ("classes", "causal"):
-        model = _language_model(transformers, kind).eval()
-        data = Sentences(kind)
-        batch = {key: torch.stack([data[i][key] for i in range(4)]) for key in data[0]}
-        found = per_sample_losses(model, batch, label_smoothing=0.2)
-        theirs = LabelSmoother(0.2)(model(**batch), batch["labels"], shift_labels=kind == "causal")
-        torch.testing.assert_close(found.mean(), theirs)
-    data = Sentences("number")
-    batch = {key: torch.stack([data[i][key] for i in range(4)]) for key in data[0]}
-    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0"):
-        per_sample_losses(_language_model(transformers, "number"), batch, label_smoothing=0.2)
+    model, batch = _language_model(transformers, "causal").eval(), _batch("causal")
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][2, 3:] = -100
+    tokens = (batch["labels"][:, 1:] != -100).sum(1).float()
+    found = per_sample_losses(model, batch, items_per_sample=tokens.mean())
+    torch.testing.assert_close(found.mean(), model(**batch).loss)
+    torch.testing.assert_close(found, _alone(model, batch) * tokens / tokens.mean())
+
+
+def test_a_sample_without_labels_has_the_loss_zero(transformers):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    model, batch = _language_model(transformers, "causal").eval(), _batch("causal")
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][1] = -100
+    found = per_sample_losses(model, batch)
+    assert found[1] == 0.0 and found.isfinite().all()
+
+
+def _lora(transformers):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(
+        r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True
+    )
+    return peft.get_peft_model(_language_model(transformers, "causal"), options)
+
+
+def _subclass(transformers):
+    class Mine(transformers.GPT2LMHeadModel):
+        pass
+
+    return Mine(_language_model(transformers, "causal").config)
+
+
+def _bart(transformers):
+    config = transformers.BartConfig(
+        vocab_size=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
+    return transformers.BartForCausalLM(config)  # whose labels are not shifted
+
+
+def _experts(transformers):
+    config = transformers.MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def _own_loss_function(transformers):
+    def halved(logits, labels, vocab_size, **_):
+        return 0.5 * F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
+    model = _language_model(transformers, "causal")
+    model.loss_function = halved
+    return model
+
+
+@pytest.mark.parametrize("make", [_lora, _subclass, _bart, _experts, _own_loss_function])
+def test_whatever_is_around_a_model_or_in_its_loss_is_kept(transformers, make):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    torch.manual_seed(0)
+    model, batch = make(transformers).eval(), _batch("causal")
+    outputs = model(**batch)
+    found = per_sample_losses(model, batch)
+    torch.testing.assert_close(found.mean(), outputs.loss)
+    if make is _experts:
+        auxiliary = 0.1 * outputs.aux_loss
+        assert auxiliary > 0.01
+        model.config.output_router_logits = False
+        found = found - auxiliary
+    torch.testing.assert_close(found, _alone(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "outputs"),
+    [
+        ("regression", torch.randn(4, 3), 3),
+        ("regression", torch.randn(4), 1),
+        ("multi_label_classification", torch.ones(4, 1), 1),
+        ("single_label_classification", torch.arange(4) % 2, 2),
+    ],
+)
+def test_problem_types_are_followed(transformers, kind, labels, outputs):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    config = _language_model(transformers, "classes").config
+    config.num_labels, config.problem_type = outputs, kind
+    model = transformers.DistilBertForSequenceClassification(config).eval()
+    batch = {**_batch("classes"), "labels": labels}
+    found = per_sample_losses(model, batch)
+    torch.testing.assert_close(found.mean(), model(**batch).loss)
+    torch.testing.assert_close(found, _alone(model, batch))
+
+
+def test_sums_of_a_batch_stay_sums(transformers):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    config = transformers.Wav2Vec2Config(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=[8],
+        conv_kernel=[10],
+        conv_stride=[5],
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    torch.manual_seed(0)
+    labels = torch.randint(1, 20, (4, 6))
+    labels[1, 3:] = -100
+    batch = {"input_values": torch.randn(4, 400), "labels": labels}
+    for reduction in ("sum", "mean"):
+        config.ctc_loss_reduction = reduction
+        model = transformers.Wav2Vec2ForCTC(config).eval()
+        found = per_sample_losses(model, batch)
+        torch.testing.assert_close(found.mean(), model(**batch).loss)
+        factor = 4 if reduction == "sum" else 1
+        torch.testing.assert_close(found, factor * _alone(model, batch))
+
+
+def test_losses_that_cannot_be_taken_per_sample_are_refused(transformers):
+    def loss_by_hand(logits, labels, **_):
+        return -logits.log_softmax(-1).gather(-1, labels[..., None]).mean()
+
+    def of_another_mean(logits, labels, vocab_size, **_):
+        return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1)).exp()
+
+    def branching(logits, labels, vocab_size, **_):
+        loss = F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+        return loss if loss > 0 else 2 * loss
+
+    for function, words in (
+        (loss_by_hand, "GPT2LMHeadModel cannot be taken per sample: it is not made of"),
+        (of_another_mean, "mean of the losses per sample must be the loss of GPT2LMHeadModel"),
+        (branching, "its code does not work with a loss of shape"),
+    ):
+        trainer = _trainer(transformers, "causal")
+        trainer.model.loss_function = function
+        before = copy.deepcopy(trainer.model.state_dict())
+        with pytest.raises(ValueError, match=f"{words}.*`ESAMTrainer.compute_losses`"):
+            trainer.train()
+        assert trainer.model.training
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+
+def test_the_first_check_changes_no_random_numbers(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Unchecked(ESAMTrainer):
+        def compute_losses(self, *args):
+            return super().compute_losses(*args)
+
+    trainers = [_trainer(transformers, "causal", cls=cls) for cls in (None, Unchecked)]
+    for trainer in trainers:  # GPT2 has dropout by default
+        transformers.set_seed(0)
+        trainer.train()
+    first, second = (list(t.model.parameters()) for t in trainers)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["classes", "causal"])
+def test_smoothed_losses_are_those_of_the_trainer(transformers, kind):
+    trainer = _trainer(transformers, kind, label_smoothing_factor=0.2)
+    model, batch = trainer.model.eval(), _batch(kind)
+    found = trainer.compute_losses(model, batch)
+    theirs = transformers.Trainer.compute_loss(trainer, model, dict(batch))
+    torch.testing.assert_close(found.mean(), theirs)
+    plain = _alone(model, batch)
+    assert found.shape == (4,) and not torch.allclose(found, plain)
+    trainer.label_smoother.epsilon = 0.0
+    torch.testing.assert_close(trainer.compute_losses(model, batch), plain)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_with_tokens_weighted_trainer_is_the_trainer(transformers, accumulate):
+    """rho = 0 and all samples: what Trainer itself does with samples of several lengths."""
+
+    class Ragged(Sentences):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            labels = row["labels"].clone()
+            labels[: i % 6] = -100
+            return {**row, "labels": labels}
+
+    def trained(token_weighted):
+        options = {"gradient_accumulation_steps": accumulate, "optim": "sgd"}
+        trainer = _trainer(
+            *(transformers, "causal", {"rho": 0.0, "select": All()}),
+            more={"token_weighted": token_weighted},
+            **options,
+        )
+        theirs = transformers.Trainer(
+            model=_language_model(transformers, "causal"), args=trainer.args
+        )
+        for each in (trainer, theirs):
+            each.train_dataset = Ragged("causal")
+            transformers.set_seed(0)
+            each.train()
+        return trainer.model, theirs.model
+
+    _same(*trained(True), rtol=1e-4, atol=1e-6)
+    with pytest.raises(AssertionError):
+        _same(*trained(False), rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_are_weighted_where_they_are_counted(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        def compute_losses(self, model, inputs):
+            return super().compute_losses(model, inputs)
+
+    with pytest.raises(ValueError, match="`token_weighted` must be False where `compute_losses`"):
+        _trainer(transformers, cls=Own, more={"token_weighted": True})
+    trainer = _trainer(transformers, more={"token_weighted": True})
+    trainer.model_accepts_loss_kwargs = False
+    with pytest.raises(ValueError, match="`token_weighted` must be False for this model"):
+        trainer.train()
 
 
 def test_losses_that_would_not_be_trained_with_are_refused(transformers):
@@ -332,18 +569,43 @@ def test_losses_that_would_not_be_trained_with_are_refused(transformers):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs)
 
-    class Both(Own):
-        def per_sample_losses(self, model, inputs):
-            return 2 * super().per_sample_losses(model, inputs)
-
-    with pytest.raises(TypeError, match="Received: `compute_loss` and no `per_sample_losses`"):
+    with pytest.raises(TypeError, match=r"in place of `compute_loss`.*Received: .* of Own"):
         _trainer(transformers, cls=Own)
-    more = {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.mean()}
-    with pytest.raises(TypeError, match="Received: `compute_loss_func` and no"):
-        _trainer(transformers, more=more)
-    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0 where"):
-        _trainer(transformers, cls=Both, label_smoothing_factor=0.1)
-    _trainer(transformers, cls=Both, more=more)
+
+
+def test_losses_of_ones_own_are_trained_with(transformers):
+    """By `compute_losses`, by `compute_loss_func`, by a Trainer with a `compute_loss`."""
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    weights = torch.tensor([1.0, 2.0, 4.0])
+
+    class Losses(ESAMTrainer):
+        def compute_losses(self, model, inputs):
+            logits = model(**inputs).logits
+            return F.cross_entropy(logits, inputs["labels"], weights, reduction="none")
+
+    def weighted(outputs, labels, **_):
+        return F.cross_entropy(outputs.logits, labels, weights, reduction="sum") / len(labels)
+
+    class WithLoss(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            loss = weighted(outputs, inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    class Both(ESAMTrainer, WithLoss):
+        pass
+
+    trainers = [
+        _trainer(transformers, cls=Losses),
+        _trainer(transformers, more={"compute_loss_func": weighted}),
+        _trainer(transformers, cls=Both),
+    ]
+    for trainer in trainers:
+        transformers.set_seed(0)
+        trainer.train()
+    for trainer in trainers[1:]:
+        _same(trainer.model, trainers[0].model)
 
 
 def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):

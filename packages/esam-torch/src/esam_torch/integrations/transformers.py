@@ -3,78 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from esam_core import ESAMTypeError, ESAMValueError, RunningMeans
 from esam_torch.integrations.accelerate import check_skipping, descending, esam_in
+from esam_torch.integrations.model_losses import (
+    check_mean,
+    labels_of,
+    losses_by_row,
+    per_sample_losses,
+)
+from esam_torch.integrations.row_losses import RowLosses
 from esam_torch.optimizer import ESAM
-from esam_torch.units import bare_model
 
 __all__ = ["ESAMTrainer", "per_sample_losses"]
-
-_IGNORED = -100  # the label of tokens that do not count, in every model of the library
-
-
-def per_sample_losses(
-    model: nn.Module, inputs: Mapping[str, Any], *, label_smoothing: float = 0.0
-) -> Tensor:
-    """Return one loss a sample from a model's logits and the batch's labels.
-
-    Classes: cross-entropy. One number: squared error. Several yes/no labels: their mean binary
-    cross-entropy. Tokens: the mean cross-entropy of the sample's own tokens, so that each sample
-    counts the same, whatever its length.
-
-    Args:
-        model: a model of the library, called with the batch.
-        inputs: the batch, with "labels".
-        label_smoothing: share of the target that is spread over all classes or tokens, in [0, 1).
-            Default 0.
-
-    Raises:
-        ESAMValueError: there are no labels, or none of the above fits, or labels that are not
-            classes or tokens are to be smoothed.
-    """
-    labels = inputs.get("labels")
-    if not isinstance(labels, Tensor):
-        raise ESAMValueError(
-            'The batch must hold "labels"; else override ESAMTrainer.per_sample_losses. '
-            f"Received: {sorted(inputs)}."
-        )
-    outputs = model(**inputs)
-    logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-    logits = logits.float()
-    if not labels.is_floating_point():
-        if labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1:
-            return F.cross_entropy(
-                logits, labels, label_smoothing=label_smoothing, reduction="none"
-            )
-        if labels.dim() == 2 and logits.dim() == 3:
-            if type(bare_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            values = F.cross_entropy(
-                logits.transpose(1, 2),
-                labels,
-                ignore_index=_IGNORED,
-                label_smoothing=label_smoothing,
-                reduction="none",
-            )
-            return values.sum(1) / (labels != _IGNORED).sum(1).clamp_min(1)
-    elif label_smoothing:
-        raise ESAMValueError(
-            "`label_smoothing_factor` must be 0 where labels are not classes or tokens. "
-            f"Received: label_smoothing_factor={label_smoothing}."
-        )
-    elif labels.shape == logits.shape and labels.dim() == 2 and labels.shape[1] > 1:
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
-    elif labels.numel() == logits.numel() == len(labels):
-        return F.mse_loss(logits.reshape(-1), labels.reshape(-1).float(), reduction="none")
-    raise ESAMValueError(
-        "ESAMTrainer.per_sample_losses must be overridden for this model. Received: logits of "
-        f"shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}."
-    )
 
 
 class ESAMTrainer(Trainer):
@@ -83,51 +27,51 @@ class ESAMTrainer(Trainer):
     Everything else is the Trainer's: arguments, accumulation, clipping, mixed precision,
     schedules, several GPUs, checkpoints.
 
+    The losses per sample come from the loss that Trainer itself would compute: the model's `.loss`,
+    the one of smoothed labels, or `compute_loss_func`; see `per_sample_losses`. In the first
+    training step their mean is compared with that loss. Where it cannot be taken per sample,
+    override `compute_losses`.
+
     Args:
         *args: as for `Trainer`.
         esam: keyword arguments of `ESAM`, such as `{"rho": 0.05, "gamma": 0.5}`. Default none.
+        token_weighted: True: each token counts the same, as with `Trainer`. False (default): each
+            sample counts the same, and its loss is the mean over its own tokens.
         **kwargs: as for `Trainer`.
 
-    Override `per_sample_losses` where the one for labels and logits does not fit; it has the place
-    that `compute_loss` and `compute_loss_func` have with `Trainer`. Differs from `Trainer`: losses
-    are averaged over samples and not over tokens, and the sharpness is logged.
-
     Raises:
-        ESAMTypeError: a loss of one number is given, by `compute_loss_func` or by an overridden
-            `compute_loss`, and `per_sample_losses` is not overridden.
-        ESAMValueError: `label_smoothing_factor` is given and `per_sample_losses` overridden.
+        ESAMTypeError: `compute_loss` is overridden in a subclass. Override `compute_losses`, or put
+            the class that has it after `ESAMTrainer` in the bases.
+        ESAMValueError: `token_weighted` with a `compute_losses` of your own, or, in training, with
+            a model that does not take `num_items_in_batch`.
 
     Example:
         `trainer = ESAMTrainer(model, arguments, train_dataset=data, esam={"rho": 0.05})`
     """
 
-    def __init__(self, *args: Any, esam: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        esam: Mapping[str, Any] | None = None,
+        token_weighted: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self._esam = dict(esam or {})
+        self._token_weighted = token_weighted
+        self._checked = False
         self._means = RunningMeans(("sharpness",))  # since the last time that it was logged
         super().__init__(*args, **kwargs)
-        self._check_losses()
-
-    def _check_losses(self) -> None:
-        """Refuse losses that the training would not use."""
-        if type(self).per_sample_losses is not ESAMTrainer.per_sample_losses:
-            if self.args.label_smoothing_factor:
-                raise ESAMValueError(
-                    "`label_smoothing_factor` must be 0 where `per_sample_losses` is overridden, "
-                    "which can smooth labels itself. "
-                    f"Received: label_smoothing_factor={self.args.label_smoothing_factor}."
-                )
-            return
-        given = {
-            "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
-            "compute_loss": type(self).compute_loss is not Trainer.compute_loss,
-        }
-        for name, refused in given.items():
-            if refused:
-                raise ESAMTypeError(
-                    "`per_sample_losses` must be overridden: ESAM needs one loss a sample, and "
-                    f"`{name}` returns one a batch, which would be for evaluation alone. "
-                    f"Received: `{name}` and no `per_sample_losses`."
-                )
+        if token_weighted and type(self).compute_losses is not ESAMTrainer.compute_losses:
+            raise ESAMValueError(
+                "`token_weighted` must be False where `compute_losses` is overridden, which can "
+                "weight samples itself. Received: token_weighted=True."
+            )
+        if type(self).compute_loss is not ESAMTrainer.compute_loss:
+            raise ESAMTypeError(
+                "`compute_losses` must be overridden in place of `compute_loss`: ESAM needs one "
+                "loss per sample, (b,). Or derive from (ESAMTrainer, a Trainer with your "
+                f"`compute_loss`). Received: a `compute_loss` of {type(self).__name__}."
+            )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap the Trainer's optimizer in an `ESAM`."""
@@ -138,26 +82,91 @@ class ESAMTrainer(Trainer):
             self.optimizer = ESAM(base, model, **self._esam)
         return self.optimizer
 
-    def per_sample_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """Return one loss a sample, (b,). Default: `per_sample_losses` of this module."""
-        smoother = self.label_smoother  # None for several yes/no labels, of which Trainer warns
-        smoothing = 0.0 if smoother is None else float(smoother.epsilon)
-        return per_sample_losses(model, inputs, label_smoothing=smoothing)
+    def compute_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """Return one loss per sample, (b,). Default: the Trainer's own loss, taken per sample.
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        Args:
+            model: the model, as the Trainer has wrapped it.
+            inputs: the batch, or a part of it.
+        """
+        return self._own_losses(model, inputs)
+
+    def _own_losses(
+        self, model: nn.Module, inputs: Mapping[str, Any], items_per_sample: Any = None
+    ) -> Tensor:
+        """Return the Trainer's own loss, taken per sample: (b,)."""
+        rows = RowLosses(labels_of(inputs, self.label_names), items_per_sample=items_per_sample)
+        return losses_by_row(lambda rows: self._mean_loss(model, inputs, rows), rows, model)
+
+    def _mean_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], rows: RowLosses | None
+    ) -> Any:
+        """Return the Trainer's own loss of a batch; per sample while `rows` are active."""
+        smoother: Any = self.label_smoother
+        if rows is not None and smoother is not None:
+            rowwise: Any = _SmoothedRows(smoother, rows)
+            self.label_smoother = rowwise
+        try:
+            return super().compute_loss(model, dict(inputs))
+        finally:
+            self.label_smoother = smoother
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss as Trainer does: what is evaluated."""
+        return super().compute_loss(*args, **kwargs)
+
+    def _check_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Compare the mean of the losses per sample with the Trainer's own loss, once."""
+        if self._checked or type(self).compute_losses is not ESAMTrainer.compute_losses:
+            return
+        labels = labels_of(inputs, self.label_names)
+        with self.compute_loss_context_manager():
+            check_mean(lambda rows: self._mean_loss(model, inputs, rows), labels, model)
+        self._checked = True
+
+    def _items_per_sample(self, inputs: Mapping[str, Any], items: Any) -> Any:
+        """Return what a sample's sum over its tokens is divided by: None, its own number of tokens.
+
+        Args:
+            inputs: the batch.
+            items: the number of tokens in all accumulated batches (of all processes), or None.
+        """
+        if not self._token_weighted:
+            return None
+        if items is None:
+            raise ESAMValueError(
+                "`token_weighted` must be False for this model: Trainer counts tokens for models "
+                "alone that take `num_items_in_batch`. Received: token_weighted=True."
+            )
+        samples = len(labels_of(inputs, self.label_names)[0])
+        if self.args.average_tokens_across_devices:
+            samples *= self.args.world_size  # as Trainer does: gradients are averaged over them
+        return items / samples
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **_: Any
+    ) -> Tensor:
         """Add ESAM's gradient of a batch; return its mean loss."""
         model.train()
         esam = esam_in(self.optimizer)
         esam.train()
         esam.model, esam.scaler = model, self.accelerator.scaler
         inputs = self._prepare_inputs(inputs)
+        items = self._items_per_sample(inputs, num_items_in_batch)
         whole: Any = getattr(self, "current_gradient_accumulation_steps", None)
         micro_batches = whole or self.args.gradient_accumulation_steps
+        if items is not None:
+            micro_batches = 1  # tokens of all of them are counted already
+        self._check_losses(model, inputs)
         check_skipping(esam, self.args.world_size, self.args.gradient_accumulation_steps)
 
         def losses(batch: Mapping[str, Any]) -> Any:
             with self.compute_loss_context_manager():
-                return self.per_sample_losses(model, batch)
+                return (
+                    self.compute_losses(model, batch)
+                    if items is None
+                    else self._own_losses(model, batch, items)
+                )
 
         def descend(total: Tensor) -> None:
             self.accelerator.backward(total / micro_batches)
@@ -174,3 +183,35 @@ class ESAMTrainer(Trainer):
             logs = {**logs, **self._means.result()}
             self._means.reset()
         super().log(logs, *args, **kwargs)
+
+
+class _SmoothedRows:
+    """The Trainer's `LabelSmoother`, called with each sample for itself.
+
+    Args:
+        smoother: the Trainer's.
+        rows: says what a sample's sum is divided by.
+    """
+
+    def __init__(self, smoother: Any, rows: RowLosses) -> None:
+        self._smoother = smoother
+        self._rows = rows
+
+    def __call__(
+        self, outputs: Any, labels: Tensor, shift_labels: bool = False, **_: Any
+    ) -> Tensor:
+        """Return one smoothed loss per sample, (b,)."""
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        counted = (labels[..., 1:] if shift_labels else labels) != self._smoother.ignore_index
+        divisors = self._rows.divisors(counted.reshape(len(labels), -1).sum(1))
+        return torch.stack(
+            [
+                self._smoother(
+                    {"logits": logits[i : i + 1]},
+                    labels[i : i + 1],
+                    shift_labels=shift_labels,
+                    num_items_in_batch=divisors[i],
+                )
+                for i in range(len(labels))
+            ]
+        )

@@ -1,0 +1,235 @@
+"""One loss per sample from code that returns the mean loss of a batch."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from esam_core import ESAMValueError
+
+__all__ = ["RowLosses"]
+
+#: Loss functions that return a value per element of their target.
+_ELEMENTWISE = (
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.huber_loss,
+    F.l1_loss,
+    F.mse_loss,
+    F.smooth_l1_loss,
+)
+
+#: Functions that move, repeat or drop elements, and do nothing else.
+_MOVES = (
+    *("__getitem__", "chunk", "expand", "expand_as", "flatten", "flip", "gather", "index_select"),
+    *("masked_select", "movedim", "narrow", "permute", "ravel", "repeat", "repeat_interleave"),
+    *("reshape", "reshape_as", "roll", "select", "split", "squeeze", "swapaxes", "t"),
+    *("take_along_dim", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"),
+)
+
+#: Functions that put elements of several tensors together.
+_JOINS = ("cat", "concat", "hstack", "stack", "vstack")
+
+#: Functions that change each element for itself.
+_CHANGES = (
+    *("add", "bfloat16", "bool", "clamp", "clamp_max", "clamp_min", "clip", "clone", "contiguous"),
+    *("cpu", "cuda", "detach", "div", "double", "float", "half", "int", "long", "masked_fill"),
+    *("mul", "nan_to_num", "sub", "to", "type", "type_as", "where"),
+)
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+_NOBODY = -1  # the row of what does not come from the labels: padding
+
+
+class RowLosses(TorchFunctionMode):
+    """While active, torch's loss functions return one mean per sample, not one per batch.
+
+    Which sample an element of a loss belongs to is known from its target: targets are followed from
+    the labels through whatever reshapes, shifts, pads or selects them. A mean over a batch becomes
+    a tensor of one mean per sample, and what the code does with it (adds a router's loss,
+    averages the losses of start and end positions) is done to each sample's.
+
+    Args:
+        labels: what the targets are made of: tensors with one row per sample.
+        items_per_sample: None (default): a sample's loss is the mean over its own elements. A
+            number: it is their sum divided by this number.
+        batch_size: the number of samples of the whole batch, where this is a part of it: sums over
+            the batch become sums over a sample, times this number, so that their mean is the sum.
+        exact: return parts of the batch's own mean, so that the mean over samples is that mean,
+            whatever the number of elements a sample has. Used to check. Default False.
+
+    Raises:
+        ESAMValueError: labels do not have the same number of rows, or a loss function has a target
+            whose elements cannot be told apart by sample.
+    """
+
+    def __init__(
+        self,
+        labels: Iterable[Tensor],
+        *,
+        items_per_sample: float | Tensor | None = None,
+        batch_size: int | None = None,
+        exact: bool = False,
+    ) -> None:
+        super().__init__()
+        tensors = list(labels)
+        sizes = {len(x) if x.dim() else 0 for x in tensors}
+        if len(sizes) != 1 or 0 in sizes:
+            shapes = ", ".join(str(tuple(x.shape)) for x in tensors) or "none"
+            raise ESAMValueError(
+                "Labels must be tensors with one row per sample. Received: labels of shapes "
+                f"{shapes}."
+            )
+        (self.samples,) = sizes
+        self._whole = batch_size or self.samples
+        self._items = items_per_sample
+        self._exact = exact
+        # Each tensor that is followed, with the rows of its elements. Tensors are kept, so that an
+        # identity stays that of the same tensor.
+        self._followed: dict[int, tuple[Tensor, Tensor]] = {}
+        for x in tensors:
+            rows = torch.arange(self.samples).view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+            self._followed[id(x)] = (x, rows)
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        split = _SPLIT.get(function)
+        if split is not None:
+            return self._by_row(function, split, args, kwargs)
+        result = function(*args, **kwargs)
+        if any(self._follows(x) for x in (*args, *kwargs.values())):
+            results = result if isinstance(result, tuple | list) else [result]
+            rows = self._rows_of_result(function, args, kwargs, result)
+            for x, its in zip(results, rows, strict=False):  # there are none if it is not known
+                self._followed[id(x)] = (x, its)
+        return result
+
+    # -- targets ----------------------------------------------------------------------------------
+
+    def _follows(self, x: Any) -> bool:
+        """Return whether something is, or holds, a tensor that is followed."""
+        if isinstance(x, list | tuple):
+            return any(self._follows(item) for item in x)
+        return id(x) in self._followed
+
+    def _rows(self, x: Any) -> Tensor:
+        """Return the rows of a tensor's elements."""
+        found = self._followed.get(id(x))
+        return torch.full(x.shape, _NOBODY) if found is None else found[1]
+
+    def _rows_of_result(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Sequence[Tensor]:
+        """Return the rows of what a function made of followed tensors; none if it is not known."""
+        name = function.__name__
+        if name in _CHANGES:
+            rows = next(self._rows(x) for x in (*args, *kwargs.values()) if self._follows(x))
+            same = isinstance(result, Tensor) and rows.shape == result.shape
+            return [rows] if same else ()
+        if name in _JOINS:
+            tensors = args[0] if args else kwargs.pop("tensors")
+            found = function([self._rows(x) for x in tensors], *args[1:], **kwargs)
+        elif name == "pad" and (*args[2:], kwargs.get("mode", "constant"))[0] == "constant":
+            found = function(self._rows(args[0]), (*args[1:], kwargs.get("pad"))[0], value=_NOBODY)
+        elif name in _MOVES and self._follows(args[0]):
+            # Rows do not share the labels' strides, which only views ask for.
+            function = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(name, function)
+            others = [x.cpu() if isinstance(x, Tensor) else x for x in args[1:]]
+            kwargs = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+            found = function(self._rows(args[0]), *others, **kwargs)
+        else:
+            return ()
+        return found if isinstance(found, tuple | list) else [found]
+
+    # -- losses -----------------------------------------------------------------------------------
+
+    def _by_row(self, function: Any, split: Any, args: Any, kwargs: Any) -> Tensor:
+        """Return a loss function's value for each sample, (b,), or its own value.
+
+        Its own where it reduces nothing, or has nothing to do with the labels.
+        """
+        call = inspect.signature(function).bind(*args, **kwargs)
+        call.apply_defaults()
+        options = call.arguments
+        target = options["targets" if function is F.ctc_loss else "target"]
+        reduction = options["reduction"]
+        legacy = options.get("size_average") is not None or options.get("reduce") is not None
+        if not self._follows(target) or legacy or reduction not in ("mean", "sum"):
+            own: Tensor = function(*args, **kwargs)
+            return own
+        options["reduction"] = "none"
+        values: Tensor = function(*call.args, **call.kwargs)
+        values, counts, rows = split(values, self._rows(target), options, reduction)
+        if values.shape != rows.shape:
+            raise ESAMValueError(
+                f"A loss of {function.__name__} must have one value per label. Received: values of "
+                f"shape {tuple(values.shape)} for labels of shape {tuple(target.shape)}."
+            )
+        sums, counts = self._summed(values, rows), self._summed(counts.expand_as(values), rows)
+        if reduction == "sum":
+            return sums * self._whole
+        return sums / self.divisors(counts)
+
+    def divisors(self, counts: Tensor) -> Tensor:
+        """Return what each sample's sum is divided by, (b,), from how many elements count in it."""
+        if self._exact:
+            return (counts.sum() / self.samples).expand_as(counts)
+        if self._items is not None:
+            return torch.as_tensor(self._items, device=counts.device).expand_as(counts)
+        # A sample without any label that counts has the loss 0.
+        return torch.where(counts == 0, 1, counts)
+
+    def _summed(self, values: Tensor, rows: Tensor) -> Tensor:
+        """Return the sum of each sample's values, (b,)."""
+        b, values, rows = self.samples, values.reshape(-1), rows.reshape(-1)
+        if len(rows) % b == 0:
+            blocks = rows.view(b, -1)
+            in_order = (blocks == torch.arange(b)[:, None]) | (blocks == _NOBODY)
+            if bool(in_order.all()):
+                return values.view(b, -1).sum(1)
+        # Elements of nobody are padding, which counts for nothing: row b is dropped.
+        places = torch.where(rows == _NOBODY, b, rows).to(values.device)
+        return values.new_zeros(b + 1).index_add(0, places, values)[:b]
+
+
+def _split_elements(values: Tensor, rows: Tensor, *_: Any) -> Parts:
+    """Return (values, how much each counts in the mean, rows): each counts the same."""
+    return values, values.new_ones(()), rows
+
+
+def _split_classes(values: Tensor, rows: Tensor, options: Any, *_: Any) -> Parts:
+    """Return the same of cross-entropy: classes count by their weights, some not at all."""
+    target, weight = options["target"], options["weight"]
+    if target.is_floating_point():  # probabilities of the classes, which are in dimension 1
+        return values, values.new_ones(()), rows.select(1 if rows.dim() > 1 else 0, 0)
+    counted = target != options["ignore_index"]
+    if weight is None:
+        return values, counted.to(values.dtype), rows
+    return values, torch.where(counted, weight[torch.where(counted, target, 0)], 0.0), rows
+
+
+def _split_sequences(values: Tensor, _: Tensor, options: Any, reduction: str) -> Parts:
+    """Return the same of CTC: a value per sequence; a mean is over values per label."""
+    if reduction == "mean":
+        lengths = torch.as_tensor(options["target_lengths"], device=values.device)
+        values = values / lengths.clamp_min(1)
+    return values, values.new_ones(()), torch.arange(len(values))
+
+
+_SPLIT: dict[Any, Callable[..., Parts]] = {
+    **dict.fromkeys(_ELEMENTWISE, _split_elements),
+    F.cross_entropy: _split_classes,
+    F.nll_loss: _split_classes,
+    F.ctc_loss: _split_sequences,
+}
