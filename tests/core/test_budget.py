@@ -2,7 +2,16 @@
 
 import pytest
 
-from esam_core import All, ESAMTypeError, ESAMValueError, Everything, Proportional, Unit
+from esam_core import (
+    All,
+    ESAMTypeError,
+    ESAMValueError,
+    Everything,
+    Part,
+    Previous,
+    Proportional,
+    Unit,
+)
 from esam_core.budget import make_plan
 from esam_core.cost import base_cost, expected_cost
 
@@ -42,6 +51,20 @@ def test_the_table_marks_the_choice():
     (marked,) = [line for line in str(plan).splitlines() if line.startswith("->")]
     assert repr(plan.chosen.perturb) in marked
     assert plan.chosen in plan.options
+
+
+def test_directions_are_priced_and_not_chosen():
+    plan = make_plan(UNITS, 1.25, ascend=Part(0.25))
+    assert plan.chosen.perturb == Everything()
+    assert plan.chosen.select == All()
+    assert plan.chosen.ratio == pytest.approx(1.25, abs=2e-3)
+    assert str(plan).startswith("budget: 1.25 x the base optimizer's step, ascend=Part(share=0.25)")
+    free = make_plan(UNITS, 1.0, ascend=Previous())
+    assert (free.chosen.perturb, free.chosen.select) == (Everything(), All())
+    assert make_plan(UNITS, 1.25).chosen.share < 0.7  # the same money with the whole batch
+    assert "ascend" not in str(make_plan(UNITS, 1.25))
+    with pytest.raises(ESAMValueError, match=r"`budget` must be at least 0\.83"):
+        make_plan(UNITS, 0.5, ascend=Previous())
 
 
 def test_bad_input():

@@ -10,7 +10,10 @@ from esam_core import (
     Every,
     Everything,
     Mask,
+    Momentum,
     Only,
+    Part,
+    Previous,
     Proportional,
     Random,
     RandomSuffix,
@@ -50,6 +53,44 @@ def test_figures_of_the_design():
     assert ratio(Suffix("200"), All()) == pytest.approx((4 + 2 / 3) / 3, abs=3e-3)
     assert ratio(Between(10**6), TopIncrease(0.5)) == pytest.approx(1.0, abs=1e-12)
     assert ratio(Every(10), All()) == pytest.approx(1.1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "selector", "ascend", "expected"),
+    [
+        (Everything(), All(), Part(0.25), 1.25),
+        (Suffix(0.5), All(), Part(0.25), 3.5 / 3),
+        (Everything(), Random(0.5), Part(0.5), 1.0),
+        (Everything(), All(), Part(1.0), 2.0),
+        (Everything(), All(), Previous(), 1.0),
+        (Bernoulli(0.6), All(), Momentum(), 1.0),
+        (Everything(), Random(0.5), Previous(), 0.5),
+        # A selector by loss pays a forward for the samples that do not climb.
+        (Everything(), TopLoss(0.5), Part(0.25), (0.75 + 0.75 + 1.5) / 3),
+        (Suffix(0.5), Proportional(0.5), Part(0.25), (0.5 + 0.75 + 1.5) / 3),
+        (Everything(), TopIncrease(0.5), Part(0.25), (0.75 + 0.75 + 1 + 1.5) / 3),
+        (Everything(), TopLoss(0.5), Previous(), 2.5 / 3),
+        (Everything(), TopIncrease(0.5), Momentum(), 3.5 / 3),
+        (Between(10**6), TopIncrease(0.5), Part(0.25), 1.0),
+    ],
+    ids=str,
+)
+def test_figures_of_the_directions(sampler, selector, ascend, expected):
+    assert ratio(sampler, selector, ascend=ascend) == pytest.approx(expected, abs=4e-3)
+
+
+def test_a_part_by_hand():
+    mask = Suffix("b").draw(SMALL, seed=0, count=0)
+    cost = step_cost(SMALL, mask, TopLoss(0.5), ascend=Part(0.4), batch_size=8)
+    # Four of eight climb: 0.4 of 8 are 3.2.
+    assert cost.ascent_forward == 0.5
+    assert cost.ascent_activations == pytest.approx(0.1)
+    assert cost.ascent_weights == pytest.approx(0.25)
+    assert cost.scoring == 0.5
+    assert cost.selection == 0.0
+    assert cost.total == pytest.approx(0.85 + 0.5 + 0.5 * 2.5)
+    # Without the size of the batch: the share itself.
+    assert step_cost(SMALL, mask, TopLoss(0.5), ascend=Part(0.4)).scoring == pytest.approx(0.6)
 
 
 def test_small_chain_by_hand():
@@ -111,7 +152,9 @@ def test_random_suffix_is_the_mean_of_its_suffixes():
     assert found == pytest.approx(0.25 * one + 0.75 * other, abs=0.02)
 
 
-@pytest.mark.parametrize("options", [{"norm": "full"}, {"batch_size": 3}, {"batch_size": 1}])
+@pytest.mark.parametrize(
+    "options", [{"norm": "full"}, {"batch_size": 3}, {"batch_size": 1}, {"ascend": Part(0.5)}]
+)
 def test_a_mean_over_one_mask_is_that_mask(options):
     mask = Suffix("b").draw(SMALL, seed=0, count=0)
     expected = step_cost(SMALL, mask, TopIncrease(0.5), **options)

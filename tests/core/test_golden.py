@@ -12,14 +12,16 @@ from esam_core.conformance.golden import __main__ as recorder
 from esam_core.conformance.numpy_adapter import NumpyAdapter
 from esam_core.problem import Conventions
 
+RUNS = golden.RUNS | golden.DIRECTION_RUNS
 
-@pytest.mark.parametrize("name", golden.RUNS)
+
+@pytest.mark.parametrize("name", RUNS)
 def test_the_reference_reproduces_the_recording(name):
-    recorded, now = golden.load()["traces"][name], golden.record(golden.RUNS[name])
+    recorded, now = golden.load()["traces"][name], golden.record(RUNS[name])
     assert len(recorded) == len(now) == golden.STEPS
     for old, new in zip(recorded, now, strict=True):
         assert old.keys() == new.keys()
-        for key in ("perturbed", "indices", "passes"):
+        for key in ("perturbed", "part", "indices", "passes"):
             assert old[key] == new[key]
         for key in ("weights", "means"):
             close_all(
@@ -32,7 +34,7 @@ def test_the_reference_reproduces_the_recording(name):
 
 
 def test_the_file_and_the_runs_have_the_same_names():
-    assert list(golden.load()["traces"]) == list(golden.RUNS)
+    assert list(golden.load()["traces"]) == list(RUNS)
 
 
 def test_provenance():
@@ -43,7 +45,7 @@ def test_provenance():
 
 def test_nothing_recorded_depends_on_the_conventions_of_frameworks():
     keras = NumpyAdapter(Conventions(False, True, False))
-    for run in golden.RUNS.values():
+    for run in RUNS.values():
         ours, theirs = run.on(NumpyAdapter(), "float64"), run.on(keras, "float64")
         for batch in run.problem.batches:
             ours.step(batch)
@@ -55,7 +57,7 @@ def test_the_command_writes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder, "PATH", tmp_path / "traces.json")
     recorder.main()
     written = json.loads((tmp_path / "traces.json").read_text())
-    assert written["traces"].keys() == golden.RUNS.keys()
+    assert written["traces"].keys() == RUNS.keys()
 
 
 def test_the_file_is_in_the_package():

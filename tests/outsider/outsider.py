@@ -12,8 +12,9 @@ witness: nothing of esam-core's reference is used, and the kit compares the two.
 
 import numpy as np
 
-from esam_core import ESAMConfig, ESAMValueError, NonFiniteError, Unit
+from esam_core import ESAMConfig, ESAMValueError, Momentum, NonFiniteError, Previous, Unit
 from esam_core.conformance.adapter import Observed
+from esam_core.directions import climbing_indices, records_at_theta
 from esam_core.problem import (
     BatchNorm,
     Conv,
@@ -25,7 +26,7 @@ from esam_core.problem import (
     Relu,
     Tanh,
 )
-from esam_core.selectors import select, subset_size
+from esam_core.selectors import needs_losses, needs_perturbed_losses, select, subset_size
 
 STEP = 1e-30
 
@@ -124,7 +125,12 @@ class Session:
         self.base = base
         self.config = None if esam is None else ESAMConfig.from_arguments(**esam)
         self.count = 0
-        self.moments, self.updates = {}, 0
+        self.moments, self.updates, self.last = {}, 0, {}
+        no_moment = base.kind == "sgd" and base.momentum == 0.0
+        if self.config is not None and isinstance(self.config.ascend, Momentum) and no_moment:
+            raise ESAMValueError(
+                f"`ascend=Momentum()` must have a base with one. Received: {base}."
+            )
 
     def step(self, batch, fault=None):
         """Make one step; whatever is raised inside, everything is as it was."""
@@ -166,53 +172,82 @@ class Session:
             self.update(gradient)
         return Observed(**seen, gradient=gradient, passes=tuple(passes))
 
+    def direction(self, b):
+        """Return which samples are climbed along, and what earlier steps have left for it."""
+        config = self.config
+        if config is None or config.rho == 0.0:
+            return np.arange(0), {}
+        past = {Previous: self.last, Momentum: {n: m for n, (m, _) in self.moments.items()}}
+        left = past.get(type(config.ascend), {})
+        part = climbing_indices(config.ascend, b, seed=config.seed, count=self.count)
+        return part, {name: config.ascend.sign * g for name, g in left.items()}
+
     def passes(self, batch, evaluate, state):
         """Return what is to be shown, and the gradient for the base optimizer."""
         model, x, y, b = self.model, batch.inputs, batch.targets, len(batch.targets)
-        units, even = model.units(), np.full(b, 1.0 / b)
+        units, config = model.units(), self.config
         names = [unit.name for unit in units]
-        losses = evaluate(x, y, update=True)
-        after = model.noise.bit_generator.state
+        part, past = self.direction(b)
+        mask = None
+        if len(part) or past:
+            mask = config.perturb.draw(units, seed=config.seed, count=self.count)
 
         def gradient(which, x, y, weights, **how):
+            after = model.noise.bit_generator.state
             model.noise.bit_generator.state = state
             found = model.gradient(which, x, y, weights, **how)
             model.noise.bit_generator.state = after
             return found
 
-        config, mask = self.config, None
-        if config is not None and config.rho > 0.0:
-            mask = config.perturb.draw(units, seed=config.seed, count=self.count)
         if mask is None or not mask.active:
+            losses = evaluate(x, y, update=True)
             shown = {"losses": losses, "perturbed": (), "perturbation_norm": 0.0}
-            return shown, gradient(names, x, y, even)
+            return shown, gradient(names, x, y, np.full(b, 1.0 / b))
 
         scale = dict(zip(names, mask.scale, strict=True))
         perturbed = tuple(name for name in names if scale[name])
-        g = gradient(names if config.norm == "full" else perturbed, x, y, even)
+        needed = names if config.norm == "full" else perturbed
+        at_theta = records_at_theta(config.ascend, config.select, b)
+        losses, scored = np.full(b, np.nan), needs_losses(config.select, b)
+        g = {name: past[name] for name in needed if name in past}
+        if len(part):
+            how = {"running": len(part) == 1 < b}
+            losses[part] = evaluate(x[part], y[part], update=at_theta, **how)
+            after = model.noise.bit_generator.state
+            g = gradient(needed, x[part], y[part], np.full(len(part), 1.0 / len(part)), **how)
+        rest = np.setdiff1d(np.arange(b), part)
+        if scored and len(rest):
+            how = {"running": len(rest) == 1 < b}
+            losses[rest] = evaluate(x[rest], y[rest], update=at_theta and not len(part), **how)
+            after = model.noise.bit_generator.state if not len(part) else after
+        known = np.arange(b) if scored else part
         length, epsilon = self.perturbation(g, {name: scale[name] for name in g})
-        finite = np.isfinite(length) and np.isfinite(losses).all()
+        finite = np.isfinite(length) and np.isfinite(losses[known]).all()
         epsilon = {name: mask.rho_factor * e for name, e in epsilon.items()}
         for name, e in epsilon.items():
             model.theta[name] = model.theta[name] + (e if finite else 0.0)
 
         peak, k = None, subset_size(config.select.gamma, b)
-        if k < b and config.select.score == "increase":
+        if needs_perturbed_losses(config.select, b):
             peak = evaluate(x, y)
         kept = select(config.select, losses, peak, seed=config.seed, count=self.count)
         hidden = np.nan if not finite or (peak is not None and not np.isfinite(peak).all()) else 1.0
         chosen = x[kept.indices], y[kept.indices]
-        evaluate(*chosen, running=k == 1)  # the descent pass; its gradient needs many more
+        # The descent pass; its gradient needs many more.
+        low = evaluate(*chosen, running=k == 1, update=not at_theta)
         descent = gradient(names, *chosen, kept.weights * hidden, running=k == 1)
+        if at_theta:
+            model.noise.bit_generator.state = after
         size = np.sqrt(sum(np.sum(e**2) for e in epsilon.values())) if finite else 0.0
         shown = {
-            "losses": losses,
-            "perturbed_losses": peak,
+            "losses": losses[known] if len(known) else None,
+            "perturbed_losses": peak if len(known) else low,
             "indices": kept.indices if k < b else None,
             "sample_weights": kept.weights if k < b else None,
             "perturbed": perturbed,
             "perturbation_norm": float(size),
             "gradient_norm": float(length),
+            "part": part if 0 < len(part) < b else None,
         }
         return shown, descent
 
@@ -231,7 +266,7 @@ class Session:
 
     def update(self, gradient):
         """Make the base optimizer's update."""
-        base, self.updates = self.base, self.updates + 1
+        base, self.updates, self.last = self.base, self.updates + 1, dict(gradient)
         for name, g in gradient.items():
             theta = self.model.theta[name]
             m, v = self.moments.get(name, (0.0, 0.0))

@@ -23,7 +23,7 @@ MUTANTS = Mutants()
 class StatisticsUpdatedTwice(Step):
     """The selection or descent pass updates the running statistics as well."""
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Update once more."""
         self.model.evaluate(subset(batch, indices), statistics="batch", update=True)
         return super().descent(batch, indices, weights)
@@ -45,11 +45,11 @@ class StatisticsUpdatedInEveryPass(WatchedNetwork):
 class StatisticsUpdatedAtThePeak(Step):
     """The running statistics are those at theta + epsilon."""
 
-    def ascent(self, batch: Any) -> Evaluation:
+    def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Do not update here."""
         return self.model.evaluate(batch, statistics="batch", update=False)
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Update there."""
         state = self.model.random_state
         self.model.evaluate(batch, statistics="batch", update=True)
@@ -61,7 +61,7 @@ class StatisticsUpdatedAtThePeak(Step):
 class StatisticsNeverUpdated(Step):
     """No pass updates the running statistics: momentum 0 in all of them."""
 
-    def ascent(self, batch: Any) -> Evaluation:
+    def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Do not update."""
         return self.model.evaluate(batch, statistics="batch", update=False)
 
@@ -70,10 +70,11 @@ class StatisticsNeverUpdated(Step):
 class DescentByRunningStatistics(Step):
     """The descent pass normalises by the running statistics, however many samples it has."""
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Evaluate as in inference."""
         samples = subset(batch, indices)
-        return self.model.evaluate(samples, statistics="running", update=False).gradient(weights)
+        evaluation = self.model.evaluate(samples, statistics="running", update=False)
+        return evaluation.gradient(weights), evaluation.losses
 
 
 @MUTANTS.caught_by("check_batch_statistics_are_those_of_each_pass")
@@ -89,10 +90,11 @@ class SelectionByRunningStatistics(Step):
 class OneSampleByItself(Step):
     """One selected sample is normalised by its own statistics: to zero."""
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Normalise by the batch of one."""
         samples = subset(batch, indices)
-        return self.model.evaluate(samples, statistics="batch", update=False).gradient(weights)
+        evaluation = self.model.evaluate(samples, statistics="batch", update=False)
+        return evaluation.gradient(weights), evaluation.losses
 
 
 @MUTANTS.caught_by("check_selection_pass_sees_the_same_noise")
@@ -104,9 +106,9 @@ class SelectionWithOtherNoise(Step):
         self.model.random_state = self.after_ascent
         return super().selection_pass(batch)
 
-    def ascent(self, batch: Any) -> Evaluation:
+    def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Remember where the generator is."""
-        evaluation = super().ascent(batch)
+        evaluation = super().ascent(batch, part)
         self.after_ascent = self.model.random_state
         return evaluation
 
@@ -119,7 +121,7 @@ class DescentWithOtherNoise(SelectionWithOtherNoise):
         """Make this pass right."""
         return Step.selection_pass(self, batch)
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Draw on from where the ascent pass ended."""
         self.model.random_state = self.after_ascent
         return super().descent(batch, indices, weights)
@@ -137,7 +139,7 @@ class GeneratorLeftWhereTheDescentEnds(Step):
         self.model.evaluate(batch, statistics="batch", update=False)
         return result
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Remember where this pass ends."""
         gradient = super().descent(batch, indices, weights)
         self.left = self.model.random_state
@@ -169,7 +171,7 @@ class PlainSGD(Step):
 class DescentAtTheta(Step):
     """The descent gradient is taken after the weights were put back."""
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Go back first."""
         self.restore(self.start)
         return super().descent(batch, indices, weights)

@@ -85,10 +85,10 @@ class _WrongMode(Step):
 
     mode, in_place_of = "masked", ""
 
-    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
+    def __init__(self, model: Any, config: Any, settings: Any = None, base: Any = None) -> None:
         if config.norm == self.in_place_of:
             config = replace(config, norm=self.mode)
-        super().__init__(model, config, settings)
+        super().__init__(model, config, settings, base)
 
 
 @MUTANTS.caught_by("check_norm_modes")
@@ -131,8 +131,8 @@ class EstimatedNormSquaredProbability(Step):
 class NormEpsMissing(Step):
     """`norm_eps` is not added."""
 
-    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
-        super().__init__(model, replace(config, norm_eps=1e-300), settings)
+    def __init__(self, model: Any, config: Any, settings: Any = None, base: Any = None) -> None:
+        super().__init__(model, replace(config, norm_eps=1e-300), settings, base)
 
 
 @MUTANTS.caught_by("check_zero_gradient")
@@ -174,8 +174,8 @@ class AdaptiveNormOfThePlainGradient(Step):
 class AdaptiveIgnored(Step):
     """`adaptive` does nothing."""
 
-    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
-        super().__init__(model, replace(config, adaptive=False), settings)
+    def __init__(self, model: Any, config: Any, settings: Any = None, base: Any = None) -> None:
+        super().__init__(model, replace(config, adaptive=False), settings, base)
 
 
 class _SettingIgnored(Step):
@@ -183,12 +183,12 @@ class _SettingIgnored(Step):
 
     ignored = ""
 
-    def __init__(self, model: Any, config: Any, settings: Any = None) -> None:
+    def __init__(self, model: Any, config: Any, settings: Any = None, base: Any = None) -> None:
         kept = {
             name: {key: value for key, value in own.items() if key != self.ignored}
             for name, own in (settings or {}).items()
         }
-        super().__init__(model, config, kept)
+        super().__init__(model, config, kept, base)
 
 
 @MUTANTS.caught_by("check_groups")

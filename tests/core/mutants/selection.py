@@ -160,7 +160,7 @@ class RandomSelectionRepeats(Step):
 class _OtherDescent(Step):
     """A descent pass on other samples, or with other weights, than the report says."""
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Descend wrongly."""
         return super().descent(batch, *self.instead(len(batch.targets), indices, weights))
 
@@ -253,10 +253,10 @@ class SelectionPassForNothing(Step):
             self.selection_pass(self.batch)
         return super().selection(losses, perturbed_losses)
 
-    def ascent(self, batch: Any) -> Any:
+    def ascent(self, batch: Any, part: Array) -> Any:
         """Keep the batch for later."""
         self.batch = batch
-        return super().ascent(batch)
+        return super().ascent(batch, part)
 
 
 @MUTANTS.caught_by("check_golden_traces")

@@ -222,23 +222,24 @@ class AscentGradientLeaks(Step):
         self.leak = super().ascent_gradient(ascent, mask)
         return self.leak
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Add it."""
-        gradient = super().descent(batch, indices, weights)
+        gradient, losses = super().descent(batch, indices, weights)
         for unit, g in zip(self.model.units, self.leak, strict=True):
             if g is not None:
                 gradient[unit.name] = gradient[unit.name] + g
-        return gradient
+        return gradient, losses
 
 
 @MUTANTS.caught_by("check_paper_settings")
 class HalfPrecisionInside(Step):
     """The gradient passes through float16 on its way."""
 
-    def descent(self, batch: Any, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Round it."""
-        gradient = super().descent(batch, indices, weights)
-        return {name: g.astype(np.float16).astype(g.dtype) for name, g in gradient.items()}
+        gradient, losses = super().descent(batch, indices, weights)
+        half = {name: g.astype(np.float16).astype(g.dtype) for name, g in gradient.items()}
+        return half, losses
 
 
 @MUTANTS.caught_by("check_paper_settings")

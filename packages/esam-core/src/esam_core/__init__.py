@@ -5,6 +5,7 @@ ESAM is Efficient Sharpness-aware Minimization (Du et al., ICLR 2022, arXiv 2110
 """
 
 from esam_core.config import ESAMConfig
+from esam_core.directions import Batch, Direction, Momentum, Part, Previous
 from esam_core.errors import (
     ESAMError,
     ESAMRuntimeError,
@@ -22,8 +23,10 @@ __version__ = "0.2.0"
 
 __all__ = [
     "All",
+    "Batch",
     "Bernoulli",
     "Between",
+    "Direction",
     "ESAMConfig",
     "ESAMError",
     "ESAMRuntimeError",
@@ -32,8 +35,11 @@ __all__ = [
     "Every",
     "Everything",
     "Mask",
+    "Momentum",
     "NonFiniteError",
     "Only",
+    "Part",
+    "Previous",
     "Proportional",
     "Random",
     "RandomSuffix",

@@ -5,6 +5,9 @@ suffix that the budget pays for. Where it does not pay for the whole batch in th
 the descent takes half of the samples, drawn in proportion to their loss and weighted back, so that
 its gradient is the batch's on average.
 
+Where the direction of the climb comes from is the user's to say (`ascend=`): the options are priced
+with it, and it is not chosen here.
+
 What the rule leaves out was measured too: perturbing on every n-th step only, and keeping the
 samples of the largest loss or increase, both cost more accuracy than they save.
 """
@@ -13,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from esam_core import validation
-from esam_core.cost import step_cost
+from esam_core.cost import WHOLE, step_cost
+from esam_core.directions import Direction
 from esam_core.errors import ESAMValueError
 from esam_core.perturbation import Norm
 from esam_core.samplers import Everything, Sampler, Suffix
@@ -48,11 +52,13 @@ class Plan:
         budget: the most that a step may cost, in base steps.
         options: what was considered, dearest first.
         chosen: one of them.
+        ascend: where the direction of the climb comes from.
     """
 
     budget: float
     options: tuple[Option, ...]
     chosen: Option
+    ascend: Direction = WHOLE
 
     def __str__(self) -> str:
         """Return a table of the options; an arrow marks the choice."""
@@ -72,7 +78,8 @@ class Plan:
             "  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths, strict=True)), row[4]])
             for row in rows
         ]
-        return "\n".join([f"budget: {self.budget:g} x the base optimizer's step", *lines])
+        ascend = "" if self.ascend == WHOLE else f", ascend={self.ascend!r}"
+        return "\n".join([f"budget: {self.budget:g} x the base optimizer's step{ascend}", *lines])
 
 
 def make_plan(
@@ -81,6 +88,7 @@ def make_plan(
     *,
     norm: Norm = "masked",
     perturbable: Sequence[bool] | None = None,
+    ascend: Direction = WHOLE,
 ) -> Plan:
     """Choose what a budget buys.
 
@@ -90,6 +98,7 @@ def make_plan(
         norm: as for the optimizer; "full" forbids most savings.
         perturbable: for each unit, whether it may be perturbed; None (default): where it is
             trained.
+        ascend: where the direction of the climb comes from; default the whole batch.
 
     Raises:
         ESAMValueError: nothing may be perturbed, or nothing fits; the message says what the
@@ -103,12 +112,15 @@ def make_plan(
         Proportional(gamma=0.5, score='loss', floor=1.0)
         >>> make_plan(units, 2.0).chosen.perturb, make_plan(units, 2.0).chosen.select
         (Everything(), All())
+        >>> from esam_core import Part
+        >>> make_plan(units, 1.25, ascend=Part(0.25)).chosen.perturb
+        Everything()
     """
     budget = validation.positive("budget", budget)
     allowed = [unit.trained for unit in units] if perturbable is None else list(perturbable)
     if not any(allowed):
         raise ESAMValueError("`units` must have one that may be perturbed. Received: none.")
-    options = _options(units, allowed, norm)
+    options = _options(units, allowed, norm, ascend)
     fitting = [option for option in options if option.ratio <= budget * (1.0 + 1e-9)]
     if not fitting:
         cheapest = min(options, key=lambda option: option.ratio)
@@ -117,16 +129,25 @@ def make_plan(
             f"{cheapest.perturb!r} with {cheapest.select!r}. Received: budget={budget}."
         )
     chosen = max(fitting, key=lambda option: (option.share, isinstance(option.select, All)))
-    return Plan(budget, tuple(options), chosen)
+    return Plan(budget, tuple(options), chosen, ascend)
 
 
-def _options(units: Sequence[Unit], allowed: Sequence[bool], norm: Norm) -> list[Option]:
+def _options(
+    units: Sequence[Unit], allowed: Sequence[bool], norm: Norm, ascend: Direction
+) -> list[Option]:
     """Return what is worth considering, dearest first."""
     # A suffix that begins in a block which may not be perturbed is that of the next block.
     reached = {unit.block for unit, may in zip(units, allowed, strict=True) if may}
     starts = [block for block in block_order(units) if block in reached]
     found = [
-        _priced(Everything() if start == starts[0] else Suffix(start), select, units, allowed, norm)
+        _priced(
+            Everything() if start == starts[0] else Suffix(start),
+            select,
+            units,
+            allowed,
+            norm,
+            ascend,
+        )
         for start in starts
         for select in (All(), Proportional(0.5))
     ]
@@ -139,10 +160,11 @@ def _priced(
     units: Sequence[Unit],
     allowed: Sequence[bool],
     norm: Norm,
+    ascend: Direction,
 ) -> Option:
     """Return an option with its cost and the share of the work that it perturbs."""
     mask = perturb.draw(units, seed=0, count=0).within(allowed)
-    cost = step_cost(units, mask, select, norm=norm)
+    cost = step_cost(units, mask, select, norm=norm, ascend=ascend)
     total = sum(unit.cost for unit in units)
     touched = sum(unit.cost for unit, m in zip(units, mask.perturbed, strict=True) if m)
     return Option(perturb, select, cost.ratio, touched / total)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from esam_core import samplers, schedules, selectors, validation
+from esam_core import directions, samplers, schedules, selectors, validation
 from esam_core.errors import ESAMTypeError, ESAMValueError
 from esam_core.perturbation import NORMS, Norm
 
@@ -35,12 +35,16 @@ _COMPONENTS = {
         selectors.Random,
         selectors.Proportional,
         selectors.All,
+        directions.Batch,
+        directions.Part,
+        directions.Previous,
+        directions.Momentum,
     )
 }
 
 
 def component_to_dict(component: Any) -> dict[str, Any] | None:
-    """Return a sampler or selector as plain data, or None if it holds a function or is not ours.
+    """Return a sampler, selector or direction as data; None if it holds a function or is not ours.
 
     Example:
         >>> component_to_dict(schedules.Every(10, samplers.Bernoulli(0.5)))["inner"]
@@ -63,25 +67,25 @@ def component_to_dict(component: Any) -> dict[str, Any] | None:
 
 
 def component_from_dict(data: Mapping[str, Any]) -> Any:
-    """Return the sampler or selector that `component_to_dict` described.
+    """Return the sampler, selector or direction that `component_to_dict` described.
 
     Args:
         data: its "name", and its arguments by name.
 
     Raises:
         ESAMTypeError: `data`, or what stands for a sampler in it, is not a mapping.
-        ESAMValueError: it names no sampler or selector of ours, lacks an argument that has no
-            default, or holds one that there is not; or an argument has a wrong value.
+        ESAMValueError: it names none of ours, lacks an argument that has no default, or holds one
+            that there is not; or an argument has a wrong value.
 
     Example:
-        >>> component_from_dict({"name": "Every", "n": 10, "inner": {"name": "Bernoulli"}})
-        Every(n=10, inner=Bernoulli(beta=0.6, unit='tensor'))
+        >>> component_from_dict({"name": "Only", "kind": "norm", "inner": {"name": "Bernoulli"}})
+        Only(kind='norm', inner=Bernoulli(beta=0.6, unit='tensor'))
     """
     return _component("data", data)
 
 
 def _component(label: str, data: Any) -> Any:
-    """Return the sampler or selector described, which errors call by its label."""
+    """Return the sampler, selector or direction described, which errors call by its label."""
     arguments = _mapping(label, data)
     name = validation.choice("name", arguments.pop("name", None), _COMPONENTS)
     specs = dataclasses.fields(_COMPONENTS[name])
@@ -136,6 +140,7 @@ class ESAMConfig:
         rho: radius of the perturbation, finite, >= 0; 0 is the base optimizer. Default 0.05.
         perturb: the sampler of masks. Default Bernoulli(0.6), the paper's.
         select: the selector of samples. Default TopIncrease(0.5), the paper's.
+        ascend: where the direction of the climb comes from. Default Batch(), the paper's.
         adaptive: scale the perturbation with the weights (ASAM). Default False.
         norm: one of "masked" (default), "estimated", "full", "none": see `perturbation.Norm`.
         norm_eps: added to the gradient's norm, finite, > 0. Default 1e-12.
@@ -153,6 +158,7 @@ class ESAMConfig:
     rho: float = 0.05
     perturb: samplers.Sampler = field(default_factory=samplers.Bernoulli)
     select: selectors.Selector = field(default_factory=selectors.TopIncrease)
+    ascend: directions.Direction = field(default_factory=directions.Batch)
     adaptive: bool = False
     norm: Norm = "masked"
     norm_eps: float = 1e-12
@@ -163,6 +169,7 @@ class ESAMConfig:
         object.__setattr__(self, "rho", validation.nonnegative("rho", self.rho))
         samplers.check_sampler("perturb", self.perturb)
         selectors.check_selector("select", self.select)
+        directions.check_direction("ascend", self.ascend)
         validation.flag("adaptive", self.adaptive)
         validation.choice("norm", self.norm, NORMS)
         object.__setattr__(self, "norm_eps", validation.positive("norm_eps", self.norm_eps))
@@ -218,6 +225,7 @@ class ESAMConfig:
         data = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         data["perturb"] = component_to_dict(self.perturb)
         data["select"] = component_to_dict(self.select)
+        data["ascend"] = component_to_dict(self.ascend)
         return data
 
     @classmethod
@@ -226,6 +234,7 @@ class ESAMConfig:
 
         Args:
             data: "perturb" and "select", as `component_to_dict` writes them, and any other fields.
+                Without "ascend", which old checkpoints do not have, it is Batch().
 
         Raises:
             ESAMTypeError: `data` is not a mapping.
@@ -236,7 +245,7 @@ class ESAMConfig:
         components = ("perturb", "select")
         known = [spec.name for spec in dataclasses.fields(cls)]
         _check_keys("data", arguments, components, known)
-        for key in components:
+        for key in (*components, "ascend") if "ascend" in arguments else components:
             if arguments[key] is None:
                 raise ESAMValueError(
                     f"`{key}` holds a function and could not be saved: give it again in code."

@@ -5,12 +5,15 @@ that, half for the gradients of activations and half for those of weights; nobod
 gradient of the first layer's input. A base step is therefore close to 3 units, SAM's to 6, and
 every saving is something that one of the passes does not run:
 
+- the forward and backward of samples that do not climb, with `Part`;
+- the ascent altogether, with `Previous` and `Momentum`;
 - weight gradients of units that are not perturbed, in the ascent pass;
 - activation gradients below the shallowest perturbed unit, in the ascent pass;
 - the selection pass, where the selector does not need it;
 - everything but a base step, where the mask is empty.
 
-Every forward that is run is a forward of the whole model.
+Every forward that is run is a forward of the whole model. Where a selector scores by losses at
+theta, the samples that do not climb pay a forward for them.
 
 What is frozen has no weight gradients in any pass, and a backward ends at the first unit that is
 trained: that makes the base step cheaper too, and every ratio to it is of such a step.
@@ -25,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from esam_core import validation
+from esam_core.directions import Batch, Direction, Part
 from esam_core.errors import ESAMValueError
 from esam_core.perturbation import Norm
 from esam_core.samplers import Sampler
@@ -33,15 +37,19 @@ from esam_core.units import Mask, Unit
 
 __all__ = ["StepCost", "base_cost", "expected_cost", "step_cost"]
 
+#: The default direction.
+WHOLE = Batch()
+
 
 @dataclass(frozen=True)
 class StepCost:
     """The parts of a step, in forwards of the whole model on the whole batch.
 
     Args:
-        ascent_forward: losses at theta.
+        ascent_forward: losses at theta of the samples that climb.
         ascent_activations: gradients of activations in the ascent's backward.
         ascent_weights: gradients of weights in the ascent's backward.
+        scoring: losses at theta of the other samples, where the selector needs them.
         selection: losses at theta + epsilon.
         descent_forward: losses of the selected samples; the whole batch in a base step.
         descent_backward: their gradient.
@@ -51,6 +59,7 @@ class StepCost:
     ascent_forward: float
     ascent_activations: float
     ascent_weights: float
+    scoring: float
     selection: float
     descent_forward: float
     descent_backward: float
@@ -60,7 +69,8 @@ class StepCost:
     def total(self) -> float:
         """The whole step."""
         ascent = self.ascent_forward + self.ascent_activations + self.ascent_weights
-        return ascent + self.selection + self.descent_forward + self.descent_backward
+        descent = self.descent_forward + self.descent_backward
+        return ascent + self.scoring + self.selection + descent
 
     @property
     def ratio(self) -> float:
@@ -120,6 +130,7 @@ def step_cost(
     *,
     batch_size: int | None = None,
     norm: Norm = "masked",
+    ascend: Direction = WHOLE,
 ) -> StepCost:
     """Return what one step with this mask costs.
 
@@ -127,8 +138,9 @@ def step_cost(
         units: the model's units, with costs, in the order that the mask has.
         mask: which of them are perturbed.
         selector: which samples are kept.
-        batch_size: b, for the exact share k / b; default gamma.
+        batch_size: b, for the exact shares k / b and n / b; default gamma and the part's share.
         norm: "full" pays for the whole backward in the ascent.
+        ascend: where the direction comes from; default the whole batch.
 
     Example:
         >>> from esam_core import Suffix, TopIncrease
@@ -140,7 +152,7 @@ def step_cost(
     base = base_cost(units)
     mask = mask.within(unit.trained for unit in units)
     if not mask.active:
-        return StepCost(0.0, 0.0, 0.0, 0.0, 1.0, base - 1.0, base)
+        return StepCost(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, base - 1.0, base)
     names = [unit.name for unit in units]
     if len(set(names)) != len(names):
         raise ESAMValueError("`units` must have names of their own.")
@@ -148,14 +160,31 @@ def step_cost(
     perturbed = {unit.name for unit, m in zip(units, mask.perturbed, strict=True) if m}
     full = norm == "full"
     activations, weights = _backward(ordered, shares, _trained(units) if full else perturbed)
-    gamma = selector.gamma if batch_size is None else _kept(selector, batch_size)
-    selection = 1.0 if gamma < 1.0 and selector.score == "increase" else 0.0
-    return StepCost(1.0, activations, weights, selection, gamma, gamma * (base - 1.0), base)
+    gamma = _exact(selector.gamma, batch_size)
+    climbs = _climbing(ascend, batch_size)
+    selects = gamma < 1.0 and selector.score is not None
+    return StepCost(
+        ascent_forward=climbs,
+        ascent_activations=climbs * activations,
+        ascent_weights=climbs * weights,
+        scoring=1.0 - climbs if selects else 0.0,
+        selection=1.0 if selects and selector.score == "increase" else 0.0,
+        descent_forward=gamma,
+        descent_backward=gamma * (base - 1.0),
+        base=base,
+    )
 
 
-def _kept(selector: Selector, batch_size: int) -> float:
-    """Return k / b."""
-    return subset_size(selector.gamma, batch_size) / batch_size
+def _climbing(ascend: Direction, batch_size: int | None) -> float:
+    """Return the share of the batch that is climbed along."""
+    if isinstance(ascend, Part):
+        return _exact(ascend.share, batch_size)
+    return 1.0 if isinstance(ascend, Batch) else 0.0
+
+
+def _exact(share: float, batch_size: int | None) -> float:
+    """Return a share of the batch, in whole samples where its size is known."""
+    return share if batch_size is None else subset_size(share, batch_size) / batch_size
 
 
 def expected_cost(
@@ -165,6 +194,7 @@ def expected_cost(
     *,
     batch_size: int | None = None,
     norm: Norm = "masked",
+    ascend: Direction = WHOLE,
     start: int = 0,
     steps: int = 400,
     seed: int = 0,
@@ -180,6 +210,8 @@ def expected_cost(
         selector: any.
         batch_size: as in `step_cost`.
         norm: as in `step_cost`.
+        ascend: as in `step_cost`. The first step of `Previous` and `Momentum`, which is a base
+            step, is taken for one like the others.
         start: the first step, >= 0.
         steps: how many, >= 1. Default 400.
         seed: of the draws.
@@ -200,7 +232,7 @@ def expected_cost(
     )
     means = dict.fromkeys((spec.name for spec in fields(StepCost)), 0.0)
     for mask, times in draws.items():
-        cost = step_cost(units, mask, selector, batch_size=batch_size, norm=norm)
+        cost = step_cost(units, mask, selector, batch_size=batch_size, norm=norm, ascend=ascend)
         for name in means:
             means[name] += times / count * getattr(cost, name)
     return StepCost(**means)

@@ -32,8 +32,11 @@ class StepReport:
 
     Args:
         count: the number of this ascent, from 0.
-        losses: (b,) losses at theta.
-        perturbed_losses: (b,) losses at theta + epsilon; None without a selection pass.
+        losses: losses at theta: (b,); with `Part`, where the selection does not need those of the
+            other samples, (n,) of the samples in `part`; None where no pass at theta was made
+            (`Previous` and `Momentum`).
+        perturbed_losses: (b,) losses at theta + epsilon; None without a selection pass. Where
+            `losses` are None, those of the descent: (b,), or (k,) of the samples in `indices`.
         indices: (k,) indices of the selected samples, ascending; None if all were selected.
         sample_weights: (k,) their weights in the descent pass; None if all were selected.
         perturbation_norm: ||epsilon||, a scalar; 0.0 for a base step.
@@ -43,6 +46,8 @@ class StepReport:
         sample_share: share of the batch in the descent pass, in (0, 1].
         skipped: whether the step was left out because something in it was not finite.
         outputs: whatever the user's function returned beside the losses.
+        part: (n,) indices of the samples that were climbed along, ascending; None if it was the
+            whole batch, or no sample of this step.
 
     Example:
         >>> import numpy as np
@@ -68,11 +73,16 @@ class StepReport:
     sample_share: float = 1.0
     skipped: bool = False
     outputs: Any = None
+    part: Any = None
 
     @property
     def loss(self) -> Any:
-        """L_B: mean loss at theta."""
-        return self.losses.mean()
+        """The mean loss that the step saw first.
+
+        L_B, the mean of the losses at theta; with `Part`, where only the part's are known, theirs;
+        with `Previous` and `Momentum`, where none are, that of the descent, at theta + epsilon.
+        """
+        return self.perturbed_losses.mean() if self.losses is None else self.losses.mean()
 
     @property
     def perturbed_loss(self) -> Any:
@@ -82,7 +92,9 @@ class StepReport:
     @property
     def increases(self) -> Any:
         """(b,) per-sample sharpness: the rise of each loss under the perturbation, or None."""
-        return None if self.perturbed_losses is None else self.perturbed_losses - self.losses
+        if self.losses is None or self.perturbed_losses is None:
+            return None
+        return self.perturbed_losses - self.losses
 
     @property
     def sharpness(self) -> Any:

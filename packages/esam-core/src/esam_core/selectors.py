@@ -26,6 +26,8 @@ __all__ = [
     "TopIncrease",
     "TopLoss",
     "inclusion_probabilities",
+    "needs_losses",
+    "needs_perturbed_losses",
     "random_indices",
     "select",
     "subset_size",
@@ -214,6 +216,16 @@ def subset_size(gamma: float, batch_size: int) -> int:
         raise ESAMValueError(f"The batch must not be empty. Received: batch_size={batch_size}.")
     product = Fraction(gamma).limit_denominator(10**6) * batch_size
     return max(1, -(-product.numerator // product.denominator))
+
+
+def needs_losses(selector: Selector, batch_size: int) -> bool:
+    """Return whether the selection hangs on the losses at theta: not if all b are kept anyway."""
+    return selector.score is not None and subset_size(selector.gamma, batch_size) < batch_size
+
+
+def needs_perturbed_losses(selector: Selector, batch_size: int) -> bool:
+    """Return whether the selection pass is worth its price: not if all b are kept anyway."""
+    return selector.score == "increase" and needs_losses(selector, batch_size)
 
 
 def top_indices(scores: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:

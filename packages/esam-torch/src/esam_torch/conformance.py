@@ -276,7 +276,10 @@ class TorchAdapter:
 
     dtypes: tuple[str, ...] = ("float64", "float32")
     conventions = Conventions()
-    gaps: Mapping[str, str] = {"check_schedule_that_scales_rho": "not implemented yet"}
+    gaps: Mapping[str, str] = {
+        "ascend": "not implemented yet",
+        "check_schedule_that_scales_rho": "not implemented yet",
+    }
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)

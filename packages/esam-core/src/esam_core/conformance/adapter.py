@@ -65,6 +65,7 @@ CAPABILITIES: Mapping[str, str] = {
     "dropout": "`Dropout` layers",
     "groups": "`groups`: rho, adaptive and perturb of single parameters",
     "frozen": "`frozen`: parameters that are not trained",
+    "ascend": "`ascend=`: directions other than `Batch()`, and `Observed.part`",
     "weight_masks": "masks of single weights, `Bernoulli(beta, unit='weight')`",
 }
 
@@ -74,7 +75,7 @@ class Fault:
     """What is to go wrong inside a step: in evaluation number `call` of the losses, raise `error`.
 
     Args:
-        call: 1 for the ascent pass; then the selection pass, where there is one; then the descent.
+        call: 1 for the first pass (the ascent), then on in the order of `Observed.passes`.
         error: the exception to raise there, after the forward of that pass.
     """
 
@@ -87,7 +88,7 @@ class Observed:
     """What one step showed, as NumPy arrays and Python numbers, copied.
 
     A field is None where the step had no reason to compute it, exactly as in `StepReport`, or
-    where `gaps` names it. The first seven are the report's fields of that name.
+    where `gaps` names it. The first eight are the report's fields of that name.
 
     Args:
         losses: (b,), in the session's dtype.
@@ -97,10 +98,12 @@ class Observed:
         perturbed: names (see the module) of the perturbed parameters.
         perturbation_norm: 0.0 for a base step.
         gradient_norm: None for a base step.
+        part: (n,) integers or None.
         gradient: by name, the gradients that the base optimizer's update was given (for `step`)
             or that this call left (for `backward`).
         passes: the number of samples of each evaluation of the losses, in order: (8, 8, 4) for
-            b = 8 and gamma = .5; (8,) for a base step.
+            b = 8 and gamma = .5; (8,) for a base step. With `Part(0.25)`, `TopIncrease(0.5)`:
+            (2, 6, 8, 4), the part, the other samples without a graph, selection and descent.
     """
 
     losses: Array | None = None
@@ -110,6 +113,7 @@ class Observed:
     perturbed: tuple[str, ...] | None = None
     perturbation_norm: float | None = None
     gradient_norm: float | None = None
+    part: Array | None = None
     gradient: Mapping[str, Array] | None = None
     passes: tuple[int, ...] | None = None
 

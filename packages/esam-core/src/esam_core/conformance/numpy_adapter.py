@@ -87,6 +87,7 @@ class NumpySession:
             perturbed=report.perturbed,
             perturbation_norm=report.perturbation_norm,
             gradient_norm=report.gradient_norm,
+            part=report.part,
             gradient=gradient,
             passes=tuple(self.network.passes),
         )
@@ -114,6 +115,8 @@ class NumpySession:
     def apply(self) -> None:
         """Make the base optimizer's own update."""
         self.base.update(self.network.parameters, self.left)
+        if self.esam:
+            self.esam.memory.updated(self.left)
         self.pending = False
 
     def weights(self) -> dict[str, Array]:
@@ -136,6 +139,7 @@ class NumpySession:
             "buffers": self.buffers(),
             "base": self.base.state(),
             "count": self.esam.count if self.esam else 0,
+            "direction": dict(self.esam.memory.previous) if self.esam else {},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -147,6 +151,7 @@ class NumpySession:
         self.base.load(state["base"])
         if self.esam:
             self.esam.count = state["count"]
+            self.esam.memory.load(state["direction"])
 
     def random_probe(self) -> Array:
         """Return what the generator would draw next."""
@@ -201,10 +206,11 @@ class NumpyAdapter:
             frozen=tuple(frozen),
             unbiased_running_variance=self.conventions.unbiased_running_variance,
         )
+        optimizer = BaseOptimizer(base, self.conventions)
         step = None
         if esam is not None:
-            step = self._step(network, ESAMConfig.from_arguments(**esam), groups)
-        return self._session(network, BaseOptimizer(base, self.conventions), step)
+            step = self._step(network, ESAMConfig.from_arguments(**esam), groups, optimizer)
+        return self._session(network, optimizer, step)
 
 
 #: The reference with torch's conventions.

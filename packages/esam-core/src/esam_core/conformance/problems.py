@@ -31,6 +31,7 @@ __all__ = [
     "dropout",
     "embedding",
     "flat",
+    "linear",
     "mlp",
     "numbers",
     "softmax",
@@ -158,6 +159,17 @@ def flat(size: int = 8) -> Problem:
     """Return a layer without bias on inputs of zero: its gradient is exactly zero."""
     batch = Batch(np.zeros((size, 4)), np.arange(size) % 3)
     return Problem("flat", (Dense("head", numbers((4, 3), 1.0, 700)),), (batch,) * 3)
+
+
+def linear(size: int = 8) -> Problem:
+    """Return a layer so sure of a class that is always wrong that its loss is linear in theta.
+
+    The probability of that class is 1 to the last bit: its gradient does not depend on theta.
+    """
+    head = Dense("head", numbers((5, 3), 1.0, 800), np.array([0.0, 0.0, 64.0]))
+    labels = np.arange(size) % 2
+    batch = Batch(numbers((size, 5), 2.0, 810), labels)
+    return Problem("linear", (head,), (batch,) * 4)
 
 
 def with_nan(batch: Batch, sample: int) -> Batch:

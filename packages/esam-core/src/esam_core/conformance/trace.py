@@ -68,8 +68,8 @@ def compare_observed(
         gradient: whether to compare the gradient too, which recordings leave out.
     """
     # Exact things first: with another mask or selection no number can be right.
-    for name in ("perturbed", "indices", "passes"):
-        if shows(adapter, name):
+    for name in ("perturbed", "part", "indices", "passes"):
+        if shows(adapter, "ascend" if name == "part" else name):
             equal(f"{where}: {name}", getattr(actual, name), getattr(expected, name))
     kinds = {
         "losses": "losses",

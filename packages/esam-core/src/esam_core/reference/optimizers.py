@@ -73,6 +73,15 @@ class BaseOptimizer:
             denominator = (np.sqrt(v) + base.eps) / root
         theta -= base.lr / (1 - beta1**t) * m / denominator
 
+    @property
+    def has_moment(self) -> bool:
+        """Whether the base keeps a first moment: SGD does with a momentum, Adam always."""
+        return self.base.kind != "sgd" or self.base.momentum > 0.0
+
+    def first_moments(self) -> dict[str, Array]:
+        """Return by name SGD's momentum buffers v or Adam's m: none before the first update."""
+        return {name: moments[0] for name, moments in self._moments.items()}
+
     def state(self) -> dict[str, Any]:
         """Return a copy of the moments and step counts."""
         moments = {name: [a.copy() for a in arrays] for name, arrays in self._moments.items()}

@@ -1,7 +1,7 @@
 """One ESAM step, slow and literal: the specification that every backend is checked against.
 
 `Step.backward` is the table of the phases; each phase is a method, and each equation a function
-of `perturbation`, `sds` or this module.
+of `perturbation`, `selectors`, `directions` or this module.
 
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), algorithm 1 and equations 6 to 10. What the paper
 leaves open is decided here, a rule at a time, and said where it is decided.
@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from esam_core import selectors
+from esam_core import directions, selectors
 from esam_core.config import ESAMConfig
 from esam_core.draws import uniforms
 from esam_core.errors import ESAMValueError, NonFiniteError
 from esam_core.perturbation import Norm, perturbation_norm, perturbations
 from esam_core.problem import Batch
+from esam_core.reference.memory import Memory
 from esam_core.reference.network import Evaluation, Model
+from esam_core.reference.optimizers import BaseOptimizer
 from esam_core.report import StepReport
 from esam_core.units import Mask
 
-__all__ = ["Step", "mean_weights", "needs_perturbed_losses", "scales", "subset"]
+__all__ = ["Step", "mean_weights", "scales", "subset"]
 
 Array = NDArray[Any]
 
@@ -54,11 +56,6 @@ def scales(mask: Mask, parameters: Sequence[Array]) -> list[float | Array]:
     return result
 
 
-def needs_perturbed_losses(selector: selectors.Selector, b: int) -> bool:
-    """Say whether the selection pass is worth its price: not if all b samples are kept anyway."""
-    return selector.score == "increase" and selectors.subset_size(selector.gamma, b) < b
-
-
 class Step:
     """ESAM around a model in NumPy: everything but the base optimizer's update.
 
@@ -66,9 +63,14 @@ class Step:
         model: see `Model`.
         config: hyperparameters.
         settings: parameter name -> its own "rho", "adaptive" or "perturb", where they differ.
+        base: the optimizer that makes the updates, whose first moments `Momentum` reads.
 
     Attributes:
         count: the number of the next ascent.
+        memory: what earlier steps have left to climb along.
+
+    Raises:
+        ESAMValueError: `ascend=Momentum()`, and the base has no first moment.
 
     Example:
         >>> import numpy as np
@@ -88,6 +90,7 @@ class Step:
         model: Model,
         config: ESAMConfig,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
+        base: BaseOptimizer | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -97,6 +100,7 @@ class Step:
         self.rho = [float(own.get(n, {}).get("rho", config.rho)) for n in names]
         self.adaptive = [bool(own.get(n, {}).get("adaptive", config.adaptive)) for n in names]
         self.perturb = [bool(own.get(n, {}).get("perturb", True)) for n in names]
+        self.memory = Memory(config, model.units, self.perturb, base)
 
     @property
     def theta(self) -> list[Array]:
@@ -127,7 +131,7 @@ class Step:
         try:
             with np.errstate(all="ignore"):  # values that are not finite have their own rules
                 mask = self.mask()
-                if mask.active:
+                if mask.active and self.has_direction(mask):
                     gradient, report = self.perturbed_step(batch, mask, entry)
                 else:
                     gradient, report = self.base_step(batch)
@@ -159,54 +163,117 @@ class Step:
     def perturbed_step(
         self, batch: Batch, mask: Mask, entry: Any
     ) -> tuple[dict[str, Array], StepReport]:
-        """Phases 2 to 5. On return the random state is what the ascent's forward left."""
-        ascent = self.ascent(batch)
+        """Phases 2 to 5. On return the random state is what the recording pass left."""
+        b = len(batch.targets)
+        part = self.climbing(b)
+        losses: Array | None = None
+        if len(part):
+            ascent = self.ascent(batch, part)
+            losses = ascent.losses
+            g = self.ascent_gradient(ascent, mask)
+        else:
+            g = self.earlier_gradient(mask)
         left = self.model.random_state
-        g = self.ascent_gradient(ascent, mask)
+        if selectors.needs_losses(self.config.select, b) and len(part) < b:
+            self.model.random_state = entry  # all passes see the same dropout noise
+            losses = self.scoring_pass(batch, part, losses)
+            left = self.model.random_state
         scale = scales(mask, self.theta)
         length = self.norm(g, scale)
         epsilon = [mask.rho_factor * e for e in self.perturbation(g, scale)]
         self.climb(epsilon)
 
         perturbed_losses = None
-        if needs_perturbed_losses(self.config.select, len(ascent.losses)):
-            self.model.random_state = entry  # all passes see the same dropout noise
+        if selectors.needs_perturbed_losses(self.config.select, b):
+            self.model.random_state = entry
             perturbed_losses = self.selection_pass(batch)
-        selection = self.selection(ascent.losses, perturbed_losses)
-        weights = self.poisoned(selection.weights, length, ascent.losses, perturbed_losses)
+        # Where not all losses are known, the selection does not look at them.
+        scores = losses if losses is not None and len(losses) == b else np.zeros(b)
+        selection = self.selection(scores, perturbed_losses)
+        weights = self.poisoned(selection.weights, length, losses, perturbed_losses)
 
         self.model.random_state = entry
-        gradient = self.descent(batch, selection.indices, weights)
-        self.model.random_state = left
+        gradient, descent_losses = self.descent(batch, selection.indices, weights)
+        if self.records_at_theta(b):
+            self.model.random_state = left
 
-        everything = len(selection.indices) == len(ascent.losses)
+        everything = len(selection.indices) == b
         report = StepReport(
             count=self.count,
-            losses=ascent.losses,
-            perturbed_losses=perturbed_losses,
+            losses=losses,
+            perturbed_losses=descent_losses if losses is None else perturbed_losses,
             indices=None if everything else selection.indices,
-            sample_weights=None if everything else weights.astype(ascent.losses.dtype),
+            sample_weights=None if everything else weights.astype(descent_losses.dtype),
             perturbation_norm=float(np.sqrt(sum(float(np.sum(e * e)) for e in epsilon))),
             gradient_norm=length,
             perturbed=tuple(
                 unit.name for unit, m in zip(self.model.units, mask.perturbed, strict=True) if m
             ),
             weight_share=self.weight_share(scale),
-            sample_share=len(selection.indices) / len(ascent.losses),
+            sample_share=len(selection.indices) / b,
+            part=part if 0 < len(part) < b else None,
         )
         return gradient, report
 
-    def ascent(self, batch: Batch) -> Evaluation:
-        """Phase 2, forward: l_i(theta). The only pass that updates running statistics."""
-        return self.model.evaluate(batch, statistics="batch", update=True)
+    def climbing(self, b: int) -> Array:
+        """The samples that are climbed along: all, a part, or none with an earlier direction."""
+        return directions.climbing_indices(
+            self.config.ascend, b, seed=self.config.seed, count=self.count
+        )
+
+    def records_at_theta(self, b: int) -> bool:
+        """Say whether a pass at theta leaves its statistics and random state, or the descent."""
+        return directions.records_at_theta(self.config.ascend, self.config.select, b)
+
+    def ascent(self, batch: Batch, part: Array) -> Evaluation:
+        """Phase 2, forward: l_i(theta) of the samples that are climbed along.
+
+        One sample of several has no batch statistics: BatchNorm then uses the running ones.
+        """
+        b = len(batch.targets)
+        statistics = "running" if len(part) == 1 < b else "batch"
+        return self.model.evaluate(
+            subset(batch, part), statistics=statistics, update=self.records_at_theta(b)
+        )
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
-        """Phase 2, backward: g = grad L_B, for the masked units only (for all, if norm="full")."""
+        """Phase 2, backward: g = grad L, for the masked units only (for all, if norm="full")."""
         gradient = ascent.gradient(mean_weights(len(ascent.losses)))
+        return self.masked(gradient, mask)
+
+    def masked(self, gradient: Mapping[str, Array], mask: Mask) -> list[Array | None]:
+        """Return the gradients of the masked units (of all, if norm="full"), else None."""
         return [
-            gradient[unit.name] if m or self.config.norm == "full" else None
+            gradient.get(unit.name) if m or self.config.norm == "full" else None
             for unit, m in zip(self.model.units, mask.perturbed, strict=True)
         ]
+
+    def earlier_gradient(self, mask: Mask) -> list[Array | None]:
+        """Phase 2 without a pass: the direction of `Previous` or `Momentum`."""
+        return self.masked(self.memory.direction(), mask)
+
+    def has_direction(self, mask: Mask) -> bool:
+        """Say whether there is anything to climb along: not before the first update."""
+        if isinstance(self.config.ascend, directions.Batch | directions.Part):
+            return True
+        found = zip(self.earlier_gradient(mask), mask.perturbed, strict=True)
+        return any(m and g is not None for g, m in found)
+
+    def scoring_pass(self, batch: Batch, part: Array, losses: Array | None) -> Array:
+        """Phase 2, forward, no graph: l_i(theta) of the samples that are not climbed along.
+
+        Which are all, or with `Part` the rest, to be put between the losses of the part.
+        """
+        b = len(batch.targets)
+        rest = np.setdiff1d(np.arange(b), part)
+        statistics = "running" if len(rest) == 1 < b else "batch"
+        update = self.records_at_theta(b) and losses is None
+        found = self.model.evaluate(subset(batch, rest), statistics=statistics, update=update)
+        if losses is None:
+            return found.losses
+        every = np.empty(b, dtype=losses.dtype)
+        every[part], every[rest] = losses, found.losses
+        return every
 
     def norm(self, g: Sequence[Array | None], scale: Sequence[float | Array]) -> float:
         """The denominator of phase 3 as `config.norm` defines it, one for all units.
@@ -254,15 +321,20 @@ class Step:
         total = length + sum(float(np.sum(losses)) for losses in seen if losses is not None)
         return np.asarray(weights + 0.0 * total)
 
-    def descent(self, batch: Batch, indices: Array, weights: Array) -> dict[str, Array]:
+    def descent(
+        self, batch: Batch, indices: Array, weights: Array
+    ) -> tuple[dict[str, Array], Array]:
         """Phase 5: the gradient of the sum of w_i l_i(theta + epsilon) over the selected samples.
 
-        One sample has no batch statistics of its own: BatchNorm then uses the running ones.
+        And these losses. One sample has no batch statistics of its own: BatchNorm then uses the
+        running ones.
         """
         statistics = "running" if len(indices) == 1 else "batch"
-        samples = subset(batch, indices)
-        evaluation = self.model.evaluate(samples, statistics=statistics, update=False)
-        return evaluation.gradient(weights)
+        update = not self.records_at_theta(len(batch.targets))
+        evaluation = self.model.evaluate(
+            subset(batch, indices), statistics=statistics, update=update
+        )
+        return evaluation.gradient(weights), evaluation.losses
 
     def restore(self, theta: Sequence[Array]) -> None:
         """Phase 6: theta back from the copy, bit for bit."""
@@ -284,9 +356,16 @@ class Step:
         if self.config.on_nonfinite == "raise":
             raise NonFiniteError(
                 "A loss or gradient is not finite, and on_nonfinite='raise'. Received: "
-                f"mean loss={np.mean(report.losses)}, gradient norm={report.gradient_norm}."
+                f"mean loss={report.loss}, gradient norm={report.gradient_norm}."
             )
-        return {}, StepReport(count=report.count, losses=report.losses, skipped=True)
+        seen = report.perturbed_losses if report.losses is None else None
+        return {}, StepReport(
+            count=report.count,
+            losses=report.losses,
+            perturbed_losses=seen,
+            part=report.part,
+            skipped=True,
+        )
 
     def weight_share(self, scale: Sequence[float | Array]) -> float:
         """Return the share of the perturbable scalar weights that were perturbed."""

@@ -2,8 +2,11 @@
 
 from esam_core.conformance.checks import (
     arguments,
+    earlier,
     limits,
     masks,
+    momentum,
+    parts,
     passes,
     perturbation,
     restoring,
@@ -26,6 +29,9 @@ CHECKS: dict[str, Check] = {
         passes,
         restoring,
         updates,
+        parts,
+        earlier,
+        momentum,
         arguments,
         traces,
     )

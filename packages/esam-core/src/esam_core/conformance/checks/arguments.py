@@ -9,6 +9,7 @@ from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import ConformanceError, equal_all, require
 from esam_core.conformance.problems import softmax
 from esam_core.conformance.trace import Run
+from esam_core.directions import Part
 from esam_core.problem import Batch
 from esam_core.samplers import Bernoulli
 from esam_core.selectors import TopLoss
@@ -35,6 +36,8 @@ _BAD: tuple[tuple[dict[str, Any], str, type[Exception]], ...] = (
     ({"gamma": 0.5, "select": TopLoss(0.5)}, "gamma", ValueError),
     ({"perturb": Bernoulli}, "perturb", TypeError),
     ({"select": 0.5}, "select", TypeError),
+    ({"ascend": 0.5}, "ascend", TypeError),
+    ({"ascend": Part}, "ascend", TypeError),
     ({"gama": 0.5}, "gama", TypeError),
 )
 

@@ -21,7 +21,7 @@ from esam_core.conformance.trace import Run, compare_state, shows
 from esam_core.problem import Base, Dense, Problem
 from esam_core.selectors import Random, TopIncrease, random_indices
 
-__all__ = ["CHECKS"]
+__all__ = ["CHECKS", "InjectedError", "make_failing_step"]
 
 
 class InjectedError(Exception):
@@ -74,7 +74,9 @@ def check_a_failed_step_leaves_no_trace(adapter: Adapter) -> None:
         for i, batch in enumerate(problem.batches[:2]):
             for call in (1, 2, 3):
                 for error in errors:
-                    _fail(adapter, failing, Fault(call, error), batch, f"step {i}, pass {call}")
+                    make_failing_step(
+                        adapter, failing, Fault(call, error), batch, f"step {i}, pass {call}"
+                    )
             shown, wanted = failing.step(batch), smooth.step(batch)
             if shows(adapter, "perturbed"):
                 equal(f"step {i} made again: perturbed", shown.perturbed, wanted.perturbed)
@@ -87,7 +89,9 @@ def check_a_failed_step_leaves_no_trace(adapter: Adapter) -> None:
             )
 
 
-def _fail(adapter: Adapter, session: Session, fault: Fault, batch: Any, where: str) -> None:
+def make_failing_step(
+    adapter: Adapter, session: Session, fault: Fault, batch: Any, where: str
+) -> None:
     """Make a step that must fail, and require everything to be as before."""
     weights, buffers = session.weights(), session.buffers()
     flags = session.trainable() if shows(adapter, "frozen") else {}

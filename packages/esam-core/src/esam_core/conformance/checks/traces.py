@@ -1,5 +1,6 @@
 """Runs recorded once and for all."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from esam_core.conformance import golden
 from esam_core.conformance.adapter import Adapter, Observed
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close_all
-from esam_core.conformance.trace import compare_observed
+from esam_core.conformance.trace import Run, compare_observed
 
 __all__ = ["CHECKS"]
 
@@ -22,6 +23,7 @@ def _observed(step: dict[str, Any]) -> Observed:
     return Observed(
         losses=array("losses"),
         perturbed_losses=array("perturbed_losses"),
+        part=array("part"),
         indices=array("indices"),
         sample_weights=array("sample_weights"),
         perturbed=tuple(step["perturbed"]),
@@ -34,8 +36,19 @@ def _observed(step: dict[str, Any]) -> Observed:
 @check()
 def check_golden_traces(adapter: Adapter) -> None:
     """Several steps of several configurations are as recorded, in every dtype of the backend."""
+    _compare(adapter, golden.RUNS)
+
+
+@check("ascend")
+def check_golden_traces_of_directions(adapter: Adapter) -> None:
+    """The same, where the direction of the climb is not the whole batch's gradient."""
+    _compare(adapter, golden.DIRECTION_RUNS)
+
+
+def _compare(adapter: Adapter, runs: Mapping[str, Run]) -> None:
+    """Require runs to be as recorded."""
     traces = golden.load()["traces"]
-    for name, run in golden.RUNS.items():
+    for name, run in runs.items():
         for dtype in adapter.dtypes:
             session = run.on(adapter, dtype)
             for i, step in enumerate(traces[name]):
@@ -54,4 +67,4 @@ def check_golden_traces(adapter: Adapter) -> None:
                     close_all(f"{where}: {what}", found, recorded, kind=row, dtype=dtype)
 
 
-CHECKS = (check_golden_traces,)
+CHECKS = (check_golden_traces, check_golden_traces_of_directions)

@@ -15,12 +15,13 @@ import numpy as np
 from esam_core.conformance.numpy_adapter import NumpyAdapter
 from esam_core.conformance.problems import batchnorm, convolution, embedding, mlp, softmax
 from esam_core.conformance.trace import Run
+from esam_core.directions import Momentum, Part, Previous
 from esam_core.problem import Base
 from esam_core.samplers import Only, RandomSuffix, Suffix
 from esam_core.schedules import Every
 from esam_core.selectors import Proportional, Random, TopLoss
 
-__all__ = ["RUNS", "STEPS", "load", "record"]
+__all__ = ["DIRECTION_RUNS", "RUNS", "STEPS", "load", "record"]
 
 #: Each trace has as many steps.
 STEPS = 4
@@ -69,6 +70,22 @@ RUNS: dict[str, Run] = {
     ),
 }
 
+#: The same with other directions than the whole batch's gradient.
+DIRECTION_RUNS: dict[str, Run] = {
+    "a quarter climbs, the paper's selector": Run(
+        problem=batchnorm(),
+        esam={"rho": 0.2, "beta": 0.6, "gamma": 0.5, "ascend": Part(0.25), "seed": 5},
+    ),
+    "along the previous gradient, a suffix": Run(
+        problem=convolution(),
+        esam={"rho": 0.2, "perturb": Suffix("body"), "gamma": 1.0, "ascend": Previous()},
+    ),
+    "against the momentum, a random half": Run(
+        problem=mlp(),
+        esam={"rho": 0.5, "beta": 1.0, "select": Random(0.5), "ascend": Momentum(), "seed": 2},
+    ),
+}
+
 
 def record(run: Run) -> list[dict[str, Any]]:
     """Return what the float64 reference shows of each step, as plain data."""
@@ -80,6 +97,7 @@ def record(run: Run) -> list[dict[str, Any]]:
             name: _plain(getattr(shown, name))
             for name in (
                 "perturbed",
+                "part",
                 "indices",
                 "passes",
                 "losses",
@@ -105,7 +123,7 @@ def _plain(value: Any) -> Any:
 
 
 def load() -> dict[str, Any]:
-    """Return the file: "provenance" and "traces", by the names of `RUNS`."""
+    """Return the file: "provenance" and "traces", by the names of both kinds of runs."""
     text = resources.files(__package__).joinpath("traces.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import esam_core
-from esam_core.conformance.golden import RUNS, record
+from esam_core.conformance.golden import DIRECTION_RUNS, RUNS, record
 
 #: Beside this file: to be run from a checkout.
 PATH = Path(__file__).with_name("traces.json")
@@ -25,7 +25,7 @@ def main() -> None:
             "python": platform.python_version(),
             "date": dt.datetime.now(dt.UTC).date().isoformat(),
         },
-        "traces": {name: record(run) for name, run in RUNS.items()},
+        "traces": {name: record(run) for name, run in (RUNS | DIRECTION_RUNS).items()},
     }
     # A line a step: changes can be read in a diff, and the file stays small.
     traces = ",\n".join(

@@ -1,0 +1,321 @@
+"""`ascend=Previous()` and `Momentum()`: the climb along what earlier steps have left."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter, Fault
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.checks.restoring import InjectedError, make_failing_step
+from esam_core.conformance.compare import close, close_all, equal, equal_all, require
+from esam_core.conformance.problems import batchnorm, linear, mlp, softmax, with_nan
+from esam_core.conformance.trace import SGD, Run, compare_state, follow, shows
+from esam_core.directions import Batch, Direction, Momentum, Part, Previous
+from esam_core.problem import Base
+from esam_core.reference.network import Network
+from esam_core.reference.step import mean_weights
+from esam_core.samplers import Bernoulli, Suffix
+from esam_core.schedules import Between, Every
+from esam_core.selectors import All, Proportional, Random, TopIncrease, TopLoss
+
+__all__ = ["CHECKS"]
+
+_EARLIER: tuple[Direction, ...] = (Previous(), Momentum())
+
+
+@check("ascend")
+def check_first_step_is_a_base_step(adapter: Adapter) -> None:
+    """Without an earlier step there is nothing to climb along: a base step, at its price."""
+    problem = batchnorm()
+    for ascend in _EARLIER:
+        esam = {"rho": 0.5, "beta": 1.0, "gamma": 0.5, "ascend": ascend}
+        ours = Run(problem=problem, esam=esam).on(adapter)
+        base = Run(problem=problem, esam=None).on(adapter)
+        shown = ours.step(problem.batches[0])
+        base.step(problem.batches[0])
+        if shows(adapter, "passes"):
+            equal(f"{ascend}, first step: samples a pass", shown.passes, (8,))
+        if shows(adapter, "perturbation_norm"):
+            equal(f"{ascend}, first step: perturbation_norm", shown.perturbation_norm, 0.0)
+        for what in ("weights", "buffers"):
+            close_all(
+                f"{ascend}, first step: {what} against the base optimizer's",
+                getattr(ours, what)(),
+                getattr(base, what)(),
+                kind="same",
+                dtype=adapter.dtypes[0],
+            )
+
+
+@check("ascend")
+def check_climb_along_the_previous_gradient(adapter: Adapter) -> None:
+    """`Previous()` is SAM along the gradient of the update before: written out from gradients."""
+    dtype, problem, rho, lr = adapter.dtypes[0], mlp(), 0.3, 0.1
+    for sign in (1, -1):
+        esam = {
+            "rho": rho,
+            "beta": 1.0,
+            "gamma": 1.0,
+            "ascend": Previous(sign),
+            "norm_eps": 1e-30,
+        }
+        session = Run(problem=problem, esam=esam, base=Base("sgd", lr=lr)).on(adapter)
+        network = Network(problem.layers)
+        theta = network.parameters
+        before: dict[str, Any] = {}
+        for i, batch in enumerate(problem.batches[:4]):
+            session.step(batch)
+            start = {name: a.copy() for name, a in theta.items()}
+            if before:
+                length = np.sqrt(sum(np.sum(a * a) for a in before.values()))
+                for name in theta:
+                    theta[name] += sign * rho * before[name] / length
+            before = network.evaluate(batch).gradient(mean_weights(len(batch.targets)))
+            for name in theta:
+                theta[name][...] = start[name] - lr * before[name]
+            close_all(
+                f"Previous({sign}), step {i}: weights",
+                session.weights(),
+                theta,
+                kind="weights",
+                dtype=dtype,
+            )
+
+
+@check("ascend", "perturbed_losses", "gradient_norm")
+def check_previous_is_sam_where_the_gradient_is_constant(adapter: Adapter) -> None:
+    """On a loss that is linear in the weights `Previous()` is SAM, from the second step on.
+
+    The loss at theta + epsilon is then higher by exactly rho ||g||.
+    """
+    dtype, problem, rho = adapter.dtypes[0], linear(), 0.3
+    esam = {"rho": rho, "beta": 1.0, "gamma": 1.0, "norm_eps": 1e-30}
+    ours = Run(problem=problem, esam={**esam, "ascend": Previous()}, base=SGD).on(adapter)
+    sam = Run(problem=problem, esam=esam, base=SGD).on(adapter)
+    batch = problem.batches[0]
+    for i in range(4):
+        network = Network(problem.layers)
+        for name, theta in ours.weights().items():
+            network.parameters[name][...] = theta
+        losses = network.evaluate(batch).losses
+        shown, wanted = ours.step(batch), sam.step(batch)
+        close_all(
+            f"step {i}: weights against SAM's",
+            ours.weights(),
+            sam.weights(),
+            kind="same",
+            dtype=dtype,
+        )
+        if i == 0:
+            continue
+        length = float(wanted.gradient_norm or 0.0)
+        close(
+            f"step {i}: gradient_norm against SAM's",
+            float(shown.gradient_norm or 0.0),
+            length,
+            kind="norms",
+            dtype=dtype,
+        )
+        close(
+            f"step {i}: mean of the losses at theta + epsilon",
+            float(np.mean(np.asarray(shown.perturbed_losses, dtype=np.float64))),
+            float(np.mean(losses)) + rho * length,
+            kind="losses",
+            dtype=dtype,
+        )
+
+
+@check("ascend")
+def check_earlier_directions_beside_the_reference(adapter: Adapter) -> None:
+    """Samplers, selectors, norms, schedules and BatchNorm with the directions of earlier steps."""
+    cases: tuple[dict[str, Any], ...] = (
+        {"beta": 0.5, "select": All()},
+        {"beta": 1.0, "select": Random(0.5)},
+        {"perturb": Suffix("norm"), "select": TopLoss(0.5)},
+        {"beta": 0.5, "select": TopIncrease(0.5), "norm": "estimated"},
+        {"beta": 0.5, "select": Proportional(0.5), "norm": "full"},
+        {"perturb": Every(2, Bernoulli(0.5), scale_rho=True), "select": All(), "norm": "none"},
+        {"perturb": Between(1, 3), "select": All(), "adaptive": True},
+        {"perturb": Suffix("norm"), "select": All(), "norm": "full"},
+    )
+    for ascend in _EARLIER:
+        for case in cases:
+            esam = {"rho": 0.2, "ascend": ascend, "seed": 3, **case}
+            follow(adapter, Run(problem=batchnorm(), esam=esam), steps=4)
+
+
+@check("ascend", "passes")
+def check_passes_without_an_ascent(adapter: Adapter) -> None:
+    """A direction of earlier steps costs no pass; losses at theta are evaluated where needed."""
+    problem = softmax()
+    cases: tuple[tuple[Any, tuple[int, ...]], ...] = (
+        (All(), (8,)),
+        (Random(0.5), (4,)),
+        (TopLoss(0.5), (8, 4)),
+        (Proportional(0.5), (8, 4)),
+        (TopIncrease(0.5), (8, 8, 4)),
+        (TopIncrease(1.0), (8,)),
+    )
+    for ascend in _EARLIER:
+        for select, passes in cases:
+            esam = {"rho": 0.1, "beta": 1.0, "select": select, "ascend": ascend}
+            session = Run(problem=problem, esam=esam).on(adapter)
+            session.step(problem.batches[0])
+            shown = session.step(problem.batches[1])
+            equal(f"{ascend}, {select}: samples a pass", shown.passes, passes)
+            if shows(adapter, "losses"):
+                known = shown.losses is not None
+                equal(f"{ascend}, {select}: losses at theta", known, len(passes) > 1)
+
+
+@check("ascend")
+def check_rho_zero_with_any_direction(adapter: Adapter) -> None:
+    """With rho = 0 a step is the base optimizer's, wherever its direction would come from."""
+    problem = batchnorm()
+    directions: tuple[Direction, ...] = (Batch(), Part(0.5), *_EARLIER)
+    for ascend in directions:
+        esam = {"rho": 0.0, "beta": 1.0, "gamma": 0.5, "ascend": ascend}
+        ours = Run(problem=problem, esam=esam).on(adapter)
+        base = Run(problem=problem, esam=None).on(adapter)
+        for i, batch in enumerate(problem.batches[:3]):
+            shown = ours.step(batch)
+            base.step(batch)
+            if shows(adapter, "passes"):
+                equal(f"{ascend}, step {i}: samples a pass", shown.passes, (8,))
+            for what in ("weights", "buffers"):
+                close_all(
+                    f"{ascend}, step {i}: {what} against the base optimizer's",
+                    getattr(ours, what)(),
+                    getattr(base, what)(),
+                    kind="same",
+                    dtype=adapter.dtypes[0],
+                )
+
+
+@check("ascend", "backward")
+def check_one_direction_an_update(adapter: Adapter) -> None:
+    """All batches of an accumulated update climb along the gradient of the update before it."""
+    dtype, problem = adapter.dtypes[0], mlp()
+    for ascend in _EARLIER:
+        run = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 1.0, "ascend": ascend})
+        actual, expected = run.on(adapter), run.on_reference(adapter)
+        for update in range(2):
+            for session in (actual, expected):
+                session.zero_gradients()
+            for i, batch in enumerate(problem.batches[3 * update : 3 * update + 3]):
+                shown, wanted = actual.backward(batch), expected.backward(batch)
+                where = f"{ascend}, update {update}, batch {i}"
+                if shows(adapter, "gradient_norm"):
+                    found, norm = shown.gradient_norm or 0.0, wanted.gradient_norm or 0.0
+                    close(f"{where}: norm", float(found), float(norm), kind="norms", dtype=dtype)
+                close_all(
+                    f"{where}: gradients",
+                    actual.gradients(),
+                    expected.gradients(),
+                    kind="gradient",
+                    dtype=dtype,
+                )
+            for session in (actual, expected):
+                session.apply()
+            compare_state(f"{ascend}, update {update}", actual, expected, dtype)
+
+
+@check("ascend", "state")
+def check_direction_is_saved(adapter: Adapter) -> None:
+    """A run saved and loaded goes on bit for bit, wherever its direction comes from."""
+    problem = batchnorm()
+    directions: tuple[Direction, ...] = (Part(0.5), *_EARLIER)
+    for ascend in directions:
+        esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "ascend": ascend}
+        run = Run(problem=problem, esam=esam, base=Base("adamw", lr=0.01, weight_decay=0.1))
+        whole, first = run.on(adapter), run.on(adapter)
+        for batch in problem.batches[:2]:
+            whole.step(batch)
+            first.step(batch)
+        saved: Any = first.state()
+        first.step(problem.batches[2])  # a saved state must not be one that goes on changing
+        second = run.on(adapter)
+        second.load(saved)
+        for i, batch in enumerate(problem.batches[2:4]):
+            second.step(batch)
+            whole.step(batch)
+            for what in ("weights", "buffers"):
+                equal_all(
+                    f"{ascend}, step {i} after resuming: {what}",
+                    getattr(second, what)(),
+                    getattr(whole, what)(),
+                )
+
+
+@check("ascend", "faults")
+def check_a_failed_step_keeps_the_direction(adapter: Adapter) -> None:
+    """If a pass raises, the step can be made again along the same direction."""
+    problem = batchnorm()
+    cases: tuple[tuple[Direction, tuple[int, ...]], ...] = (
+        (Previous(), (1, 2, 3)),
+        (Momentum(), (1, 2, 3)),
+        (Part(0.5), (1, 2, 3, 4)),
+    )
+    for ascend, calls in cases:
+        run = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5, "ascend": ascend})
+        failing, smooth = run.on(adapter), run.on(adapter)
+        failing.step(problem.batches[0])
+        smooth.step(problem.batches[0])
+        for i, batch in enumerate(problem.batches[1:3]):
+            for call in calls:
+                where = f"{ascend}, step {i}, pass {call}"
+                fault = Fault(call, InjectedError("in a pass"))
+                make_failing_step(adapter, failing, fault, batch, where)
+            failing.step(batch)
+            smooth.step(batch)
+            for what in ("weights", "buffers"):
+                close_all(
+                    f"{ascend}, step {i} made again after failures: {what}",
+                    getattr(failing, what)(),
+                    getattr(smooth, what)(),
+                    kind="same",
+                    dtype=adapter.dtypes[0],
+                )
+
+
+@check("ascend")
+def check_nonfinite_steps_with_any_direction(adapter: Adapter) -> None:
+    """`on_nonfinite="skip"`, `"raise"`: the step after a bad one climbs as if it had not been."""
+    problem = batchnorm()
+    directions: tuple[Direction, ...] = (Part(0.5), *_EARLIER)
+    for ascend in directions:
+        for mode in ("skip", "raise"):
+            esam: Mapping[str, Any] = {
+                "rho": 0.3,
+                "beta": 1.0,
+                "gamma": 1.0,
+                "seed": 3,
+                "ascend": ascend,
+                "on_nonfinite": mode,
+            }
+            run = Run(problem=problem, esam=esam)
+            actual, expected = run.on(adapter), run.on_reference(adapter)
+            good = problem.batches
+            for i, batch in enumerate((good[0], with_nan(good[1], 2), good[2], good[3])):
+                for session in (actual, expected):
+                    try:
+                        session.step(batch)
+                    except FloatingPointError:
+                        require(mode == "raise" and i == 1, f"{ascend}, {mode}, step {i} raised.")
+                where = f"{ascend}, {mode}, step {i}"
+                compare_state(where, actual, expected, adapter.dtypes[0])
+
+
+CHECKS = (
+    check_first_step_is_a_base_step,
+    check_climb_along_the_previous_gradient,
+    check_previous_is_sam_where_the_gradient_is_constant,
+    check_earlier_directions_beside_the_reference,
+    check_passes_without_an_ascent,
+    check_rho_zero_with_any_direction,
+    check_one_direction_an_update,
+    check_direction_is_saved,
+    check_a_failed_step_keeps_the_direction,
+    check_nonfinite_steps_with_any_direction,
+)

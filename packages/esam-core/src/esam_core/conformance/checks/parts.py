@@ -1,0 +1,201 @@
+"""`ascend=Part(share)`: the climb along a part of the batch."""
+
+from typing import Any
+
+import numpy as np
+
+from esam_core.conformance.adapter import Adapter
+from esam_core.conformance.checks.registry import check
+from esam_core.conformance.compare import close, close_all, equal, require
+from esam_core.conformance.problems import batchnorm, dropout, mlp, softmax
+from esam_core.conformance.trace import Run, follow
+from esam_core.directions import Batch, Part
+from esam_core.problem import Base, BatchNorm, Dense
+from esam_core.reference.network import Network
+from esam_core.reference.step import subset
+from esam_core.samplers import Bernoulli, Suffix
+from esam_core.selectors import (
+    All,
+    Proportional,
+    Random,
+    TopIncrease,
+    TopLoss,
+    random_indices,
+    subset_size,
+)
+
+__all__ = ["CHECKS"]
+
+
+@check("ascend")
+def check_climb_along_a_part(adapter: Adapter) -> None:
+    """`Part(share)` is SAM whose climb sees some samples: written out here from gradients alone.
+
+    The part is that of (seed, count), with the draws of `Random`.
+    """
+    dtype, problem, rho, lr, seed = adapter.dtypes[0], mlp(), 0.3, 0.1, 5
+    for share in (0.25, 0.5, 0.01):
+        esam = {
+            "rho": rho,
+            "beta": 1.0,
+            "gamma": 1.0,
+            "ascend": Part(share),
+            "seed": seed,
+            "norm_eps": 1e-30,
+        }
+        session = Run(problem=problem, esam=esam, base=Base("sgd", lr=lr)).on(adapter)
+        network = Network(problem.layers)
+        theta = network.parameters
+        for i, batch in enumerate(problem.batches[:3]):
+            shown = session.step(batch)
+            n = subset_size(share, 8)
+            part = random_indices(8, n, seed=seed, count=i)
+            where = f"Part({share}), step {i}"
+            equal(f"{where}: part", shown.part, part)
+            g = network.evaluate(subset(batch, part)).gradient(np.full(n, 1.0 / n))
+            length = np.sqrt(sum(np.sum(a * a) for a in g.values()))
+            start = {name: a.copy() for name, a in theta.items()}
+            for name in theta:
+                theta[name] += rho * g[name] / length
+            descent = network.evaluate(batch).gradient(np.full(8, 1.0 / 8))
+            for name in theta:
+                theta[name][...] = start[name] - lr * descent[name]
+            close_all(f"{where}: weights", session.weights(), theta, kind="weights", dtype=dtype)
+
+
+@check("ascend", "indices")
+def check_smaller_parts_lie_within_larger_ones(adapter: Adapter) -> None:
+    """The samples of `Part(.25)` are among those of `Part(.5)`, which are those of `Random(.5)`."""
+    problem = softmax()
+    base = Base("sgd", lr=0.01)
+
+    def run(share: float) -> Any:
+        esam = {"rho": 0.1, "ascend": Part(share), "select": Random(0.5), "beta": 1.0, "seed": 2}
+        return Run(problem=problem, esam=esam, base=base).on(adapter)
+
+    small, large = run(0.25), run(0.5)
+    drawn = []
+    for i, batch in enumerate(problem.batches):
+        few, many = small.step(batch), large.step(batch)
+        equal(f"step {i}: size of Part(0.25)", len(few.part), 2)
+        inside = set(np.asarray(few.part).tolist()) <= set(np.asarray(many.part).tolist())
+        require(inside, f"step {i}: Part(0.25) is {few.part}, and Part(0.5) is {many.part}.")
+        equal(f"step {i}: Part(0.5) against Random(0.5)", many.part, many.indices)
+        drawn.append(tuple(np.asarray(few.part).tolist()))
+    require(len(set(drawn)) > 1, f"part: {drawn[0]} in every step; each must draw its own.")
+
+
+@check("ascend")
+def check_part_of_everything_is_the_batch(adapter: Adapter) -> None:
+    """`Part(1.0)` is `Batch()`: weights, running statistics, and a batch of one sample."""
+    for problem, size in ((batchnorm(), 8), (softmax(), 1)):
+        esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3}
+        part = Run(problem=problem, esam={**esam, "ascend": Part(1.0)}).on(adapter)
+        whole = Run(problem=problem, esam={**esam, "ascend": Batch()}).on(adapter)
+        for i, batch in enumerate(problem.batches[:3]):
+            small = subset(batch, np.arange(size))
+            shown = part.step(small)
+            whole.step(small)
+            equal(f"step {i}: part", shown.part, None)
+            for what in ("weights", "buffers"):
+                close_all(
+                    f"{problem.name}, step {i}: {what} with Part(1.0) against Batch()",
+                    getattr(part, what)(),
+                    getattr(whole, what)(),
+                    kind="same",
+                    dtype=adapter.dtypes[0],
+                )
+
+
+@check("ascend")
+def check_parts_with_every_selector(adapter: Adapter) -> None:
+    """A part that climbs, beside the reference: samplers, selectors, norms, BatchNorm.
+
+    A selector by loss needs those of the other samples too, which a forward without a graph gives.
+    """
+    cases: tuple[dict[str, Any], ...] = (
+        {"beta": 0.5, "select": All()},
+        {"beta": 1.0, "select": TopLoss(0.5)},
+        {"perturb": Suffix("norm"), "select": TopIncrease(0.5)},
+        {"beta": 0.5, "select": Random(0.5), "norm": "estimated"},
+        {"beta": 0.5, "select": Proportional(0.5), "norm": "full"},
+        {"perturb": Bernoulli(0.5), "select": TopIncrease(0.25), "norm": "none"},
+        {"beta": 1.0, "select": All(), "adaptive": True},
+        # One sample that climbs, one that descends: both take the running statistics.
+        {"beta": 1.0, "select": TopLoss(0.125)},
+    )
+    for case in cases:
+        for share in (0.5, 0.125):
+            esam = {"rho": 0.2, "ascend": Part(share), "seed": 3, **case}
+            follow(adapter, Run(problem=batchnorm(), esam=esam), steps=3)
+
+
+@check("ascend")
+def check_statistics_with_a_part(adapter: Adapter) -> None:
+    """Where the climb sees a part, the descent updates the running statistics, and it alone.
+
+    Under a perturbation too small to be seen they are then those of the whole batch at theta.
+    """
+    dtype, problem = adapter.dtypes[0], batchnorm()
+    first, norm = problem.layers[0], problem.layers[1]
+    if not (isinstance(first, Dense) and isinstance(norm, BatchNorm)):
+        raise TypeError("The problem must start with a dense layer and a BatchNorm.")
+    mean, variance, new = norm.mean, norm.variance, norm.momentum
+    esam = {"rho": 1e-30, "beta": 1.0, "gamma": 1.0, "ascend": Part(0.5)}
+    session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
+    for i, batch in enumerate(problem.batches[:3]):
+        session.step(batch)
+        x = batch.inputs @ first.weight
+        unbiased = int(adapter.conventions.unbiased_running_variance)
+        mean = (1 - new) * mean + new * x.mean(axis=0)
+        variance = (1 - new) * variance + new * x.var(axis=0, ddof=unbiased)
+        found = session.buffers()
+        for name, wanted in (("norm.mean", mean), ("norm.variance", variance)):
+            close(f"step {i}: {name}", found[name], wanted, kind="buffers", dtype=dtype)
+
+
+@check("ascend", "passes")
+def check_passes_with_a_part(adapter: Adapter) -> None:
+    """A part that climbs is evaluated alone; the others only where the selector needs them."""
+    problem = softmax()
+    cases: tuple[tuple[Any, float, tuple[int, ...]], ...] = (
+        (All(), 0.25, (2, 8)),
+        (Random(0.5), 0.25, (2, 4)),
+        (TopLoss(0.5), 0.25, (2, 6, 4)),
+        (Proportional(0.5), 0.5, (4, 4, 4)),
+        (TopIncrease(0.5), 0.25, (2, 6, 8, 4)),
+        (TopIncrease(1.0), 0.25, (2, 8)),
+    )
+    for select, share, passes in cases:
+        esam = {"rho": 0.1, "beta": 1.0, "select": select, "ascend": Part(share)}
+        run = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.01))
+        shown = run.on(adapter).step(problem.batches[0])
+        equal(f"Part({share}), {select}: samples a pass", shown.passes, passes)
+
+
+@check("ascend", "dropout", "random")
+def check_random_state_with_a_part(adapter: Adapter) -> None:
+    """If the climb sees a part, the generators are still left as one forward of the batch does."""
+    problem = dropout()
+    esam = {"rho": 0.1, "beta": 1.0, "gamma": 1.0, "ascend": Part(0.25)}
+    ours = Run(problem=problem, esam=esam, seed=4).on(adapter)
+    base = Run(problem=problem, esam=None, seed=4).on(adapter)
+    for i, batch in enumerate(problem.batches[:2]):
+        ours.step(batch)
+        base.step(batch)
+        equal(
+            f"step {i}: random state",
+            np.asarray(ours.random_probe()),
+            np.asarray(base.random_probe()),
+        )
+
+
+CHECKS = (
+    check_climb_along_a_part,
+    check_smaller_parts_lie_within_larger_ones,
+    check_part_of_everything_is_the_batch,
+    check_parts_with_every_selector,
+    check_statistics_with_a_part,
+    check_passes_with_a_part,
+    check_random_state_with_a_part,
+)

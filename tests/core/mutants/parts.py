@@ -1,0 +1,183 @@
+"""Wrong parts of the batch, and wrong passes over them."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tests.core.mutants.registry import Mutants
+
+from esam_core import directions
+from esam_core.draws import uniforms
+from esam_core.reference.network import Evaluation
+from esam_core.reference.step import Step, subset
+from esam_core.selectors import needs_losses, top_indices
+from esam_core.units import Mask
+
+__all__ = ["MUTANTS"]
+
+Array = NDArray[Any]
+MUTANTS = Mutants()
+
+
+class _OtherPart(Step):
+    """Another part of the batch than that of (seed, count)."""
+
+    def climbing(self, b: int) -> Array:
+        """Return the wrong part."""
+        right = super().climbing(b)
+        return self.instead(b, len(right)) if 0 < len(right) < b else right
+
+    def instead(self, b: int, n: int) -> Array:
+        """Return n wrong indices."""
+        raise NotImplementedError
+
+
+@MUTANTS.caught_by("check_climb_along_a_part")
+class PartFromAnotherStream(_OtherPart):
+    """The part is drawn with other numbers than `Random` draws with."""
+
+    def instead(self, b: int, n: int) -> Array:
+        """Draw from a stream of its own."""
+        keys = uniforms(b, seed=self.config.seed, count=self.count, stream=7)
+        return top_indices(keys, n)
+
+
+@MUTANTS.caught_by("check_climb_along_a_part")
+class FirstSamplesClimb(_OtherPart):
+    """The part are the first samples of the batch."""
+
+    def instead(self, b: int, n: int) -> Array:
+        """Take the first."""
+        return np.arange(n)
+
+
+@MUTANTS.caught_by("check_climb_along_a_part")
+class PartReportedNotUsed(Step):
+    """The part is reported, and the whole batch is climbed along."""
+
+    def ascent(self, batch: Any, part: Array) -> Evaluation:
+        """Evaluate the part, and keep the whole batch's gradient for later."""
+        state = self.model.random_state
+        self.whole = super().ascent(batch, np.arange(len(batch.targets)))
+        self.model.random_state = state
+        return super().ascent(batch, part)
+
+    def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
+        """Take the gradient of everything."""
+        return super().ascent_gradient(self.whole, mask)
+
+
+@MUTANTS.caught_by("check_smaller_parts_lie_within_larger_ones")
+class PartsNotNested(_OtherPart):
+    """Each share draws anew: a smaller part need not lie within a larger one."""
+
+    def instead(self, b: int, n: int) -> Array:
+        """Make the stream depend on the size."""
+        keys = uniforms(b, seed=self.config.seed, count=self.count, stream=100 + n)
+        return top_indices(keys, n)
+
+
+@MUTANTS.caught_by("check_smaller_parts_lie_within_larger_ones")
+class SamePartForever(_OtherPart):
+    """Every step climbs along the same places of the batch."""
+
+    def instead(self, b: int, n: int) -> Array:
+        """Draw for the first count."""
+        return directions.climbing_indices(self.config.ascend, b, seed=self.config.seed, count=0)
+
+
+class _OtherRecords(Step):
+    """Another pass leaves its statistics and random state."""
+
+    def records_at_theta(self, b: int) -> bool:
+        """Say which."""
+        right = super().records_at_theta(b)
+        return self.instead(right, b) if isinstance(self.config.ascend, directions.Part) else right
+
+    def instead(self, right: bool, b: int) -> bool:
+        """Return the wrong answer."""
+        raise NotImplementedError
+
+
+@MUTANTS.caught_by("check_part_of_everything_is_the_batch")
+class PartOfEverythingIsAPart(_OtherRecords):
+    """With `Part(1.0)` the descent updates the running statistics."""
+
+    def instead(self, right: bool, b: int) -> bool:
+        """Do not look at the share."""
+        return False
+
+
+@MUTANTS.caught_by("check_statistics_with_a_part")
+class StatisticsOfThePart(_OtherRecords):
+    """The running statistics are those of the part, at theta."""
+
+    def instead(self, right: bool, b: int) -> bool:
+        """Say that it is the climb."""
+        return True
+
+
+@MUTANTS.caught_by("check_random_state_with_a_part")
+class RandomStateOfThePart(StatisticsOfThePart):
+    """The generator is left where the forward of the part leaves it."""
+
+
+@MUTANTS.caught_by("check_statistics_with_a_part")
+class StatisticsOfPartAndDescent(Step):
+    """The part updates the running statistics, and the descent once more."""
+
+    def ascent(self, batch: Any, part: Array) -> Evaluation:
+        """Update here too."""
+        state = self.model.random_state
+        self.model.evaluate(subset(batch, part), statistics="batch", update=True)
+        self.model.random_state = state
+        return super().ascent(batch, part)
+
+
+@MUTANTS.caught_by("check_parts_with_every_selector")
+class RestScoredAtThePeak(Step):
+    """The losses of the samples that do not climb are those at theta + epsilon."""
+
+    def scoring_pass(self, batch: Any, part: Array, losses: Array | None) -> Array:
+        """Shift them as if."""
+        found = super().scoring_pass(batch, part, losses)
+        if losses is not None:
+            rest = np.setdiff1d(np.arange(len(found)), part)
+            found[rest] *= 1.1
+        return found
+
+
+@MUTANTS.caught_by("check_parts_with_every_selector")
+class LossesInOrderOfThePasses(Step):
+    """The losses of the part come first, then those of the others, whatever their places."""
+
+    def scoring_pass(self, batch: Any, part: Array, losses: Array | None) -> Array:
+        """Forget where they belong."""
+        found = super().scoring_pass(batch, part, losses)
+        if losses is None:
+            return found
+        return np.concatenate([losses, found[np.setdiff1d(np.arange(len(found)), part)]])
+
+
+@MUTANTS.caught_by("check_passes_with_a_part")
+class RestScoredForNothing(Step):
+    """The samples that do not climb are evaluated where no selector needs their losses."""
+
+    def ascent(self, batch: Any, part: Array) -> Evaluation:
+        """Evaluate the others as well."""
+        b = len(batch.targets)
+        found = super().ascent(batch, part)
+        if len(part) < b and not needs_losses(self.config.select, b):
+            self.scoring_pass(batch, part, found.losses)
+        return found
+
+
+@MUTANTS.caught_by("check_golden_traces_of_directions")
+class PartOneStepLate(_OtherPart):
+    """The part is that of the step after this one."""
+
+    def instead(self, b: int, n: int) -> Array:
+        """Draw for the next count."""
+        ascend = self.config.ascend
+        count = self.count + 1
+        return directions.climbing_indices(ascend, b, seed=self.config.seed, count=count)
