@@ -8,6 +8,7 @@ BENCHMARKS = {
     "accuracy": "benchmarks.accuracy:main",
     "memory": "benchmarks.memory:main",
     "speed": "benchmarks.speed:main",
+    "study": "benchmarks.study.command:main",
     "table1": "benchmarks.paper.table1:main",
     "table2": "benchmarks.paper.imagenet:table2",
     "table3": "benchmarks.paper.table3:main",

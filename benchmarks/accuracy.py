@@ -1,13 +1,13 @@
-"""Train methods with the same schedule over several seeds; a JSON a run and a table.
+"""Train methods with the same schedule over several seeds; a JSON line a run, and a table.
 
 Runs that are done are not run again, and a killed one goes on from its last checkpoint: the same
 command finishes the job. NAME@RHO gives a method a radius of its own.
 """
 
 import argparse
-import json
+import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,7 +28,9 @@ from benchmarks.figures import scatter
 from benchmarks.methods import METHODS, parse_method
 from benchmarks.models import MODELS
 from benchmarks.report import mean_and_error, write_tables
-from benchmarks.training import Run, train
+from benchmarks.run import Run
+from benchmarks.store import Store
+from benchmarks.train import train
 
 __all__ = ["accuracy_rows", "add_run_options", "main", "runs_of", "write_accuracy_table"]
 
@@ -69,6 +71,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--rho", type=not_negative, default=run.rho, help=f"(default: {run.rho})")
     add("--beta", type=whole_share, default=run.beta, help=f"(default: {run.beta})")
     add("--gamma", type=whole_share, default=run.gamma, help=f"(default: {run.gamma})")
+    add("--ema", type=whole_share, default=run.ema, help=f"of sgd-ema (default: {run.ema})")
     add("--images", type=count_number, help="training images, as many of each class (default: all)")
     add("--classes", type=at_least(2), help="the first so many (default: all)")
     add("--spare", action="store_true", help="test on the training images left out as well")
@@ -127,22 +130,36 @@ def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def write_accuracy_table(folder: Path, name: str = "accuracy") -> list[dict[str, Any]]:
-    """Print and write the table of all runs in a folder; return their records."""
-    files = sorted(folder.glob("*-seed*.json"))
-    records = [json.loads(file.read_text("utf-8")) for file in files]
+def comparable(records: Iterable[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+    """Return the records of runs that differ from one in method, rho and seed at most."""
+
+    def options(other: Run) -> Run:
+        return dataclasses.replace(other, method="", rho=0.0, seed=0)
+
+    return [record for record in records if options(Run(**record["run"])) == options(run)]
+
+
+def write_accuracy_table(folder: Path, run: Run, name: str = "accuracy") -> list[dict[str, Any]]:
+    """Print and write the table of a folder's runs; return their records.
+
+    Args:
+        folder: of the runs.
+        run: those that are comparable with it are shown.
+        name: of the table's file.
+    """
+    records = comparable(Store(folder).records(), run)
     order = {method: i for i, method in enumerate(METHODS)}
     records.sort(
         key=lambda r: (order[parse_method(r["run"]["method"]).name], r["rho"], r["run"]["seed"])
     )
     if not records:
         return []
-    run, data = records[0]["run"], records[0]["data"]
-    width = "" if run["width"] is None else f" of width {run['width']}"
+    data = records[0]["data"]
+    width = "" if run.width is None else f" of width {run.width}"
     note = f" ({data['note']})" if data["note"] else ""
     title = (
-        f"{data['name']}{note}, {run['model']}{width}, {run['epochs']} epochs of batch "
-        f"{run['batch']}: test accuracy, mean ± standard error (seeds)"
+        f"{data['name']}{note}, {run.model}{width}, {run.epochs} epochs of batch "
+        f"{run.batch}: test accuracy, mean ± standard error (seeds)"
     )
     write_tables(folder, name, title, COLUMNS, accuracy_rows(records))
     _draw(folder / f"{name}.png", title, records)
@@ -202,6 +219,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    for run in runs_of(options):
+    runs = runs_of(options)
+    for run in runs:
         train(run, options.out, checkpoint_every=options.checkpoint_every)
-    write_accuracy_table(options.out)
+    write_accuracy_table(options.out, runs[0])

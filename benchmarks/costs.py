@@ -24,7 +24,7 @@ from esam_torch.units import parameters_of
 
 if TYPE_CHECKING:
     from benchmarks.data.source import Source
-    from benchmarks.training import Run
+    from benchmarks.run import Run
 
 __all__ = ["counted_steps", "flops_ratio", "predicted_ratio"]
 
@@ -122,7 +122,7 @@ def predicted_ratio(
         beta: for random masks.
         gamma: for selectors.
     """
-    if method.family in ("base", "msam"):
+    if method.family in ("base", "average", "msam"):
         return 1.0
     if method.budget is not None:
         plan = make_plan(_units(model, width, classes, shape), method.budget, norm=method.norm)
@@ -148,7 +148,7 @@ def flops_ratio(run: "Run", source: "Source", steps: int, tensors: int) -> float
             masks differ in cost, and the fewer steps tell their mean to about a percent.
     """
     method = parse_method(run.method)
-    if method.family == "base":
+    if method.family in ("base", "average"):
         return 1.0
     arguments = {
         "model": run.model,

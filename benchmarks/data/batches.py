@@ -121,7 +121,16 @@ class Batches:
 
     def test(self, batch: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test images, all of them, in order."""
-        images, labels = self._test
+        return self._in_order(self._test, batch)
+
+    def training(self, batch: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the training images, all of them, in order and as they are."""
+        return self._in_order(self._train, batch)
+
+    def _in_order(
+        self, split: tuple[Tensor, Tensor], batch: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = split
         for start in range(0, len(labels), batch):
             x = images[start : start + batch]
             yield x.contiguous(memory_format=self.format), labels[start : start + batch]

@@ -59,7 +59,8 @@ class Method:
     Args:
         name: as on the command line.
         title: as in tables.
-        family: "base", "esam" (anything that esam-torch does), "msam" or "peer".
+        family: "base", "average" (the base, tested with averaged weights), "esam" (anything that
+            esam-torch does), "msam" or "peer".
         perturb: makes the sampler; for "esam".
         select: makes the selector from gamma; for "esam".
         norm: which norm; "masked" enlarges the radius to rho / beta under random masks.
@@ -108,6 +109,7 @@ def _random_suffix(model: str, _: float) -> object:
 
 _ALL = (
     Method("sgd", "base optimizer", "base"),
+    Method("sgd-ema", "base optimizer, averaged weights", "average"),
     Method("sam", "SAM"),
     Method("peer-sam", "SAM of pytorch-optimizer", "peer"),
     Method("asam", "adaptive SAM", adaptive=True),
@@ -139,6 +141,12 @@ _ALL = (
         "suffix-proportional",
         "late suffix, proportional to loss",
         perturb=_late,
+        select=lambda g: Proportional(g),
+    ),
+    Method(
+        "half-suffix",
+        "half of the work, proportional to loss",
+        perturb=lambda _m, _b: Suffix(0.5),
         select=lambda g: Proportional(g),
     ),
     Method("last", "last stage, all samples", perturb=_last),

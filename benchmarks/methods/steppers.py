@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks.methods.msam import msam_step
 from benchmarks.methods.registry import Method
@@ -17,9 +18,15 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 class Stepper(Protocol):
-    """Takes steps; `base` is the optimizer whose learning rate is set."""
+    """Takes steps.
+
+    Attributes:
+        base: the optimizer whose learning rate is set.
+        averaged: the model to test in place of the trained one, or None.
+    """
 
     base: torch.optim.Optimizer
+    averaged: nn.Module | None
 
     def step(self, losses: Losses, x: Tensor, y: Tensor) -> StepReport | None: ...
 
@@ -30,6 +37,8 @@ class Stepper(Protocol):
 
 class _BaseStepper:
     """The base optimizer alone."""
+
+    averaged: nn.Module | None = None
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self.base = base
@@ -46,8 +55,37 @@ class _BaseStepper:
         self.base.load_state_dict(state)
 
 
+class _AveragingStepper(_BaseStepper):
+    """The base optimizer, with an exponential moving average of the weights to test.
+
+    BatchNorm's running statistics are averaged with the weights (`use_buffers`): another pass
+    over the data, to compute them again, would cost a third of an epoch.
+    """
+
+    averaged: AveragedModel
+
+    def __init__(self, base: torch.optim.Optimizer, model: nn.Module, share: float) -> None:
+        super().__init__(base)
+        self._model = model
+        average = get_ema_multi_avg_fn(1 - share)
+        self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+    def step(self, losses: Losses, x: Tensor, y: Tensor) -> None:
+        super().step(losses, x, y)
+        self.averaged.update_parameters(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base": super().state_dict(), "averaged": self.averaged.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state["base"])
+        self.averaged.load_state_dict(state["averaged"])
+
+
 class _ESAMStepper:
     """Everything that esam-torch does, SAM among it."""
+
+    averaged: nn.Module | None = None
 
     def __init__(self, optimizer: ESAM, m: int | None) -> None:
         self.optimizer = optimizer
@@ -90,6 +128,8 @@ class _MSAMStepper(_BaseStepper):
 class _PeerStepper:
     """SAM of the package pytorch-optimizer, the most used of its kind that pip installs."""
 
+    averaged: nn.Module | None = None
+
     def __init__(self, base: torch.optim.SGD, rho: float, *, adaptive: bool) -> None:
         from pytorch_optimizer import SAM  # optional: only this method needs it
 
@@ -123,6 +163,7 @@ def make_stepper(
     rho: float,
     beta: float = 0.6,
     gamma: float = 0.5,
+    ema: float = 0.02,
     steps: int,
     seed: int = 0,
     m: int | None = None,
@@ -138,6 +179,7 @@ def make_stepper(
         rho: the radius; the method's own takes precedence.
         beta: for random masks.
         gamma: for selectors.
+        ema: share of the new weights in the average, in (0, 1]; for "average".
         steps: of the whole run, for schedules.
         seed: of masks and selections.
         m: samples that one perturbation is for; None is the batch. For "esam".
@@ -146,6 +188,8 @@ def make_stepper(
     radius = rho if method.rho is None else method.rho
     if method.family == "base":
         return _BaseStepper(base)
+    if method.family == "average":
+        return _AveragingStepper(base, model, ema)
     if method.family in ("msam", "peer"):
         if not isinstance(base, torch.optim.SGD):
             raise TypeError(f"{method.title} must have SGD as its base. Received: {base!r}.")

@@ -9,7 +9,8 @@ from benchmarks.figures import COLOURS, panels, save
 from benchmarks.machine import provenance
 from benchmarks.recipes import PUBLISHED
 from benchmarks.report import mean_and_error, write_json, write_tables
-from benchmarks.training import Run, train
+from benchmarks.run import Run
+from benchmarks.train import train
 
 __all__ = ["compare", "steadily_timed"]
 
@@ -40,7 +41,7 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
         runs: what to train; those that are done are read.
         options: of the command.
     """
-    records = [train(run, options.out / "runs", checkpoint_every=5) for run in runs]
+    records = [train(run, options.out, checkpoint_every=5) for run in runs]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for record in records:
         key = (record["data"]["name"], record["run"]["model"], record["run"]["method"])

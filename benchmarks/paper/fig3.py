@@ -10,7 +10,7 @@ from benchmarks.machine import provenance
 from benchmarks.paper.comparison import steadily_timed
 from benchmarks.paper.options import parse, recipe_runs
 from benchmarks.report import mean_and_error, write_json, write_tables
-from benchmarks.training import train
+from benchmarks.train import train
 
 __all__ = ["main"]
 
@@ -40,8 +40,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             runs = recipe_runs(
                 argparse.Namespace(**given), [options.model], [options.data], [method], named
             )
-            folder = options.out / "runs" / (f"{field}{value}" if field else "")
-            records = [train(run, folder, checkpoint_every=5) for run in runs]
+            records = [train(run, options.out, checkpoint_every=5) for run in runs]
             points.append(
                 {
                     "method": method,

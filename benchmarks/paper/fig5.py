@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks.figures import draw_curves, panels, save
 from benchmarks.paper.options import parse
 from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
-from benchmarks.training import Run, Trainer
+from benchmarks.run import Run
+from benchmarks.training import Trainer
 from esam_core.selectors import subset_size
 from esam_torch import StepReport
 

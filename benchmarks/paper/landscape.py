@@ -23,7 +23,9 @@ from benchmarks.machine import provenance
 from benchmarks.paper.gradients import length
 from benchmarks.paper.options import parse, recipe_runs
 from benchmarks.report import write_json, write_tables
-from benchmarks.training import Run, Trainer, train
+from benchmarks.run import Run
+from benchmarks.train import train, weights_path
+from benchmarks.training import Trainer
 
 __all__ = ["fig4", "fig8", "filter_normalised"]
 
@@ -88,14 +90,10 @@ def _grid(
 
 def _trained(run: Run, options: argparse.Namespace) -> Trainer:
     """Return a run's trainer with its final weights, trained or read."""
-    train(run, options.out / "runs", checkpoint_every=5, keep_weights=True)
+    train(run, options.out, checkpoint_every=5, keep_weights=True)
     trainer = Trainer(run)
-    stem = run.file_name(trainer.source.name)
-    weights = torch.load(
-        options.out / "runs" / "weights" / f"{stem}.pt",
-        map_location=trainer.device,
-        weights_only=True,
-    )
+    path = weights_path(run, options.out)
+    weights = torch.load(path, map_location=trainer.device, weights_only=True)
     trainer.model.load_state_dict(weights)
     trainer.model.eval()
     return trainer

@@ -11,7 +11,7 @@ import torch
 from benchmarks.accuracy import add_run_options
 from benchmarks.arguments import count_number, seed_number
 from benchmarks.recipes import RECIPES
-from benchmarks.training import Run
+from benchmarks.run import Run
 
 __all__ = ["parse", "recipe_runs"]
 

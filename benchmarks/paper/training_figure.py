@@ -8,7 +8,9 @@ from typing import Any
 from benchmarks.machine import provenance
 from benchmarks.paper.options import recipe_runs
 from benchmarks.report import write_json, write_tables
-from benchmarks.training import Probe, Run, train
+from benchmarks.run import Run
+from benchmarks.train import train
+from benchmarks.training import Probe
 
 __all__ = ["epoch_means", "perturbing_runs", "probed", "write_epochs"]
 
@@ -42,7 +44,7 @@ def probed(
         probe: makes one.
         options: of the command.
     """
-    return [train(run, options.out / "runs", checkpoint_every=5, probe=probe()) for run in runs]
+    return [train(run, options.out, checkpoint_every=5, probe=probe()) for run in runs]
 
 
 def epoch_means(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, list[float]]:

@@ -15,7 +15,8 @@ from benchmarks.paper.fig5 import Splits
 from benchmarks.paper.fig6 import Cosines, _subsets
 from benchmarks.paper.fig7 import Linearity
 from benchmarks.paper.gradients import length
-from benchmarks.training import Run, Trainer
+from benchmarks.run import Run
+from benchmarks.training import Trainer
 from torch.nn import functional as F
 
 SMALL = {"data": "digits", "model": "resnet8", "width": 2, "epochs": 1, "batch": 32, "images": 64}

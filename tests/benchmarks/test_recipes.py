@@ -12,7 +12,9 @@ from benchmarks.methods import METHODS
 from benchmarks.paper import comparison, fig3, fig5, fig6, fig7, imagenet, landscape
 from benchmarks.paper.options import parse, recipe_runs
 from benchmarks.recipes import RECIPES
-from benchmarks.training import Run, new_stepper
+from benchmarks.run import Run
+from benchmarks.store import Store
+from benchmarks.training import new_stepper
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -42,7 +44,7 @@ def _asked(
         }
 
     def stop(runs: Any, _probe: Any, options: Any) -> None:
-        asked.extend((run, options.out / "runs") for run in runs)
+        asked.extend((run, options.out) for run in runs)
         raise _Asked
 
     threads = torch.get_num_threads()
@@ -109,14 +111,14 @@ def test_figure_3_trains_with_the_values_it_shows(
 ) -> None:
     values = ["--values", "0.3", "0.9", "--seeds", "0", "--out", str(tmp_path)]
     asked = _asked(monkeypatch, fig3, "main", "--model", "wrn28-10", *values)
-    found = [(r.method, r.rho, r.beta, r.gamma, f.name) for r, f in asked]
+    found = [(r.method, r.rho, r.beta, r.gamma) for r, _ in asked]
     assert found == [
-        ("sgd", 0.1, 0.5, 0.5, "runs"),
-        ("sam", 0.1, 0.5, 0.5, "runs"),
-        ("swp", 0.1, 0.3, 0.5, "beta0.3"),
-        ("swp", 0.1, 0.9, 0.5, "beta0.9"),
-        ("sds", 0.1, 0.5, 0.3, "gamma0.3"),
-        ("sds", 0.1, 0.5, 0.9, "gamma0.9"),
+        ("sgd", 0.1, 0.5, 0.5),
+        ("sam", 0.1, 0.5, 0.5),
+        ("swp", 0.1, 0.3, 0.5),
+        ("swp", 0.1, 0.9, 0.5),
+        ("sds", 0.1, 0.5, 0.3),
+        ("sds", 0.1, 0.5, 0.9),
     ]
 
 
@@ -162,9 +164,9 @@ def test_a_committed_figures_command_asks_for_its_committed_runs(
         monkeypatch.setattr(fig3, "write_json", lambda *_: None)
         monkeypatch.setattr(fig3, "save", lambda *_: None)
     asked = [run for run, _ in _asked(monkeypatch, module, function, *arguments, "--device", "cpu")]
-    records = [json.loads(p.read_text()) for p in (RESULTS / name / "runs").rglob("*.json")]
+    records = [Run(**record["run"]) for record in Store(RESULTS / name).records()]
     assert asked
-    assert all(dataclasses.asdict(run) in [r["run"] for r in records] for run in asked)
+    assert all(run in records for run in asked)
 
 
 @pytest.mark.parametrize("module", [fig5, fig6, fig7])
@@ -175,8 +177,8 @@ def test_a_committed_figures_command_asks_for_its_committed_probe(
     figure = json.loads((RESULTS / name / f"{name}.json").read_text())
 
     def probed(_runs: Any, probe: Any, _options: Any) -> None:
-        (path,) = (RESULTS / name / "runs").glob("*.json")
-        assert json.loads(path.read_text())["probe"] == probe().options
+        (record,) = Store(RESULTS / name).records()
+        assert record["probe"] == probe().options
         raise _Asked
 
     monkeypatch.setattr(module, "probed", probed)

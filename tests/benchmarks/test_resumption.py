@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.paper import fig5, fig6, fig7, imagenet, landscape
-from benchmarks.training import Run, train
+from benchmarks.run import Run
+from benchmarks.store import Store
+from benchmarks.train import train
 
 RUN = Run(method="sam", data="digits", model="resnet8", width=2, epochs=2, batch=128, images=256)
 QUICK = ["--quick", "--width", "2", "--images", "256", "--epochs", "1"]
@@ -50,53 +52,54 @@ def test_a_run_of_the_same_probe_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("probe", [Counting(4), None])
 @pytest.mark.parametrize("stop_after", [None, 1])
-def test_a_run_of_another_probe_is_refused(
+def test_a_run_of_another_probe_is_another_run(
     probe: Counting | None, stop_after: int | None, tmp_path: Path
 ) -> None:
     train(RUN, tmp_path, probe=Counting(3), stop_after=stop_after, say=_say)
-    with pytest.raises(ValueError, match=r"holds a run of other probe options\..*'factor': 3"):
-        train(RUN, tmp_path, probe=probe, say=_say)
+    found = train(RUN, tmp_path, probe=probe, say=_say)
+    assert [row.get("found") for row in found["history"]] == ([4, 8] if probe else [None, None])
 
 
 def test_a_record_from_before_probes_were_kept_is_one_without(tmp_path: Path) -> None:
     train(RUN, tmp_path, say=_say)
-    (path,) = tmp_path.glob("*.json")
-    path.write_text(path.read_text().replace('"probe": null,', ""))
+    path = tmp_path / "runs.jsonl"
+    path.write_text(path.read_text().replace('"probe": null, ', ""))
     assert "probe" not in train(RUN, tmp_path, say=_say)
-    with pytest.raises(ValueError, match="other probe options"):
-        train(RUN, tmp_path, probe=Counting(3), say=_say)
+    train(RUN, tmp_path, probe=Counting(3), say=_say)
+    assert len(Store(tmp_path).records()) == 2
 
 
 @pytest.mark.parametrize(
     ("figure", "others"),
     [(fig6, ["--batches", "1"]), (fig7, ["--draws", "2"]), (fig7, ["--betas", "0.4"])],
 )
-def test_a_figure_reads_its_own_runs_and_refuses_those_of_other_options(
+def test_a_figure_reads_its_own_runs_and_not_those_of_other_options(
     figure: Any, others: list[str], tmp_path: Path
 ) -> None:
     arguments = [*QUICK, "--out", str(tmp_path)]
     _threads_kept(figure.main, arguments)
-    (run,) = (tmp_path / "runs").glob("*.json")
-    made = run.stat().st_mtime_ns
+    (record,) = Store(tmp_path).records()
     _threads_kept(figure.main, arguments)
-    assert run.stat().st_mtime_ns == made
-    with pytest.raises(ValueError, match="holds a run of other probe options"):
-        _threads_kept(figure.main, [*arguments, *others])
+    assert Store(tmp_path).records() == [record]
+    _threads_kept(figure.main, [*arguments, *others])
+    first, second = Store(tmp_path).records()
+    assert first == record
+    assert second["probe"] != record["probe"]
 
 
 def test_figures_5_and_7_do_not_take_each_others_runs(tmp_path: Path) -> None:
     _threads_kept(fig5.main, [*QUICK, "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match=r"'fig7'.*not \{'name': 'fig5'\}"):
-        _threads_kept(fig7.main, [*QUICK, "--out", str(tmp_path)])
+    _threads_kept(fig7.main, [*QUICK, "--out", str(tmp_path)])
+    assert [r["probe"]["name"] for r in Store(tmp_path).records()] == ["fig5", "fig7"]
 
 
 def test_generated_images_are_the_same_data_in_the_next_call(tmp_path: Path) -> None:
     smallest = ["--methods", "sgd", "sam", "--width", "2", "--out", str(tmp_path)]
     _threads_kept(imagenet.table2, ["--quick", *smallest])
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    made = Store(tmp_path).records()
     _threads_kept(imagenet.table2, ["--quick", *smallest])
     assert len(made) == 2
-    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    assert Store(tmp_path).records() == made
     assert "m-sharpness 8 " in (tmp_path / "table2.md").read_text()
 
 
@@ -108,7 +111,7 @@ def test_a_landscape_of_a_record_without_its_weights_is_trained_again(
     run = getattr(landscape, name)
     _threads_kept(run, [*QUICK, *smallest])
     found = (tmp_path / f"{name}.md").read_text()
-    (weights,) = (tmp_path / "runs" / "weights").glob("*.pt")
+    (weights,) = (tmp_path / "weights").glob("*.pt")
     weights.unlink()  # git ignores them: a fresh clone has the record alone
     _threads_kept(run, [*QUICK, *smallest])
     assert weights.exists()

@@ -9,7 +9,10 @@ from benchmarks import accuracy
 from benchmarks.accuracy import accuracy_rows
 from benchmarks.costs import counted_steps
 from benchmarks.methods import METHODS, parse_method
-from benchmarks.training import Run, Trainer, learning_rate, train
+from benchmarks.run import Run
+from benchmarks.store import Store
+from benchmarks.train import train
+from benchmarks.training import Trainer, learning_rate
 
 SMALL = {"data": "digits", "model": "resnet8", "width": 2, "epochs": 3, "batch": 128, "lr": 0.1}
 
@@ -18,14 +21,16 @@ def _say(_: str) -> None:
     """Say nothing."""
 
 
-@pytest.mark.parametrize("method", ["sgd", "esam", "msam", "suffix-proportional", "peer-sam"])
+@pytest.mark.parametrize(
+    "method", ["sgd", "sgd-ema", "esam", "msam", "suffix-proportional", "peer-sam"]
+)
 def test_a_killed_run_goes_on_to_the_bit(method: str, tmp_path: Path) -> None:
     if method == "peer-sam":
         pytest.importorskip("pytorch_optimizer")
     run = Run(method=method, seed=3, **SMALL)
     whole = train(run, tmp_path / "whole", say=_say)
     train(run, tmp_path / "cut", stop_after=2, say=_say)
-    assert not list((tmp_path / "cut").glob("*.json"))
+    assert not Store(tmp_path / "cut").records()
     torch.manual_seed(99)  # another process has another random state
     resumed = train(run, tmp_path / "cut", say=_say)
     for a, b in zip(whole["history"], resumed["history"], strict=True):
@@ -35,12 +40,13 @@ def test_a_killed_run_goes_on_to_the_bit(method: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "cut" / "checkpoints").glob("*.pt"))
 
 
-def test_a_finished_run_is_not_run_again_and_other_options_are_refused(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again_and_one_of_other_options_is(tmp_path: Path) -> None:
     run = Run(method="sgd", **{**SMALL, "epochs": 1})
     first = train(run, tmp_path, say=_say)
     assert train(run, tmp_path, say=_say) == json.loads(json.dumps(first))
-    with pytest.raises(ValueError, match="holds a run of other options"):
-        train(Run(method="sgd", **SMALL), tmp_path, say=_say)
+    assert len(Store(tmp_path).records()) == 1
+    train(Run(method="sgd", **SMALL), tmp_path, say=_say)
+    assert [r["run"]["epochs"] for r in Store(tmp_path).records()] == [1, 3]
 
 
 def test_all_methods_begin_with_the_same_weights_and_batches() -> None:
@@ -109,10 +115,16 @@ def test_table_has_a_row_a_method_over_its_seeds(tmp_path: Path, capsys) -> None
     small = ["--model", "resnet8", "--width", "2", "--epochs", "1", "--device", "cpu"]
     accuracy.main([*options, *small])
     assert "± " in capsys.readouterr().out
-    records = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
+    records = Store(tmp_path).records()
     assert len(records) == 4
     assert len(accuracy_rows(records)) == 2
-    assert "SAM" in (tmp_path / "accuracy.md").read_text()
+    table = (tmp_path / "accuracy.md").read_text()
+    assert "SAM" in table
+    # Runs of other options are in the same file, and not in the same table.
+    accuracy.main([*options, *small, "--batch", "32"])
+    assert len(Store(tmp_path).records()) == 8
+    accuracy.main([*options, *small])
+    assert (tmp_path / "accuracy.md").read_text() == table
 
 
 def test_m_sharpness_is_the_mean_of_the_parts_own_sam_gradients() -> None:
@@ -148,3 +160,32 @@ def test_momentum_sam_perturbs_without_being_told_a_radius(method: str) -> None:
     for trainer in (base, other):
         trainer.train_epoch(0)
     assert not torch.equal(base.model.head.weight, other.model.head.weight)
+
+
+def test_averaged_weights_are_the_recursion_over_the_steps_and_are_what_is_tested() -> None:
+    trainer = Trainer(Run(method="sgd-ema", ema=0.25, **SMALL))
+    expected = None
+    for epoch in range(2):
+        trainer.model.train()
+        for x, y in trainer.source.epoch(epoch):
+            trainer.stepper.step(trainer.losses, x, y)
+            now = [t.detach().clone().double() for t in trainer.model.state_dict().values()]
+            if expected is None:
+                expected = now
+            expected = [0.75 * a + 0.25 * b for a, b in zip(expected, now, strict=True)]
+    averaged = trainer.stepper.averaged.module.state_dict()
+    for (name, got), value in zip(averaged.items(), expected, strict=True):
+        if got.is_floating_point():  # weights and BatchNorm's running statistics alike
+            torch.testing.assert_close(got.double(), value, rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.equal(averaged["head.weight"], trainer.model.head.weight)
+    tested = trainer.test()
+    trainer.model.load_state_dict(averaged)
+    trainer.stepper.averaged = None
+    assert trainer.test() == tested
+
+
+def test_averaged_weights_train_as_the_base_optimizer_does() -> None:
+    one, other = (Trainer(Run(method=m, **SMALL)) for m in ("sgd", "sgd-ema"))
+    for trainer in (one, other):
+        trainer.train_epoch(0)
+    assert torch.equal(one.model.head.weight, other.model.head.weight)

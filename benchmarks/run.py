@@ -1,0 +1,100 @@
+"""What a training run depends on, and the name that tells it from every other run."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.methods import parse_method
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a run depends on.
+
+    Args:
+        method: "NAME" or "NAME@RHO".
+        data: as in `load_source`.
+        model: a key of `MODELS`.
+        width: of the model; None is the published one.
+        epochs: passes over the training images.
+        batch: samples a step.
+        lr: peak learning rate; a cosine takes it to 0 over the run.
+        warmup: epochs in which the learning rate rises linearly from 0.
+        optimizer: the base optimizer, "sgd" (momentum .9) or "adamw".
+        m: samples that one perturbation is for, as with a shard a device; None is the batch.
+        weight_decay: of the base optimizer.
+        sharp_weight_decay: in its place for all methods but the base; None is the same.
+        smoothing: of the labels.
+        rho: radius where the method names none.
+        beta: for random masks.
+        gamma: for selectors.
+        ema: share of the new weights in the average that "sgd-ema" is tested with.
+        seed: of weights, order, augmentation, masks and selections.
+        images: training images in all; None is all.
+        classes: how many; None is all.
+        spare: test on the training images that are left out as well.
+        size: to average the images down to; None leaves them.
+        noise: share of wrong training labels.
+        augment: crop and mirror the training images.
+        device: where it runs.
+        bf16: autocast to bfloat16.
+        channels_last: memory format.
+        compile: compile the model's blocks.
+        test_every: epochs between tests; there is always one behind the last.
+    """
+
+    method: str
+    data: str
+    model: str
+    width: int | None = None
+    epochs: int = 200
+    batch: int = 128
+    lr: float = 0.05
+    warmup: int = 0
+    optimizer: str = "sgd"
+    m: int | None = None
+    weight_decay: float = 5e-4
+    sharp_weight_decay: float | None = None
+    smoothing: float = 0.0
+    rho: float = 0.05
+    beta: float = 0.6
+    gamma: float = 0.5
+    ema: float = 0.02
+    seed: int = 0
+    images: int | None = None
+    classes: int | None = None
+    spare: bool = False
+    size: int | None = None
+    noise: float = 0.0
+    augment: bool = True
+    device: str = "cpu"
+    bf16: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    test_every: int = 1
+
+    @property
+    def effective_rho(self) -> float:
+        """The radius that the method runs with; 0 for the base optimizer."""
+        method = parse_method(self.method)
+        if method.family in ("base", "average"):
+            return 0.0
+        return self.rho if method.rho is None else method.rho
+
+    def key(self, probe: Mapping[str, Any] | None = None) -> str:
+        """Return a short name that no run of other options, or with another probe, has.
+
+        Args:
+            probe: the options of the probe that looks on, or None.
+        """
+        whole = json.dumps([dataclasses.asdict(self), probe], sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    def file_name(self, probe: Mapping[str, Any] | None = None) -> str:
+        """Return the stem of the run's files: what one looks for, and its key."""
+        return f"{self.model}-{self.method}-seed{self.seed}-{self.key(probe)}"

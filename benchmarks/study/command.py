@@ -1,0 +1,81 @@
+"""Make the runs of the study's settings, by the protocol of docs/study-protocol.md.
+
+The command can be killed and given again at any time, and given several times at once: a run that
+is done is not made again, one that was begun goes on, and no two processes make the same one.
+"""
+
+import argparse
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.arguments import count_number
+from benchmarks.store import Store
+from benchmarks.study.planning import make_plan
+from benchmarks.study.settings import QUICK, SETTINGS, Setting
+from benchmarks.study.workers import folder_of, work
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Make the runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks study",
+        description=__doc__,
+        epilog="settings: " + "; ".join(f"{s.name}: {s.title}" for s in SETTINGS.values()),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("settings", nargs="*", default=list(SETTINGS), metavar="SETTING")
+    add("--jobs", type=count_number, default=1, help="processes (default: 1)")
+    add("--threads", type=count_number, default=1, help="of the CPU, each (default: 1)")
+    add("--runs", type=count_number, help="at most so many in each process (default: all)")
+    add(
+        "--out", type=Path, default=Path("benchmarks/results"), help="(default: benchmarks/results)"
+    )
+    add("--plan", action="store_true", help="say what is missing, and make nothing")
+    add("--quick", action="store_true", help="two runs of a small form, in seconds")
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.settings) - set(SETTINGS))
+    if unknown:
+        known = ", ".join(SETTINGS)
+        parser.error(f"SETTING must be one of {known}. Received: {', '.join(unknown)}.")
+    settings = [SETTINGS[name] for name in options.settings]
+    if options.quick:
+        parser.set_defaults(runs=2, out=Path("benchmarks/out"))
+        options, settings = parser.parse_args(arguments), [QUICK]
+    out = options.out or Path("benchmarks/results")
+    if options.plan:
+        for setting in settings:
+            _show_plan(setting, out)
+        return
+    call = (settings, out, options.threads, options.runs)
+    if options.jobs == 1:
+        _work(*call)
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=call) for _ in range(options.jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit(1)
+
+
+def _show_plan(setting: Setting, out: Path) -> None:
+    """Print which runs of a setting can be made now."""
+    plan = make_plan(setting, Store(folder_of(setting, out)).records())
+    print(f"{setting.name}: {len(plan.runs)} runs can be made now")
+    for run in plan.runs:
+        strength = run.ema if run.method == "sgd-ema" else run.effective_rho
+        cell = f"batch {run.batch}, lr {run.lr:g}, strength {strength:g}"
+        print(f"  {run.method}, {cell}, {run.epochs} epochs, seed {run.seed}")
+
+
+def _work(settings: Sequence[Setting], out: Path, threads: int, most: int | None) -> None:
+    torch.set_num_threads(threads)
+    work(settings, out, most=most, say=lambda text: print(text, flush=True))

@@ -1,0 +1,153 @@
+"""The study's settings, as docs/study-protocol.md has them: data, network, grids, seeds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.run import Run
+
+__all__ = ["METHODS", "QUICK", "SETTINGS", "Cell", "Setting"]
+
+#: The methods in the order in which they are tuned, with what a step costs in steps of SGD: it
+#: settles how many epochs a budget buys. What a run really costs is counted, and in its record.
+METHODS: dict[str, float] = {
+    "sgd": 1.0,
+    "sam": 2.0,
+    "half-suffix": 1.115,
+    "sgd-ema": 1.0,
+    "esam": 1.684,
+}
+
+#: The field of a `Run` that is tuned beside batch and learning rate.
+STRENGTHS: dict[str, str] = {"sam": "rho", "half-suffix": "rho", "esam": "rho", "sgd-ema": "ema"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is tuned.
+
+    Args:
+        batch: samples a step.
+        lr: peak learning rate.
+        strength: rho, or the share of the new weights in an average; 0 where there is neither.
+    """
+
+    batch: int
+    lr: float
+    strength: float = 0.0
+
+    def neighbours(self) -> list["Cell"]:
+        """Return the cells with one value halved or doubled, the batch within 8 to 128."""
+        found = []
+        for factor in (0.5, 2.0):
+            batch = round(self.batch * factor)
+            if 8 <= batch <= 128:
+                found.append(replace(self, batch=batch))
+            found.append(replace(self, lr=self.lr * factor))
+            if self.strength:
+                found.append(replace(self, strength=self.strength * factor))
+        return found
+
+
+def _start(method: str) -> tuple[Cell, ...]:
+    """Return the cells from which a method's tuning begins."""
+    batches = (16, 32, 64)
+    if method == "sgd":
+        return tuple(Cell(b, lr) for b in batches for lr in (0.0125, 0.025, 0.05, 0.1, 0.2))
+    if method == "sgd-ema":
+        return tuple(Cell(b, 0.05, share) for b in batches for share in (0.01, 0.02, 0.04))
+    return tuple(Cell(b, 0.05, b / part) for b in batches for part in (640, 320, 160))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of the study.
+
+    Args:
+        name: as on the command line.
+        title: as in tables.
+        shared: fields of every `Run`.
+        budgets: epochs of SGD that a run may cost.
+        tuned_at: the budget of the tuning runs.
+        tuning_seeds: the first is for the climb, the others confirm the best cells.
+        seeds: reported.
+        starts: cells to begin with, by method; without one, those of the protocol.
+    """
+
+    name: str
+    title: str
+    shared: Mapping[str, Any]
+    budgets: tuple[int, ...]
+    tuned_at: int
+    tuning_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    starts: Mapping[str, tuple[Cell, ...]] = field(default_factory=dict)
+
+    def start(self, method: str) -> tuple[Cell, ...]:
+        """Return the cells from which a method's tuning begins."""
+        return self.starts[method] if method in self.starts else _start(method)
+
+    def run(self, method: str, cell: Cell, budget: int, seed: int) -> Run:
+        """Return a run: so many epochs of a method as a budget buys.
+
+        Args:
+            method: a key of `METHODS`.
+            cell: its hyperparameters.
+            budget: in epochs of SGD.
+            seed: of the run.
+        """
+        epochs = max(1, round(budget / METHODS[method]))
+        options = {**self.shared, "batch": cell.batch, "lr": cell.lr}
+        if method in STRENGTHS:
+            options[STRENGTHS[method]] = cell.strength
+        tested = max(1, round(epochs / 4))
+        return Run(method=method, seed=seed, epochs=epochs, test_every=tested, **options)
+
+
+_SMALL = {
+    "data": "cifar100",
+    "classes": 20,
+    "images": 4000,
+    "spare": True,
+    "size": 16,
+    "model": "resnet10",
+    "width": 16,
+    "augment": False,
+    "device": "cpu",
+    "channels_last": True,
+}
+
+SETTINGS: dict[str, Setting] = {
+    setting.name: setting
+    for setting in (
+        Setting(
+            name="small",
+            title="4,000 images of 20 classes of CIFAR-100, 16 x 16, ResNet-10 of width 16",
+            shared=_SMALL,
+            budgets=(10, 20, 40),
+            tuned_at=20,
+            tuning_seeds=(100, 101, 102),
+            seeds=tuple(range(10)),
+        ),
+        Setting(
+            name="noisy",
+            title="as small, 30 % of the training labels wrong",
+            shared={**_SMALL, "noise": 0.3},
+            budgets=(10, 20, 40),
+            tuned_at=20,
+            tuning_seeds=(100, 101, 102),
+            seeds=tuple(range(8)),
+        ),
+    )
+}
+
+#: For `--quick` and the tests: it shows that the study runs, and nothing else.
+QUICK = Setting(
+    name="quick",
+    title="150 digits, ResNet-8 of width 2",
+    shared={"data": "digits", "images": 150, "model": "resnet8", "width": 2, "device": "cpu"},
+    budgets=(2, 4),
+    tuned_at=2,
+    tuning_seeds=(100, 101),
+    seeds=(0, 1),
+)

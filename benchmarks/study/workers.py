@@ -1,0 +1,93 @@
+"""Workers that make the study's runs, side by side, in any number of processes.
+
+A worker takes the first run of the plan that no other worker holds. It holds a run by a lock on a
+file, which the system lets go of when the process ends, however it ends: what a killed worker
+leaves is its checkpoint, from which the next one goes on.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.run import Run
+from benchmarks.store import Store
+from benchmarks.study.fit import FIT, Fit
+from benchmarks.study.planning import make_plan
+from benchmarks.study.settings import Setting
+from benchmarks.train import train
+
+__all__ = ["claimed", "folder_of", "work"]
+
+
+def folder_of(setting: Setting, results: Path) -> Path:
+    """Return the folder of a setting's runs."""
+    return results / f"study-{setting.name}"
+
+
+@contextmanager
+def claimed(run: Run, folder: Path) -> Iterator[bool]:
+    """Hold a run, if no other process holds it.
+
+    Args:
+        run: which.
+        folder: of its setting.
+
+    Yields:
+        Whether it is ours.
+    """
+    path = folder / "checkpoints" / f"{run.key(FIT)}.claim"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def work(
+    settings: Sequence[Setting],
+    results: Path,
+    *,
+    most: int | None = None,
+    wait: float = 10.0,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Make runs until none is missing, and return how many were made here.
+
+    Args:
+        settings: what is needed, the first setting first.
+        results: the folder of the settings' folders.
+        most: so many runs, and no more; None has no end.
+        wait: seconds between looks while all runs that can be made are in other hands.
+        say: told of each epoch.
+    """
+    made = 0
+    while most is None or made < most:
+        plans = [
+            (folder_of(setting, results), make_plan(setting, _records(setting, results)))
+            for setting in settings
+        ]
+        if all(plan.done for _, plan in plans):
+            break
+        if any(_make(run, folder, say) for folder, plan in plans for run in plan.runs):
+            made += 1
+        else:
+            time.sleep(wait)
+    return made
+
+
+def _records(setting: Setting, results: Path) -> list[dict[str, object]]:
+    return Store(folder_of(setting, results)).records()
+
+
+def _make(run: Run, folder: Path, say: Callable[[str], None]) -> bool:
+    """Make a run, if nobody else does or has done; return whether."""
+    with claimed(run, folder) as ours:
+        if not ours or Store(folder).find(run, FIT) is not None:
+            return False
+        train(run, folder, checkpoint_every=2, probe=Fit(), say=say)
+    return True

@@ -1,0 +1,134 @@
+"""Train a run to its end, from where it was left, and keep its record."""
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.costs import flops_ratio
+from benchmarks.machine import provenance
+from benchmarks.run import Run
+from benchmarks.store import Store
+from benchmarks.training import Probe, Trainer
+
+__all__ = ["train", "weights_path"]
+
+
+def weights_path(run: Run, folder: Path) -> Path:
+    """Return where the trained weights of a run without a probe are kept."""
+    return folder / "weights" / f"{run.file_name()}.pt"
+
+
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    checkpoint_every: int = 1,
+    stop_after: int | None = None,
+    probe: Probe | None = None,
+    keep_weights: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train a run to its end, from its checkpoint where there is one, and store its record.
+
+    A run whose record is in the folder is not trained again. The same method with any other
+    option, or with another probe, is another run.
+
+    Args:
+        run: the options.
+        folder: gets a line in runs.jsonl when the run is done; checkpoints/NAME.pt while it is not.
+        checkpoint_every: epochs between checkpoints.
+        stop_after: epochs in this call, as if killed behind them; None goes on to the end.
+        probe: told of each step, and asked behind each epoch for what to add to its row.
+        keep_weights: write the trained weights to weights/NAME.pt. A run whose weights are not
+            there, as where its record alone was kept, is trained again.
+        say: told of each epoch.
+
+    Returns:
+        The run's record; its last epochs missing if it was stopped.
+    """
+    options = None if probe is None else probe.options
+    stem = run.file_name(options)
+    saved, weights = folder / "checkpoints" / f"{stem}.pt", folder / "weights" / f"{stem}.pt"
+    store = Store(folder)
+    done = store.find(run, options)
+    if done is not None:
+        if weights.exists() or not keep_weights:
+            say(f"{stem}: done before")
+            return done
+        say(f"{stem}: done before, but its weights are not here: trained again")
+    trainer = Trainer(run, observe=None if probe is None else probe.observe)
+    history: list[dict[str, Any]] = []
+    if saved.exists():
+        state = torch.load(saved, map_location=trainer.device, weights_only=True)
+        trainer.load(state)
+        history = state["history"]
+        say(f"{stem}: resumed behind epoch {len(history)}")
+    first = len(history)
+    for epoch in range(first, run.epochs):
+        row: dict[str, Any] = {"epoch": epoch + 1, **trainer.train_epoch(epoch)}
+        if (epoch + 1) % run.test_every == 0 or epoch + 1 == run.epochs:
+            row.update(trainer.test())
+        if probe is not None:
+            row.update(probe.measure(trainer, epoch))
+        history.append(row)
+        say(
+            f"{stem}: epoch {row['epoch']}/{run.epochs} loss {row['train_loss']:.3f} "
+            f"test {row.get('accuracy', float('nan')):.2f}% {row['seconds']:.1f} s"
+        )
+        stopping = stop_after is not None and epoch + 1 - first >= stop_after
+        if stopping or (epoch + 1) % checkpoint_every == 0:
+            _save({**trainer.state(), "history": history}, saved)
+        if stopping:
+            break
+    record = _record(trainer, history, options)
+    if len(history) == run.epochs:
+        if keep_weights:
+            _save(trainer.model.state_dict(), weights)
+        store.add(record)
+        saved.unlink(missing_ok=True)
+    return record
+
+
+def _record(
+    trainer: Trainer, history: list[dict[str, Any]], probe: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return what is kept of a run."""
+    run, source = trainer.run, trainer.source
+    # The median: compilation and other work on the machine fall into single epochs.
+    epoch_seconds = statistics.median(row["seconds"] for row in history)
+    images = source.steps * source.batch
+    ratio = flops_ratio(run, source, trainer.steps, len(list(trainer.model.parameters())))
+    return {
+        "run": dataclasses.asdict(run),
+        "probe": probe,
+        "title": trainer.method.title,
+        "norm": trainer.method.norm if trainer.method.family == "esam" else None,
+        "rho": run.effective_rho,
+        "data": {
+            "name": source.name,
+            "note": source.note,
+            "training_images": source.training_images,
+        },
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "final": history[-1].get("accuracy"),
+        "best": max((row["accuracy"] for row in history if "accuracy" in row), default=None),
+        "clock": "processor time" if trainer.device.type == "cpu" else "wall",
+        "seconds": sum(row["seconds"] for row in history),
+        "images_per_second": images / epoch_seconds,
+        "flops_ratio": ratio,
+        "history": history,
+        **provenance(),
+    }
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that a kill leaves the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".half")
+    torch.save(state, half)
+    os.replace(half, path)

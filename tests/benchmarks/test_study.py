@@ -1,0 +1,211 @@
+"""The study's harness: its plan follows the protocol, and its workers lose and repeat nothing."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.run import Run
+from benchmarks.store import Store, key_of
+from benchmarks.study import command, workers
+from benchmarks.study.fit import FIT, Fit
+from benchmarks.study.planning import make_plan, tune
+from benchmarks.study.settings import METHODS, QUICK, SETTINGS, Cell
+from benchmarks.study.workers import claimed, folder_of, work
+from benchmarks.train import train
+
+SMALL = SETTINGS["small"]
+ROOT = Path(__file__).parents[2]
+
+
+def _record(run: Run, final: float) -> dict[str, Any]:
+    return {"run": dataclasses.asdict(run), "probe": FIT, "final": final}
+
+
+def _tuned(method: str, accuracy: Callable[[Run], float]) -> tuple[tuple[Cell, ...], list[Run]]:
+    """Return the cells that tuning chooses where runs have known accuracies, and all its runs."""
+    finals: dict[str, float] = {}
+    made: list[Run] = []
+    while True:
+        tuning = tune(SMALL, method, finals)
+        if not tuning.missing:
+            return tuning.chosen, made
+        made += tuning.missing
+        finals |= {run.key(FIT): accuracy(run) for run in tuning.missing}
+
+
+def _distance(value: float, best: float) -> float:
+    """Return by how many factors of two a value is off."""
+    return abs(math.log2(value / best))
+
+
+def test_tuning_climbs_past_the_edge_of_its_start_to_the_best_cell() -> None:
+    def accuracy(run: Run) -> float:
+        off = _distance(run.lr, 0.0125) + _distance(run.batch, 128) + _distance(run.rho, 0.8)
+        return 50.0 - off
+
+    (best, second), made = _tuned("sam", accuracy)
+    assert best == Cell(128, 0.0125, 0.8)
+    assert second == Cell(64, 0.0125, 0.8)
+    assert all(8 <= run.batch <= 128 for run in made)
+    assert {run.epochs for run in made} == {10}  # at budget 20 SAM has half of SGD's epochs
+    assert len({run.key(FIT) for run in made}) == len(made)
+
+
+def test_tuning_begins_with_the_protocols_cells() -> None:
+    sgd = {(r.batch, r.lr) for r in tune(SMALL, "sgd", {}).missing}
+    assert sgd == {(b, lr) for b in (16, 32, 64) for lr in (0.0125, 0.025, 0.05, 0.1, 0.2)}
+    sam = {(r.batch, r.lr, r.rho) for r in tune(SMALL, "sam", {}).missing}
+    assert {rho for batch, _, rho in sam if batch == 32} == {0.05, 0.1, 0.2}
+    assert {lr for _, lr, _ in sam} == {0.05}
+    assert {r.ema for r in tune(SMALL, "sgd-ema", {}).missing} == {0.01, 0.02, 0.04}
+
+
+def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
+    lucky, steady = Cell(32, 0.05), Cell(32, 0.1)
+
+    def accuracy(run: Run) -> float:
+        if (run.batch, run.lr) == (lucky.batch, lucky.lr):
+            return 45.0 if run.seed == 100 else 40.0
+        if (run.batch, run.lr) == (steady.batch, steady.lr):
+            return 44.0
+        return 43.0 - _distance(run.lr, 0.05) - _distance(run.batch, 32)
+
+    chosen, made = _tuned("sgd", accuracy)
+    assert chosen[0] == steady
+    assert chosen[1].batch != steady.batch
+    confirmed = {(run.batch, run.lr) for run in made if run.seed != 100}
+    assert {run.seed for run in made} == {100, 101, 102}
+    assert (lucky.batch, lucky.lr) in confirmed
+    assert len(confirmed) <= 6
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_reported_seeds_are_not_tuned_on(setting: Any) -> None:
+    assert not set(setting.seeds) & set(setting.tuning_seeds)
+    assert setting.tuned_at in setting.budgets
+
+
+def test_a_plan_comes_to_an_end_with_every_method_at_every_budget_and_two_batch_sizes() -> None:
+    records: list[dict[str, Any]] = []
+    while not (plan := make_plan(QUICK, records)).done:
+        assert plan.runs
+        records += [  # as if the first ones ended first
+            _record(run, 50.0 - _distance(run.lr, 0.05) - _distance(run.batch, 32))
+            for run in plan.runs[:50]
+        ]
+    assert len({key_of(record) for record in records}) == len(records)
+    reported = [Run(**r["run"]) for r in records if r["run"]["seed"] in QUICK.seeds]
+    for method in METHODS:
+        found = [run for run in reported if run.method == method]
+        assert {run.seed for run in found} == set(QUICK.seeds)
+        assert len({run.epochs for run in found}) == 2
+        assert len({run.batch for run in found}) == 2
+        assert len(found) == 8
+
+
+def test_reported_runs_come_seed_by_seed_behind_the_tuning() -> None:
+    records: list[dict[str, Any]] = []
+    while (plan := make_plan(QUICK, records)).runs[0].seed in QUICK.tuning_seeds:
+        records += [
+            _record(run, 50.0 - _distance(run.batch, 32))
+            for run in plan.runs
+            if run.seed in QUICK.tuning_seeds
+        ]
+    seeds = [run.seed for run in plan.runs]
+    half = len(seeds) // 2  # the best batch sizes, then the second
+    assert seeds[:half] == sorted(seeds[:half])
+    assert {run.method for run in plan.runs[: 2 * len(METHODS)]} == set(METHODS)
+
+
+def test_a_run_that_another_holds_is_left_to_it(tmp_path: Path) -> None:
+    run = QUICK.run("sgd", Cell(32, 0.05), 2, 0)
+    with claimed(run, tmp_path) as first, claimed(run, tmp_path) as second:
+        assert first
+        assert not second
+    with claimed(run, tmp_path) as again:
+        assert again
+
+
+def test_a_worker_makes_runs_and_another_goes_on_behind_it(tmp_path: Path) -> None:
+    assert work([QUICK], tmp_path, most=2, say=lambda _: None) == 2
+    first = Store(folder_of(QUICK, tmp_path)).records()
+    assert work([QUICK], tmp_path, most=1, say=lambda _: None) == 1
+    records = Store(folder_of(QUICK, tmp_path)).records()
+    assert records[:2] == first
+    assert len({key_of(record) for record in records}) == 3
+    last = records[-1]["history"][-1]
+    assert 0.0 <= last["training_accuracy"] <= 100.0
+    assert {"machine", "versions", "command", "revision", "flops_ratio"} <= records[0].keys()
+
+
+def test_two_processes_make_each_run_once(tmp_path: Path) -> None:
+    command.main(["--quick", "--jobs", "2", "--runs", "3", "--out", str(tmp_path)])
+    records = Store(folder_of(QUICK, tmp_path)).records()
+    assert len(records) == 6
+    assert len({key_of(record) for record in records}) == 6
+
+
+def test_a_killed_worker_leaves_a_run_that_the_next_one_ends_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    setting = dataclasses.replace(
+        QUICK, shared={**QUICK.shared, "images": 600}, budgets=(12,), tuned_at=12
+    )
+    (tmp_path / "kill.py").write_text(
+        "import dataclasses, pathlib, sys, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from benchmarks.study.settings import QUICK\n"
+        "from benchmarks.study.workers import work\n"
+        "setting = dataclasses.replace(QUICK, shared={**QUICK.shared, 'images': 600},\n"
+        "                              budgets=(12,), tuned_at=12)\n"
+        "work([setting], pathlib.Path(sys.argv[1]), most=1)\n"
+    )
+    out = tmp_path / "out"
+    folder = folder_of(setting, out)
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "kill.py"), str(out)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/*.pt")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(folder.glob("checkpoints/*.pt"))
+    assert Store(folder).records() == []
+    said: list[str] = []
+    assert work([setting], out, most=1, say=said.append) == 1
+    assert any("resumed behind epoch" in text for text in said)
+    (record,) = Store(folder).records()
+    whole = train(Run(**record["run"]), tmp_path / "whole", probe=Fit(), say=lambda _: None)
+    for a, b in zip(record["history"], whole["history"], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+    assert not list(folder.glob("checkpoints/*.pt"))
+
+
+def test_a_setting_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["large"])
+    assert "SETTING must be one of small, noisy" in capsys.readouterr().err
+
+
+def test_the_plan_is_shown_and_nothing_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "train", None)
+    command.main(["small", "--plan", "--out", str(tmp_path)])
+    assert "small: 51 runs can be made now" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
