@@ -114,7 +114,9 @@ def batch_for(model: Any) -> dict[str, Any]:
             batch["input_ids"][:, -1] = config.get_text_config().eos_token_id
         if "attention_mask" in names:
             mask = torch.ones(SAMPLES, TOKENS, dtype=torch.long)
-            mask[1, -3:] = 0
+            # Padding in each, since models treat a batch without any in another way.
+            for i in range(SAMPLES):
+                mask[i, -1 - i :] = 0
             batch["attention_mask"] = mask
     elif main in ("pixel_values", "pixel_values_videos"):
         vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)

@@ -58,10 +58,11 @@ class RowLosses(TorchFunctionMode):
         labels: what the targets are made of: tensors with one row per sample.
         items_per_sample: None (default): a sample's loss is the mean over its own elements. A
             number: it is their sum divided by this number.
-        batch_size: the number of samples of the whole batch, where this is a part of it: sums over
-            the batch become sums over a sample, times this number, so that their mean is the sum.
-        exact: return parts of the batch's own mean, so that the mean over samples is that mean,
-            whatever the number of elements a sample has. Used to check. Default False.
+        batch_size: None (default): a sum over the batch becomes the sum over each sample. The
+            number of samples of a batch that this is a part of: it becomes that times this number,
+            whose mean over the whole batch is the sum.
+        checking: return more than the samples' losses, so that `checked` can compare them with the
+            loss of the batch. Default False.
 
     Raises:
         ESAMValueError: labels do not have the same number of rows, or a loss function has a target
@@ -74,7 +75,7 @@ class RowLosses(TorchFunctionMode):
         *,
         items_per_sample: float | Tensor | None = None,
         batch_size: int | None = None,
-        exact: bool = False,
+        checking: bool = False,
     ) -> None:
         super().__init__()
         tensors = list(labels)
@@ -86,9 +87,9 @@ class RowLosses(TorchFunctionMode):
                 f"{shapes}."
             )
         (self.samples,) = sizes
-        self._whole = batch_size or self.samples
+        self._batch_size = batch_size or 1
         self._items = items_per_sample
-        self._exact = exact
+        self._checking = checking
         # Each tensor that is followed, with the rows of its elements. Tensors are kept, so that an
         # identity stays that of the same tensor.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -177,18 +178,64 @@ class RowLosses(TorchFunctionMode):
                 f"shape {tuple(values.shape)} for labels of shape {tuple(target.shape)}."
             )
         sums, counts = self._summed(values, rows), self._summed(counts.expand_as(values), rows)
-        if reduction == "sum":
-            return sums * self._whole
-        return sums / self.divisors(counts)
+        return self.means(sums, counts, lambda: function(*args, **kwargs), reduction)
 
-    def divisors(self, counts: Tensor) -> Tensor:
-        """Return what each sample's sum is divided by, (b,), from how many elements count in it."""
-        if self._exact:
-            return (counts.sum() / self.samples).expand_as(counts)
-        if self._items is not None:
-            return torch.as_tensor(self._items, device=counts.device).expand_as(counts)
-        # A sample without any label that counts has the loss 0.
-        return torch.where(counts == 0, 1, counts)
+    def means(
+        self,
+        sums: Tensor,
+        counts: Tensor,
+        own: Callable[[], Tensor],
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Return what stands for a mean over a batch: (b,), or (2 b + 1,) while it is checked.
+
+        Args:
+            sums: each sample's sum over its elements, (b,).
+            counts: how many elements it has, (b,).
+            own: returns the mean itself, or the sum.
+            reduction: "mean" or "sum".
+        """
+        if reduction == "sum":
+            each, parts = sums * self._batch_size, sums * self.samples
+        else:
+            # A sample without any element that counts has the loss 0.
+            divisors = torch.where(counts == 0, 1, counts) if self._items is None else self._items
+            each, parts = sums / divisors, sums * (self.samples / counts.sum())
+        return torch.cat([each, parts, own()[None]]) if self._checking else each
+
+    def checked(self, found: Any, name: str) -> Tensor:
+        """Return one loss per sample, (b,), of what code returned while this was active.
+
+        Args:
+            found: the loss that it returned.
+            name: whose loss it is.
+
+        Raises:
+            ESAMValueError: it is not one loss per sample, or the mean is not the loss of the batch.
+        """
+        b = self.samples
+        if isinstance(found, Tensor) and found.dim() == 0 and b == 1:
+            return found[None]  # one sample's loss, however it is computed
+        if not isinstance(found, Tensor) or found.shape != (2 * b + 1 if self._checking else b,):
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
+            raise ESAMValueError(
+                f"The loss of {name} cannot be taken per sample: it is not made of torch's loss "
+                f"functions on the labels. Received: a loss of {what} for {b} samples."
+            )
+        if not self._checking:
+            return found
+        # Whatever was done to the means was done to each of them, to their parts, which add up to
+        # the batch's own mean, and to that.
+        each, mean, own = found[:b], found[b : 2 * b].detach().mean(), found[2 * b].detach()
+        # The same numbers, added up in another order: 1e-4 holds for a million of them in float32,
+        # and a mean in half precision is rounded to its own spacing.
+        tolerance = max(1e-4, 4 * torch.finfo(own.dtype).eps)
+        if not torch.allclose(mean, own, rtol=tolerance, atol=1e-6, equal_nan=True):
+            raise ESAMValueError(
+                f"The mean of the losses per sample must be the loss of {name}. "
+                f"Received: {float(mean):.6g} and {float(own):.6g}."
+            )
+        return each
 
     def _summed(self, values: Tensor, rows: Tensor) -> Tensor:
         """Return the sum of each sample's values, (b,)."""

@@ -1,6 +1,7 @@
 """ESAM in Hugging Face's `Trainer`."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,7 @@ from transformers import Trainer
 
 from esam_core import ESAMTypeError, ESAMValueError, RunningMeans
 from esam_torch.integrations.accelerate import check_skipping, descending, esam_in
-from esam_torch.integrations.model_losses import (
-    check_mean,
-    labels_of,
-    losses_by_row,
-    per_sample_losses,
-)
+from esam_torch.integrations.model_losses import labels_of, losses_by_row, per_sample_losses
 from esam_torch.integrations.row_losses import RowLosses
 from esam_torch.optimizer import ESAM
 
@@ -61,7 +57,7 @@ class ESAMTrainer(Trainer):
         self._checked = False
         self._means = RunningMeans(("sharpness",))  # since the last time that it was logged
         super().__init__(*args, **kwargs)
-        if token_weighted and type(self).compute_losses is not ESAMTrainer.compute_losses:
+        if token_weighted and not self._takes_own_losses():
             raise ESAMValueError(
                 "`token_weighted` must be False where `compute_losses` is overridden, which can "
                 "weight samples itself. Received: token_weighted=True."
@@ -91,12 +87,17 @@ class ESAMTrainer(Trainer):
         """
         return self._own_losses(model, inputs)
 
-    def _own_losses(
-        self, model: nn.Module, inputs: Mapping[str, Any], items_per_sample: Any = None
-    ) -> Tensor:
-        """Return the Trainer's own loss, taken per sample: (b,)."""
-        rows = RowLosses(labels_of(inputs, self.label_names), items_per_sample=items_per_sample)
-        return losses_by_row(lambda rows: self._mean_loss(model, inputs, rows), rows, model)
+    def _takes_own_losses(self) -> bool:
+        """Return whether the losses are the Trainer's own: `compute_losses` is not overridden."""
+        return type(self).compute_losses is ESAMTrainer.compute_losses
+
+    def _own_losses(self, model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Tensor:
+        """Return the Trainer's own loss per sample, (b,). Options are those of `RowLosses`."""
+        labels = labels_of(inputs, self.label_names)
+        rows = RowLosses(labels, **options, checking=not self._checked)
+        losses = losses_by_row(lambda rows: self._mean_loss(model, inputs, rows), rows, model)
+        self._checked = True
+        return losses
 
     def _mean_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], rows: RowLosses | None
@@ -111,24 +112,11 @@ class ESAMTrainer(Trainer):
         finally:
             self.label_smoother = smoother
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss as Trainer does: what is evaluated."""
-        return super().compute_loss(*args, **kwargs)
-
-    def _check_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Compare the mean of the losses per sample with the Trainer's own loss, once."""
-        if self._checked or type(self).compute_losses is not ESAMTrainer.compute_losses:
-            return
-        labels = labels_of(inputs, self.label_names)
-        with self.compute_loss_context_manager():
-            check_mean(lambda rows: self._mean_loss(model, inputs, rows), labels, model)
-        self._checked = True
-
-    def _items_per_sample(self, inputs: Mapping[str, Any], items: Any) -> Any:
+    def _items_per_sample(self, samples: int, items: Any) -> Any:
         """Return what a sample's sum over its tokens is divided by: None, its own number of tokens.
 
         Args:
-            inputs: the batch.
+            samples: the number of samples in the batch.
             items: the number of tokens in all accumulated batches (of all processes), or None.
         """
         if not self._token_weighted:
@@ -138,10 +126,13 @@ class ESAMTrainer(Trainer):
                 "`token_weighted` must be False for this model: Trainer counts tokens for models "
                 "alone that take `num_items_in_batch`. Received: token_weighted=True."
             )
-        samples = len(labels_of(inputs, self.label_names)[0])
         if self.args.average_tokens_across_devices:
             samples *= self.args.world_size  # as Trainer does: gradients are averaged over them
         return items / samples
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss as Trainer does: what is evaluated."""
+        return super().compute_loss(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **_: Any
@@ -152,21 +143,21 @@ class ESAMTrainer(Trainer):
         esam.train()
         esam.model, esam.scaler = model, self.accelerator.scaler
         inputs = self._prepare_inputs(inputs)
-        items = self._items_per_sample(inputs, num_items_in_batch)
+        losses_of = self.compute_losses
+        items = None
+        if self._takes_own_losses():
+            size = len(labels_of(inputs, self.label_names)[0])
+            items = self._items_per_sample(size, num_items_in_batch)
+            losses_of = partial(self._own_losses, items_per_sample=items, batch_size=size)
         whole: Any = getattr(self, "current_gradient_accumulation_steps", None)
         micro_batches = whole or self.args.gradient_accumulation_steps
         if items is not None:
             micro_batches = 1  # tokens of all of them are counted already
-        self._check_losses(model, inputs)
         check_skipping(esam, self.args.world_size, self.args.gradient_accumulation_steps)
 
         def losses(batch: Mapping[str, Any]) -> Any:
             with self.compute_loss_context_manager():
-                return (
-                    self.compute_losses(model, batch)
-                    if items is None
-                    else self._own_losses(model, batch, items)
-                )
+                return losses_of(model, batch)
 
         def descend(total: Tensor) -> None:
             self.accelerator.backward(total / micro_batches)
@@ -203,15 +194,12 @@ class _SmoothedRows:
         """Return one smoothed loss per sample, (b,)."""
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         counted = (labels[..., 1:] if shift_labels else labels) != self._smoother.ignore_index
-        divisors = self._rows.divisors(counted.reshape(len(labels), -1).sum(1))
-        return torch.stack(
-            [
-                self._smoother(
-                    {"logits": logits[i : i + 1]},
-                    labels[i : i + 1],
-                    shift_labels=shift_labels,
-                    num_items_in_batch=divisors[i],
-                )
-                for i in range(len(labels))
-            ]
-        )
+        counts = counted.reshape(len(labels), -1).sum(1)
+
+        def smoothed(i: int, j: int, **options: Any) -> Tensor:
+            part = {"logits": logits[i:j]}
+            loss: Tensor = self._smoother(part, labels[i:j], shift_labels, **options)
+            return loss
+
+        sums = [smoothed(i, i + 1, num_items_in_batch=1) for i in range(len(labels))]
+        return self._rows.means(torch.stack(sums), counts, lambda: smoothed(0, len(labels)))
