@@ -150,3 +150,16 @@ def test_unknown_norm():
 def test_arguments_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="argument"):
         perturbations(G, THETA, [1.0], rho=[1.0, 1.0], adaptive=[False, False])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_adaptive_perturbations_of_complex_weights_climb(norm):
+    """A turn of weight and gradient by the same angle turns epsilon by it, whatever the angle."""
+    theta, g = np.array([3.0, -0.5]), np.array([1.0, 2.0])
+    (real,) = perturbations([g], [theta], [1.0], rho=[0.5], norm=norm, adaptive=[True])
+    turn = np.exp(1j * np.array([0.3, 2.0]))
+    (found,) = perturbations(
+        [turn * g], [turn * theta], [1.0], rho=[0.5], norm=norm, adaptive=[True]
+    )
+    np.testing.assert_allclose(found, turn * real, rtol=1e-14)
+    assert np.vdot(turn * g, found).real > 0.0

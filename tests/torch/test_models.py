@@ -11,6 +11,7 @@ from tests.torch.scene import batch, losses_of, net, same, sgd
 from torch import nn
 from torch.nn import functional as F
 
+from esam_core.perturbation import perturbations
 from esam_torch import ESAM, Bernoulli, Everything, Only, SideBySide, Suffix, Whole
 
 
@@ -526,9 +527,50 @@ class Fourier(nn.Module):
         return self.head(torch.fft.irfft(spectrum, n=6))
 
 
-def test_complex_weights():
+@pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "ASAM"])
+def test_complex_weights(adaptive):
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    check(Fourier, losses_of, (x, torch.arange(8) % 3), dtype=None)
+    check(Fourier, losses_of, (x, torch.arange(8) % 3), dtype=None, adaptive=adaptive)
+
+
+@pytest.mark.parametrize("norm", ["masked", "estimated", "full"])
+def test_the_adaptive_perturbation_of_complex_weights_is_that_of_the_core(norm):
+    torch.manual_seed(3)
+    model = nn.ParameterDict({n: torch.randn(4, dtype=torch.complex128) for n in "ab"})
+    x = torch.randn(6, 4, dtype=torch.complex128)
+    optimizer = ESAM(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        rho=0.5,
+        perturb=Bernoulli(0.5),
+        gamma=1.0,
+        adaptive=True,
+        norm=norm,
+    )
+    seen = []
+
+    def losses(x):
+        seen.append([p.detach().clone() for p in model.values()])
+        return (x * model["a"] - model["b"]).abs().square().sum(1)
+
+    gradients = torch.autograd.grad(losses(x).mean(), list(model.values()))
+    seen.clear()
+    mask = []
+    while sum(mask) != 1:  # one of the two is perturbed, and the other counts for "full" alone
+        seen.clear()
+        report = optimizer.backward(losses, x)
+        mask = [name in report.perturbed for name in "ab"]
+    theta, perturbed = seen
+    epsilon = perturbations(
+        [g.numpy() if m or norm == "full" else None for g, m in zip(gradients, mask, strict=True)],
+        [p.numpy() for p in theta],
+        [2.0 * m for m in mask],
+        rho=[0.5, 0.5],
+        norm=norm,
+        adaptive=[True, True],
+    )
+    for before, after, wanted in zip(theta, perturbed, epsilon, strict=True):
+        torch.testing.assert_close(after - before, torch.from_numpy(wanted))
 
 
 def test_weights_of_several_types():

@@ -6,8 +6,9 @@ Equations. SAM (Foret et al. 2021, eq. 2) with SWP (Du et al. 2022, eq. 6):
 
 and, adaptive (Kwon et al. 2021, ASAM, with its eta = 0):
 
-    eps_t = (m_t / p_t) rho theta_t^2 g_t / (|| |theta| g || + norm_eps)
+    eps_t = (m_t / p_t) rho |theta_t|^2 g_t / (|| |theta| g || + norm_eps)
 
+For complex weights g is the direction of steepest ascent, d/d(re) + i d/d(im), as in PyTorch.
 One norm runs over all units, accumulated in float64 here and in float32 or wider elsewhere.
 """
 
@@ -30,7 +31,7 @@ Norm = Literal["masked", "estimated", "full", "none"]
 #: The values of `Norm`.
 NORMS: tuple[Norm, ...] = get_args(Norm)
 
-Array = NDArray[np.floating[Any]]
+Array = NDArray[np.inexact[Any]]
 
 
 def squared_norms(
@@ -43,7 +44,7 @@ def squared_norms(
             squares.append(0.0)
         else:
             scaled = np.abs(theta) * g if is_adaptive else g
-            squares.append(float(np.sum(np.square(scaled, dtype=np.float64))))
+            squares.append(float(np.sum(np.square(np.abs(scaled), dtype=np.float64))))
     return squares
 
 
@@ -119,6 +120,6 @@ def perturbations(
         if g is None or not finite:
             result.append(np.zeros_like(theta))
         else:
-            direction = np.square(theta) * g if is_adaptive else g
+            direction = np.square(np.abs(theta)) * g if is_adaptive else g
             result.append(np.asarray(s * radius * direction / (length + norm_eps)))
     return result

@@ -113,7 +113,7 @@ def perturb(
         divisor = divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
         inverse = torch.where(finite, 1.0 / divisor, torch.zeros_like(divisor))
         _clear_nonfinite(gradients, finite)
-        _stretch(gradients, parameters, stretched)  # theta^2 g
+        _stretch(gradients, parameters, stretched)  # |theta|^2 g
         _scale(gradients, [d.scale * d.rho for d in directions], inverse)
         size = total_norms(_norms(gradients, device), parameters)
         return Ascent(gradients, length, torch.linalg.vector_norm(size), finite)
@@ -122,9 +122,14 @@ def perturb(
 def _stretch(
     gradients: Sequence[Tensor], parameters: Sequence[Tensor], places: Sequence[int]
 ) -> None:
-    """Multiply gradients at these places by their parameters, in place."""
+    """Multiply gradients at these places by their parameters, in place.
+
+    By the absolute values of complex ones, since theta^2 g need not climb; those of real ones are
+    not worth a copy.
+    """
     if places:
         weights = [local(parameters[i].data) for i in places]
+        weights = [w.abs() if w.is_complex() else w for w in weights]
         torch._foreach_mul_([gradients[i] for i in places], weights)
 
 
