@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esam_core import ESAMRuntimeError
+from esam_torch.notes import own_backward
 
 __all__ = ["ascent_gradients"]
 
@@ -30,7 +31,8 @@ def ascent_gradients(
     """
     scaled = loss if scaler is None else scaler.scale(loss)
     try:
-        found = torch.autograd.grad(scaled, list(parameters), allow_unused=True)
+        with own_backward():
+            found = torch.autograd.grad(scaled, list(parameters), allow_unused=True)
     except RuntimeError as error:
         _refuse_reentrant(scaled, error)
         raise

@@ -8,7 +8,7 @@ import torch
 
 from esam_core import ESAMTypeError, ESAMValueError
 
-__all__ = ["SideBySide", "check_base"]
+__all__ = ["SideBySide", "check_base", "refuse_a_class_in_second_place"]
 
 _CLOSURE = "evaluates the loss again within its step: it would leave the perturbed gradient"
 _SECOND = "needs second derivatives, and ESAM's gradient, taken at other weights, has no graph"
@@ -24,6 +24,7 @@ _REFUSED = {
     "SophiaH": _SECOND,
     "LOMO": _FUSED,
     "AdaLOMO": _FUSED,
+    "ESAM": _SHARPNESS,
     "SAM": _SHARPNESS,
     "GSAM": _SHARPNESS,
     "BSAM": _SHARPNESS,
@@ -48,13 +49,44 @@ def check_base(base: Any) -> None:
     reason = _needs(base)
     if reason is not None:
         raise ESAMTypeError(
-            "`base_optimizer` must make its update from the gradients alone, and "
-            f"{type(base).__name__} {reason}."
+            f"`base_optimizer` must make its update from the gradients alone, and {reason}."
+        )
+
+
+def refuse_a_class_in_second_place(first: Any, second: Any, options: dict[str, Any]) -> None:
+    """Refuse what other implementations of SAM are made from: parameters, and an optimizer's class.
+
+    Raises:
+        ESAMTypeError: it says what to write instead.
+    """
+    if isinstance(second, type) and issubclass(second, torch.optim.Optimizer):
+        raise ESAMTypeError(
+            "ESAM must be given an optimizer and the model: "
+            f"base = torch.optim.{second.__name__}(model.parameters(), ...), "
+            "then ESAM(base, model, rho=...). Options of the optimizer, as `lr`, go to it. "
+            f"Received: ESAM({type(first).__name__}, {second.__name__}"
+            f"{''.join(f', {name}=...' for name in options)})."
         )
 
 
 def _needs(base: torch.optim.Optimizer) -> str | None:
-    """Say what an optimizer needs beside gradients, or None."""
+    """Return what an optimizer, or one inside it, needs beside gradients, in words; or None."""
+    waiting, seen = [base], {id(base)}
+    for optimizer in waiting:
+        reason = _needs_itself(optimizer)
+        if reason is not None:
+            within = "" if optimizer is base else f" inside {type(base).__name__}"
+            return f"{type(optimizer).__name__}{within} {reason}"
+        for value in vars(optimizer).values():
+            for inner in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(inner, torch.optim.Optimizer) and id(inner) not in seen:
+                    seen.add(id(inner))
+                    waiting.append(inner)
+    return None
+
+
+def _needs_itself(base: torch.optim.Optimizer) -> str | None:
+    """Return what an optimizer needs beside gradients, or None."""
     for cls in type(base).__mro__:
         if cls.__name__ in _REFUSED:
             return _REFUSED[cls.__name__]

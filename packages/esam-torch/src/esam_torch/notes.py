@@ -3,7 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-__all__ = ["WITHOUT_A_GRAPH", "noted"]
+from esam_core import ESAMRuntimeError
+
+__all__ = ["WITHOUT_A_GRAPH", "noted", "own_backward"]
 
 WITHOUT_A_GRAPH = (
     "ESAM calls `losses` under torch.no_grad() where only the losses are needed: to find the "
@@ -21,3 +23,23 @@ def noted(note: str, kind: type[Exception], words: str = "") -> Iterator[None]:
         if words in str(error) and note not in getattr(error, "__notes__", ()):
             error.add_note(note)
         raise
+
+
+@contextlib.contextmanager
+def own_backward() -> Iterator[None]:
+    """Say what to do if one of ESAM's backwards runs through a graph that is gone.
+
+    Raises:
+        ESAMRuntimeError: in the place of torch's error, which advises retain_graph=True.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise ESAMRuntimeError(
+            "`losses` must compute everything that needs a gradient itself, in each call: ESAM "
+            "goes backward more than once, each time at other weights. Received: losses that "
+            "depend on something computed outside `losses`, or in an earlier call of it. Compute "
+            "it inside `losses`, or detach it."
+        ) from error

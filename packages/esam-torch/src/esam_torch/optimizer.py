@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from esam_core import (
 )
 from esam_core.budget import Plan, make_plan
 from esam_core.config import component_to_dict
-from esam_torch.bases import check_base
+from esam_torch.bases import check_base, refuse_a_class_in_second_place
 from esam_torch.batch import Batch, Samples
 from esam_torch.blocks import Blocks, compiled_as_a_whole
 from esam_torch.groups import check_groups
@@ -89,6 +89,12 @@ class ESAM(torch.optim.Optimizer):
 
     Source: Du et al., ICLR 2022 (arXiv 2110.03141), algorithm 1.
     """
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse the arguments of other implementations before Python refuses their keywords."""
+        first, second = (*args, None, None)[:2]
+        refuse_a_class_in_second_place(first, second, options)
+        return super().__new__(cls)
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from esam_torch.containers import detached
 from esam_torch.devices import placed
 from esam_torch.guards import Buffers, Gradients, RandomState, Weights, statistics_layers
 from esam_torch.losses import LossFunction, per_sample
-from esam_torch.notes import WITHOUT_A_GRAPH, noted
+from esam_torch.notes import WITHOUT_A_GRAPH, noted, own_backward
 from esam_torch.perturbation import Ascent, Direction, perturb
 from esam_torch.prefix import Prefix
 from esam_torch.selection import Selected, select
@@ -179,7 +179,8 @@ class Step:
         # Where the script holds autocast open around the step, casts of the weights are kept
         # between passes: of other weights, or of the same without a graph.
         torch.clear_autocast_cache()
-        values, rest = per_sample(losses(*args, **kwargs), expected=expected)
+        found, closure = losses(*args, **kwargs), not (args or kwargs)
+        values, rest = per_sample(found, expected=expected, closure=closure)
         rest = detached(rest)  # or a kept report would keep the graph
         if torch.is_grad_enabled() and not values.requires_grad:
             raise ESAMValueError(
@@ -294,10 +295,10 @@ class Step:
     def _backward(self, total: Tensor) -> None:
         """Back-propagate into `.grad`, scaled where the user scales."""
         self.stale.clear()
-        if self.descend is not None:
-            self.descend(total)
-        else:
-            (total if self.scaler is None else self.scaler.scale(total)).backward()
+        if self.descend is None and self.scaler is not None:
+            total = self.scaler.scale(total)
+        with own_backward():
+            (self.descend or Tensor.backward)(total)
 
     # -- what the passes need to know -------------------------------------------------------------
 
@@ -341,9 +342,8 @@ class Step:
         """Return what the step saw."""
         b = len(before)
         units: list[Unit] = [p.unit for p in self.parameters]
-        perturbed, whole = (
-            sum(units[t].size for t in s) for s in (self._perturbed, self._perturbable)
-        )
+        places = self._perturbed, self._perturbable
+        perturbed, whole = (sum(units[t].size for t in s) for s in places)
         return StepReport(
             count=self.count,
             losses=before,

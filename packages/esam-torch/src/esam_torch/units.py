@@ -60,7 +60,10 @@ def parameters_of(
         ESAMValueError: the optimizer holds a parameter that is not the model's.
     """
     if not isinstance(model, nn.Module):
-        raise ESAMTypeError(f"`model` must be a torch.nn.Module. Received: {model!r}.")
+        raise ESAMTypeError(
+            "`model` must be a torch.nn.Module. Put tensors that are trained without one into "
+            f"torch.nn.ParameterList([...]). Received: {type(model).__name__}."
+        )
     group_of = {id(p): group for group in groups for p in group["params"]}
     found: list[Parameter] = []
     inner = bare_model(model)
@@ -86,7 +89,9 @@ def parameters_of(
         shapes = ", ".join(str(tuple(p.shape)) for p in strangers[:3])
         raise ESAMValueError(
             "The base optimizer must hold parameters of `model` only. Received: "
-            f"{len(strangers)} that are not the model's, of shapes {shapes}. Were the parameters "
-            "replaced, by a `.to(...)` or a wrapper, after the optimizer was made?"
+            f"{len(strangers)} that are not the model's, of shapes {shapes}. If the loss has "
+            "parameters of its own (a temperature, a margin), give ESAM a container of both: "
+            "torch.nn.ModuleList([model, loss]). If the parameters were replaced after the "
+            "optimizer was made, by a `.to(...)` or a wrapper, make it anew."
         )
     return found
