@@ -1,4 +1,4 @@
-"""The paper's training recipes (its tables 7 and 8), and its figures, to stand beside ours.
+"""The paper's training recipes (its tables 7 and 8).
 
 rho, beta and gamma are `esam_core.presets`'. On ResNet-18 and WideResNet the paper gives SAM and
 ESAM twice SGD's weight decay; `sharp_weight_decay=None` is the other choice, one for all.
@@ -9,7 +9,7 @@ from typing import Any
 
 from esam_core.presets import PRESETS
 
-__all__ = ["PUBLISHED", "RECIPES", "Published", "Recipe"]
+__all__ = ["RECIPES", "Recipe"]
 
 
 @dataclass(frozen=True)
@@ -53,35 +53,11 @@ class Recipe:
 #: By the name of the model in `benchmarks.models`.
 RECIPES: dict[str, Recipe] = {
     "resnet18": Recipe("cifar-resnet18", 200, 128, 0.05, 5e-4, 1e-3),
-    "wrn28-10": Recipe("cifar-wrn28-10", 200, 128, 0.05, 5e-4, 1e-3),
-    "pyramidnet110": Recipe("cifar-pyramidnet110", 300, 128, 0.1, 5e-4, 5e-4),
+    "wrn28-10": Recipe("cifar-wrn28-10", 200, 256, 0.05, 5e-4, 1e-3),
+    "pyramidnet110": Recipe("cifar-pyramidnet110", 300, 256, 0.1, 5e-4, 5e-4),
     "resnet50": Recipe("imagenet-resnet50", 90, 512, 0.2, 1e-4, 1e-4, m=128),
     "resnet101": Recipe("imagenet-resnet101", 90, 512, 0.2, 1e-4, 1e-4, m=128),
     "vit-s16": Recipe(
         *("imagenet-vit-s16", 300, 512, 3e-3, 0.3, 0.3), warmup=30, m=128, optimizer="adamw"
     ),
-}
-
-
-@dataclass(frozen=True)
-class Published:
-    """What the paper reports for one cell of table 1.
-
-    Args:
-        accuracy: percent.
-        images_per_second: on the authors' machine, or None.
-    """
-
-    accuracy: float
-    images_per_second: float | None = None
-
-
-#: Table 1 by (data, model, method), as far as we hold the figures checked.
-PUBLISHED: dict[tuple[str, str, str], Published] = {
-    ("cifar10", "resnet18", "sgd"): Published(95.41, 3387),
-    ("cifar10", "resnet18", "sam"): Published(96.52, 1717),
-    ("cifar10", "resnet18", "esam"): Published(96.56, 2409),
-    ("cifar100", "resnet18", "sgd"): Published(78.17),
-    ("cifar100", "resnet18", "sam"): Published(80.17),
-    ("cifar100", "resnet18", "esam"): Published(80.41),
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.figures import COLOURS, panels, save
 from benchmarks.machine import provenance
-from benchmarks.recipes import PUBLISHED
+from benchmarks.published import published
 from benchmarks.report import mean_and_error, write_json, write_tables
 from benchmarks.run import Run
 from benchmarks.train import train
@@ -54,17 +54,17 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
         relative = None
         if speed is not None and sam is not None:
             relative = speed / mean(r["images_per_second"] for r in sam)
-        paper = PUBLISHED.get((data, model, method))
-        paper_sam = PUBLISHED.get((data, model, "sam"))
+        paper = published(name, data, model, method)
+        paper_sam = published(name, data, model, "sam")
         their_speed = ""
-        if paper and paper.images_per_second and paper_sam and paper_sam.images_per_second:
+        if paper is not None and paper_sam is not None:
             their_speed = f"{100 * paper.images_per_second / paper_sam.images_per_second:.0f}%"
         finals = [r["final"] for r in group]
         rows.append(
             [
                 f"{data}, {model}, {group[0]['title']}",
                 mean_and_error(finals),
-                f"{paper.accuracy:.2f}" if paper else "",
+                str(paper or ""),
                 "" if speed is None else f"{speed:.0f}",
                 "" if relative is None else f"{100 * relative:.0f}%",
                 their_speed,
@@ -82,7 +82,7 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
                 "images_per_second": speed,
                 "relative_speed": relative,
                 "flops_ratio": mean(r["flops_ratio"] for r in group),
-                "paper_accuracy": paper.accuracy if paper else None,
+                "paper_accuracy": None if paper is None else paper.accuracy,
             }
         )
     write_tables(options.out, name, title, COLUMNS, rows)

@@ -18,14 +18,20 @@ from benchmarks.paper.options import parse, recipe_runs
 __all__ = ["table2", "table6"]
 
 
-def _table(name: str, title: str, models: Sequence[str], arguments: Sequence[str]) -> None:
+def _table(
+    name: str,
+    title: str,
+    models: Sequence[str],
+    arguments: Sequence[str],
+    methods: Sequence[str] = ("sgd", "sam", "esam"),
+) -> None:
     """Train and compare."""
 
     def add_own(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
         add("--models", nargs="+", default=list(models), choices=list(MODELS), metavar="MODEL")
-        methods = ["sgd", "sam", "esam"]
-        add("--methods", nargs="+", type=method_name, default=methods, metavar="NAME")
+        shown = list(methods)
+        add("--methods", nargs="+", type=method_name, default=shown, metavar="NAME")
         add("--folder", type=Path, help="ImageNet (default: generated images)")
 
     small = {"size": 32, "width": 24 if "vit-s16" in models else 8, "batch": 16, "m": 8}
@@ -55,4 +61,5 @@ def table2(arguments: Sequence[str] = ()) -> None:
 
 def table6(arguments: Sequence[str] = ()) -> None:
     """ViT-S/16."""
-    _table("table6", "Table 6: ImageNet, ViT-S/16", ("vit-s16",), arguments)
+    methods = ("sgd", "sam", "swp", "sds", "esam")
+    _table("table6", "Table 6: ImageNet, ViT-S/16", ("vit-s16",), arguments, methods)

@@ -22,15 +22,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.arguments import at_least, count_number, whole_share
 from benchmarks.figures import COLOURS, MARKERS, panels, save
 from benchmarks.machine import provenance
+from benchmarks.published import SAVINGS, SAVINGS_CONSTANTS
 from benchmarks.report import write_json, write_tables
 from esam_core import Bernoulli, Unit
 from esam_core.savings import SavingsFit, fit_savings, savings
 from esam_torch.ascent import ascent_gradients
 
-__all__ = ["table4", "table5"]
+__all__ = ["printed_fit", "table4", "table5"]
 
-#: k1 and k2 as the paper prints them.
-PAPER = {"table4": (0.3185, 0.1310), "table5": (0.3143, 0.0737)}
+
+def printed_fit(name: str) -> SavingsFit:
+    """Return the fit to the rows that the paper prints of table 4 or 5.
+
+    Args:
+        name: "table4" or "table5".
+    """
+    rows = [(n, beta, saved) for n, row in SAVINGS[name].items() for beta, saved in row.items()]
+    layers, betas, shares = zip(*rows, strict=True)
+    return fit_savings(layers, betas, shares)
 
 
 def _mlp(layers: int, width: int, *, bias: bool) -> nn.Module:
@@ -140,7 +149,7 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
         )
         for kind in ("time_saved", "flops_saved")
     }
-    k1, k2 = PAPER[name]
+    k1, k2 = SAVINGS_CONSTANTS[name]
     for row in rows:
         fit = fits["time_saved"]
         row["fitted"] = savings(row["layers"], row["beta"], k1=fit.k1, k2=fit.k2)
@@ -157,22 +166,29 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
         for r in rows
     ]
     write_tables(out, name, title, columns, table)
-    constants = [
-        [
-            label,
-            f"{fit.k1:.4f} ± {fit.k1_error:.4f}",
-            f"{fit.k2:.4f} ± {fit.k2_error:.4f}",
-            f"{fit.residual:.4f}",
-        ]
-        for label, fit in (("time", fits["time_saved"]), ("FLOPs", fits["flops_saved"]))
-    ]
-    constants.append(["the paper", f"{k1:.4f}", f"{k2:.4f}", ""])
+    constants = _constants(name, fits)
     columns = ("fit to", "k1", "k2", "residual")
     write_tables(out, f"{name}-fit", f"{title}: the constants", columns, constants)
     found = {"rows": rows, "fits": {k: dataclasses.asdict(f) for k, f in fits.items()}}
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     write_json(out / f"{name}.json", {"title": title, "options": settings, **found, **provenance()})
     _draw(out / f"{name}.png", title, rows, fits)
+
+
+def _constants(name: str, fits: dict[str, SavingsFit]) -> list[list[str]]:
+    """Return the rows of k1, k2 and the residual: ours, and the paper's."""
+    ours = [("time", fits["time_saved"]), ("FLOPs", fits["flops_saved"])]
+    rows = [
+        [
+            label,
+            f"{fit.k1:.4f} ± {fit.k1_error:.4f}",
+            f"{fit.k2:.4f} ± {fit.k2_error:.4f}",
+            f"{fit.residual:.4f}",
+        ]
+        for label, fit in (*ours, ("the paper's printed rows", printed_fit(name)))
+    ]
+    k1, k2 = SAVINGS_CONSTANTS[name]
+    return [*rows, ["the paper, of all its rows", f"{k1:.4f}", f"{k2:.4f}", ""]]
 
 
 def _draw(path: Path, title: str, rows: list[dict[str, Any]], fits: dict[str, SavingsFit]) -> None:

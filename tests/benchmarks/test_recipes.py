@@ -72,7 +72,7 @@ def _runs(*arguments: str) -> list[Run]:
 def test_a_run_has_its_models_recipe() -> None:
     run, _ = _runs("--model", "wrn28-10")
     assert (run.rho, run.beta, run.gamma) == (0.1, 0.5, 0.5)
-    assert (run.epochs, run.batch, run.lr) == (200, 128, 0.05)
+    assert (run.epochs, run.batch, run.lr) == (200, 256, 0.05)
     (vit, _) = _runs("--model", "vit-s16")
     assert (vit.optimizer, vit.m, vit.warmup, vit.weight_decay) == ("adamw", 128, 30, 0.3)
 
