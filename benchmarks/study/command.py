@@ -15,6 +15,7 @@ from benchmarks.arguments import count_number
 from benchmarks.store import Store
 from benchmarks.study.planning import make_plan
 from benchmarks.study.settings import QUICK, SETTINGS, Setting
+from benchmarks.study.tables import write_report
 from benchmarks.study.workers import folder_of, work
 
 __all__ = ["main"]
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         "--out", type=Path, default=Path("benchmarks/results"), help="(default: benchmarks/results)"
     )
     add("--plan", action="store_true", help="say what is missing, and make nothing")
+    add("--report", action="store_true", help="write tables and figure, and make nothing")
     add("--quick", action="store_true", help="two runs of a small form, in seconds")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.settings) - set(SETTINGS))
@@ -51,6 +53,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     if options.plan:
         for setting in settings:
             _show_plan(setting, out)
+        return
+    if options.report:
+        for setting in settings:
+            print(write_report(setting, folder_of(setting, out)))
         return
     call = (settings, out, options.threads, options.runs)
     if options.jobs == 1:

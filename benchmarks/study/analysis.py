@@ -1,0 +1,166 @@
+"""What the study's records say: frontiers of accuracy against compute, and paired differences."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.run import Run
+from benchmarks.store import key_of
+from benchmarks.study.fit import FIT
+from benchmarks.study.planning import finals_by_key, reported_runs, tune
+from benchmarks.study.settings import METHODS, Cell, Setting
+
+__all__ = [
+    *("Difference", "Point", "compute_of", "difference", "frontier", "holm", "interval"),
+    "reported_points",
+]
+
+#: A frontier's point may cost so much more than what it is compared with: epochs are whole.
+TOLERANCE = 1.05
+
+
+def compute_of(record: Mapping[str, Any]) -> float:
+    """Return the compute of a run in epochs of SGD, from its counted operations."""
+    run, images = record["run"], record["data"]["training_images"]
+    seen = images // run["batch"] * run["batch"] / images  # a last, smaller batch is left out
+    return float(record["flops_ratio"] * run["epochs"] * seen)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at a budget with one cell.
+
+    Args:
+        method: a key of `METHODS`.
+        cell: its hyperparameters.
+        second: whether the cell is that of the second batch size.
+        budget: in epochs of SGD.
+        compute: what its runs really cost.
+        finals: final accuracies by seed, as far as they are there.
+        bests: the best accuracies of the runs, likewise.
+        fits: accuracies on the training samples, likewise.
+    """
+
+    method: str
+    cell: Cell
+    second: bool
+    budget: int
+    compute: float
+    finals: Mapping[int, float]
+    bests: Mapping[int, float]
+    fits: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """The mean final accuracy."""
+        return mean(self.finals.values())
+
+
+def reported_points(setting: Setting, records: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """Return the reported points of all methods that are tuned, as far as their runs are there."""
+    found = {key_of(record): record for record in records}
+    finals = finals_by_key(found.values())
+    points = []
+    for method in METHODS:
+        for place, cell in enumerate(tune(setting, method, finals).chosen):
+            groups: dict[int, list[Mapping[str, Any]]] = {}
+            for budget in setting.budgets:
+                epochs = setting.run(method, cell, budget, 0).epochs
+                runs = [r for r in reported_runs(setting, method, cell) if r.epochs == epochs]
+                keys = [run.key(FIT) for run in runs]
+                groups[budget] = [found[key] for key in keys if key in found]
+            points += [
+                _point(method, cell, place == 1, budget, group)
+                for budget, group in groups.items()
+                if group
+            ]
+    return points
+
+
+def _point(
+    method: str, cell: Cell, second: bool, budget: int, records: Sequence[Mapping[str, Any]]
+) -> Point:
+    by_seed = {Run(**record["run"]).seed: record for record in records}
+    return Point(
+        method,
+        cell,
+        second,
+        budget,
+        mean(compute_of(record) for record in records),
+        {seed: record["final"] for seed, record in by_seed.items()},
+        {seed: record["best"] for seed, record in by_seed.items()},
+        {seed: r["history"][-1]["training_accuracy"] for seed, r in by_seed.items()},
+    )
+
+
+def frontier(points: Iterable[Point], method: str, compute: float) -> Point | None:
+    """Return the point of a method with the highest mean that costs no more, or None.
+
+    Args:
+        points: of the setting.
+        method: whose frontier.
+        compute: in epochs of SGD; a point may cost 5 % more.
+    """
+    affordable = [p for p in points if p.method == method and p.compute <= TOLERANCE * compute]
+    return max(affordable, key=lambda point: point.mean, default=None)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Return the half width of the 95 % interval of the mean, of Student's t; infinite for one."""
+    n = len(values)
+    if n < 2:
+        return float("inf")
+    return float(stats.t.ppf(0.975, n - 1)) * stdev(values) / n**0.5
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference on the same seeds.
+
+    Args:
+        mean: in points of accuracy.
+        half: half width of its 95 % interval.
+        p: of the hypothesis that there is none, two-sided; 1 for one seed.
+        seeds: how many.
+    """
+
+    mean: float
+    half: float
+    p: float
+    seeds: int
+
+    @property
+    def above(self) -> bool:
+        """Whether the interval lies above 0."""
+        return self.mean - self.half > 0.0
+
+    def __str__(self) -> str:
+        if self.seeds < 2:
+            return f"{self.mean:+.2f} (1)"
+        return f"{self.mean:+.2f} ± {self.half:.2f} ({self.seeds})"
+
+
+def difference(one: Point, other: Point) -> Difference | None:
+    """Return how much higher one point lies than another on the seeds of both, or None."""
+    seeds = sorted(one.finals.keys() & other.finals.keys())
+    if not seeds:
+        return None
+    values = [one.finals[seed] - other.finals[seed] for seed in seeds]
+    p = 1.0
+    if len(values) > 1:
+        spread = stdev(values)
+        p = float(stats.ttest_1samp(values, 0.0).pvalue) if spread else float(not any(values))
+    return Difference(mean(values), interval(values), p, len(values))
+
+
+def holm(ps: Mapping[str, float]) -> dict[str, float]:
+    """Return p values corrected by Holm's procedure, by the same names."""
+    corrected: dict[str, float] = {}
+    highest = 0.0
+    for i, name in enumerate(sorted(ps, key=lambda name: ps[name])):
+        highest = max(highest, min(1.0, (len(ps) - i) * ps[name]))
+        corrected[name] = highest
+    return corrected

@@ -1,0 +1,197 @@
+"""The study's tables and its figure, from the records of a setting."""
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import COLOURS, MARKERS, plt, save
+from benchmarks.report import markdown
+from benchmarks.run import Run
+from benchmarks.store import Store
+from benchmarks.study.analysis import (
+    Point,
+    difference,
+    frontier,
+    holm,
+    interval,
+    reported_points,
+)
+from benchmarks.study.fit import FIT
+from benchmarks.study.planning import finals_by_key, make_plan, tune
+from benchmarks.study.settings import METHODS, Cell, Setting
+
+__all__ = ["write_report"]
+
+_EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, of each \
+method's chosen cell;
+p of the difference to SGD's frontier at budget {}, corrected by Holm's procedure."""
+
+TITLES = {
+    "sgd": "SGD",
+    "sgd-ema": "SGD, averaged weights",
+    "sam": "SAM",
+    "half-suffix": "Suffix(0.5), Proportional(0.5)",
+    "esam": "the paper's ESAM",
+}
+
+
+def write_report(setting: Setting, folder: Path) -> str:
+    """Write study.md and frontier.png of a setting, and return the page.
+
+    Args:
+        setting: which.
+        folder: of its runs.
+    """
+    records = Store(folder).records()
+    points = reported_points(setting, records)
+    plan = make_plan(setting, records)
+    seeds = min((len(p.finals) for p in points), default=0)
+    state = (
+        "All runs are in." if plan.done else "**Interim: runs are missing, nothing is decided.**"
+    )
+    parts = [
+        f"# {setting.name}: {setting.title}",
+        f"{state} {len(records)} runs; {seeds} to {len(setting.seeds)} reported seeds a point.",
+        _places(records),
+        "## Accuracy and compute",
+        _points_table(points),
+        "## Against the frontiers of SGD and SAM",
+        _EXPLANATION.format(setting.tuned_at),
+        _differences_table(setting, points),
+        "## Tuning",
+        _tuning_table(setting, records),
+    ]
+    page = "\n\n".join(part.strip() for part in parts) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.md").write_text(page, "utf-8")
+    if points:
+        _draw(folder / "frontier.png", setting, points, done=plan.done)
+    return page
+
+
+def _places(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on where the runs were made, and with what."""
+    places = {
+        (r["machine"]["processor"], r["machine"]["threads"], r["versions"]["torch"])
+        for r in records
+    }
+    revisions = sorted({r["revision"] for r in records})
+    made = "; ".join(f"{cpu}, {n} thread, torch {torch}" for cpu, n, torch in sorted(places))
+    return f"Made on: {made or 'nothing yet'}. Revisions: {', '.join(revisions) or 'none'}."
+
+
+def _cell(method: str, cell: Cell) -> str:
+    """Return a cell's values in a few words."""
+    strength = f", {'share' if method == 'sgd-ema' else 'rho'} {cell.strength:g}"
+    return f"batch {cell.batch}, lr {cell.lr:g}{strength if cell.strength else ''}"
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.2f} (1)"
+    return f"{mean:.2f} ± {interval(values):.2f} ({len(values)})"
+
+
+def _points_table(points: Sequence[Point]) -> str:
+    """Return the table of all points: mean and 95 % interval (seeds)."""
+    columns = ("method", "cell", "compute", "final, %", "best, %", "on the training samples, %")
+    rows = [
+        [
+            TITLES[p.method],
+            _cell(p.method, p.cell),
+            f"{p.compute:.1f}",
+            _with_interval(list(p.finals.values())),
+            _with_interval(list(p.bests.values())),
+            f"{sum(p.fits.values()) / len(p.fits):.1f}",
+        ]
+        for p in points
+    ]
+    return markdown(columns, rows)
+
+
+def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
+    """Return the table of each method's chosen cell at each budget against both frontiers."""
+    rows = []
+    corrected: dict[str, float] = {}
+    for budget in sorted(setting.budgets, key=lambda b: b != setting.tuned_at):
+        here = {p.method: p for p in points if p.budget == budget and not p.second}
+        against = {
+            method: [
+                None if other is None or other == point else difference(point, other)
+                for other in (frontier(points, name, point.compute) for name in ("sgd", "sam"))
+            ]
+            for method, point in here.items()
+        }
+        if budget == setting.tuned_at:
+            ps = {m: both[0].p for m, both in against.items() if m != "sgd" and both[0] is not None}
+            corrected = holm(ps)
+        for method, (sgd, sam) in against.items():
+            p = corrected.get(method) if budget == setting.tuned_at else None
+            rows.append(
+                [
+                    f"{budget}: {TITLES[method]}",
+                    f"{here[method].compute:.1f}",
+                    str(sgd or ""),
+                    str(sam or ""),
+                    "" if p is None else f"{p:.3f}",
+                ]
+            )
+    return markdown(("budget and method", "compute", "to SGD's", "to SAM's", "p"), rows)
+
+
+def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of all tuned cells, the best first."""
+    finals = finals_by_key(records)
+    cells: dict[tuple[str, Cell], dict[int, float]] = {}
+    for record in records:
+        run = Run(**record["run"])
+        if run.seed not in setting.tuning_seeds or record.get("probe") != FIT:
+            continue
+        strength = run.ema if run.method == "sgd-ema" else run.effective_rho
+        cell = Cell(run.batch, run.lr, strength)
+        cells.setdefault((run.method, cell), {})[run.seed] = record["final"]
+    chosen = {method: tune(setting, method, finals).chosen for method in METHODS}
+    rows = []
+    for method in METHODS:
+        own = {cell: found for (name, cell), found in cells.items() if name == method}
+        for cell in sorted(own, key=lambda c: (-len(own[c]), -sum(own[c].values()) / len(own[c]))):
+            values = own[cell]
+            mark = "chosen" if chosen[method][:1] == (cell,) else ""
+            mark = "second batch size" if chosen[method][1:] == (cell,) else mark
+            shown = ", ".join(f"{values[seed]:.2f}" for seed in sorted(values))
+            mean = f"{sum(values.values()) / len(values):.2f}"
+            rows.append([f"{TITLES[method]}, {_cell(method, cell)}", shown, mean, mark])
+    return markdown(("method and cell", "final, % (tuning seeds)", "mean", ""), rows)
+
+
+def _draw(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
+    """Draw mean final accuracy against compute: a line a method and batch size."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for i, method in enumerate(METHODS):
+        for second in (False, True):
+            line = [p for p in points if p.method == method and p.second == second]
+            if not line:
+                continue
+            line.sort(key=lambda p: p.compute)
+            halves = [interval(list(p.finals.values())) for p in line]
+            aside = 1.0 + 0.02 * (i - len(METHODS) // 2)  # so that the intervals can be told apart
+            axes.errorbar(
+                [aside * p.compute for p in line],
+                [p.mean for p in line],
+                yerr=None if second else [h if isfinite(h) else 0.0 for h in halves],
+                fmt=MARKERS[i],
+                linestyle=":" if second else "-",
+                alpha=0.5 if second else 1.0,
+                color=COLOURS[i],
+                capsize=3,
+                label=f"{TITLES[method]}, batch {line[0].cell.batch}",
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(setting.budgets, [str(budget) for budget in setting.budgets])
+    axes.set(xlabel="compute (epochs of SGD)", ylabel="final test accuracy (%), 95 % interval")
+    axes.set_title(f"{setting.title}{'' if done else ' (interim)'}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(figure, path)

@@ -1,0 +1,118 @@
+"""What the study concludes from its records: frontiers, intervals and corrections by hand."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.study.analysis import (
+    Point,
+    compute_of,
+    difference,
+    frontier,
+    holm,
+    interval,
+    reported_points,
+)
+from benchmarks.study.fit import FIT
+from benchmarks.study.planning import make_plan
+from benchmarks.study.settings import METHODS, QUICK, Cell
+from benchmarks.study.tables import write_report
+
+SETTING = dataclasses.replace(QUICK, budgets=(10, 20), tuned_at=10)
+
+
+def _point(method: str, compute: float, *finals: float, second: bool = False) -> Point:
+    values = dict(enumerate(finals))
+    return Point(method, Cell(32, 0.05), second, 20, compute, values, values, values)
+
+
+def test_interval_is_students() -> None:
+    # Mean 2, standard deviation 1, n = 3: t(.975, 2) = 4.302653 times 1 / sqrt(3).
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert interval([1.0]) == float("inf")
+
+
+def test_differences_are_taken_on_the_same_seeds() -> None:
+    one, other = _point("sam", 20, 3.0, 5.0, 7.0, 100.0), _point("sgd", 20, 2.0, 3.0, 4.0)
+    found = difference(one, other)
+    assert (found.mean, found.seeds) == (2.0, 3)
+    assert found.half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert found.p == pytest.approx(0.0742, abs=1e-4)  # t = 2 sqrt(3), 2 degrees of freedom
+    assert not found.above
+    assert difference(one, Point("sgd", Cell(1, 1.0), False, 1, 1.0, {}, {}, {})) is None
+
+
+def test_a_frontier_is_the_best_that_costs_no_more() -> None:
+    cheap, dear, second = (
+        _point("sgd", 10, 44.0),
+        _point("sgd", 40, 46.0),
+        _point("sgd", 20.9, 45.0, second=True),
+    )
+    points = [cheap, dear, second, _point("sam", 10, 50.0)]
+    assert frontier(points, "sgd", 20.0) == second
+    assert frontier(points, "sgd", 19.0) == cheap
+    assert frontier(points, "sgd", 40.0) == dear
+    assert frontier(points, "sgd", 5.0) is None
+
+
+def test_holms_correction_by_hand() -> None:
+    ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
+    expected = {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
+    assert holm(ps) == pytest.approx(expected)
+
+
+def test_compute_is_what_a_run_costs_in_epochs_of_sgd() -> None:
+    record = {"run": {"epochs": 10, "batch": 64}, "flops_ratio": 2.0}
+    record["data"] = {"training_images": 100}  # 64 of 100 images an epoch
+    assert compute_of(record) == pytest.approx(12.8)
+
+
+def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the records of a whole study in which methods are so much better than SGD."""
+    generator, records = random.Random(0), []
+    while not (plan := make_plan(SETTING, records)).done:
+        for run in plan.runs:
+            final = 40.0 + gain.get(run.method, 0.0) - run.batch / 100 + generator.gauss(0, 0.01)
+            records.append(
+                {
+                    "run": dataclasses.asdict(run),
+                    "probe": FIT,
+                    "revision": "abc",
+                    "final": final,
+                    "best": final + 1,
+                    "flops_ratio": METHODS[run.method],
+                    "history": [{"training_accuracy": 99.0}],
+                    "data": {"training_images": 128},
+                    "machine": {"processor": "one", "threads": 1},
+                    "versions": {"torch": "2"},
+                }
+            )
+    return records
+
+
+def test_a_report_tells_who_is_above_the_frontiers(tmp_path: Path) -> None:
+    records = _records({"sam": 1.0, "esam": -2.0})
+    points = reported_points(SETTING, records)
+    assert len(points) == len(METHODS) * len(SETTING.budgets) * 2
+    assert {len(p.finals) for p in points} == {len(SETTING.seeds)}
+    folder = tmp_path / "study-quick"
+    folder.mkdir()
+    (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    page = write_report(SETTING, folder)
+    assert "All runs are in." in page
+    rows = {
+        line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if "|" in line
+    }
+    for row, column, gain in (
+        ("10: SAM", 3, 1.0),
+        ("10: the paper's ESAM", 3, -2.0),
+        ("10: the paper's ESAM", 4, -3.0),
+    ):
+        assert float(rows[row][column].split()[0]) == pytest.approx(gain, abs=0.1)
+    assert rows["10: SGD"][3].strip() == ""
+    assert (folder / "frontier.png").stat().st_size > 10_000
+    (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
+    assert "Interim" in write_report(SETTING, folder)
