@@ -20,7 +20,7 @@ from esam_core import Unit
 from esam_core.budget import make_plan
 from esam_core.cost import expected_cost
 from esam_torch.blocks import find_blocks
-from esam_torch.units import parameters_of
+from esam_torch.inspection import parameters_of
 
 if TYPE_CHECKING:
     from benchmarks.data.source import Source

@@ -105,13 +105,13 @@ def test_autocast_around_the_step_is_autocast_within(perturb, device):
 def scaled_step(optimizer, scaler, losses, *data, clip=None):
     """The loop of every fp16 script."""
     optimizer.zero_grad()
-    report = optimizer.backward(losses, *data)
+    scaler.scale(optimizer.loss(losses, *data)).backward()
     if clip is not None:
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(optimizer.model.parameters(), clip)
     scaler.step(optimizer)
     scaler.update()
-    return report
+    return optimizer.report
 
 
 @devices
@@ -124,7 +124,7 @@ def test_a_scaler_changes_nothing_that_is_exact(select, clip, device):
         model = net().to(device)
         scaler = torch.amp.GradScaler(device, init_scale=scale or 1.0, enabled=scale is not None)
         base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        optimizer = ESAM(base, model, rho=0.1, beta=0.6, gamma=select, scaler=scaler)
+        optimizer = ESAM(base, model, rho=0.1, beta=0.6, gamma=select)
         torch.manual_seed(3)
         for seed in range(4):
             report = scaled_step(
@@ -164,8 +164,10 @@ def test_the_ascent_gradient_does_not_underflow(device):
         model = Tiny().to(device)
         scaler = None if scale is None else torch.amp.GradScaler(device, init_scale=scale)
         base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = ESAM(base, model, rho=0.1, beta=1.0, gamma=0.5, scaler=scaler)
-        report = optimizer.backward(tiny_losses(model, device), x)
+        optimizer = ESAM(base, model, rho=0.1, beta=1.0, gamma=0.5)
+        loss = optimizer.loss(tiny_losses(model, device), x)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        report = optimizer.report
         norms[scale] = (float(report.gradient_norm), float(report.perturbation_norm))
     assert norms[None][1] == 0.0 or norms[None][0] < 0.5 * norms[2.0**16][0]
     # Unscaled before the norm: the true size of the gradient, and the radius asked for.
@@ -191,7 +193,7 @@ def test_fused_bases_under_a_scaler(base, device):
     for scale in (1.0, 2.0**10):
         model = net().to(device)
         scaler = torch.amp.GradScaler(device, init_scale=scale)
-        optimizer = ESAM(BASES[base](model.parameters()), model, rho=0.1, scaler=scaler)
+        optimizer = ESAM(BASES[base](model.parameters()), model, rho=0.1)
         torch.manual_seed(3)
         for seed in range(3):
             scaled_step(optimizer, scaler, losses_of(model), *on(device, seed=seed))
@@ -218,7 +220,7 @@ def overflowing(losses, passes):
 def test_an_overflow_in_any_pass_backs_off_and_recovers(base, passes, clip, device):
     model = net().to(device)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-    optimizer = ESAM(BASES[base](model.parameters()), model, rho=0.1, gamma=0.5, scaler=scaler)
+    optimizer = ESAM(BASES[base](model.parameters()), model, rho=0.1, gamma=0.5)
     losses = losses_of(model)
     scaled_step(optimizer, scaler, losses, *on(device), clip=clip)
     before = Snapshot(model, optimizer.base_optimizer)
@@ -245,7 +247,6 @@ def test_scaled_training_finds_its_scale(device):
         rho=0.05,
         beta=0.6,
         gamma=0.5,
-        scaler=scaler,
     )
     losses = autocast_losses(model, device, torch.float16)
     seen = [
@@ -264,10 +265,10 @@ def test_accumulating_under_a_scaler(device):
         model = net().to(device)
         scaler = torch.amp.GradScaler(device, init_scale=scale)
         base = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = ESAM(base, model, rho=0.1, scaler=scaler)
+        optimizer = ESAM(base, model, rho=0.1)
         torch.manual_seed(3)
         for seed in range(3):
-            optimizer.backward(losses_of(model), *on(device, seed=seed))
+            scaler.scale(optimizer.loss(losses_of(model), *on(device, seed=seed))).backward()
         scaler.unscale_(optimizer)
         with pytest.raises(RuntimeError, match=r"unscale_"):
             scaler.unscale_(optimizer)  # torch's own word on it

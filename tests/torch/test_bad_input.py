@@ -64,6 +64,9 @@ def test_what_losses_return(what, select):
     returned, error, match = RETURNED[what]
     model, optimizer = make(gamma=None, select=select)
     losses = lambda x, y: returned(model, x, y)  # noqa: E731
+    if what in ("too few", "too many") and select.gamma == 1.0:  # nothing is taken apart
+        optimizer.backward(losses, *batch())
+        return
     refuses(optimizer, losses, *batch(), error=error, match=match)
 
 
@@ -86,15 +89,16 @@ def test_empty_batch(perturb):
     refuses(optimizer, losses_of(model), x[:0], y[:0], match=r"must not be empty")
 
 
-@pytest.mark.parametrize("perturb", [Everything(), Only("embedding")], ids=["climbs", "base step"])
-def test_losses_and_batch_of_different_lengths(perturb):
-    model, optimizer = make(beta=None, perturb=perturb)
+def test_losses_and_batch_of_different_lengths():
+    model, optimizer = make(beta=None, perturb=Everything())
     x, y = batch()
 
     def some(x, y):
         return losses_of(model)(x, y)[:5]
 
     refuses(optimizer, some, x, y, match=r"Received: 5 losses")
+    optimizer = ESAM(sgd(model), model, rho=0.0)  # takes nothing apart
+    optimizer.backward(some, x, y)
 
 
 def test_losses_that_are_not_a_function():
@@ -212,7 +216,7 @@ def test_model_is_no_module():
         ({"beta": 0.5, "perturb": Everything()}, ESAMValueError, "`beta` is short for"),
         ({"gamma": 0.5, "select": TopLoss()}, ESAMValueError, "`gamma` is short for"),
         ({"roh": 0.1}, TypeError, "roh"),
-        ({"scaler": 65536.0}, ESAMTypeError, "`scaler` must be a torch.amp.GradScaler"),
+        ({"scaler": torch.amp.GradScaler("cpu")}, TypeError, "scaler"),
         ({"blocks": []}, ESAMValueError, "`blocks` must not be empty"),
     ],
 )
@@ -222,12 +226,6 @@ def test_hyperparameters(arguments, error, match):
     with pytest.raises(error, match=match):
         ESAM(sgd(model), model, **arguments).step(losses_of(model), *batch())
     before.check(but=("gradients",))
-
-
-def test_scaler_beside_on_nonfinite():
-    model = net()
-    with pytest.raises(ESAMValueError, match=r"`on_nonfinite` must be \"propagate\" beside"):
-        make(model, scaler=torch.amp.GradScaler("cpu"), on_nonfinite="skip")
 
 
 @pytest.mark.parametrize(
@@ -289,12 +287,6 @@ def test_step_with_losses_over_pending_gradients():
     before.check()
     optimizer.zero_grad()
     optimizer.step(losses_of(model), *batch())
-
-
-def test_step_with_losses_under_a_scaler():
-    model, optimizer = make(scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(ESAMRuntimeError, match=r"scaler.step\(optimizer\)"):
-        optimizer.step(losses_of(model), *batch())
 
 
 def test_a_batch_without_losses():

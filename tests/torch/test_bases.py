@@ -194,11 +194,11 @@ def test_one_climb_for_both():
 def test_side_by_side_under_a_scheduler_and_a_scaler():
     model = net()
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    optimizer = ESAM(beside(model), model, rho=0.1, scaler=scaler)
+    optimizer = ESAM(beside(model), model, rho=0.1)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
     for seed in range(2):
         optimizer.zero_grad()
-        optimizer.backward(losses_of(model), *batch(seed=seed))
+        scaler.scale(optimizer.loss(losses_of(model), *batch(seed=seed))).backward()
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()

@@ -73,13 +73,13 @@ def test_steps_cost_no_more_than_the_budget(budget):
     assert counted <= budget * 1.015 * flops(model, images(2), rho=0.0)
 
 
-def test_plan_prints_the_choice(capsys):
+def test_plan_shows_the_choice():
     model = ResNet(dropout=0.0)
     optimizer = optimizer_of(model, budget=1.3)
     with pytest.raises(ESAMRuntimeError, match="measured model"):
         optimizer.plan()
     plan = optimizer.plan(losses_of(model), *images())
-    printed = capsys.readouterr().out
+    printed = str(plan)
     assert f"{plan.chosen.perturb!r}" in printed
     assert "->" in printed
     assert optimizer.config.perturb == plan.chosen.perturb == Suffix("layer2")
@@ -125,7 +125,7 @@ def test_bad_budgets():
 
 
 @pytest.mark.parametrize("held", ["everything", "the rest"])
-@pytest.mark.parametrize(("frozen", "budget"), [(6, 1.2), (9, 1.2), (9, 1.5), (6, 2.0)])
+@pytest.mark.parametrize(("frozen", "budget"), [(6, 1.2), (9, 1.3), (9, 1.5), (6, 2.0)])
 def test_a_frozen_backbone_is_priced(frozen, budget, held):
     """A base step is cheaper there, so the same budget buys less."""
     torch.manual_seed(0)

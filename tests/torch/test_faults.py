@@ -107,7 +107,7 @@ def test_in_the_backward_of_a_pass(which, error):
 
 #: Everything that a step calls by itself, and where it stands.
 STAGES = {
-    "guarding": (esam_torch.step, "Gradients"),
+    "guarding": (esam_torch.step, "Buffers"),
     "ascent gradient": (esam_torch.step, "ascent_gradients"),
     "perturbation": (esam_torch.step, "perturb"),
     "copying": (Weights, "__init__"),
@@ -136,7 +136,7 @@ def test_between_the_passes(stage, after, monkeypatch):
         return losses_of(model)(x, y)
 
     if stage == "guarding":  # comes before the first call of `losses`
-        monkeypatch.setattr(holder, name, once(original, error, call=2, after=after))
+        monkeypatch.setattr(holder, name, once(original, error, call=3, after=after))
         armed.append(True)
     check_fault(model, optimizer, losses, error)
 
@@ -158,8 +158,8 @@ def test_while_the_weights_are_half_perturbed(monkeypatch):
 
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4], ids=["watching", *PASSES])
-def test_with_a_prefix(call):
-    """Blocks are patched for the length of a pass, and the first step watches one forward more."""
+def test_with_a_suffix(call):
+    """The ascent computes no other gradients, and the first step watches one forward more."""
     model, optimizer = make(perturb=Suffix("head"))
     error = BrokenError("in a pass")
     before = Snapshot(model, optimizer)
@@ -172,28 +172,16 @@ def test_with_a_prefix(call):
 
 
 def test_parameters_that_the_optimizer_does_not_hold():
-    """They get gradients, as in any backward, and give them back when it fails."""
+    """They get gradients, as in any backward, and keep theirs when a pass fails."""
     model = net()
     base = torch.optim.SGD(model.head.parameters(), lr=0.1)
     optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=0.5)
     optimizer.backward(losses_of(model), *batch())
     assert model.conv.weight.grad is not None
     before = Snapshot(model)
-    losses = losses_of(model)
-    calls = []
-
-    def fails_in_the_descent(x, y):
-        values = losses(x, y)
-        calls.append(len(x))
-        if len(calls) == 3:
-            model.conv.weight.register_post_accumulate_grad_hook(raise_it)
-        return values
-
-    def raise_it(_):
-        raise BrokenError
-
+    error = BrokenError("in the descent")
     with pytest.raises(BrokenError):
-        optimizer.backward(fails_in_the_descent, *batch())
+        optimizer.backward(once(losses_of(model), error, call=3), *batch())
     before.check()
 
 
@@ -292,11 +280,9 @@ def test_an_interrupt_at_any_line(options, only, every):
         if interrupt.line is None:
             break
         # Behind the last line of the step proper, nothing is taken back any more.
-        ended = interrupt.line[0] == "optimizer.py" and not torch.equal(
-            model.conv.weight.grad, before.taken["gradients"]["conv.weight"]
-        )
+        ended = optimizer.count == count + 1
+        assert ended or optimizer.count == count, interrupt.line
         before.check(but=("gradients", "buffers", "random", "optimizer") if ended else ())
-        assert optimizer.count in (count, count + 1), interrupt.line
         for name, module in model.named_modules():
             assert set(vars(module)) == clean[name], (name, interrupt.line)
             assert not module._forward_hooks and not module._forward_pre_hooks, interrupt.line

@@ -254,7 +254,6 @@ def test_precisions(kind, precision):
     )
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float16}
     assert history["eval_loss"][-1] < 0.8 * history["eval_loss"][0]
-    assert getattr(optimizer, "scaler", None) is None  # it had one only meanwhile
 
 
 def test_an_overflow_leaves_update_and_scheduler_out():
@@ -262,13 +261,14 @@ def test_an_overflow_leaves_update_and_scheduler_out():
     model = _model()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ESAM(base, model, scaler=scaler)
+    optimizer = ESAM(base, model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     before = [p.clone() for p in model.parameters()]
     fit(
         *(model, optimizer, _losses, [_data().tensors]),
         epochs=1,
         precision="fp16",
+        scaler=scaler,
         scheduler=scheduler,
         scheduler_step="batch",
         progress=False,
@@ -278,7 +278,10 @@ def test_an_overflow_leaves_update_and_scheduler_out():
     for a, b in zip(model.parameters(), before, strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="`precision` must be"):
-        fit(model, optimizer, _losses, [], epochs=1, device="cpu", progress=False)
+        fit(model, optimizer, _losses, [], epochs=1, scaler=scaler, device="cpu", progress=False)
+    optimizer = ESAM(base, model, on_nonfinite="skip")
+    with pytest.raises(ValueError, match="`on_nonfinite` must be"):
+        fit(model, optimizer, _losses, [], epochs=1, precision="fp16", device="cpu", progress=False)
 
 
 def _killed_run(folder, batches):

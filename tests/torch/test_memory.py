@@ -14,6 +14,8 @@ LAYERS = 6
 WEIGHTS = LAYERS * LAYER
 # Everything that is not of the weights' size: activations of four samples, norms, reports.
 SLACK = 0.05 * WEIGHTS
+# The last report, which `optimizer.report` shows: a few numbers for each sample.
+REPORT = 512
 
 
 def make(**kwargs):
@@ -78,17 +80,17 @@ def test_extra_at_the_peak(case):
     extra = (peak - WEIGHTS) / WEIGHTS
     assert extra <= share + 0.05
     assert extra >= share - 0.05  # the meter sees it
-    assert kept == 0
+    assert kept <= REPORT
 
 
 @pytest.mark.parametrize("case", ["SAM", "a third", "nothing"])
-def test_gradients_that_are_there_are_copied_too(case):
-    """Only when accumulating: they are to be put back if something goes wrong."""
+def test_gradients_that_are_there_are_not_copied(case):
+    """Gradients to add to are not copied: nothing is written to them before the step is made."""
     options, share = CASES[case]
     model, base, optimizer = make(**options)
     peak, _ = peak_of(model, base, optimizer, stale=True)
-    # Beside the gradients there (not counted): their copies, new ones on the way, and the weights.
-    assert peak <= (1.0 + share + 1.0) * WEIGHTS + SLACK
+    # Beside the gradients there (not counted): new ones on the way, and the weights' copies.
+    assert peak <= (1.0 + share) * WEIGHTS + SLACK
 
 
 def test_a_report_keeps_nothing_large():

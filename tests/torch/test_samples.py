@@ -190,4 +190,4 @@ def test_with_every_sample_in_the_descent_nothing_is_asked_of_the_batch():
 
     report = optimizer.step(losses, images, Rows([1]), packed(), SharedStore({"x": table(3)}))
     assert report.indices is None and report.losses.shape == (3,)
-    optimizer.step(lambda: losses(images, []))
+    optimizer.backward(lambda: losses(images, []))

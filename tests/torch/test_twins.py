@@ -6,8 +6,9 @@ import torch
 
 from esam_core import Proportional, Random, TopIncrease, TopLoss, selectors
 from esam_core.perturbation import NORMS, perturbation_norm, perturbations
-from esam_torch.perturbation import Direction, perturb
+from esam_torch.perturbation import perturb
 from esam_torch.selection import inclusion_probabilities, select, systematic_indices, top_indices
+from esam_torch.targets import Targets
 
 # -- selection ---------------------------------------------------------------------------------
 
@@ -104,6 +105,23 @@ def test_select(selector, dtype):
         )
 
 
+def aims(parameters, scales, rho, adaptive, idle=(), idle_adaptive=()):
+    """Return what is perturbed, as a step finds it from its mask."""
+    return Targets(
+        tensors=parameters,
+        names=tuple(map(str, range(len(parameters)))),
+        scales=[float(s) for s in scales],
+        factors=[float(s * r) for s, r in zip(scales, rho, strict=True)],
+        adaptive=[bool(a) for a in adaptive],
+        idle=idle,
+        idle_adaptive=idle_adaptive,
+        weight_share=1.0,
+    )
+
+
+ONE = torch.ones(())
+
+
 # -- perturbation ------------------------------------------------------------------------------
 
 SHAPES = ((), (1,), (7,), (3, 5), (2, 3, 4, 2))
@@ -144,17 +162,20 @@ def test_perturbations(norm, masks, dtype):
         still = [t for t in range(len(chosen)) if not chosen[t]] if norm == "full" else []
         theta = [torch.tensor(p, dtype=dtype) for p in parameters]
         ascent = perturb(
-            [torch.tensor(gradients[t], dtype=dtype) for t in moved],
-            [theta[t] for t in moved],
-            [Direction(1.0 / probability[t], float(rho[t]), bool(adaptive[t])) for t in moved],
+            [torch.tensor(gradients[t], dtype=dtype) for t in moved + still],
+            aims(
+                [theta[t] for t in moved],
+                [1.0 / probability[t] for t in moved],
+                [rho[t] for t in moved],
+                [adaptive[t] for t in moved],
+                [theta[t] for t in still],
+                [bool(adaptive[t]) for t in still],
+            ),
             torch.ones(3, dtype=dtype),
+            torch.ones((), dtype=dtype),
             norm=norm,
             norm_eps=1e-9,
             weight_masks=None if drawn is None else [torch.tensor(drawn[t]) for t in moved],
-            others=[
-                (torch.tensor(gradients[t], dtype=dtype), theta[t], bool(adaptive[t]))
-                for t in still
-            ],
         )
         tolerance = 64 * torch.finfo(dtype).eps
         for t, epsilon in zip(moved, ascent.perturbations, strict=True):
@@ -174,12 +195,11 @@ def test_nonfinite_makes_no_perturbation(norm, bad, where):
     gradients = [torch.ones(3), torch.ones(2)]
     losses = torch.ones(4)
     (gradients[0] if where == "gradient" else losses)[1] = bad
-    directions = [Direction(2.0, 0.1, True), Direction(1.0, 0.1, False)]
     ascent = perturb(
         gradients,
-        [torch.ones(3), torch.ones(2)],
-        directions,
+        aims([torch.ones(3), torch.ones(2)], [2.0, 1.0], [0.1, 0.1], [True, False]),
         losses,
+        ONE,
         norm=norm,
         norm_eps=1e-12,
     )
@@ -193,9 +213,14 @@ def test_nonfinite_makes_no_perturbation(norm, bad, where):
 def test_a_zero_gradient_gives_a_zero_perturbation(dtype, norm_eps):
     ascent = perturb(
         [torch.zeros(3, dtype=dtype), torch.zeros(2, dtype=dtype)],
-        [torch.ones(3, dtype=dtype), torch.ones(2, dtype=dtype)],
-        [Direction(2.0, 0.1, False), Direction(1.0, 0.3, False)],
+        aims(
+            [torch.ones(3, dtype=dtype), torch.ones(2, dtype=dtype)],
+            [2.0, 1.0],
+            [0.1, 0.3],
+            [False, False],
+        ),
         torch.ones(4),
+        ONE,
         norm="masked",
         norm_eps=norm_eps,
     )
@@ -210,9 +235,9 @@ def test_half_precision_keeps_its_digits(dtype):
     exact = [torch.randn(s, generator=generator).to(dtype) for s in (50_000, 300)]
     ascent = perturb(
         [g.clone() for g in exact],
-        [torch.ones_like(g) for g in exact],
-        [Direction(1.6, 0.05, False), Direction(1.6, 0.05, False)],
+        aims([torch.ones_like(g) for g in exact], [1.6, 1.6], [0.05, 0.05], [False, False]),
         torch.ones(4),
+        ONE,
         norm="masked",
         norm_eps=1e-12,
     )

@@ -4,7 +4,7 @@ One line changes in a training script::
 
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05)
 
-and `optimizer.backward(losses, inputs, targets)` stands where `loss.backward()` stood.
+and the loss is `optimizer.loss(losses, inputs, targets)`, whose `backward()` stays where it was.
 """
 
 from esam_core import (

@@ -1,67 +1,71 @@
-"""The gradient of the ascent pass, for the perturbed parameters only."""
+"""Gradients of the passes: of the perturbed parameters in the ascent, of all in the descent."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esam_core import ESAMRuntimeError
+from esam_torch.compat import without_hooks
 from esam_torch.notes import own_backward
+from esam_torch.sharded import local
 
-__all__ = ["ascent_gradients"]
+__all__ = ["ascent_gradients", "gradients_of", "leaves_behind"]
 
 
-def ascent_gradients(
-    loss: Tensor, parameters: Sequence[Tensor], *, scaler: Any = None
-) -> list[Tensor]:
-    """Return the dense gradients of a loss; zeros for parameters that it does not depend on.
+def gradients_of(
+    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
+) -> list[Tensor | None]:
+    """Return the gradients of scale * loss; None for tensors that the loss does not depend on.
 
-    `torch.autograd.grad` computes no weight gradient that is not asked for, and goes no deeper
-    than the shallowest parameter asked for. It touches no `.grad`.
+    No hook of a tensor runs and no `.grad` changes: that is for the backward in which ESAM's
+    gradient is handed over.
 
     Args:
         loss: 0-d.
-        parameters: which ones.
-        scaler: None, or a `torch.amp.GradScaler`: the backward is scaled, so that fp16 gradients
-            do not underflow, and the result divided by the scale.
+        tensors: for which to compute them.
+        scale: 0-d, what the backward starts with.
+        every: None, or, on a sharded model, all parameters that have a gradient. Those of FSDP2 get
+            theirs only from a whole backward, reduced over the ranks and in `.grad`.
+    """
+    hooked = tensors if every is None else every
+    with without_hooks(hooked), own_backward():
+        if every is None:
+            try:
+                found = torch.autograd.grad(loss, tensors, grad_outputs=scale, allow_unused=True)
+            except RuntimeError as error:
+                _refuse_reentrant(loss, error)
+                raise
+            return list(found)
+        aside = [p.grad for p in every]
+        for parameter in every:
+            parameter.grad = None
+        try:
+            torch.autograd.backward(loss, scale)
+            return [t.grad for t in tensors]
+        finally:
+            for parameter, gradient in zip(every, aside, strict=True):
+                parameter.grad = gradient
+
+
+def ascent_gradients(
+    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Return dense gradients of scale * loss, zeros for tensors that it does not depend on.
+
+    Args: as for `gradients_of`. Of sharded parameters, this rank's shards are returned.
 
     Raises:
         ESAMRuntimeError: the loss went through a reentrant checkpoint.
     """
-    scaled = loss if scaler is None else scaler.scale(loss)
-    try:
-        with own_backward():
-            found = torch.autograd.grad(scaled, list(parameters), allow_unused=True)
-    except RuntimeError as error:
-        _refuse_reentrant(scaled, error)
-        raise
-    if any(g is None for g in found):
-        _refuse_reentrant(scaled)
-    gradients = [
-        torch.zeros_like(p) if g is None else (g.to_dense() if g.is_sparse else g)
-        for p, g in zip(parameters, found, strict=True)
-    ]
-    # What follows writes in place: two parameters of one sum may have been handed the same tensor,
-    # and the gradient of a sum is one number seen many times.
-    seen: set[int] = set()
-    for i, gradient in enumerate(gradients):
-        key = gradient.untyped_storage().data_ptr()
-        if key in seen or _repeats(gradient):
-            gradients[i] = gradient.clone(memory_format=torch.contiguous_format)
-        seen.add(key)
-    if scaler is not None:
-        # scale(1) is the scale as a tensor on the device: reading its value would wait for it.
-        scale = scaler.scale(torch.ones((), device=loss.device))
-        torch._foreach_div_(gradients, scale)
-    return gradients
-
-
-def _repeats(tensor: Tensor) -> bool:
-    """Say whether several elements of a tensor are one place in memory, as after `expand`."""
-    return any(
-        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+    found = gradients_of(loss, tensors, scale, every=every)
+    gradients = []
+    for tensor, gradient in zip(tensors, found, strict=True):
+        if gradient is None:
+            _refuse_reentrant(loss)
+            gradient = torch.zeros_like(tensor)
+        gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
+    return gradients if every is None else [local(g) for g in gradients]
 
 
 def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:
@@ -70,17 +74,30 @@ def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:
     Its backward is a backward of its own, which `torch.autograd.grad` does not see: parameters
     used inside would seem to be unused.
     """
-    waiting, seen = [loss.grad_fn], {loss.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
+    for node in nodes_behind(loss):
         if node.name() == "CheckpointFunctionBackward":
             raise ESAMRuntimeError(
                 "Activation checkpointing must be the non-reentrant kind: call "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False). Received: a loss "
                 "that went through a reentrant checkpoint."
             ) from cause
-        following = {function for function, _ in node.next_functions} - seen
-        seen |= following
-        waiting.extend(following)
+
+
+def nodes_behind(tensor: Tensor) -> list[torch.autograd.graph.Node]:
+    """Return the nodes of a tensor's graph, each once."""
+    waiting = [] if tensor.grad_fn is None else [tensor.grad_fn]
+    seen = set(waiting)
+    found = []
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        for function, _ in node.next_functions:
+            if function is not None and function not in seen:
+                seen.add(function)
+                waiting.append(function)
+    return found
+
+
+def leaves_behind(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves, parameters above all, that a tensor's graph ends in."""
+    return [node.variable for node in nodes_behind(tensor) if hasattr(node, "variable")]

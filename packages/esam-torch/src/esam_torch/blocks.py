@@ -8,7 +8,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import reshard
-from esam_torch.side_effects import SideEffects
-from esam_torch.units import bare_model
+from esam_torch.wrappers import bare_model, is_compiled
 
-__all__ = ["Blocks", "compiled_as_a_whole", "find_blocks", "is_compiled"]
+__all__ = ["Blocks", "find_blocks"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +29,14 @@ class Blocks:
 
     Args:
         names: the blocks' names, such as "layer3", in the order of their first call.
-        modules: the blocks.
-        calls: the block called by each call, in order; a block may be called more than once.
         block_of: place of the block in which, or before which, each parameter is used first, by
             the parameter's id.
         cost_of: floating-point operations of the forward that each parameter accounts for, by id.
-        effects: what is known of the blocks' side effects.
     """
 
     names: tuple[str, ...]
-    modules: tuple[nn.Module, ...]
-    calls: tuple[int, ...]
     block_of: dict[int, int]
     cost_of: dict[int, float]
-    effects: SideEffects = field(compare=False)
 
 
 @dataclass
@@ -247,9 +240,7 @@ def find_blocks(
     _warn_of_early_uses(inner, watch, block_of, place)
     clean = tuple(name.replace("_orig_mod.", "").removesuffix("._orig_mod") for name in blocks)
     costs = _costs(inner, watch, block_of, blocks)
-    return Blocks(
-        clean, tuple(modules[b] for b in blocks), tuple(calls), block_of, costs, SideEffects(inner)
-    )
+    return Blocks(clean, block_of, costs)
 
 
 def _warn_of_early_uses(
@@ -268,9 +259,9 @@ def _warn_of_early_uses(
     if len(early) > 1:
         warnings.warn(
             f"`losses` uses weights of {len(early)} blocks, {min(early, key=place.__getitem__)!r} "
-            "among them, before these blocks run. They count where they are used first, so a "
-            "suffix begins there and nothing can be left out. Compute a penalty of the weights "
-            "behind the model's call.",
+            "among them, before these blocks run. Weights belong to the block that uses them "
+            "first, so a suffix begins there and saves nothing. If this is a penalty on the "
+            "weights, compute it after calling the model.",
             stacklevel=2,
         )
 
@@ -365,45 +356,3 @@ def _costs(
     if not any(costs.values()):  # nothing that is counted: size stands for work
         costs = {id(p): float(p.numel()) for p in model.parameters()}
     return costs
-
-
-def compiled_as_a_whole(model: nn.Module, blocks: Blocks, losses: Callable[..., Any]) -> bool:
-    """Say whether torch.compile holds losses, model or a module around blocks in one piece."""
-    if _is_compiled_function(losses):
-        return True
-    inner = bare_model(model)
-    outer: list[nn.Module] = [inner]
-    wrapped: nn.Module = model
-    while wrapped is not inner:
-        if hasattr(wrapped, "_orig_mod"):
-            return True
-        wrapped = cast(nn.Module, wrapped.module)
-    for name in blocks.names:
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            with contextlib.suppress(AttributeError):
-                outer.append(inner.get_submodule(".".join(parts[:depth])))
-    return any(is_compiled(module) for module in outer)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Say whether a call of the module runs what torch.compile has made of it."""
-    return module.__dict__.get("_compiled_call_impl") is not None or hasattr(module, "_orig_mod")
-
-
-def _is_compiled_function(function: Callable[..., Any]) -> bool:
-    """Say whether a function is what torch.compile returned; a module may be one too."""
-    if isinstance(function, nn.Module):
-        return is_compiled(function)
-    # torch marks what `torch.compiler.disable` returned as well.
-    made = hasattr(function, "_torchdynamo_orig_callable")
-    return made and not getattr(function, "_torchdynamo_disable", False)
-
-
-def lends_its_memory(module: nn.Module) -> bool:
-    """Say whether a compiled module may replay a CUDA graph, whose memory is used again."""
-    compiled = module.__dict__.get("_compiled_call_impl") or module
-    config = getattr(compiled, "get_compiler_config", lambda: None)()
-    if config is None:  # not inductor's: nothing is known of it
-        return any(p.is_cuda for p in module.parameters())
-    return bool(config.get("triton.cudagraphs", False))

@@ -153,7 +153,7 @@ class TorchSession:
         """Have the one forward made that finds the blocks: it is no pass of any step."""
         if self.esam is not None:
             self.fault = None
-            self.esam._layout(self.losses, self.tensors(batch), {})
+            self.esam._run.layout(self.losses, (self.tensors(batch), {}))
 
     def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return a batch as torch has it."""

@@ -1,8 +1,4 @@
-"""What `torch.distributed.checkpoint` saves of a run: model, base optimizer, and ESAM's own entry.
-
-torch's `get_optimizer_state_dict` keeps "state" and "param_groups" alone, by the parameters' names,
-and drops every other entry of an optimizer's state dict without a word, ESAM's among them.
-"""
+"""What `torch.distributed.checkpoint` saves: model, base optimizer, and ESAM's own entry."""
 
 import json
 from typing import Any
@@ -18,6 +14,9 @@ __all__ = ["DistributedState"]
 
 class DistributedState:
     """A model and its ESAM as one object that `torch.distributed.checkpoint` saves and loads.
+
+    torch's `get_optimizer_state_dict` keeps "state" and "param_groups" alone and drops every other
+    entry of an optimizer's state dict, ESAM's among them; this keeps it.
 
     For models under FSDP2 and DistributedDataParallel alike: weights and the base optimizer's state
     are saved by parameter names, as torch's `get_state_dict` has them, and may be loaded by another
@@ -48,7 +47,9 @@ class DistributedState:
     """
 
     def __init__(self, model: nn.Module, optimizer: ESAM, *, options: Any = None) -> None:
-        if not isinstance(optimizer, ESAM):
+        if not (
+            isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "base_optimizer")
+        ):
             raise ESAMTypeError(
                 f"`optimizer` must be an ESAM. Received: {type(optimizer).__name__}."
             )

@@ -1,18 +1,20 @@
-"""What a step must leave as it found it: random state, buffers, gradients, weights.
+"""What a step must leave as it found it: random state, buffers, weights, autocast, requires_grad.
 
 Each guard takes what it needs when it is made and puts it back when told to. None of them waits
 for the device.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from esam_torch.compat import BATCH_NORM, buffers_by_name
 from esam_torch.devices import placed
 from esam_torch.sharded import local
 
-__all__ = ["Buffers", "Gradients", "RandomState", "Weights"]
+__all__ = ["Autocast", "Buffers", "RandomState", "Weights", "is_half", "without_gradients"]
 
 
 class RandomState:
@@ -22,21 +24,9 @@ class RandomState:
         self._cpu = torch.get_rng_state()
         self._others = [
             (device, torch.get_device_module(device).get_rng_state(device))
-            for device in sorted(set(devices), key=str)
+            for device in devices
             if device.type not in ("cpu", "meta")
         ]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, RandomState) and all(
-            torch.equal(a, b)
-            for a, b in zip(
-                [self._cpu, *(state for _, state in self._others)],
-                [other._cpu, *(state for _, state in other._others)],
-                strict=True,
-            )
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def restore(self) -> None:
         """Put every generator back to where it was."""
@@ -45,11 +35,59 @@ class RandomState:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
+class Autocast:
+    """How autocast is set, for the host and for the devices that the model lives on.
+
+    A backward runs in a thread of its own where there is a device, with settings of its own.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        kinds = dict.fromkeys(["cpu", *(d.type for d in devices if d.type != "meta")])
+        self._settings = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in kinds
+        ]
+        self._cached = torch.is_autocast_cache_enabled()
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Set autocast as it was, as long as the context lasts."""
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self._settings:
+                if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) != (
+                    enabled,
+                    dtype,
+                ):
+                    stack.enter_context(
+                        torch.autocast(
+                            kind, dtype=dtype, enabled=enabled, cache_enabled=self._cached
+                        )
+                    )
+            yield
+
+
+@contextlib.contextmanager
+def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Compute no gradient for these parameters, which have one, as long as the context lasts."""
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy values in few kernels: those of one device and type together."""
+    if not targets:
+        return
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, target in enumerate(targets):
         kinds.setdefault((target.device, target.dtype), []).append(i)
+    if len(kinds) == 1:
+        torch._foreach_copy_(list(targets), list(sources))
+        return
     for places in kinds.values():
         torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
 
@@ -58,53 +96,40 @@ class Buffers:
     """Copies of the buffers of all modules in training mode (BatchNorm's statistics, say).
 
     Copied back only *after* a backward: autograd still reads them between forward and backward.
+
+    Args:
+        places: the modules that have buffers, with the buffers' names.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, places: Iterable[tuple[nn.Module, Sequence[str]]]) -> None:
         self._places = [
-            (module, name, buffer)
-            for module in model.modules()
+            (buffers_by_name(module), name, buffers_by_name(module)[name])
+            for module, names in places
             if module.training
-            for name, buffer in module.named_buffers(recurse=False)
+            for name in names
         ]
         # Where several elements are one place in memory (after `expand`), nothing can write.
-        self._values = [b.data for _, _, b in self._places if not _overlaps(b)]
+        self._values = [b.data for _, _, b in self._places if b is not None and not is_expanded(b)]
         self._copies = [torch.empty_like(values) for values in self._values]
         _copy(self._copies, self._values)
 
     def restore(self) -> None:
         """Copy the values back, into the same tensors, also where a forward put others there."""
-        for module, name, buffer in self._places:
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
+        for buffers, name, buffer in self._places:
+            if buffers.get(name) is not buffer:
+                buffers[name] = buffer
         _copy(self._values, self._copies)
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    """Say whether several elements of a tensor are one place in memory, as after `expand`."""
-    return tensor.layout == torch.strided and any(
-        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+def is_expanded(tensor: Tensor) -> bool:
+    """Return whether several elements of a tensor are one place in memory, as after `expand`."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_contiguous()
+        and any(
+            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        )
     )
-
-
-class Gradients:
-    """The `.grad` of parameters: copies where there is one, to be put back after a failure."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
-        self._tensors = [p.grad for p in parameters]
-        self._copies = [None if g is None else g.clone() for g in self._tensors]
-
-    def restore(self) -> None:
-        """Give every parameter the tensor it had as `.grad`, with the values it had."""
-        rows = zip(self._parameters, self._tensors, self._copies, strict=True)
-        for parameter, tensor, copied in rows:
-            if tensor is not None and copied is not None:
-                if tensor.is_sparse:  # a sparse tensor's number of entries may have grown
-                    tensor.data = copied
-                else:  # in place: the tensor may be a view into a bucket of DDP's
-                    tensor.data.copy_(copied)
-            parameter.grad = tensor
 
 
 class Weights:
@@ -145,8 +170,21 @@ class Weights:
 
 
 def is_half(tensor: Tensor) -> bool:
-    """Say whether a tensor holds floating numbers of less than 32 bits."""
+    """Return whether a tensor holds floating numbers of less than 32 bits."""
     return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
+
+
+@contextlib.contextmanager
+def running_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use its running statistics: one sample has none of its own."""
+    layers = statistics_layers(model)
+    try:
+        for layer in layers:
+            layer.training = False
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def statistics_layers(model: nn.Module) -> list[nn.Module]:
@@ -157,14 +195,12 @@ def statistics_layers(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and module.training
-        and not _synchronised(module)
+        if isinstance(module, BATCH_NORM) and module.training and not _synchronised(module)
     ]
 
 
 def _synchronised(layer: nn.Module) -> bool:
-    """Say whether a BatchNorm layer shares its statistics with other ranks."""
+    """Return whether a BatchNorm layer shares its statistics with other ranks."""
     return (
         isinstance(layer, nn.SyncBatchNorm)
         and torch.distributed.is_initialized()

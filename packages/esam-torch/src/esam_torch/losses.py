@@ -8,7 +8,7 @@ from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
 
-__all__ = ["LossFunction", "per_sample"]
+__all__ = ["LossFunction", "check_losses", "per_sample"]
 
 LossFunction = Callable[..., Any]
 
@@ -82,3 +82,12 @@ def _how_to_get_losses(returned: Any) -> str:
     if isinstance(returned, Mapping):
         return " A model's own `loss` is a mean: compute the losses from its other outputs."
     return ""
+
+
+def check_losses(losses: Any) -> None:
+    """Refuse what cannot be called, a tensor of losses above all."""
+    if not callable(losses):
+        raise ESAMTypeError(
+            "`losses` must be a function of the batch that returns one loss per sample, so that it "
+            f"can be evaluated again at other weights. Received: {type(losses).__name__}."
+        )

@@ -5,12 +5,20 @@ from collections.abc import Iterator
 
 from esam_core import ESAMRuntimeError
 
-__all__ = ["WITHOUT_A_GRAPH", "noted", "own_backward"]
+__all__ = ["PRUNED", "WITHOUT_A_GRAPH", "noted", "own_backward"]
 
 WITHOUT_A_GRAPH = (
     "ESAM calls `losses` under torch.no_grad() where only the losses are needed: to find the "
     "model's blocks, and in the selection pass. Take gradients within `losses` (a penalty's, say) "
     "under torch.enable_grad()."
+)
+
+
+PRUNED = (
+    "ESAM's ascent builds no graph for weights that this step does not perturb, nor for "
+    "activations that depend on such weights alone. To differentiate with respect to such an "
+    "activation within `losses`, call `.requires_grad_()` on it first; with respect to weights, "
+    'use `norm="full"`, which keeps the whole graph.'
 )
 
 

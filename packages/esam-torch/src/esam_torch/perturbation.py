@@ -9,19 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esam_core import Mask
+from esam_core.perturbation import Norm
 from esam_torch.devices import on_host, placed
-from esam_torch.sharded import local, total_norms
+from esam_torch.sharded import local, local_part, total_norms
+from esam_torch.targets import Targets
 
-__all__ = ["Ascent", "Direction", "perturb"]
-
-
-@dataclass(frozen=True)
-class Direction:
-    """How one perturbed parameter is perturbed: m_t / p_t, rho and whether adaptively."""
-
-    scale: float
-    rho: float
-    adaptive: bool
+__all__ = ["Ascent", "draw_weight_masks", "perturb"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,8 @@ class Ascent:
     """The perturbation of a step.
 
     Args:
-        perturbations: epsilon_t for each perturbed parameter; 0 where g is not finite.
+        perturbations: epsilon_t for each perturbed parameter. Where a loss or gradient is not
+            finite, 0 on a CPU; on other devices, which are not waited for, what comes of it.
         gradient_norm: 0-d, the ||g|| of equation 2 as `norm` defines it; that of "masked" with
             norm="none".
         perturbation_norm: 0-d, ||epsilon||.
@@ -42,118 +37,144 @@ class Ascent:
     finite: Tensor
 
 
-def _norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the (T,) Euclidean norms of tensors, accumulated in float32 or wider."""
-    if not tensors:
-        return torch.zeros(0, device=device)
-    wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
-    norms: list[Tensor] = [torch.empty(0)] * len(tensors)
-    for dtype in set(wide):
-        places = [i for i, d in enumerate(wide) if d == dtype]
-        found = torch._foreach_norm([tensors[i] for i in places], 2, dtype=dtype)
-        for i, norm in zip(places, found, strict=True):
-            norms[i] = placed(norm, device)
-    widest = torch.float64 if torch.float64 in wide else torch.float32
-    return torch.stack([norm.to(widest) for norm in norms])
-
-
 def perturb(
-    gradients: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    directions: Sequence[Direction],
+    gradients: list[Tensor],
+    targets: Targets,
     losses: Tensor,
+    scale: Tensor,
     *,
-    norm: str,
+    norm: Norm,
     norm_eps: float,
-    weight_masks: Sequence[Tensor] | None = None,
-    others: Sequence[tuple[Tensor, Tensor, bool]] = (),
+    weight_masks: list[Tensor] | None = None,
 ) -> Ascent:
-    """Turn gradients into perturbations, in place.
+    """Turn gradients into perturbations.
 
     Equations: SAM (Foret et al. 2021, eq. 2), SWP (Du et al. 2022, eq. 6), ASAM (Kwon et al. 2021,
     with its eta = 0); see `esam_core.perturbation`.
 
     Args:
-        gradients: g_t of the perturbed parameters, dense; overwritten with epsilon_t. Where a
+        gradients: scale * g_t of the perturbed parameters, dense, and with `norm="full"` of the
+            idle ones behind them. Emptied, so that their memory can be used again. Where a
             parameter is sharded over ranks, this rank's part.
-        parameters: theta_t of the same.
-        directions: one a parameter.
+        targets: the perturbed parameters, and how far each goes.
         losses: (b,) losses at theta.
+        scale: 0-d, what the gradients were multiplied by. What is minimised is climbed, so a
+            negative scale turns the direction; with a scale of 0 there is none.
         norm: "masked", "estimated", "full" or "none".
         norm_eps: added to the norm.
-        weight_masks: None, or one boolean tensor a parameter for masks of single weights.
-        others: (gradient, parameter, adaptive) of the units left alone, for `norm="full"`.
+        weight_masks: None, or one boolean tensor per parameter for masks of single weights.
+            Emptied as well.
     """
     device = losses.device
-    gradients = list(gradients)
+    parameters, adaptive = targets.tensors, targets.adaptive
     with torch.no_grad():
-        # theta g, whose length is that of |theta| g; in place, since another copy of all gradients
-        # would be the peak of the step's memory.
-        stretched = [i for i, d in enumerate(directions) if d.adaptive]
-        _stretch(gradients, parameters, stretched)
-        whole = total_norms(_norms(gradients, device), parameters)
+        idle = gradients[len(parameters) :]
+        directions = _stretched(gradients[: len(parameters)], parameters, adaptive)  # |theta| g
+        gradients.clear()
+        whole = total_norms(_norms(directions, device), parameters)
         masked = whole
         if weight_masks is not None:
-            for gradient, mask in zip(gradients, weight_masks, strict=True):
-                gradient.mul_(mask)
-            masked = total_norms(_norms(gradients, device), parameters)
+            for i, mask in enumerate(weight_masks):
+                directions[i] = directions[i] * mask
+            weight_masks.clear()
+            masked = total_norms(_norms(directions, device), parameters)
         if norm == "estimated":
-            scales = torch.tensor([d.scale for d in directions], dtype=masked.dtype)
+            scales = torch.tensor(targets.scales, dtype=masked.dtype)
             length = torch.linalg.vector_norm(masked * placed(scales.sqrt(), device))
         elif norm == "full":
-            rest = [g * local(theta.data) if a else g for g, theta, a in others]
-            lengths = total_norms(_norms(rest, device), [theta for _, theta, _ in others])
+            rest = _stretched(idle, targets.idle, targets.idle_adaptive)
+            lengths = total_norms(_norms(rest, device), targets.idle)
             length = torch.linalg.vector_norm(torch.cat([whole, lengths]))
+            del rest
+            idle.clear()
         else:
             length = torch.linalg.vector_norm(masked)
         # The norm is finite only if every gradient is.
         finite = torch.isfinite(length) & torch.isfinite(losses).all()
+        magnitude = placed(scale, device).to(length.dtype).abs()
+        length = length / magnitude
         divisor = torch.ones_like(length) if norm == "none" else length + norm_eps
         # A tiny norm_eps may vanish in float32: a gradient of zero must give zero, not 0 * inf.
         divisor = divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
-        inverse = torch.where(finite, 1.0 / divisor, torch.zeros_like(divisor))
-        _clear_nonfinite(gradients, finite)
-        _stretch(gradients, parameters, stretched)  # |theta|^2 g
-        _scale(gradients, [d.scale * d.rho for d in directions], inverse)
-        size = total_norms(_norms(gradients, device), parameters)
-        return Ascent(gradients, length, torch.linalg.vector_norm(size), finite)
-
-
-def _stretch(
-    gradients: Sequence[Tensor], parameters: Sequence[Tensor], places: Sequence[int]
-) -> None:
-    """Multiply gradients at these places by their parameters, in place.
-
-    By the absolute values of complex ones, since theta^2 g need not climb; those of real ones are
-    not worth a copy.
-    """
-    if places:
-        weights = [local(parameters[i].data) for i in places]
-        weights = [w.abs() if w.is_complex() else w for w in weights]
-        torch._foreach_mul_([gradients[i] for i in places], weights)
-
-
-def _clear_nonfinite(gradients: Sequence[Tensor], finite: Tensor) -> None:
-    """Make non-finite gradients zero: 0 * inf is not a number, and epsilon must be 0.
-
-    On a CPU looking is free, and then nothing needs doing in nearly every step.
-    """
-    if on_host(finite.device) and bool(finite):
-        return
-    for gradient in gradients:
-        torch.nan_to_num_(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _scale(gradients: Sequence[Tensor], factors: Sequence[float], inverse: Tensor) -> None:
-    """Multiply each gradient by its factor and by the common scalar tensor, in place."""
-    by_device: dict[torch.device, list[int]] = {}
-    for i, gradient in enumerate(gradients):
-        by_device.setdefault(gradient.device, []).append(i)
-    for device, places in by_device.items():
-        chosen = [gradients[i] for i in places]
-        common = placed(inverse, device)
-        if len({factors[i] for i in places}) == 1:
-            torch._foreach_mul_(chosen, common * factors[places[0]])
+        usable = finite & (magnitude > 0.0)
+        common = torch.where(usable, 1.0 / divisor / magnitude, torch.zeros_like(divisor))
+        if on_host(device) and not bool(finite):  # 0 * inf is not a number; looking is free here
+            directions = [torch.zeros_like(d) for d in directions]
+            masked = torch.zeros_like(masked)
+        directions = _stretched(directions, parameters, adaptive)  # |theta|^2 g
+        perturbations = _scaled(directions, targets.factors, common)
+        if any(adaptive):
+            size = torch.linalg.vector_norm(total_norms(_norms(perturbations, device), parameters))
+        elif len(set(targets.factors)) == 1:
+            size = torch.linalg.vector_norm(masked) * (common * targets.factors[0])
         else:
-            torch._foreach_mul_(chosen, [factors[i] for i in places])
-            torch._foreach_mul_(chosen, common)
+            factors = torch.tensor(targets.factors, dtype=masked.dtype)
+            size = torch.linalg.vector_norm(masked * placed(factors, device)) * common
+        return Ascent(perturbations, length, size, finite)
+
+
+def draw_weight_masks(mask: Mask, like: Sequence[Tensor]) -> list[Tensor] | None:
+    """Draw the masks of single weights natively, from the seed that the host drew."""
+    if mask.weight_beta is None or mask.weight_seed is None:
+        return None
+    generators: dict[torch.device, torch.Generator] = {}
+    masks = []
+    for tensor in like:
+        device = tensor.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(mask.weight_seed)
+        drawn = torch.rand(tensor.shape, generator=generators[device], device=device)
+        masks.append(local_part(drawn < mask.weight_beta, tensor))
+    return masks
+
+
+def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return the (T,) Euclidean norms of tensors, accumulated in float32 or wider."""
+    if not tensors:
+        return torch.zeros(0, device=device)
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
+    if len(kinds) == 1:
+        dtype = _wide(tensors[0].dtype)
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+        return placed(norms.real if norms.is_complex() else norms, device)
+    found: list[Tensor] = [torch.empty(0)] * len(tensors)
+    for places in kinds.values():
+        some = _norms([tensors[i] for i in places], device)
+        for i, norm in zip(places, some.unbind(), strict=True):
+            found[i] = norm
+    widest = torch.float64 if any(n.dtype == torch.float64 for n in found) else torch.float32
+    return torch.stack([norm.to(widest) for norm in found])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which norms are accumulated."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _stretched(
+    gradients: list[Tensor], parameters: Sequence[Tensor], adaptive: Sequence[bool]
+) -> list[Tensor]:
+    """Return the gradients, those of adaptive parameters times |theta| (times theta, if real)."""
+    places = [i for i, flag in enumerate(adaptive) if flag]
+    if not places:
+        return gradients
+    weights = [local(parameters[i].data) for i in places]
+    sizes = [w.abs() if w.is_complex() else w for w in weights]
+    products = iter(torch._foreach_mul([gradients[i] for i in places], sizes))
+    return [next(products) if a else g for g, a in zip(gradients, adaptive, strict=True)]
+
+
+def _scaled(directions: list[Tensor], factors: Sequence[float], common: Tensor) -> list[Tensor]:
+    """Return each direction times its factor and the common 0-d tensor."""
+    if len({d.device for d in directions}) > 1:
+        return [
+            d * (placed(common, d.device) * f) for d, f in zip(directions, factors, strict=True)
+        ]
+    common = placed(common, directions[0].device)
+    if len(set(factors)) == 1:
+        return list(torch._foreach_mul(directions, common * factors[0]))
+    scaled = torch._foreach_mul(directions, list(factors))
+    torch._foreach_mul_(scaled, common)
+    return list(scaled)

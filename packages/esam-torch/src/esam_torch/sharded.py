@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
+from esam_torch.compat import fsdp_parameter_groups
 
 __all__ = ["Shards", "local", "local_part", "mesh_groups", "reshard", "total_norms"]
 
@@ -113,12 +114,15 @@ class Shards:
 
     def __init__(self, modules: Sequence[Any]) -> None:
         self._modules = modules
-        for module in modules:
-            for group in _parameter_groups(module):
+
+    def check_reducing(self) -> None:
+        """Refuse gradients that stay on their rank: epsilon comes from the global gradient."""
+        for module in self._modules:
+            for group in fsdp_parameter_groups(module):
                 if not getattr(group, "reduce_grads", True):
                     raise ESAMRuntimeError(
-                        "With fully_shard, backward(losses, ...) must reduce gradients: epsilon "
-                        "comes from the global gradient. Received: a module with "
+                        "With fully_shard, a step must reduce gradients: epsilon comes from the "
+                        "global gradient. Received: a module with "
                         "set_requires_gradient_sync(False). Accumulate without it: reduced "
                         "gradients add up in `.grad` just as well."
                     )
@@ -133,41 +137,3 @@ class Shards:
         """Drop the gathered weights: the next forward gathers them from the shards."""
         for module in self._modules:
             module.reshard()
-
-    @staticmethod
-    def gradients(
-        loss: Tensor, wanted: Sequence[Tensor], every: Sequence[Tensor], *, scaler: Any = None
-    ) -> list[Tensor]:
-        """Return this rank's shards of the global gradient, the mean of the ranks' own.
-
-        By a `.backward()`, with what is in `.grad` set aside: `torch.autograd.grad` sees none of
-        these parameters. So every weight gradient is computed, asked for or not.
-
-        Args:
-            loss: 0-d, this rank's mean loss.
-            wanted: the parameters whose gradients are returned; zeros where unused.
-            every: all parameters that the backward may write to.
-            scaler: None, or the scaler of fp16 training; its scale is divided out.
-        """
-        aside = [p.grad for p in every]
-        for parameter in every:
-            parameter.grad = None
-        try:
-            torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
-            found = [
-                torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in wanted
-            ]
-        finally:
-            for parameter, gradient in zip(every, aside, strict=True):
-                parameter.grad = gradient
-        if scaler is not None:
-            torch._foreach_div_(found, scaler.scale(torch.ones((), device=loss.device)))
-        return found
-
-
-def _parameter_groups(module: Any) -> list[Any]:
-    """Return FSDP2's own records of a module; they have moved between versions of torch."""
-    state = module._get_fsdp_state()
-    several = getattr(state, "_fsdp_param_groups", None)
-    groups = list(several) if several is not None else [getattr(state, "_fsdp_param_group", None)]
-    return [group for group in groups if group is not None]

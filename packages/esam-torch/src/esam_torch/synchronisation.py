@@ -1,23 +1,19 @@
 """Passes that ranks run on their own, and what they must agree on."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from esam_core import ESAMRuntimeError
+from esam_torch.compat import active_replicas
 from esam_torch.sharded import mesh_groups
+from esam_torch.wrappers import bare_model, replicas_of
 
-__all__ = ["on_every_rank", "unsynchronised"]
-
-
-def _replicated(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """Return the DistributedDataParallel that a model is or that torch.compile has wrapped."""
-    while isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        model = model._orig_mod  # type: ignore[assignment]
-    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+__all__ = ["Ranks", "unsynchronised"]
 
 
 def unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -26,34 +22,111 @@ def unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     Forward *and* backward of a pass must run inside: the forward already arms the reduction. Each
     rank climbs on its own shard of the batch (m-sharpness); ranks meet in the descent gradient.
     """
-    replicated = _replicated(model)
-    if replicated is None:
-        return contextlib.nullcontext()
-    if replicated.static_graph:
+    replicas = replicas_of(model)
+    return contextlib.nullcontext() if replicas is None else _no_sync(replicas)
+
+
+def _no_sync(replicas: DistributedDataParallel) -> contextlib.AbstractContextManager[Any]:
+    """Return torch's own context for it, where the wrapper supports that."""
+    if replicas.static_graph:
         raise ESAMRuntimeError(
             "`model` must be a DistributedDataParallel with static_graph=False: a step has passes "
             "that are synchronised and passes that are not. Received: static_graph=True. Where a "
             "static graph was chosen for unused parameters, use find_unused_parameters=True."
         )
-    return replicated.no_sync()
+    return replicas.no_sync()
 
 
-def on_every_rank(flag: bool, model: nn.Module, parameters: Sequence[Tensor]) -> bool:
-    """Say whether a flag is set on every rank that trains the model: one small reduction.
+class Ranks:
+    """The ranks that train a model together, by DistributedDataParallel or FSDP2.
 
     Args:
-        flag: this rank's.
-        model: what is trained.
-        parameters: its parameters, for where they are and whom they are shared with.
+        model: what ESAM was given: the DistributedDataParallel, or what it was made of.
     """
-    replicated = _replicated(model)
-    if replicated is not None:
-        groups = [replicated.process_group]
-    else:
-        groups = list(dict.fromkeys(g for p in parameters for g in mesh_groups(p)))
-    if not groups:
-        return flag
-    shared = torch.tensor(int(flag), device=parameters[0].device)
-    for group in groups:
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=group)
-    return bool(shared)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._replicas = replicas_of(model)
+        self._outside = False
+        self._watched = 0
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether a backward reduces gradients: not within the user's own `no_sync`."""
+        return self._replicas is None or bool(self._replicas.require_backward_grad_sync)
+
+    @property
+    def looks_for_unused(self) -> bool:
+        """Whether the forwards that `losses` runs find the parameters that they do not use."""
+        found = self._replicas
+        return found is not None and not self._outside and bool(found.find_unused_parameters)
+
+    def note_forward(self) -> None:
+        """Find the wrapper in whose forward this is called, as trainers call it."""
+        if _several_ranks():
+            found = active_replicas()
+            self._outside = found is not None and self._is_around_model(found)
+            if self._outside:
+                self._replicas = found
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let no rank wait for another as long as the context lasts."""
+        with contextlib.ExitStack() as stack:
+            if self._replicas is not None and not self._outside:
+                stack.enter_context(_no_sync(self._replicas))
+            elif self._replicas is None and self._watched < _WATCHED and _several_ranks():
+                self._watched += 1
+                stack.enter_context(self._watching(stack))
+            yield
+
+    @contextlib.contextmanager
+    def _watching(self, stack: contextlib.ExitStack) -> Iterator[None]:
+        """Find a DistributedDataParallel that was made of the model after ESAM, when it runs."""
+
+        def found(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+            if (
+                self._replicas is None
+                and isinstance(module, DistributedDataParallel)
+                and self._is_around_model(module)
+            ):
+                self._replicas = module
+                stack.enter_context(_no_sync(module))
+
+        handle = nn.modules.module.register_module_forward_pre_hook(found)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _is_around_model(self, replicas: DistributedDataParallel) -> bool:
+        """Return whether a wrapper trains the model that ESAM was given."""
+        mine = bare_model(self._model)
+        return any(module is mine for module in replicas.modules())
+
+    def agree(self, flag: bool, parameters: Sequence[Tensor]) -> bool:
+        """Return whether a flag is set on every rank that trains the model: one small reduction.
+
+        Args:
+            flag: this rank's.
+            parameters: the model's, for where they are and whom they are shared with.
+        """
+        if self._replicas is not None:
+            groups = [self._replicas.process_group]
+        else:
+            groups = list(dict.fromkeys(g for p in parameters for g in mesh_groups(p)))
+        if not groups:
+            return flag
+        shared = torch.tensor(int(flag), device=parameters[0].device)
+        for group in groups:
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=group)
+        return bool(shared)
+
+
+#: In how many ascents a wrapper is looked for that ESAM was not told of.
+_WATCHED = 2
+
+
+def _several_ranks() -> bool:
+    """Return whether this process is one of several that talk to each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

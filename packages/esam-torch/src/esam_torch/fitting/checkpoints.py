@@ -15,7 +15,7 @@ from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import Means
 from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
 from esam_torch.fitting.ranks import world
-from esam_torch.units import bare_model
+from esam_torch.wrappers import bare_model
 
 __all__ = ["Checkpoints", "Place"]
 

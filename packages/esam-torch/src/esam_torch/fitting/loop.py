@@ -19,9 +19,9 @@ from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import REPORTED, Means, Metric, ModelLosses, evaluate
 from esam_torch.fitting.progress import Silent, chosen_progress
 from esam_torch.fitting.ranks import joined, replicated, shared_buffers, split, summed, world
-from esam_torch.fitting.update import PRECISIONS, Update, in_precision, scaler_of
+from esam_torch.fitting.update import PRECISIONS, Update, in_precision
 from esam_torch.optimizer import ESAM
-from esam_torch.units import bare_model
+from esam_torch.wrappers import bare_model
 
 __all__ = ["fit"]
 
@@ -41,6 +41,7 @@ def fit(
     scheduler_step: str = "epoch",
     device: torch.device | str = "auto",
     precision: str = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
     accumulate: int = 1,
     clip_norm: float | None = None,
     clip_value: float | None = None,
@@ -74,6 +75,7 @@ def fit(
         device: default "auto": the accelerator where there is one.
         precision: what `losses` is computed in, by autocast: "fp32" (default), "bf16", or "fp16",
             which comes with a gradient scaler.
+        scaler: the gradient scaler of "fp16". Default: a new one.
         accumulate: batches whose gradients are averaged for one update, >= 1. One that ESAM skips
             (`on_nonfinite="skip"`) is left out of that average, and of the epoch's means; where
             all are skipped, no update is made. Default 1.
@@ -128,6 +130,7 @@ def fit(
     count_number("accumulate", accumulate, least=1)
     choice("scheduler_step", scheduler_step, ("epoch", "batch"))
     choice("precision", precision, PRECISIONS)
+    _check_scaler(optimizer, precision, scaler)
     for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if bound is not None:
             positive(name, bound)
@@ -142,7 +145,8 @@ def fit(
         place = joined(chosen_device(device))
         model.to(place)
         called = stack.enter_context(_wrapped(model, optimizer, place))
-        scaler = stack.enter_context(scaler_of(optimizer, precision, place))
+        if precision == "fp16" and scaler is None:
+            scaler = torch.amp.GradScaler(place.type)
         first_rank = world()[0] == 0
         shown = stack.enter_context(
             chosen_progress(progress if first_rank else False, epochs, title)
@@ -305,6 +309,22 @@ def _check(model: Any, optimizer: Any, losses: Any) -> None:
             "`losses` must be a function of the model and a batch that returns one loss a sample. "
             f"Received: {losses!r}."
         )
+
+
+def _check_scaler(optimizer: Any, precision: str, scaler: torch.amp.GradScaler | None) -> None:
+    """Refuse a scaler without fp16, and fp16 beside ESAM's own handling of what is not finite."""
+    if scaler is not None and precision != "fp16":
+        raise ESAMValueError(
+            f'`precision` must be "fp16" with `scaler`. Received: precision={precision!r}.'
+        )
+    if precision == "fp16" and isinstance(optimizer, ESAM):
+        mode = optimizer.config.on_nonfinite
+        if mode != "propagate":
+            raise ESAMValueError(
+                '`on_nonfinite` must be "propagate" with precision="fp16": the gradient scaler '
+                "finds overflows in `.grad` and skips the update itself. "
+                f"Received: on_nonfinite={mode!r}."
+            )
 
 
 def _monitored(

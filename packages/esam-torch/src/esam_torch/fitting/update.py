@@ -2,21 +2,21 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from esam_core import ESAMValueError, StepReport
+from esam_core import StepReport
 from esam_torch.fitting.data import Arguments
 from esam_torch.fitting.measures import ModelLosses
 from esam_torch.losses import per_sample
 from esam_torch.optimizer import ESAM
 from esam_torch.synchronisation import unsynchronised
 
-__all__ = ["Update", "scaler_of"]
+__all__ = ["Update"]
 
 #: What autocast computes in, by the name of the precision.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,38 +104,16 @@ class Update:
 
     def _gradient(self, batch: Arguments) -> StepReport:
         """Add a batch's gradient to `.grad`: ESAM's, or that of the mean loss."""
-        if isinstance(self.optimizer, ESAM):
-            return self.optimizer.backward(self._losses, *batch)
-        values, outputs = per_sample(self._losses(*batch))
-        loss: Tensor = values.mean()
+        esam = self.optimizer if isinstance(self.optimizer, ESAM) else None
+        if esam is not None:
+            loss = esam.loss(self._losses, *batch)
+        else:
+            values, outputs = per_sample(self._losses(*batch))
+            loss = values.mean()
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        if esam is not None and esam.report is not None:
+            return esam.report
         return StepReport(count=0, losses=values.detach(), outputs=outputs)
-
-
-@contextlib.contextmanager
-def scaler_of(
-    optimizer: torch.optim.Optimizer, precision: str, device: torch.device
-) -> Iterator[Any]:
-    """Yield the gradient scaler of fp16 training, None for other precisions.
-
-    The one that an ESAM was made with, else a new one, which it has while the context lasts.
-    """
-    own = optimizer.scaler if isinstance(optimizer, ESAM) else None
-    if precision != "fp16":
-        if own is not None:
-            raise ESAMValueError(
-                f'`precision` must be "fp16" for an optimizer with a scaler. Received: {precision}.'
-            )
-        yield None
-        return
-    scaler = torch.amp.GradScaler(device.type) if own is None else own
-    if isinstance(optimizer, ESAM):
-        optimizer.scaler = scaler
-    try:
-        yield scaler
-    finally:
-        if isinstance(optimizer, ESAM):
-            optimizer.scaler = own
 
 
 def in_precision(losses: ModelLosses, update: Update) -> Callable[..., Any]:

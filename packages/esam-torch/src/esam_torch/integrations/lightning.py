@@ -10,7 +10,7 @@ from esam_core import ESAMTypeError, ESAMValueError, StepReport
 from esam_torch.fitting.data import arguments
 from esam_torch.integrations.accelerate import check_skipping, descending, esam_in
 from esam_torch.optimizer import ESAM
-from esam_torch.units import bare_model
+from esam_torch.wrappers import bare_model
 
 __all__ = ["ESAMMixin"]
 

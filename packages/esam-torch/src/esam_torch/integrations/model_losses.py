@@ -9,7 +9,7 @@ from transformers.utils.generic import find_labels
 
 from esam_core import ESAMValueError
 from esam_torch.integrations.row_losses import RowLosses
-from esam_torch.units import bare_model
+from esam_torch.wrappers import bare_model
 
 __all__ = ["MeanLoss", "labels_of", "losses_by_row", "per_sample_losses"]
 

@@ -1,0 +1,57 @@
+"""What is saved of a training run, and loaded."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from esam_core import ESAMConfig, Everything
+from esam_core.config import component_to_dict
+from esam_torch.compat import saves_state_dict_hooks
+from esam_torch.run import Run
+
+__all__ = ["load_state", "state_of"]
+
+
+def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
+    """Return the base optimizer's state dict and ESAM's own entry; run the hooks of saving."""
+    hooks = saves_state_dict_hooks(optimizer)
+    for before in hooks["before saving"]:
+        before(optimizer)
+    state = run.base.state_dict()
+    state["esam"] = {
+        "count": run.count,
+        "config": run.config.to_dict(),
+        # A budget that has been spent is in the configuration, as its sampler and selector.
+        "budget": run.budget if run.plan is None else None,
+    }
+    for after in hooks["after saving"]:
+        changed = after(optimizer, state)
+        state = state if changed is None else changed
+    return state
+
+
+def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str, Any]) -> None:
+    """Load what `state_of` returned, or a bare base optimizer's; run the hooks of loading."""
+    hooks = saves_state_dict_hooks(optimizer)
+    state = dict(state_dict)
+    for before in hooks["before loading"]:
+        changed = before(optimizer, state)
+        state = state if changed is None else dict(changed)
+    own = state.pop("esam", None)
+    config, count, budget, plan = run.config, run.count, run.budget, run.plan
+    if own is not None:  # all that can be refused comes first
+        config, count = _loaded(own["config"], config), int(own["count"])
+        budget, plan = own.get("budget"), None
+    run.base.load_state_dict(state)
+    run.resume(config, count, budget, plan)
+    for after in hooks["after loading"]:
+        after(optimizer)
+
+
+def _loaded(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:
+    """Return a saved configuration; a sampler that could not be saved is the one given."""
+    if saved["perturb"] is not None:
+        return ESAMConfig.from_dict(saved)
+    stand_in = {**saved, "perturb": component_to_dict(Everything())}
+    return dataclasses.replace(ESAMConfig.from_dict(stand_in), perturb=given.perturb)

@@ -1,0 +1,108 @@
+"""Every private name of PyTorch that esam-torch leans on, and why. Each has a test of its own."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = [
+    "BATCH_NORM",
+    "active_replicas",
+    "buffers_by_name",
+    "compiled_call",
+    "compiled_original",
+    "fsdp_parameter_groups",
+    "is_compiled_function",
+    "saves_state_dict_hooks",
+    "untraced",
+    "without_hooks",
+]
+
+#: The common base of torch's BatchNorm layers.
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return a module's own buffers by name, to be read and written: `named_buffers` copies."""
+    return module._buffers
+
+
+def compiled_original(module: Any) -> nn.Module | None:
+    """Return the module that torch.compile has wrapped in this one, or None."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def compiled_call(module: nn.Module) -> bool:
+    """Return whether `module.compile()` has been called."""
+    return module.__dict__.get("_compiled_call_impl") is not None
+
+
+def is_compiled_function(function: Callable[..., Any]) -> bool:
+    """Return whether a function is what torch.compile returned."""
+    # torch marks what `torch.compiler.disable` returned as well.
+    made = hasattr(function, "_torchdynamo_orig_callable")
+    return made and not getattr(function, "_torchdynamo_disable", False)
+
+
+def untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """Return what a function returns; torch.compile calls it and does not trace it.
+
+    `torch.compiler.disable` imports the compiler at once, which takes seconds; this does so only
+    where something is being compiled.
+    """
+    if torch.compiler.is_compiling():
+        return _call_untraced(function, *args)
+    return function(*args)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _call_untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function outside of what is compiled."""
+    return function(*args)
+
+
+def active_replicas() -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel in whose forward this is called, or None."""
+    found = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    return found if isinstance(found, DistributedDataParallel) else None
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Leave the tensors' own hooks out of the backwards that run while the context lasts."""
+    own = [
+        hooks
+        for tensor in tensors
+        for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+        if hooks
+    ]
+    kept = [dict(hooks) for hooks in own]
+    try:
+        for hooks in own:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, those in zip(own, kept, strict=True):
+            hooks.update(those)
+
+
+def fsdp_parameter_groups(module: Any) -> list[Any]:
+    """Return FSDP2's own records of a module; they have moved between versions of torch."""
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    groups = list(several) if several is not None else [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
+
+
+def saves_state_dict_hooks(optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
+    """Return the hooks around an optimizer's `state_dict` and `load_state_dict`, by name."""
+    return {
+        "before saving": list(optimizer._optimizer_state_dict_pre_hooks.values()),
+        "after saving": list(optimizer._optimizer_state_dict_post_hooks.values()),
+        "before loading": list(optimizer._optimizer_load_state_dict_pre_hooks.values()),
+        "after loading": list(optimizer._optimizer_load_state_dict_post_hooks.values()),
+    }

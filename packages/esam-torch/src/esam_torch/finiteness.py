@@ -1,0 +1,28 @@
+"""Losses and gradients that are not finite: found without waiting, or looked for once a step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esam_torch.devices import placed
+from esam_torch.sharded import local
+
+__all__ = ["all_finite", "poisoned"]
+
+
+def poisoned(total: Tensor, finite: Tensor) -> Tensor:
+    """Return the loss, or NaN, which no gradient survives, where something was not finite."""
+    return total * torch.where(finite, 1.0, torch.nan)
+
+
+def all_finite(gradients: Sequence[Tensor | None]) -> bool:
+    """Return whether every gradient is finite: the one synchronisation of "skip" and "raise"."""
+    own = [local(g) for g in gradients if g is not None]
+    values = [g._values() if g.is_sparse else g for g in own]
+    values = [v for v in values if v.numel() > 0]
+    if not values:
+        return True
+    largest = torch._foreach_norm(values, torch.inf)
+    device = values[0].device
+    return bool(torch.stack([placed(m.float(), device) for m in largest]).isfinite().all())

@@ -1,0 +1,209 @@
+"""What is known of a model: its parameters, blocks, costs and buffers, found once and kept."""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
+from esam_torch.blocks import Blocks, find_blocks
+from esam_torch.guards import Buffers, RandomState
+from esam_torch.notes import WITHOUT_A_GRAPH, noted
+from esam_torch.sharded import Shards, reshard
+from esam_torch.synchronisation import unsynchronised
+from esam_torch.targets import Options, Targets, find_targets
+from esam_torch.wrappers import bare_model
+
+__all__ = ["Layout", "Parameter", "lay_out", "parameters_of"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter with its record and the parameter group that holds it."""
+
+    tensor: Tensor
+    unit: Unit
+    group: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is known of a model.
+
+    Args:
+        groups: the parameter groups, each with the parameters that it held.
+        parameters: all units in the model's order.
+        blocks: the model's blocks, or None if no use is made of them.
+        others: parameters of the model that the optimizer does not hold.
+        buffers: the modules that have buffers, with the buffers' names.
+        devices: where the parameters are.
+        shards: what FSDP2 has made of the model, or None where nothing is sharded.
+    """
+
+    groups: Sequence[tuple[dict[str, Any], tuple[Any, ...]]]
+    parameters: Sequence[Parameter]
+    blocks: Blocks | None
+    others: Sequence[Tensor]
+    buffers: Sequence[tuple[nn.Module, tuple[str, ...]]]
+    devices: Sequence[torch.device]
+    shards: Shards | None
+    tensors: Sequence[Tensor] = field(init=False)
+    units: Sequence[Unit] = field(init=False)
+    _targets: dict[Any, Targets] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", [p.tensor for p in self.parameters])
+        object.__setattr__(self, "units", [p.unit for p in self.parameters])
+
+    def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether these are still the same groups with the same parameters."""
+        return len(groups) == len(self.groups) and all(
+            group is then
+            and len(group["params"]) == len(old)
+            and all(map(operator.is_, group["params"], old))
+            for group, (then, old) in zip(groups, self.groups, strict=True)
+        )
+
+    def targets(self, mask: Mask, defaults: Options) -> Targets:
+        """Return what a mask perturbs under the options of the groups, which may change."""
+        trained = tuple([t.requires_grad for t in self.tensors])
+        options = [defaults.of_group(group) for group, _ in self.groups]
+        key = (mask, trained, defaults, *options)
+        found = self._targets.get(key)
+        if found is None:
+            of_group = {id(group): o for (group, _), o in zip(self.groups, options, strict=True)}
+            found = find_targets(
+                self.tensors,
+                self.units,
+                mask,
+                [of_group[id(p.group)] for p in self.parameters],
+            )
+            while len(self._targets) >= _KEPT:
+                del self._targets[next(iter(self._targets))]
+            self._targets[key] = found
+        return found
+
+
+#: For how many masks a layout keeps what follows from them.
+_KEPT = 8
+
+
+def _kind(owner: nn.Module, leaf: str) -> str:
+    """Return which of the four kinds a parameter called `leaf` of module `owner` is."""
+    if "norm" in type(owner).__name__.lower():
+        return "norm"
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    return "bias" if "bias" in leaf else "weight"
+
+
+def parameters_of(
+    model: nn.Module, groups: list[dict[str, Any]], blocks: Blocks | None = None
+) -> list[Parameter]:
+    """Return the optimizer's parameters, in the model's order, with names and kinds.
+
+    The model's order and not that of the groups: how a user sorts parameters into groups does
+    not change which of them a mask hits.
+
+    Args:
+        model: what is trained; wrappers are looked through.
+        groups: the base optimizer's parameter groups.
+        blocks: the model's blocks, where they have been found.
+
+    Raises:
+        ESAMValueError: the optimizer holds a parameter that is not the model's.
+    """
+    if not isinstance(model, nn.Module):
+        raise ESAMTypeError(
+            "`model` must be a torch.nn.Module. Put tensors that are trained without one into "
+            f"torch.nn.ParameterList([...]). Received: {type(model).__name__}."
+        )
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    found: list[Parameter] = []
+    inner = bare_model(model)
+    reshard(inner)  # what a forward of a sharded model has gathered are not its parameters
+    for prefix, module in inner.named_modules():
+        for leaf, tensor in module.named_parameters(recurse=False):
+            group = group_of.pop(id(tensor), None)  # a tied parameter counts where it is first
+            if group is not None:
+                name = (f"{prefix}.{leaf}" if prefix else leaf).replace("_orig_mod.", "")
+                place = 0 if blocks is None else blocks.block_of[id(tensor)]
+                unit = Unit(
+                    name,
+                    tuple(tensor.shape),
+                    _kind(module, leaf),
+                    block="" if blocks is None else blocks.names[place],
+                    cost=0.0 if blocks is None else blocks.cost_of[id(tensor)],
+                    depth=place,
+                    trained=tensor.requires_grad,
+                )
+                found.append(Parameter(tensor, unit, group))
+    if group_of:
+        strangers = [p for group in groups for p in group["params"] if id(p) in group_of]
+        shapes = ", ".join(str(tuple(p.shape)) for p in strangers[:3])
+        raise ESAMValueError(
+            "The base optimizer must hold parameters of `model` only. Received: "
+            f"{len(strangers)} that are not the model's, of shapes {shapes}. If the loss has "
+            "parameters of its own (a temperature, a margin), give ESAM a container of both: "
+            "torch.nn.ModuleList([model, loss]). If the parameters were replaced after the "
+            "optimizer was made, by a `.to(...)` or a wrapper, make it anew."
+        )
+    return found
+
+
+def buffers_of(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """Return the modules that have buffers of their own, with the buffers' names."""
+    rows = [(m, tuple(n for n, _ in m.named_buffers(recurse=False))) for m in model.modules()]
+    return [(module, names) for module, names in rows if names]
+
+
+def lay_out(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    sampler: Sampler,
+    forward: Callable[[], Any],
+    *,
+    chosen: Sequence[nn.Module | str] | None,
+    watch: bool,
+) -> Layout:
+    """Return what is known of a model, with blocks and costs where these are of use.
+
+    Args:
+        model: what is trained.
+        groups: the base optimizer's parameter groups.
+        sampler: what will draw the masks.
+        forward: runs the model once on a batch; called only to find blocks.
+        chosen: the user's blocks, or None.
+        watch: find the blocks even if the sampler has no use for them.
+    """
+    parameters = parameters_of(model, groups)
+    held = {id(p.tensor) for p in parameters}
+    devices = sorted({p.tensor.device for p in parameters}, key=str)
+    buffers = buffers_of(model)
+    blocks = None
+    if watch or chosen is not None or sampler.needs_blocks:
+        # One more forward without a graph, which leaves nothing behind.
+        random = RandomState(devices)
+        before = Buffers(buffers)
+        try:
+            with (
+                unsynchronised(model),
+                noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
+            ):
+                blocks = find_blocks(model, forward, chosen)
+        finally:
+            before.restore()
+            random.restore()
+        parameters = parameters_of(model, groups, blocks)
+    return Layout(
+        groups=[(group, tuple(group["params"])) for group in groups],
+        parameters=parameters,
+        blocks=blocks,
+        others=[p for p in model.parameters() if id(p) not in held],
+        buffers=buffers,
+        devices=devices,
+        shards=Shards.of(model),
+    )

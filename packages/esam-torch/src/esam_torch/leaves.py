@@ -1,0 +1,58 @@
+"""Tensors of the batch that have a gradient: passes start from copies of them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from esam_core import ESAMRuntimeError
+from esam_torch.ascent import leaves_behind
+from esam_torch.containers import INSIDE, mapped
+from esam_torch.marks import Rows, Whole
+
+__all__ = ["with_own_leaves"]
+
+
+def with_own_leaves(
+    batch: Any, groups: Iterable[Mapping[str, Any]]
+) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """Return the batch with leaves in place of tensors that have a gradient, and pairs of both.
+
+    Every pass differentiates with respect to the leaf, and the step hands the descent's gradient on
+    to the tensor that was given.
+
+    Args:
+        batch: any nest of containers.
+        groups: the base optimizer's parameter groups.
+
+    Raises:
+        ESAMRuntimeError: a tensor was computed from trained parameters.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def replace(x: Any, _: str) -> Any:
+        if isinstance(x, Rows | Whole):
+            value = mapped(x.value, replace)
+            return x if value is x.value else type(x)(value)
+        if not isinstance(x, Tensor):
+            return INSIDE
+        if not x.requires_grad:
+            return x
+        if id(x) not in found:
+            found[id(x)] = x, x.detach().requires_grad_()
+        return found[id(x)][1]
+
+    replaced = mapped(batch, replace, strict=False)
+    if not found:
+        return batch, []
+    trained = {id(p) for group in groups for p in group["params"]}
+    for given, _ in found.values():
+        if any(id(leaf) in trained for leaf in leaves_behind(given)):
+            raise ESAMRuntimeError(
+                "`losses` must compute everything that depends on trained parameters: a step "
+                "evaluates it again at other weights. Received: a tensor of shape "
+                f"{tuple(given.shape)} in the batch that was computed from them. Compute it inside "
+                "`losses`, or detach it."
+            )
+
+    return replaced, list(found.values())

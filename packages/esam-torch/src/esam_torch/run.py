@@ -1,0 +1,380 @@
+"""A training run: everything that steps change, in one object.
+
+Trainers copy an optimizer's attributes into wrappers of their own; the copies share this object.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from esam_core import (
+    ESAMConfig,
+    ESAMRuntimeError,
+    ESAMTypeError,
+    StepReport,
+)
+from esam_core.budget import Plan
+from esam_torch.ascent import leaves_behind
+from esam_torch.batch import Batch, Samples
+from esam_torch.compat import is_compiled_function
+from esam_torch.groups import check_groups
+from esam_torch.guards import is_half
+from esam_torch.inspection import Layout, lay_out, parameters_of
+from esam_torch.leaves import with_own_leaves
+from esam_torch.losses import LossFunction, check_losses, per_sample
+from esam_torch.seam import loss_with_backward, once
+from esam_torch.spending import spend
+from esam_torch.step import Step, StepResult, Task
+from esam_torch.synchronisation import Ranks
+from esam_torch.targets import Options, Targets
+from esam_torch.wrappers import holds_compiled
+
+__all__ = ["Run"]
+
+#: With more masks than these, a compiler is not asked to compile the model once for each.
+_MOST_COMPILED_MASKS = 4
+
+#: In how many steps of a layout gradients of tensors that are not the model's are looked for.
+_WATCHED_STEPS = 3
+
+
+class Run:
+    """A model, its base optimizer and hyperparameters, and how far the training is.
+
+    Args:
+        base: the base optimizer.
+        model: what `losses` calls.
+        config: the hyperparameters.
+        samples: takes samples out of batches.
+        blocks: the user's blocks, or None.
+        budget: what a step may cost, or None.
+
+    Attributes:
+        count: how many ascents there have been.
+        report: the last step's.
+        pending: whether gradients of a backward wait for a step.
+        skipped: whether a backward since the last step has left its gradients out.
+        plan: what the budget has bought, or None.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        model: nn.Module,
+        config: ESAMConfig,
+        samples: Samples,
+        *,
+        blocks: Iterable[nn.Module | str] | None,
+        budget: float | None,
+    ) -> None:
+        self.base = base
+        self.config = config
+        self.budget = budget
+        self.plan: Plan | None = None
+        self.count = 0
+        self.report: StepReport | None = None
+        self.pending = False
+        self.skipped = False
+        self.samples = samples
+        self._blocks = None if blocks is None else list(blocks)
+        self._noted: set[str] = set()
+        self._notices: list[str] = []
+        self.set_model(model)
+
+    def set_model(self, model: nn.Module) -> None:
+        """Train this model, which may be a wrapper around the one before."""
+        parameters_of(model, self.base.param_groups)  # refuses parameters of another model
+        self.model = model
+        self.forget_layout()
+
+    def forget_layout(self) -> None:
+        """Look at the model anew in the next step."""
+        self._layout: Layout | None = None
+        self._ranks = Ranks(self.model)
+        self._strangers: list[Tensor] = []
+        self._watched = 0
+        self._compiled = False
+
+    def resume(
+        self, config: ESAMConfig, count: int, budget: float | None, plan: Plan | None
+    ) -> None:
+        """Go on from a checkpoint."""
+        self.config, self.count, self.budget, self.plan = config, count, budget, plan
+        self.forget_layout()  # the sampler may be another one
+        self.pending = self.skipped = False
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        losses: LossFunction,
+        batch: Batch,
+    ) -> Tensor:
+        """Return the mean loss at theta, whose backward makes the rest of a step."""
+        if torch.is_grad_enabled():
+            return self._begun(losses, batch)[1]
+        check_losses(losses)
+        args, kwargs = self.samples.bare(batch)
+        values, _ = per_sample(losses(*args, **kwargs))
+        return values.mean()
+
+    def _begun(
+        self,
+        losses: LossFunction,
+        batch: Batch,
+        before_descent: Callable[[], None] | None = None,
+    ) -> tuple[Step, Tensor]:
+        """Return a step that has made its ascent's forward, and its loss."""
+        check_losses(losses)
+        check_groups(self.base.param_groups)
+        batch, leaves = with_own_leaves(batch, self.base.param_groups)
+        task = self._task(losses, batch, before_descent)
+        step = Step(task, losses, batch)
+        mean = step.ascend()
+        try:
+            return step, self._seam(step, mean, leaves)
+        except BaseException:
+            step.undo()
+            raise
+
+    def _seam(self, step: Step, mean: Tensor, leaves: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the loss at theta with a backward that makes the rest of the step."""
+        task = step.task
+        self._watch_strangers(mean, leaves, task.layout)
+        natural = not task.perturbs and self.config.on_nonfinite == "propagate" and not leaves
+        if natural:  # an ordinary step: the graph that is there gives its gradient
+            return loss_with_backward(
+                mean.detach(), [mean], once(lambda scale: self._base(step, scale))
+            )
+        trained = [p for p in (*task.layout.tensors, *task.layout.others) if p.requires_grad]
+        inputs = [*trained, *self._strangers, *(inner for _, inner in leaves)]
+        outer = [*trained, *self._strangers, *(given for given, _ in leaves)]
+        if not self._ranks.looks_for_unused:
+            return loss_with_backward(
+                mean.detach(), outer, once(lambda scale: self._finish(step, scale, inputs))
+            )
+
+        # The descent's forward has told the ranks which parameters it does not use, and a backward
+        # through this loss would reach those as well.
+        def gradients(scale: Tensor) -> list[Tensor | None]:
+            found = self._finish(step, scale, inputs)
+            used = [(p, g) for p, g in zip(trained, found, strict=False) if g is not None]
+            if used:
+                torch.autograd.backward([p for p, _ in used], [g for _, g in used])
+            return [None, *found[len(trained) :]]
+
+        reached = torch.zeros((), requires_grad=True)
+        return loss_with_backward(mean.detach(), [reached, *outer[len(trained) :]], once(gradients))
+
+    def backward(
+        self,
+        losses: LossFunction,
+        batch: Batch,
+        before_descent: Callable[[], None] | None = None,
+    ) -> StepReport:
+        """Make a step's passes, add its gradient to `.grad` and return its report."""
+        count = self.count
+        with torch.enable_grad():
+            step, loss = self._begun(losses, batch, before_descent)
+            try:
+                torch.autograd.backward(loss)
+            except BaseException:
+                if self.count == count:  # an interrupt may have come between the two halves
+                    step.undo()
+                raise
+        return cast(StepReport, self.report)
+
+    def step(self, losses: LossFunction, batch: Batch) -> StepReport:
+        """Make a whole step with gradients of its own, and the base optimizer's update."""
+        if self.pending:
+            raise ESAMRuntimeError(
+                "step(losses, ...) zeroes the gradients, and those of an earlier backward still "
+                "wait for a step(). Call step() or zero_grad() first."
+            )
+        report = self.backward(losses, batch, before_descent=self.zero_grad)
+        self.update(None)
+        return report
+
+    def update(self, closure: Callable[[], Any] | None) -> Any:
+        """Make the base optimizer's update with the gradients there are.
+
+        Args:
+            closure: None, or a function that goes backward itself, as torch's optimizers take it.
+        """
+        if closure is None:
+            if not (self.pending or self.skipped):
+                self._note_once("plain", _PLAIN)
+            result = None
+        else:
+            check_losses(closure)
+            count = self.count
+            with torch.enable_grad():
+                result = closure()
+            if self.count == count and result is not None:
+                raise ESAMTypeError(_CLOSURE)
+        skipped, self.skipped = self.skipped and not self.pending, False
+        self.pending = False
+        updated = None if skipped else self.base.step()
+        return updated if closure is None else result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self.pending = self.skipped = False
+        self.base.zero_grad(set_to_none)
+
+    def _base(self, step: Step, scale: Tensor) -> list[Tensor]:
+        """Note a base step, whose backward goes on behind the loss."""
+        self._note(step.finish_base())
+        return [scale]
+
+    def _finish(self, step: Step, scale: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
+        """Make the rest of a step, take note of it, and return its gradients."""
+        try:
+            result = step.finish(scale, inputs)
+            self._note(result)
+        except BaseException:
+            step.undo()
+            raise
+        return list(result.gradients)
+
+    def _note(self, result: StepResult) -> None:
+        """Take note of a step."""
+        self.report = result.report
+        self.pending = self.pending or not result.report.skipped
+        self.skipped = self.skipped or result.report.skipped
+        if result.rounded is not None:
+            self._warn_of_rounding(float(result.rounded))
+        self.count += 1
+
+    def _task(
+        self, losses: LossFunction, batch: Any, before_descent: Callable[[], None] | None
+    ) -> Task:
+        """Return what the coming step works on."""
+        layout = self.layout(losses, batch)
+        config = self.config
+        mask = config.perturb.draw(layout.units, seed=config.seed, count=self.count)
+        targets = layout.targets(mask, Options(config.rho, config.adaptive))
+        return Task(
+            model=self.model,
+            config=config,
+            layout=layout,
+            ranks=self._ranks,
+            samples=self.samples,
+            mask=mask,
+            targets=targets,
+            count=self.count,
+            prune=self._prunes(losses, layout, targets),
+            watch_rounding="rounding" not in self._noted
+            and any(is_half(t) for t in targets.tensors),
+            before_descent=before_descent,
+        )
+
+    def _prunes(self, losses: LossFunction, layout: Layout, targets: Targets) -> bool:
+        """Return whether the ascent's graph is built for the perturbed weights alone."""
+        if not targets.idle or not (self._compiled or is_compiled_function(losses)):
+            return True
+        masks = self.config.perturb.masks(layout.units)
+        if masks is not None and len(masks) <= _MOST_COMPILED_MASKS:
+            return True
+        self._note_once(
+            "compiled",
+            "The model or `losses` is compiled, and the sampler has more masks than a compiler "
+            "should compile it for, so the ascent computes every gradient and masks them after. "
+            "Use a sampler with few masks, such as Suffix or RECOMMENDED's, to save the rest.",
+        )
+        return False
+
+    def _watch_strangers(
+        self, mean: Tensor, leaves: list[tuple[Tensor, Tensor]], layout: Layout
+    ) -> None:
+        """Find leaves with a gradient that are neither the model's nor the batch's."""
+        if self._watched >= _WATCHED_STEPS:
+            return
+        self._watched += 1
+        known = {id(p) for p in (*layout.tensors, *layout.others, *self._strangers)}
+        known |= {id(inner) for _, inner in leaves}
+        if layout.shards is None:  # a sharded model's graph ends in gathered weights
+            self._strangers += [leaf for leaf in leaves_behind(mean) if id(leaf) not in known]
+
+    # -- the layout and the budget ----------------------------------------------------------------
+
+    def layout(self, losses: LossFunction, batch: Any) -> Layout:
+        """Return what is known of the model; spend the budget when that is new.
+
+        Made anew when the optimizer's groups hold other parameters.
+        """
+        if self._layout is None or not self._layout.holds(self.base.param_groups):
+            unspent = self.budget is not None and self.plan is None
+            self._layout = self.lay_out(losses, batch, watch=unspent)
+            self._compiled = holds_compiled(self.model)
+            self._watched = 0
+            if unspent:
+                self.plan = spend(cast(float, self.budget), self._layout, self.model, self.config)
+                chosen = self.plan.chosen
+                self.config = dataclasses.replace(
+                    self.config, perturb=chosen.perturb, select=chosen.select
+                )
+        return self._layout
+
+    def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:
+        """Return what is known of the model as it is now."""
+
+        def forward() -> Any:
+            args, kwargs = self.samples.bare(batch)
+            return losses(*args, **kwargs)
+
+        return lay_out(
+            self.model,
+            self.base.param_groups,
+            self.config.perturb,
+            forward,
+            chosen=self._blocks,
+            watch=watch,
+        )
+
+    # -- warnings ---------------------------------------------------------------------------------
+
+    def _warn_of_rounding(self, share: float) -> None:
+        """Say once that perturbations were smaller than the spacing of the weights' numbers."""
+        if share > 0.0:
+            self._note_once(
+                "rounding",
+                f"{share:.1%} of the entries of the first perturbation rounded away: weights in "
+                "half precision cannot move by so little. Keep the weights in float32 and use "
+                "torch.autocast, or take a larger rho.",
+            )
+        self._noted.add("rounding")
+
+    def _note_once(self, what: str, text: str) -> None:
+        """Keep a warning, once a run, for the next call that the user makes."""
+        if what not in self._noted:
+            self._noted.add(what)
+            self._notices.append(text)
+
+    def take_notices(self) -> list[str]:
+        """Return the warnings that have come up since they were asked for."""
+        notices, self._notices = self._notices, []
+        return notices
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy: what is known of a model is found anew for its copy.
+        return {**self.__dict__, "_layout": None, "_strangers": [], "_ranks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget_layout()
+
+
+_PLAIN = (
+    "step() without a backward of optimizer.loss(losses, ...) since the last one: this update is "
+    "the base optimizer's own, without any sharpness in it."
+)
+
+_CLOSURE = (
+    "A closure given to step() must call the backward of optimizer.loss(losses, ...). Received: a "
+    "closure that did not. Without a closure: loss = optimizer.loss(losses, inputs, targets); "
+    "loss.backward(); optimizer.step(), where losses(inputs, targets) returns one loss per sample."
+)

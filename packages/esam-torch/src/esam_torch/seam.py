@@ -1,0 +1,70 @@
+"""The loss as the seam: an ordinary tensor whose backward makes the rest of a step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from esam_core import ESAMRuntimeError
+
+__all__ = ["loss_with_backward", "once"]
+
+
+class _Seam(torch.autograd.Function):
+    """Has the value of a loss, and for its gradient what a function returns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gradients: Callable[[Tensor], Sequence[Tensor | None]],
+        value: Tensor,
+        *inputs: Tensor,
+    ) -> Tensor:
+        """Return the value; the inputs are where its gradient goes."""
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of the inputs, times the scale."""
+        return (None, None, *ctx.gradients(scale))
+
+
+def loss_with_backward(
+    value: Tensor,
+    inputs: Sequence[Tensor],
+    gradients: Callable[[Tensor], Sequence[Tensor | None]],
+) -> Tensor:
+    """Return a differentiable 0-d tensor with a gradient that a function computes when asked.
+
+    Autograd hands the gradients on as those of any operation: it accumulates them into `.grad`,
+    runs hooks, and lets DistributedDataParallel reduce them.
+
+    Args:
+        value: 0-d, without a graph.
+        inputs: the tensors that gradients are returned for.
+        gradients: from the gradient with respect to the returned tensor, 0-d, to those with respect
+            to the inputs.
+    """
+    result: Tensor = _Seam.apply(gradients, value, *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+def once(
+    gradients: Callable[[Tensor], Sequence[Tensor | None]],
+) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    """Return a function that can be called once, and then lets go of what it holds."""
+    waiting = [gradients]
+
+    def called(scale: Tensor) -> Sequence[Tensor | None]:
+        if not waiting:
+            raise ESAMRuntimeError(
+                "The backward of one of ESAM's losses must be called once. Received: a second "
+                "call, for a loss whose step has been made. Call optimizer.loss(...) again."
+            )
+        return waiting.pop()(scale)
+
+    return called

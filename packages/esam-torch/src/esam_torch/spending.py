@@ -1,0 +1,57 @@
+"""From a budget and a measured model to a plan of what to perturb and select."""
+
+from typing import Any
+
+from torch import nn
+
+from esam_core import ESAMConfig, ESAMValueError, validation
+from esam_core.budget import Plan, make_plan
+from esam_torch.inspection import Layout, Parameter, parameters_of
+from esam_torch.targets import Options
+
+__all__ = ["checked_budget", "every_parameter", "spend"]
+
+
+def every_parameter(layout: Layout, model: nn.Module) -> list[Parameter]:
+    """Return all parameters of a model: what the optimizer does not hold costs as well."""
+    return parameters_of(model, [{"params": list(model.parameters())}], layout.blocks)
+
+
+def spend(budget: float, layout: Layout, model: nn.Module, config: ESAMConfig) -> Plan:
+    """Return what a budget buys, from the costs that have been measured.
+
+    Args:
+        budget: the most that a step may cost, in base steps.
+        layout: with blocks and costs.
+        model: what is trained.
+        config: the hyperparameters.
+    """
+    defaults = Options(config.rho, config.adaptive)
+    options = {id(p.tensor): defaults.of_group(p.group) for p in layout.parameters}
+
+    def perturbable(parameter: Parameter) -> bool:
+        own = options.get(id(parameter.tensor))
+        trained = parameter.tensor.requires_grad
+        return trained and own is not None and own.perturb and own.rho > 0.0
+
+    every = every_parameter(layout, model)
+    return make_plan(
+        [p.unit for p in every],
+        budget,
+        norm=config.norm,
+        perturbable=[perturbable(p) for p in every],
+    )
+
+
+def checked_budget(budget: float | None, **instead: Any) -> float | None:
+    """Return the budget, if nothing else says what it should decide."""
+    if budget is None:
+        return None
+    given = {name: value for name, value in instead.items() if value is not None}
+    if given:
+        listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ESAMValueError(
+            "`budget` chooses the sampler and the selector: give it, or them. "
+            f"Received: budget={budget!r}, {listed}."
+        )
+    return validation.positive("budget", budget)

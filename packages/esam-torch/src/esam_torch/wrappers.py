@@ -1,0 +1,39 @@
+"""What may be around a model: DistributedDataParallel, DataParallel, torch.compile."""
+
+from torch import nn
+
+from esam_torch.compat import compiled_call, compiled_original
+
+__all__ = ["bare_model", "holds_compiled", "is_compiled", "replicas_of"]
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, DataParallel and torch.compile."""
+    inner = _inside(model)
+    return model if inner is None else bare_model(inner)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """Return the module that a wrapper is around, or None where the model is no wrapper."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        module: nn.Module = model.module
+        return module
+    return compiled_original(model)
+
+
+def replicas_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """Return the DistributedDataParallel that a model is, or that torch.compile has wrapped."""
+    inner = compiled_original(model)
+    if inner is not None:
+        return replicas_of(inner)
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a call of the module runs what torch.compile has made of it."""
+    return compiled_call(module) or compiled_original(module) is not None
+
+
+def holds_compiled(model: nn.Module) -> bool:
+    """Return whether a model or any module of it is compiled."""
+    return any(is_compiled(module) for module in model.modules())
