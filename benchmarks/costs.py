@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.losses import sample_losses
 from benchmarks.methods import METHODS, Method, Schedule, make_stepper, parse_method
-from benchmarks.models import build
+from benchmarks.models import TEXT_MODELS, build
 from esam_core import Unit
 from esam_core.budget import make_plan
 from esam_core.cost import expected_cost
@@ -58,7 +58,7 @@ def counted_steps(
     network, x, y = _on_meta(model, width, classes, shape, batch)
 
     def losses(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(network(x), y, reduction="none")
+        return sample_losses(network(x), y)
 
     stepper = make_stepper(
         replace(method, schedule=Schedule(), rho=None),
@@ -85,6 +85,9 @@ def _on_meta(
     """Return a network and a batch without contents."""
     with torch.device("meta"):
         network = build(model, classes=classes, channels=shape[0], size=shape[1], width=width)
+        if model in TEXT_MODELS:
+            symbols = torch.empty(batch, shape[1], dtype=torch.int64)
+            return network, symbols, symbols.clone()
         return network, torch.empty(batch, *shape), torch.empty(batch, dtype=torch.int64)
 
 

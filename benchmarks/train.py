@@ -67,6 +67,8 @@ def train(
         state = torch.load(saved, map_location=trainer.device, weights_only=True)
         trainer.load(state)
         history = state["history"]
+        if probe is not None:
+            probe.load(state["probe"])
         say(f"{stem}: resumed behind epoch {len(history)}")
     first = len(history)
     for epoch in range(first, run.epochs):
@@ -76,13 +78,15 @@ def train(
         if probe is not None:
             row.update(probe.measure(trainer, epoch))
         history.append(row)
+        tested = f"test {row['accuracy']:.2f}% " if "accuracy" in row else ""
         say(
             f"{stem}: epoch {row['epoch']}/{run.epochs} loss {row['train_loss']:.3f} "
-            f"test {row.get('accuracy', float('nan')):.2f}% {row['seconds']:.1f} s"
+            f"{tested}{row['seconds']:.1f} s"
         )
         stopping = stop_after is not None and epoch + 1 - first >= stop_after
         if stopping or (epoch + 1) % checkpoint_every == 0:
-            _save({**trainer.state(), "history": history}, saved)
+            kept = {} if probe is None else probe.state()
+            _save({**trainer.state(), "probe": kept, "history": history}, saved)
         if stopping:
             break
     record = _record(trainer, history, options)

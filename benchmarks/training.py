@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.data.source import Source, load_source
+from benchmarks.losses import sample_losses
 from benchmarks.methods import Stepper, make_stepper, parse_method
 from benchmarks.models import build
 from benchmarks.run import Run
@@ -71,9 +71,7 @@ class Trainer:
         """Return one loss a sample."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
             logits = self.model(x)
-        return F.cross_entropy(
-            logits.float(), y, reduction="none", label_smoothing=self.run.smoothing
-        )
+        return sample_losses(logits.float(), y, smoothing=self.run.smoothing)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train for one epoch; return its mean loss (at theta) and the seconds it took."""
@@ -107,21 +105,23 @@ class Trainer:
         loss, accuracy = self.evaluate(self.source.test())
         return {"test_loss": loss, "accuracy": accuracy}
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Return the mean loss and the accuracy, in percent, in evaluation mode."""
+        losses, right = self.outcomes(batches)
+        return float(losses.mean()), 100 * float(right.mean())
+
+    @torch.no_grad()
+    def outcomes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return the loss of each sample, and the share of its targets that is predicted."""
         model = self.model if self.stepper.averaged is None else self.stepper.averaged
         model.eval()
-        right = torch.zeros((), device=self.device)
-        loss = torch.zeros((), device=self.device)
-        n = 0
+        losses, right = [], []
         for x, y in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
                 logits = model(x).float()
-            right += (logits.argmax(1) == y).sum()
-            loss += F.cross_entropy(logits, y, reduction="sum")
-            n += len(y)
-        return float(loss) / n, 100 * float(right) / n
+            losses.append(sample_losses(logits, y))
+            right.append((logits.argmax(1) == y).float().reshape(len(y), -1).mean(1))
+        return torch.cat(losses).double(), torch.cat(right).double()
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -149,7 +149,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.device)
 
 
-class Probe(Protocol):
+class Probe:
     """Something that looks on while a run trains.
 
     Attributes:
@@ -161,11 +161,17 @@ class Probe(Protocol):
 
     def observe(self, epoch: int, report: Any) -> None:
         """See the report of a step; None where the method has none."""
-        ...
 
     def measure(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
         """Return what to add to the row of an epoch that has ended; leave the trainer as it is."""
-        ...
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what it holds between epochs, for a checkpoint."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
 
 
 def new_model(run: Run, source: Source) -> nn.Module:

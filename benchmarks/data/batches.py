@@ -103,11 +103,18 @@ class Batches:
         """Batches an epoch."""
         return len(self.data.train) // self.batch
 
+    def _generator(self, epoch: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 8) + 4]))
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the numbers of the training images in the order of an epoch."""
+        return torch.from_numpy(self._generator(epoch).permutation(len(self.data.train)))
+
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the training batches of an epoch."""
         images, labels = self._train
         n, pad = len(labels), self.data.padding
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 8) + 4]))
+        generator = self._generator(epoch)
         order = torch.from_numpy(generator.permutation(n)).to(self.device)
         offsets = torch.from_numpy(generator.integers(0, 2 * pad + 1, (2, n))).to(self.device)
         flips = torch.from_numpy(generator.random(n) < 0.5).to(self.device) & self.data.flip

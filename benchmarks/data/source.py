@@ -12,6 +12,7 @@ from benchmarks.data.arrays import ImageSet, balanced_subset, noisy_labels, shru
 from benchmarks.data.batches import Batches
 from benchmarks.data.files import READERS, detect, digits, synthetic
 from benchmarks.data.folders import ImageFolder
+from benchmarks.data.text import Passages, reference_text
 
 __all__ = ["Source", "load_images", "load_source"]
 
@@ -84,7 +85,8 @@ def load_source(
     """Return batches of the named data.
 
     Args:
-        name: as in `load_images`, or a folder in ImageNet's layout.
+        name: as in `load_images`, a folder in ImageNet's layout, or "pydoc", a text: there `images`
+            is its bytes and `size` the length of a passage.
         batch: samples a step.
         seed: of order and augmentation; which images a subset holds does not depend on it.
         device: where the batches are.
@@ -96,6 +98,11 @@ def load_source(
         augment: crop and mirror.
         channels_last: memory format of the images.
     """
+    if name == "pydoc":
+        length = {} if size is None else {"length": size}
+        bytes_of_text = images or 131072
+        text = reference_text()
+        return Passages(text, batch=batch, seed=seed, size=bytes_of_text, device=device, **length)
     folder = Path(name.removeprefix("imagenet:"))
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         if images is not None or classes is not None or noise:

@@ -1,5 +1,5 @@
 """The networks of the paper, and smaller ones of the same make. Written from the papers' text."""
 
-from benchmarks.models.registry import MODELS, build
+from benchmarks.models.registry import MODELS, TEXT_MODELS, build
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "TEXT_MODELS", "build"]

@@ -8,10 +8,11 @@ from torch import nn
 from benchmarks.models.imagenet_resnet import imagenet_resnet
 from benchmarks.models.pyramidnet import PyramidNet
 from benchmarks.models.resnet import ResNet
+from benchmarks.models.text import TextTransformer
 from benchmarks.models.vit import ViT
 from benchmarks.models.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "Model", "build"]
+__all__ = ["MODELS", "TEXT_MODELS", "Model", "build"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ MODELS: dict[str, Model] = {
     ),
 }
 
+#: Networks that take whole numbers, the symbols of a text, and give logits at every place.
+TEXT_MODELS: dict[str, Model] = {
+    "bytes-transformer": Model(
+        lambda k, _c, s, w: TextTransformer(symbols=k, length=s, width=w or 64, depth=4, heads=4),
+        late="layers.2",
+        last="layers.3",
+    ),
+}
+
 
 def build(
     name: str, *, classes: int, channels: int = 3, size: int = 32, width: int | None = None
@@ -82,13 +92,14 @@ def build(
     """Return a network by its name, with freshly drawn weights.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS` or `TEXT_MODELS`.
         classes: number of logits.
         channels: of the images.
-        size: height and width of the images.
+        size: height and width of the images, or length of the passages.
         width: channels of the first stage (ResNets), the widening factor (WRN), alpha
             (PyramidNet) or the embedding (ViT); None is the published one.
     """
-    if name not in MODELS:
-        raise ValueError(f"`model` must be one of {', '.join(MODELS)}. Received: {name!r}.")
-    return MODELS[name].make(classes, channels, size, width)
+    known = MODELS | TEXT_MODELS
+    if name not in known:
+        raise ValueError(f"`model` must be one of {', '.join(known)}. Received: {name!r}.")
+    return known[name].make(classes, channels, size, width)

@@ -12,7 +12,7 @@ from benchmarks.figures import draw_curves, panels, save
 from benchmarks.paper.options import parse
 from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
 from benchmarks.run import Run
-from benchmarks.training import Trainer
+from benchmarks.training import Probe, Trainer
 from esam_core.selectors import subset_size
 from esam_torch import StepReport
 
@@ -24,7 +24,7 @@ NAMES = (
 )
 
 
-class Splits:
+class Splits(Probe):
     """Means over an epoch's steps of the losses of both parts of the batch."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from benchmarks.figures import curves
 from benchmarks.paper.gradients import cosine, length, point_of, shifted
 from benchmarks.paper.options import parse
 from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
-from benchmarks.training import Trainer
+from benchmarks.training import Probe, Trainer
 from esam_core.selectors import random_indices, subset_size
 
 __all__ = ["main"]
@@ -43,7 +43,7 @@ def _subsets(
     }
 
 
-class Cosines:
+class Cosines(Probe):
     """Cosines of subset gradients with the batch's, over the first batches of an epoch."""
 
     def __init__(self, batches: int) -> None:

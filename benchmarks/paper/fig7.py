@@ -20,7 +20,7 @@ from benchmarks.figures import draw_curves, panels, save
 from benchmarks.paper.gradients import Point, inner, length, point_of, shifted
 from benchmarks.paper.options import parse
 from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
-from benchmarks.training import Trainer
+from benchmarks.training import Probe, Trainer
 from esam_core import Bernoulli, Unit
 
 __all__ = ["main"]
@@ -37,7 +37,7 @@ def _zeta(
     return abs(float(after - before) - inner(epsilon, gradient))
 
 
-class Linearity:
+class Linearity(Probe):
     """zeta for each beta and for SAM (beta = 1), over the first batches of an epoch."""
 
     def __init__(self, betas: Sequence[float], batches: int, draws: int) -> None:

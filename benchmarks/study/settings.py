@@ -72,6 +72,8 @@ class Setting:
         tuning_seeds: the first is for the climb, the others confirm the best cells.
         seeds: reported.
         starts: cells to begin with, by method; without one, those of the protocol.
+        base: what the base optimizer is called.
+        costs: of a step, where they are not those of `METHODS`.
     """
 
     name: str
@@ -82,6 +84,8 @@ class Setting:
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     starts: Mapping[str, tuple[Cell, ...]] = field(default_factory=dict)
+    base: str = "SGD"
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     def start(self, method: str) -> tuple[Cell, ...]:
         """Return the cells from which a method's tuning begins."""
@@ -96,7 +100,7 @@ class Setting:
             budget: in epochs of SGD.
             seed: of the run.
         """
-        epochs = max(1, round(budget / METHODS[method]))
+        epochs = max(1, round(budget / self.costs.get(method, METHODS[method])))
         options = {**self.shared, "batch": cell.batch, "lr": cell.lr}
         if method in STRENGTHS:
             options[STRENGTHS[method]] = cell.strength
@@ -116,6 +120,20 @@ _SMALL = {
     "device": "cpu",
     "channels_last": True,
 }
+
+
+def _starts(
+    lr: float, batches: tuple[int, ...], part: float, share: float
+) -> dict[str, tuple[Cell, ...]]:
+    """Return one start cell a batch size: a learning rate, rho = batch / part, or a share."""
+    starts = {}
+    for method in METHODS:
+        strength = {"rho": 1 / part, "ema": share}.get(STRENGTHS.get(method, ""), 0.0)
+        starts[method] = tuple(
+            Cell(b, lr, strength * (1 if method == "sgd-ema" else b)) for b in batches
+        )
+    return starts
+
 
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
@@ -137,6 +155,36 @@ SETTINGS: dict[str, Setting] = {
             tuned_at=20,
             tuning_seeds=(100, 101, 102),
             seeds=tuple(range(8)),
+        ),
+        Setting(
+            name="wide",
+            title="as small, width 32, cropped and mirrored",
+            shared={**_SMALL, "width": 32, "augment": True},
+            budgets=(30, 60, 120),
+            tuned_at=30,
+            tuning_seeds=(100,),
+            seeds=(0, 1, 2, 3),
+            starts=_starts(0.05, (16, 32), 320, 0.02),
+        ),
+        Setting(
+            name="text",
+            title="128 KB of Python's language reference, transformer of 4 layers and width 64",
+            shared={
+                "data": "pydoc",
+                "images": 131072,
+                "size": 64,
+                "model": "bytes-transformer",
+                "optimizer": "adamw",
+                "weight_decay": 0.01,
+                "device": "cpu",
+            },
+            budgets=(10, 20, 40),
+            tuned_at=20,
+            tuning_seeds=(100, 101),
+            seeds=(0, 1, 2, 3, 4),
+            starts=_starts(0.001, (16, 32), 320, 0.02),
+            base="AdamW",
+            costs={"half-suffix": 1.033, "esam": 1.727},
         ),
     )
 }

@@ -25,15 +25,18 @@ __all__ = ["write_report"]
 
 _EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, of each \
 method's chosen cell;
-p of the difference to SGD's frontier at budget {}, corrected by Holm's procedure."""
+p of the difference to the base optimizer's frontier at budget {}, corrected by Holm's procedure."""
 
-TITLES = {
-    "sgd": "SGD",
-    "sgd-ema": "SGD, averaged weights",
-    "sam": "SAM",
-    "half-suffix": "Suffix(0.5), Proportional(0.5)",
-    "esam": "the paper's ESAM",
-}
+
+def _titles(setting: Setting) -> dict[str, str]:
+    """Return what the methods are called."""
+    return {
+        "sgd": setting.base,
+        "sgd-ema": f"{setting.base}, averaged weights",
+        "sam": "SAM",
+        "half-suffix": "Suffix(0.5), Proportional(0.5)",
+        "esam": "the paper's ESAM",
+    }
 
 
 def write_report(setting: Setting, folder: Path) -> str:
@@ -55,8 +58,8 @@ def write_report(setting: Setting, folder: Path) -> str:
         f"{state} {len(records)} runs; {seeds} to {len(setting.seeds)} reported seeds a point.",
         _places(records),
         "## Accuracy and compute",
-        _points_table(points),
-        "## Against the frontiers of SGD and SAM",
+        _points_table(setting, points),
+        f"## Against the frontiers of {setting.base} and SAM",
         _EXPLANATION.format(setting.tuned_at),
         _differences_table(setting, points),
         "## Tuning",
@@ -94,12 +97,13 @@ def _with_interval(values: Sequence[float]) -> str:
     return f"{mean:.2f} ± {interval(values):.2f} ({len(values)})"
 
 
-def _points_table(points: Sequence[Point]) -> str:
+def _points_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of all points: mean and 95 % interval (seeds)."""
+    titles = _titles(setting)
     columns = ("method", "cell", "compute", "final, %", "best, %", "on the training samples, %")
     rows = [
         [
-            TITLES[p.method],
+            titles[p.method],
             _cell(p.method, p.cell),
             f"{p.compute:.1f}",
             _with_interval(list(p.finals.values())),
@@ -113,6 +117,7 @@ def _points_table(points: Sequence[Point]) -> str:
 
 def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of each method's chosen cell at each budget against both frontiers."""
+    titles = _titles(setting)
     rows = []
     corrected: dict[str, float] = {}
     for budget in sorted(setting.budgets, key=lambda b: b != setting.tuned_at):
@@ -131,14 +136,14 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
             p = corrected.get(method) if budget == setting.tuned_at else None
             rows.append(
                 [
-                    f"{budget}: {TITLES[method]}",
+                    f"{budget}: {titles[method]}",
                     f"{here[method].compute:.1f}",
                     str(sgd or ""),
                     str(sam or ""),
                     "" if p is None else f"{p:.3f}",
                 ]
             )
-    return markdown(("budget and method", "compute", "to SGD's", "to SAM's", "p"), rows)
+    return markdown(("budget and method", "compute", f"to {setting.base}'s", "to SAM's", "p"), rows)
 
 
 def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str:
@@ -153,6 +158,7 @@ def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str
         cell = Cell(run.batch, run.lr, strength)
         cells.setdefault((run.method, cell), {})[run.seed] = record["final"]
     chosen = {method: tune(setting, method, finals).chosen for method in METHODS}
+    titles = _titles(setting)
     rows = []
     for method in METHODS:
         own = {cell: found for (name, cell), found in cells.items() if name == method}
@@ -162,12 +168,13 @@ def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str
             mark = "second batch size" if chosen[method][1:] == (cell,) else mark
             shown = ", ".join(f"{values[seed]:.2f}" for seed in sorted(values))
             mean = f"{sum(values.values()) / len(values):.2f}"
-            rows.append([f"{TITLES[method]}, {_cell(method, cell)}", shown, mean, mark])
+            rows.append([f"{titles[method]}, {_cell(method, cell)}", shown, mean, mark])
     return markdown(("method and cell", "final, % (tuning seeds)", "mean", ""), rows)
 
 
 def _draw(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
     """Draw mean final accuracy against compute: a line a method and batch size."""
+    titles = _titles(setting)
     figure, axes = plt.subplots(figsize=(8, 5))
     for i, method in enumerate(METHODS):
         for second in (False, True):
@@ -186,11 +193,14 @@ def _draw(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) 
                 alpha=0.5 if second else 1.0,
                 color=COLOURS[i],
                 capsize=3,
-                label=f"{TITLES[method]}, batch {line[0].cell.batch}",
+                label=f"{titles[method]}, batch {line[0].cell.batch}",
             )
     axes.set_xscale("log", base=2)
     axes.set_xticks(setting.budgets, [str(budget) for budget in setting.budgets])
-    axes.set(xlabel="compute (epochs of SGD)", ylabel="final test accuracy (%), 95 % interval")
+    axes.set(
+        xlabel=f"compute (epochs of {setting.base})",
+        ylabel="final test accuracy (%), 95 % interval",
+    )
     axes.set_title(f"{setting.title}{'' if done else ' (interim)'}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))

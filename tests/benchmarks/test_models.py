@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.models import MODELS, build
+from benchmarks.models import MODELS, TEXT_MODELS, build
 
 # Published counts: (millions, within); the counts without CIFAR classes are those for 10.
 PUBLISHED = {
@@ -40,13 +40,27 @@ def test_forward_gives_one_row_of_logits_a_sample(name: str) -> None:
     assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *TEXT_MODELS])
 def test_the_named_blocks_exist(name: str) -> None:
     with torch.device("meta"):
         model = build(name, classes=10)
     names = dict(model.named_modules())
-    assert MODELS[name].late in names
-    assert MODELS[name].last in names
+    described = (MODELS | TEXT_MODELS)[name]
+    assert described.late in names
+    assert described.last in names
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_text_model_gives_logits_at_every_place_and_looks_at_no_later_one(name: str) -> None:
+    model = build(name, classes=7, size=16, width=8).eval()
+    x = torch.randint(7, (2, 16))
+    logits = model(x)
+    assert logits.shape == (2, 7, 16)
+    later = x.clone()
+    later[:, 9] = (x[:, 9] + 1) % 7
+    changed = (model(later) != logits).any(dim=(0, 1))
+    assert not changed[:9].any()
+    assert changed[9:].all()
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:

@@ -10,12 +10,13 @@ from benchmarks.paper import fig5, fig6, fig7, imagenet, landscape
 from benchmarks.run import Run
 from benchmarks.store import Store
 from benchmarks.train import train
+from benchmarks.training import Probe
 
 RUN = Run(method="sam", data="digits", model="resnet8", width=2, epochs=2, batch=128, images=256)
 QUICK = ["--quick", "--width", "2", "--images", "256", "--epochs", "1"]
 
 
-class Counting:
+class Counting(Probe):
     """A probe that says how often it was asked."""
 
     def __init__(self, factor: int) -> None:

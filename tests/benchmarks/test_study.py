@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks.run import Run
 from benchmarks.store import Store, key_of
 from benchmarks.study import command, workers
@@ -20,6 +22,7 @@ from benchmarks.study.planning import make_plan, tune
 from benchmarks.study.settings import METHODS, QUICK, SETTINGS, Cell
 from benchmarks.study.workers import claimed, folder_of, work
 from benchmarks.train import train
+from benchmarks.training import Trainer
 
 SMALL = SETTINGS["small"]
 ROOT = Path(__file__).parents[2]
@@ -194,6 +197,75 @@ def test_a_killed_worker_leaves_a_run_that_the_next_one_ends_to_the_bit(
             k: v for k, v in b.items() if k != "seconds"
         }
     assert not list(folder.glob("checkpoints/*.pt"))
+
+
+def _fit(method: str) -> tuple[Trainer, dict[str, Any], list[int]]:
+    """Train a run under a `Fit`, and count by hand which samples each descent left out."""
+    fit = Fit()
+    fields = {**QUICK.shared, "batch": 32, "epochs": 3, "gamma": 0.25}
+    seen: list[int] = []
+
+    def observe(epoch: int, report: Any) -> None:
+        fit.observe(epoch, report)
+        order = trainer.source.order(epoch)
+        place = len(seen) % trainer.source.steps
+        batch = order[32 * place : 32 * (place + 1)]
+        kept = set(batch[report.indices].tolist()) if report is not None else set(batch.tolist())
+        left_out.update(i for i in batch.tolist() if i not in kept)
+        seen.append(place)
+
+    left_out: Counter[int] = Counter()
+    trainer = Trainer(Run(method=method, **fields), observe=observe)
+    for epoch in range(3):
+        trainer.train_epoch(epoch)
+        found = fit.measure(trainer, epoch)
+        assert (found != {}) == (epoch == 2)
+    counts = [left_out[i] for i in range(len(trainer.source.data.train))]
+    return trainer, found, counts
+
+
+def test_the_quarter_that_was_rejected_most_is_found() -> None:
+    trainer, found, counts = _fit("sds")
+    _, right = trainer.outcomes(trainer.source.training())
+    assert found["training_accuracy"] == pytest.approx(100 * float(right.mean()))
+    assert sum(counts) == 3 * 4 * 24  # three epochs of four batches, which keep 8 of 32
+    order = sorted(range(len(counts)), key=lambda i: counts[i])
+    parts = torch.tensor(order).tensor_split(4)
+    assert found["accuracy_by_rejection"] == [100 * float(right[p].mean()) for p in parts]
+    means = [sum(counts[i] for i in p.tolist()) / len(p) for p in parts]
+    assert found["left_out_by_rejection"] == pytest.approx(means)
+    assert means[0] < means[3]
+
+
+def test_the_images_of_an_epoch_come_in_the_order_that_is_told() -> None:
+    trainer = Trainer(Run(method="sgd", **{**QUICK.shared, "batch": 32}, augment=False))
+    x, _ = next(trainer.source.epoch(5))
+    plain = torch.cat([images for images, _ in trainer.source.training(batch=40)])
+    torch.testing.assert_close(x, plain[trainer.source.order(5)[:32]])
+
+
+def test_a_method_that_leaves_nothing_out_has_one_accuracy() -> None:
+    _, found, _ = _fit("sgd")
+    assert found.keys() == {"training_loss", "training_accuracy"}
+
+
+def test_a_stopped_run_counts_the_rejected_samples_of_all_its_epochs(tmp_path: Path) -> None:
+    run = Run(method="sds", **{**QUICK.shared, "batch": 32, "epochs": 3})
+    whole = train(run, tmp_path / "whole", probe=Fit(), say=lambda _: None)
+    train(run, tmp_path / "cut", probe=Fit(), stop_after=2, say=lambda _: None)
+    resumed = train(run, tmp_path / "cut", probe=Fit(), say=lambda _: None)
+    for name in ("accuracy_by_rejection", "left_out_by_rejection"):
+        assert resumed["history"][-1][name] == whole["history"][-1][name]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_budgets_buy_the_same_compute_for_every_method(name: str) -> None:
+    setting = SETTINGS[name]
+    for budget in setting.budgets:
+        for method, cost in METHODS.items():
+            run = setting.run(method, Cell(32, 0.05, 0.1), budget, 0)
+            real = setting.costs.get(method, cost)
+            assert run.epochs * real == pytest.approx(budget, rel=0.05)
 
 
 def test_a_setting_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
