@@ -10,6 +10,7 @@ from benchmarks.report import markdown
 from benchmarks.run import Run
 from benchmarks.store import Store
 from benchmarks.study.analysis import (
+    Difference,
     Point,
     difference,
     frontier,
@@ -23,9 +24,9 @@ from benchmarks.study.settings import METHODS, Cell, Setting
 
 __all__ = ["write_report"]
 
-_EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, of each \
-method's chosen cell;
-p of the difference to the base optimizer's frontier at budget {}, corrected by Holm's procedure."""
+_EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, of each
+method's chosen cell, in bold where the interval lies above 0; p of the difference to the base
+optimizer's frontier at budget {}, corrected by Holm's procedure."""
 
 
 def _titles(setting: Setting) -> dict[str, str]:
@@ -138,12 +139,19 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
                 [
                     f"{budget}: {titles[method]}",
                     f"{here[method].compute:.1f}",
-                    str(sgd or ""),
-                    str(sam or ""),
+                    _shown(sgd),
+                    _shown(sam),
                     "" if p is None else f"{p:.3f}",
                 ]
             )
     return markdown(("budget and method", "compute", f"to {setting.base}'s", "to SAM's", "p"), rows)
+
+
+def _shown(found: Difference | None) -> str:
+    """Return a difference, in bold where its interval lies above 0."""
+    if found is None:
+        return ""
+    return f"**{found}**" if found.above else str(found)
 
 
 def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str:

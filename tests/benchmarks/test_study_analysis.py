@@ -45,6 +45,12 @@ def test_differences_are_taken_on_the_same_seeds() -> None:
     assert difference(one, Point("sgd", Cell(1, 1.0), False, 1, 1.0, {}, {}, {})) is None
 
 
+def test_a_difference_is_above_where_its_whole_interval_is() -> None:
+    one, other = _point("sam", 20, 3.0, 4.0, 5.0), _point("sgd", 20, 1.0, 2.1, 2.9)
+    assert difference(one, other).above
+    assert not difference(other, one).above
+
+
 def test_a_frontier_is_the_best_that_costs_no_more() -> None:
     cheap, dear, second = (
         _point("sgd", 10, 44.0),
@@ -111,7 +117,8 @@ def test_a_report_tells_who_is_above_the_frontiers(tmp_path: Path) -> None:
         ("10: the paper's ESAM", 3, -2.0),
         ("10: the paper's ESAM", 4, -3.0),
     ):
-        assert float(rows[row][column].split()[0]) == pytest.approx(gain, abs=0.1)
+        assert float(rows[row][column].split()[0].strip("*")) == pytest.approx(gain, abs=0.1)
+    assert "**" not in rows["10: the paper's ESAM"][3]
     assert rows["10: SGD"][3].strip() == ""
     assert (folder / "frontier.png").stat().st_size > 10_000
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
