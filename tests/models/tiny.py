@@ -70,6 +70,33 @@ def shrink(config: PretrainedConfig, small_ones: Sequence[tuple[str, int]]) -> N
                 setattr(config, name, kinds[:layers])
 
 
+#: What some configurations leave open, and a model cannot be built or run without.
+OPEN = {
+    "pad_token_id": 0,
+    "decoder_start_token_id": 1,
+    "vocab_size": VOCABULARY,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def complete(config: PretrainedConfig) -> None:
+    """Say what a configuration leaves open, in place."""
+    for name, value in OPEN.items():
+        needed = hasattr(config, name) or name in ("pad_token_id", "decoder_start_token_id")
+        if needed and getattr(config, name, None) is None:
+            setattr(config, name, value)
+    if hasattr(config, "languages"):
+        config.default_language = config.languages[0]
+    if hasattr(config, "ctc_zero_infinity"):
+        config.ctc_zero_infinity = True
+    ropes = getattr(config, "rope_parameters", None)
+    if isinstance(ropes, dict) and ("mrope_section" in ropes or "vl" in config.model_type):
+        ropes["mrope_section"] = [2, 3, 3]  # half of a small head's 16
+    config.use_cache = False
+
+
 def build(model_class: type[nn.Module], small_ones: Sequence[tuple[str, int]] = SMALL) -> Any:
     """Return a tiny model of a class, in evaluation mode.
 
@@ -81,11 +108,7 @@ def build(model_class: type[nn.Module], small_ones: Sequence[tuple[str, int]] = 
     shrink(config, small_ones)
     text = config.get_text_config()
     for each in {id(config): config, id(text): text}.values():
-        if getattr(each, "pad_token_id", None) is None:
-            each.pad_token_id = 0
-        if getattr(each, "decoder_start_token_id", 0) is None:
-            each.decoder_start_token_id = 1
-        each.use_cache = False
+        complete(each)
     if "Classification" in model_class.__name__:
         config.num_labels = CLASSES
     with torch.device("meta"):
@@ -110,8 +133,9 @@ def batch_for(model: Any) -> dict[str, Any]:
     main = model.main_input_name
     if "input_ids" in names and main != "pixel_values":
         batch["input_ids"] = tokens()
-        if isinstance(config.get_text_config().eos_token_id, int):
-            batch["input_ids"][:, -1] = config.get_text_config().eos_token_id
+        end = getattr(config.get_text_config(), "eos_token_id", None)
+        if isinstance(end, int):
+            batch["input_ids"][:, -1] = end
         if "attention_mask" in names:
             mask = torch.ones(SAMPLES, TOKENS, dtype=torch.long)
             # Padding in each, since models treat a batch without any in another way.
