@@ -80,6 +80,7 @@ class Run:
         self.skipped = False
         self.samples = samples
         self._blocks = None if blocks is None else list(blocks)
+        self._losses_computed = 0
         self._noted: set[str] = set()
         self._notices: list[str] = []
         self.set_model(model)
@@ -128,6 +129,7 @@ class Run:
         before_descent: Callable[[], None] | None = None,
     ) -> tuple[Step, Tensor]:
         """Return a step that has made its ascent's forward, and its loss."""
+        self._losses_computed += 1
         check_losses(losses)
         check_groups(self.base.param_groups)
         batch, leaves = with_own_leaves(batch, self.base.param_groups)
@@ -210,10 +212,11 @@ class Run:
             result = None
         else:
             check_losses(closure)
-            count = self.count
+            before = self._losses_computed
             with torch.enable_grad():
                 result = closure()
-            if self.count == count and result is not None:
+            # Lightning's weight averaging runs closures that compute a loss and do not go backward.
+            if self._losses_computed == before and result is not None:
                 raise ESAMTypeError(_CLOSURE)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False

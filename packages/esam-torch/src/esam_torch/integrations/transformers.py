@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from esam_core import ESAMTypeError, ESAMValueError, RunningMeans
-from esam_torch.integrations.accelerate import check_skipping, descending, esam_in
+from esam_core import ESAMTypeError, ESAMValueError, RunningMeans, StepReport
 from esam_torch.integrations.model_losses import labels_of, losses_by_row, per_sample_losses
 from esam_torch.integrations.row_losses import RowLosses
 from esam_torch.optimizer import ESAM
@@ -56,7 +55,10 @@ class ESAMTrainer(Trainer):
         self._token_weighted = token_weighted
         self._checked = False
         self._means = RunningMeans(("sharpness",))  # since the last time that it was logged
+        self._reported: StepReport | None = None
         super().__init__(*args, **kwargs)
+        # Whether Trainer leaves the division by the number of accumulated batches to us.
+        self.loss_is_scaled_for_ga = token_weighted
         if token_weighted and not self._takes_own_losses():
             raise ESAMValueError(
                 "`token_weighted` must be False where `compute_losses` is overridden, which can "
@@ -70,13 +72,40 @@ class ESAMTrainer(Trainer):
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the Trainer's optimizer in an `ESAM`."""
+        """Wrap the Trainer's optimizer in an `ESAM`, unless it holds one already."""
         super().create_optimizer(*args, **kwargs)
-        base: Any = self.optimizer
-        model: Any = self.model
-        if not isinstance(base, ESAM):
+        if _esam_in(self.optimizer) is None:
+            base: Any = self.optimizer
+            model: Any = self.model
             self.optimizer = ESAM(base, model, **self._esam)
         return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return ESAM's loss of a batch in training; the Trainer's own in evaluation."""
+        esam = _esam_in(self.optimizer)
+        if esam is None or not (model.training and torch.is_grad_enabled()):
+            return super().compute_loss(
+                model,
+                inputs,
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+        self._update_means(esam)
+        losses = self.compute_losses
+        if self._takes_own_losses():
+            size = len(labels_of(inputs, self.label_names)[0])
+            items = self._items_per_sample(size, num_items_in_batch)
+            losses = partial(self._own_losses, items_per_sample=items, batch_size=size)
+        loss = esam.loss(partial(losses, model), inputs)
+        return (loss, None) if return_outputs else loss
 
     def compute_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Return one loss per sample, (b,). Default: the Trainer's own loss, taken per sample.
@@ -92,7 +121,7 @@ class ESAMTrainer(Trainer):
         return type(self).compute_losses is ESAMTrainer.compute_losses
 
     def _own_losses(self, model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Tensor:
-        """Return the Trainer's own loss per sample, (b,). Options are those of `RowLosses`."""
+        """Return the Trainer's own loss, per sample, (b,). Options are those of `RowLosses`."""
         labels = labels_of(inputs, self.label_names)
         rows = RowLosses(labels, **options, checking=not self._checked)
         losses = losses_by_row(lambda rows: self._mean_loss(model, inputs, rows), rows, model)
@@ -130,50 +159,27 @@ class ESAMTrainer(Trainer):
             samples *= self.args.world_size  # as Trainer does: gradients are averaged over them
         return items / samples
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss as Trainer does: what is evaluated."""
-        return super().compute_loss(*args, **kwargs)
-
-    def training_step(
-        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None, **_: Any
-    ) -> Tensor:
-        """Add ESAM's gradient of a batch; return its mean loss."""
-        model.train()
-        esam = esam_in(self.optimizer)
-        esam.train()
-        esam.model, esam.scaler = model, self.accelerator.scaler
-        inputs = self._prepare_inputs(inputs)
-        losses_of = self.compute_losses
-        items = None
-        if self._takes_own_losses():
-            size = len(labels_of(inputs, self.label_names)[0])
-            items = self._items_per_sample(size, num_items_in_batch)
-            losses_of = partial(self._own_losses, items_per_sample=items, batch_size=size)
-        whole: Any = getattr(self, "current_gradient_accumulation_steps", None)
-        micro_batches = whole or self.args.gradient_accumulation_steps
-        if items is not None:
-            micro_batches = 1  # tokens of all of them are counted already
-        check_skipping(esam, self.args.world_size, self.args.gradient_accumulation_steps)
-
-        def losses(batch: Mapping[str, Any]) -> Any:
-            with self.compute_loss_context_manager():
-                return losses_of(model, batch)
-
-        def descend(total: Tensor) -> None:
-            self.accelerator.backward(total / micro_batches)
-
-        with descending(esam, descend):
-            report = esam.backward(losses, inputs)
-        self._means.update(report)
-        loss: Tensor = report.loss / micro_batches
-        return loss
+    def _update_means(self, esam: ESAM) -> None:
+        """Take account of the last step's report, once."""
+        if esam.report is not None and esam.report is not self._reported:
+            self._reported = esam.report
+            self._means.update(esam.report)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the mean sharpness since the last time, beside the loss."""
-        if "loss" in logs:
+        esam = _esam_in(self.optimizer)
+        if "loss" in logs and esam is not None:
+            self._update_means(esam)
             logs = {**logs, **self._means.result()}
             self._means.reset()
         super().log(logs, *args, **kwargs)
+
+
+def _esam_in(optimizer: Any) -> ESAM | None:
+    """Return the `ESAM` that an optimizer is or, as Accelerate's wrappers do, holds."""
+    while optimizer is not None and not isinstance(optimizer, ESAM):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
 
 
 class _SmoothedRows:

@@ -1,0 +1,175 @@
+"""One loss per sample of transformers' models: the model's own, of each sample alone."""
+
+import pytest
+import torch
+from tests.torch.language import alone, language_model, sentences
+from tests.torch.trainers import THEIRS
+from torch.nn import functional as F
+
+pytestmark = [pytest.mark.filterwarnings(each) for each in THEIRS]
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    module = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return module
+
+
+@pytest.mark.parametrize("kind", ["classes", "number", "several", "causal"])
+def test_losses_are_the_models_own_of_each_sample(transformers, kind):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    model, batch = language_model(transformers, kind).eval(), sentences(kind)
+    if kind == "causal":
+        batch["labels"] = batch["labels"].clone()
+        batch["labels"][2, 3:] = -100
+    found = per_sample_losses(model, batch)
+    torch.testing.assert_close(found, alone(model, batch))
+    torch.testing.assert_close(
+        found[1:3], per_sample_losses(model, {k: v[1:3] for k, v in batch.items()})
+    )
+    with pytest.raises(ValueError, match=r"must hold labels.*\['labels'\]"):
+        per_sample_losses(model, {"input_ids": batch["input_ids"]})
+
+
+def test_tokens_count_the_same_on_demand(transformers):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    model, batch = language_model(transformers, "causal").eval(), sentences("causal")
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][2, 3:] = -100
+    tokens = (batch["labels"][:, 1:] != -100).sum(1).float()
+    found = per_sample_losses(model, batch, items_per_sample=tokens.mean())
+    torch.testing.assert_close(found.mean(), model(**batch).loss)
+    torch.testing.assert_close(found, alone(model, batch) * tokens / tokens.mean())
+
+
+def test_a_sample_without_labels_has_the_loss_zero(transformers):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    model, batch = language_model(transformers, "causal").eval(), sentences("causal")
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][1] = -100
+    found = per_sample_losses(model, batch)
+    assert found[1] == 0.0 and found.isfinite().all()
+
+
+def _lora(transformers):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(
+        r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True
+    )
+    return peft.get_peft_model(language_model(transformers, "causal"), options)
+
+
+def _subclass(transformers):
+    class Mine(transformers.GPT2LMHeadModel):
+        pass
+
+    return Mine(language_model(transformers, "causal").config)
+
+
+def _bart(transformers):
+    config = transformers.BartConfig(
+        vocab_size=40,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
+    return transformers.BartForCausalLM(config)  # whose labels are not shifted
+
+
+def _experts(transformers):
+    config = transformers.MixtralConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def _own_loss_function(transformers):
+    def halved(logits, labels, vocab_size, **_):
+        return 0.5 * F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+
+    model = language_model(transformers, "causal")
+    model.loss_function = halved
+    return model
+
+
+@pytest.mark.parametrize("make", [_lora, _subclass, _bart, _experts, _own_loss_function])
+def test_whatever_is_around_a_model_or_in_its_loss_is_kept(transformers, make):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    torch.manual_seed(0)
+    model, batch = make(transformers).eval(), sentences("causal")
+    outputs = model(**batch)
+    found = per_sample_losses(model, batch)
+    torch.testing.assert_close(found.mean(), outputs.loss)
+    if make is _experts:
+        auxiliary = 0.1 * outputs.aux_loss
+        assert auxiliary > 0.01
+        model.config.output_router_logits = False
+        found = found - auxiliary
+    torch.testing.assert_close(found, alone(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "outputs"),
+    [
+        ("regression", torch.randn(4, 3), 3),
+        ("regression", torch.randn(4), 1),
+        ("multi_label_classification", torch.ones(4, 1), 1),
+        ("single_label_classification", torch.arange(4) % 2, 2),
+    ],
+)
+def test_problem_types_are_followed(transformers, kind, labels, outputs):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    config = language_model(transformers, "classes").config
+    config.num_labels, config.problem_type = outputs, kind
+    model = transformers.DistilBertForSequenceClassification(config).eval()
+    batch = {**sentences("classes"), "labels": labels}
+    found = per_sample_losses(model, batch)
+    torch.testing.assert_close(found.mean(), model(**batch).loss)
+    torch.testing.assert_close(found, alone(model, batch))
+
+
+def test_sums_of_a_batch_stay_sums(transformers):
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    config = transformers.Wav2Vec2Config(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=[8],
+        conv_kernel=[10],
+        conv_stride=[5],
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    torch.manual_seed(0)
+    labels = torch.randint(1, 20, (4, 6))
+    labels[1, 3:] = -100
+    batch = {"input_values": torch.randn(4, 400), "labels": labels}
+    for reduction in ("sum", "mean"):
+        config.ctc_loss_reduction = reduction
+        model = transformers.Wav2Vec2ForCTC(config).eval()
+        found = per_sample_losses(model, batch)
+        torch.testing.assert_close(found, alone(model, batch))
+        torch.testing.assert_close(getattr(found, reduction)(), model(**batch).loss)

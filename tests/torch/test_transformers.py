@@ -1,0 +1,320 @@
+"""ESAM in Hugging Face's Trainer: through `compute_loss`, everything else is the Trainer's."""
+
+import copy
+
+import pytest
+import torch
+from tests.torch.language import Sentences, alone, language_model, sentences
+from tests.torch.trainers import THEIRS, RecordingScaler, same
+from torch.nn import functional as F
+
+from esam_torch import ESAM, All
+
+pytestmark = [pytest.mark.filterwarnings(each) for each in THEIRS]
+
+
+@pytest.fixture
+def transformers(monkeypatch, tmp_path):
+    module = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return module
+
+
+def _trainer(transformers, kind="classes", esam=None, cls=None, more=None, **arguments):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    cls, more = cls or ESAMTrainer, dict(more or {})
+    options = {
+        "output_dir": "out",
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return cls(
+        model=more.pop("model", None) or language_model(transformers, kind),
+        args=transformers.TrainingArguments(**options),
+        train_dataset=Sentences(kind),
+        esam=esam,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("kind", ["classes", "number", "several", "causal"])
+def test_trainer_trains(transformers, kind):
+    trainer = _trainer(transformers, kind, num_train_epochs=4)
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    values = [row["loss"] for row in logged]
+    assert sum(values[-2:]) < sum(values[:2])
+    assert all("sharpness" in row for row in logged)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trainer_is_the_plain_loop(transformers, accumulate):
+    """Whatever is written around `optimizer.loss`: accumulation, and the Trainer's own updates."""
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = _trainer(
+        *(transformers, "causal", {"rho": 0.5, "gamma": 0.25}),
+        gradient_accumulation_steps=accumulate,
+        train_sampling_strategy="sequential",
+        **options,
+    )
+    twin = language_model(transformers, "causal")
+    for model in (trainer.model, twin):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.config.attn_pdrop = 0.0
+    trainer.train()
+    base = torch.optim.SGD(twin.parameters(), lr=1e-2)
+    optimizer = ESAM(base, twin, rho=0.5, gamma=0.25)
+    batches = [
+        {key: value[i : i + 8] for key, value in sentences("causal", 32).items()}
+        for i in range(0, 32, 8)
+    ]
+    for i in range(0, 8, accumulate):
+        optimizer.zero_grad()
+        for batch in (2 * batches)[i : i + accumulate]:
+            loss = optimizer.loss(lambda b: per_sample_losses(twin, b), batch)
+            (loss / accumulate).backward()
+        optimizer.step()
+    same(trainer.model, twin)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_trainer_without_perturbation_is_the_trainer(transformers, smoothing):
+    """rho = 0 and all samples: what Trainer itself does, with accumulation and clipping."""
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "sgd"}
+    options["label_smoothing_factor"] = smoothing
+    ours = _trainer(transformers, esam={"rho": 0.0, "select": All()}, **options)
+    theirs = transformers.Trainer(
+        model=language_model(transformers, "classes"),
+        args=ours.args,
+        train_dataset=Sentences("classes"),
+    )
+    # This model says that it divides its loss by the number of accumulated batches, and does not;
+    # the Trainer's own smoothed loss is divided.
+    theirs.loss_is_scaled_for_ga = smoothing > 0.0
+    for trainer in (ours, theirs):
+        transformers.set_seed(0)
+        trainer.train()
+    same(ours.model, theirs.model, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_that_cannot_be_taken_per_sample_are_refused(transformers):
+    def loss_by_hand(logits, labels, **_):
+        return -logits.log_softmax(-1).gather(-1, labels[..., None]).mean()
+
+    def of_another_mean(logits, labels, vocab_size, **_):
+        return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1)).exp()
+
+    def branching(logits, labels, vocab_size, **_):
+        loss = F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
+        return loss if loss > 0 else 2 * loss
+
+    for function, words in (
+        (loss_by_hand, "GPT2LMHeadModel cannot be taken per sample: it is not made of"),
+        (of_another_mean, "mean of the losses per sample must be the loss of GPT2LMHeadModel"),
+        (branching, "its code does not work with one loss per sample"),
+    ):
+        trainer = _trainer(transformers, "causal")
+        trainer.model.loss_function = function
+        before = copy.deepcopy(trainer.model.state_dict())
+        with pytest.raises(ValueError, match=f"{words}.*`ESAMTrainer.compute_losses`"):
+            trainer.train()
+        assert trainer.model.training
+        for name, tensor in trainer.model.state_dict().items():
+            assert torch.equal(tensor, before[name])
+
+
+def test_the_first_check_changes_nothing(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Unchecked(ESAMTrainer):
+        def compute_losses(self, *args):
+            return super().compute_losses(*args)
+
+    trainers = [_trainer(transformers, "causal", cls=cls) for cls in (None, Unchecked)]
+    for trainer in trainers:  # GPT2 has dropout by default
+        transformers.set_seed(0)
+        trainer.train()
+    first, second = (list(t.model.parameters()) for t in trainers)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["classes", "causal"])
+def test_smoothed_losses_are_those_of_the_trainer(transformers, kind):
+    trainer = _trainer(transformers, kind, label_smoothing_factor=0.2)
+    model, batch = trainer.model.eval(), sentences(kind)
+    found = trainer.compute_losses(model, batch)
+    theirs = transformers.Trainer.compute_loss(trainer, model, dict(batch))
+    torch.testing.assert_close(found.mean(), theirs)
+    plain = alone(model, batch)
+    assert found.shape == (4,) and not torch.allclose(found, plain)
+    trainer.label_smoother.epsilon = 0.0
+    torch.testing.assert_close(trainer.compute_losses(model, batch), plain)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_with_tokens_weighted_trainer_is_the_trainer(transformers, accumulate):
+    """rho = 0 and all samples: what Trainer itself does with samples of several lengths."""
+
+    class Ragged(Sentences):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            labels = row["labels"].clone()
+            labels[: i % 6] = -100
+            return {**row, "labels": labels}
+
+    def trained(token_weighted):
+        options = {"gradient_accumulation_steps": accumulate, "optim": "sgd"}
+        trainer = _trainer(
+            *(transformers, "causal", {"rho": 0.0, "select": All()}),
+            more={"token_weighted": token_weighted},
+            **options,
+        )
+        theirs = transformers.Trainer(
+            model=language_model(transformers, "causal"), args=trainer.args
+        )
+        for each in (trainer, theirs):
+            each.train_dataset = Ragged("causal")
+            transformers.set_seed(0)
+            each.train()
+        return trainer.model, theirs.model
+
+    same(*trained(True), rtol=1e-4, atol=1e-6)
+    with pytest.raises(AssertionError):
+        same(*trained(False), rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_are_weighted_where_they_are_counted(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        def compute_losses(self, model, inputs):
+            return super().compute_losses(model, inputs)
+
+    with pytest.raises(ValueError, match="`token_weighted` must be False where `compute_losses`"):
+        _trainer(transformers, cls=Own, more={"token_weighted": True})
+    trainer = _trainer(transformers, more={"token_weighted": True})
+    trainer.model_accepts_loss_kwargs = False
+    with pytest.raises(ValueError, match="`token_weighted` must be False for this model"):
+        trainer.train()
+
+
+def test_losses_that_would_not_be_trained_with_are_refused(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(TypeError, match=r"in place of `compute_loss`.*Received: .* of Own"):
+        _trainer(transformers, cls=Own)
+
+
+def test_losses_of_ones_own_are_trained_with(transformers):
+    """By `compute_losses`, by `compute_loss_func`, by a Trainer with a `compute_loss`."""
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    weights = torch.tensor([1.0, 2.0, 4.0])
+
+    class Losses(ESAMTrainer):
+        def compute_losses(self, model, inputs):
+            logits = model(**inputs).logits
+            return F.cross_entropy(logits, inputs["labels"], weights, reduction="none")
+
+    def weighted(outputs, labels, **_):
+        return F.cross_entropy(outputs.logits, labels, weights, reduction="sum") / len(labels)
+
+    class WithLoss(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            loss = weighted(outputs, inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    class Both(ESAMTrainer, WithLoss):
+        pass
+
+    trainers = [
+        _trainer(transformers, cls=Losses, optim="sgd"),
+        _trainer(transformers, more={"compute_loss_func": weighted}, optim="sgd"),
+        _trainer(transformers, cls=Both, optim="sgd"),
+    ]
+    for trainer in trainers:
+        transformers.set_seed(0)
+        trainer.train()
+    for trainer in trainers[1:]:
+        same(trainer.model, trainers[0].model)
+
+
+def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):
+    seen = []
+
+    class Watching(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            seen.append(float(optimizer.optimizer.report.sharpness))
+
+    trainer = _trainer(transformers, logging_steps=4, more={"callbacks": [Watching()]})
+    trainer.train()
+    found = [row["sharpness"] for row in trainer.state.log_history if "sharpness" in row]
+    assert found == pytest.approx([sum(seen[:4]) / 4, sum(seen[4:]) / 4], rel=1e-5)
+
+
+def test_a_scaler_is_the_trainers_own_affair(transformers):
+    trainer, twin = (_trainer(transformers, max_grad_norm=0.0) for _ in range(2))
+    scaler = trainer.accelerator.scaler = RecordingScaler()
+    for each in (trainer, twin):
+        transformers.set_seed(0)
+        each.train()
+    assert len(scaler.seen) == trainer.optimizer.optimizer.count == 8
+    assert scaler.get_scale() == 8.0  # no overflow: every update was made
+    same(trainer.model, twin.model, rtol=1e-4, atol=1e-4)
+
+
+def test_training_again_goes_on(transformers):
+    trainer = _trainer(transformers, num_train_epochs=1)
+    for epochs in (1, 2):
+        trainer.train()
+        esam = trainer.optimizer.optimizer
+        assert type(esam) is ESAM and type(esam.base_optimizer) is torch.optim.AdamW
+        assert esam.count == 4 * epochs
+
+
+def test_a_given_esam_is_used(transformers):
+    model = language_model(transformers, "classes")
+    mine = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    trainer = _trainer(transformers, more={"optimizers": (mine, None), "model": model})
+    trainer.train()
+    assert trainer.optimizer.optimizer is mine and mine.count == 8
+
+
+def test_evaluation_is_the_trainers_own(transformers):
+    trainer = _trainer(transformers, more={"eval_dataset": Sentences("classes")})
+    trainer.train()
+    count = trainer.optimizer.optimizer.count
+    found = trainer.evaluate()["eval_loss"]
+    theirs = transformers.Trainer(
+        model=trainer.model, args=trainer.args, eval_dataset=Sentences("classes")
+    )
+    assert found == theirs.evaluate()["eval_loss"]
+    assert trainer.optimizer.optimizer.count == count
+
+
+def test_trainer_goes_on_from_its_checkpoint(transformers, tmp_path):
+    whole = _trainer(transformers, save_strategy="epoch", output_dir=str(tmp_path / "a"))
+    whole.train()
+    resumed = _trainer(transformers, save_strategy="no", output_dir=str(tmp_path / "b"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,67 @@
+"""A small problem for other people's trainers, and the plain loop that they must agree with."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from esam_torch import ESAM
+
+#: Warnings of the libraries' own making; ours stay errors.
+THEIRS = (
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:.*pin_memory.*:UserWarning",
+    "ignore:.*num_workers.*:UserWarning",
+)
+
+
+def data(n=64):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, 6, generator=generator)
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def esam(model, **options):
+    return ESAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, **options)
+
+
+def losses_of(model):
+    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
+
+
+def trained_by_hand(model, optimizer, batches, accumulate=1, clip=None):
+    """Train in a plain loop, with micro-batches averaged, and return the model."""
+    for i in range(0, len(batches), accumulate):
+        optimizer.zero_grad()
+        for inputs, targets in batches[i : i + accumulate]:
+            optimizer.backward(losses_of(model), inputs, targets)
+        for parameter in model.parameters():
+            parameter.grad /= accumulate
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return model
+
+
+def same(model, twin, **tolerance):
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-5, "atol": 1e-7}))
+
+
+class RecordingScaler(torch.amp.GradScaler):
+    """Keeps the losses that it is asked to scale."""
+
+    def __init__(self):
+        super().__init__("cpu", init_scale=8.0)
+        self.seen = []
+
+    def scale(self, outputs):
+        if outputs.requires_grad:  # a loss, and no look at the scale
+            self.seen.append(float(outputs.detach()))
+        return super().scale(outputs)
