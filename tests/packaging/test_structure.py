@@ -98,6 +98,7 @@ LONG = {
     "packages/esam-torch/src/esam_torch/blocks.py",
     "packages/esam-torch/src/esam_torch/optimizer.py",
     "packages/esam-torch/src/esam_torch/prefix.py",
+    "packages/esam-torch/src/esam_torch/step.py",
 }
 
 

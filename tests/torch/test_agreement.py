@@ -1,0 +1,265 @@
+"""The warning for losses that are not each sample's own: what is seen, and what is no reason."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from esam_torch import ESAM, Between, Everything
+from esam_torch.agreement import comparable, disagreement
+
+X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(16) % 4
+Z = torch.randn(16, 4, generator=torch.Generator().manual_seed(2))
+
+
+def passes(losses, *batch, gamma=0.5):
+    """Return what the selection pass and the descent pass of one step have seen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 8))
+    optimizer = ESAM(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        rho=0.1,
+        perturb=Everything(),
+        gamma=gamma,
+    )
+    calls = []
+
+    def kept(*batch):
+        calls.append(losses(model, *batch))
+        return calls[-1]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the step itself: the warning is read here
+        report = optimizer.step(kept, *batch)
+    return report.perturbed_losses, report.indices, calls[-1].float()
+
+
+def cross_entropy(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+# -- losses that depend on the other samples -------------------------------------------------------
+
+
+def info_nce(model, a, b):
+    a, b = F.normalize(model(a), dim=1), F.normalize(model(b), dim=1)
+    return F.cross_entropy(a @ b.T / 0.1, torch.arange(len(a)), reduction="none")
+
+
+def mixup(model, x, y):
+    other = torch.randperm(len(x))
+    out = model(0.7 * x + 0.3 * x[other])
+    mixed = 0.3 * F.cross_entropy(out, y[other], reduction="none")
+    return 0.7 * F.cross_entropy(out, y, reduction="none") + mixed
+
+
+def noise(model, x, y):
+    return cross_entropy(model, x + torch.randn_like(x), y)
+
+
+def advantages(model, x, rewards):
+    advantage = (rewards - rewards.mean()) / rewards.std()
+    return -advantage * F.log_softmax(model(x), 1)[:, 0]
+
+
+def prototypes(model, x, y):
+    out = model(x)
+    means = torch.stack([out[y == c].mean(0) if (y == c).any() else out[0] for c in range(4)])
+    return F.cross_entropy(-torch.cdist(out, means), y, reduction="none")
+
+
+def decorrelation(model, x, y):
+    return cross_entropy(model, x, y) + 5.0 * model(x).std(0).mean()
+
+
+def misread_weights(model, x, y, weights):
+    return cross_entropy(model, x, y) * weights[y]
+
+
+COUPLED = {
+    "InfoNCE": (info_nce, X, Z),
+    "mixup": (mixup, X, Y),
+    "noise": (noise, X, Y),
+    "normalised advantages": (advantages, X, Z[:, 0]),
+    "prototypes": (prototypes, X, Y),
+    "a penalty of the batch": (decorrelation, X, Y),
+    "a table that is no sample's": (misread_weights, X, Y, Z[:, 0].exp()),
+    "under a large constant": (lambda m, *b: mixup(m, *b) + 60.0, X, Y),
+}
+
+
+@pytest.mark.parametrize("kind", COUPLED)
+def test_losses_that_depend_on_the_other_samples(kind):
+    losses, *batch = COUPLED[kind]
+    said = disagreement(*passes(losses, *batch))
+    assert said is not None and said.startswith("`losses` must give a sample the same loss")
+    for word in ("8 selected samples", "InfoNCE", "gamma=1.0", "mixup", "Rows(x)", "Whole(x)"):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("losses", "factor"),
+    [
+        (lambda m, x, y: cross_entropy(m, x, y) * len(x), "0.5"),
+        (lambda m, x, y: cross_entropy(m, x, y) / len(x), "2"),
+        (lambda m, x, y: -cross_entropy(m, x, y) * len(x), "0.5"),
+    ],
+    ids=["times", "divided", "negative"],
+)
+def test_a_factor_is_named(losses, factor):
+    said = disagreement(*passes(losses, X, Y))
+    assert f"Each is {factor} times the other" in said and "* len(batch)" in said
+    assert "InfoNCE" not in said
+
+
+# -- losses that are each sample's own -----------------------------------------------------------
+
+
+def in_bfloat16(model, x, y):
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    return F.cross_entropy(8.0 * out.float(), y, reduction="none")
+
+
+def confident(model, x, y):
+    """Logits of thirty and losses near zero, in half precision: the worst rounding."""
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x) + 30.0 * F.one_hot(y, 8)
+    return F.cross_entropy(out.float(), y, reduction="none")
+
+
+OWN = {
+    "cross-entropy": (cross_entropy, X, Y),
+    "with a penalty on weights": (
+        lambda m, x, y: cross_entropy(m, x, y) + m[0].weight.square().sum(),
+        X,
+        Y,
+    ),
+    "tiny": (lambda m, x, y: 1e-6 * cross_entropy(m, x, y), X, Y),
+    "of both signs": (lambda m, x, y: cross_entropy(m, x, y) - 2.0, X, Y),
+    "in bfloat16": (in_bfloat16, X, Y),
+    "confident in bfloat16": (confident, X, Y),
+    "zero": (lambda m, x, y: 0.0 * cross_entropy(m, x, y), X, Y),
+}
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", OWN)
+def test_losses_of_ones_own(kind, gamma):
+    losses, *batch = OWN[kind]
+    assert disagreement(*passes(losses, *batch, gamma=gamma)) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite_say_nothing(value):
+    losses, indices = torch.tensor([1.0, value, 3.0, 4.0]), torch.tensor([1, 3])
+    assert disagreement(losses, indices, torch.tensor([2.0, 5.0])) is None
+
+
+def test_the_losses_are_not_changed():
+    losses, alone = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([9.0])
+    assert disagreement(losses, torch.tensor([1]), alone) is not None
+    assert losses.grad is None and losses.tolist() == [1.0, 2.0] and alone.tolist() == [9.0]
+
+
+# -- whole steps ---------------------------------------------------------------------------------
+
+
+def make(model=None, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh()) if model is None else model
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, ESAM(base, model, **{"rho": 0.1, "perturb": Everything(), **options})
+
+
+def test_a_step_warns_once():
+    model, optimizer = make()
+    with pytest.warns(UserWarning, match=r"the same loss whichever samples.*gamma=1\.0"):
+        optimizer.step(lambda a, b: info_nce(model, a, b), X, Z)
+    optimizer.step(lambda a, b: info_nce(model, a, b), X, Z)  # warnings are errors here
+
+
+def test_a_step_warns_of_what_losses_draw():
+    model, optimizer = make()
+    with pytest.warns(UserWarning, match=r"mixup"):
+        optimizer.step(lambda x, y: mixup(model, x, y), X, Y)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8)], ids=["Dropout", "norm"])
+def test_no_warning_where_samples_have_no_losses_of_their_own(layer):
+    model, optimizer = make(nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 4)))
+    optimizer.step(lambda x, y: cross_entropy(model, x, y), X, Y)
+
+
+def test_the_first_step_that_selects_is_compared():
+    model, optimizer = make(perturb=Between(1, None))
+    coupled = lambda a, b: info_nce(model, a, b)  # noqa: E731
+    optimizer.step(coupled, X, Z)  # a base step
+    with pytest.warns(UserWarning, match="the same loss whichever"):
+        optimizer.step(coupled, X, Z)
+
+
+def test_with_every_sample_nothing_is_compared():
+    model, optimizer = make(gamma=1.0)
+    optimizer.step(lambda x, y: mixup(model, x, y), X, Y)
+
+
+# -- models in which no comparison is possible -----------------------------------------------------
+
+
+class Normalised(nn.Module):
+    """A BatchNorm of another library."""
+
+
+class BatchRenorm1d(Normalised):
+    pass
+
+
+class FrozenBatchNorm2d(Normalised):
+    pass
+
+
+class DropPath(nn.Module):
+    def __init__(self, drop_prob=0.1):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+class Attention(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        self.attention_dropout = dropout
+
+
+MODELS = {
+    "plain": (nn.Linear(2, 2), True, True),
+    "LayerNorm": (nn.LayerNorm(2), True, True),
+    "BatchNorm": (nn.BatchNorm2d(2), False, False),
+    "a lazy BatchNorm": (nn.LazyBatchNorm1d(), False, False),
+    "another library's": (BatchRenorm1d(), False, False),
+    "a frozen one": (FrozenBatchNorm2d(), True, True),
+    "BatchNorm in evaluation": (nn.BatchNorm2d(2).eval(), True, True),
+    "Dropout": (nn.Dropout(0.1), True, False),
+    "Dropout of nothing": (nn.Dropout(0.0), True, True),
+    "Dropout in evaluation": (nn.Dropout(0.5).eval(), True, True),
+    "DropPath": (DropPath(), True, False),
+    "DropPath of nothing": (DropPath(0.0), True, True),
+    "an LSTM": (nn.LSTM(2, 2, 2, dropout=0.2), True, False),
+    "attention": (Attention(0.1), True, False),
+    "attention without": (Attention(0.0), True, True),
+    "MultiheadAttention": (nn.MultiheadAttention(2, 1, dropout=0.1), True, False),
+    "RReLU": (nn.RReLU(), True, False),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_in_which_samples_have_losses_of_their_own(kind):
+    module, silent, drawing = MODELS[kind]
+    model = nn.Sequential(nn.Linear(2, 2), module)
+    model.training = True
+    assert comparable(model, drew=False) == silent
+    assert comparable(model, drew=True) == drawing
