@@ -83,6 +83,24 @@ def test_nothing_is_asked_of_a_batch_without_marks():
     assert all(a is b for a, b in zip(args, odd, strict=True))
 
 
+def test_what_holds_itself():
+    """A tree whose nodes know their parents: whole for gamma=1, and refused otherwise."""
+    node = {"x": table(5)}
+    node["children"] = [{"parent": node}]
+    args, _ = Samples().bare(((node, Whole(table(5))), {}))
+    assert args[0] is node and torch.equal(args[1], table(5))
+    assert detached(node)["children"][0]["parent"] is not None
+    with pytest.raises(
+        ESAMTypeError, match=r"must not hold itself.*take=.*Received: a (dict|list)"
+    ):
+        Samples().check(((node,), {}), 5)
+    samples = Samples()
+    samples.check(((Whole(node), table(5)), {}), 5)
+    assert samples.take(((Whole(node), table(5)), {}), CHOSEN, 5)[0][0] is node
+    node["x"] = table(3)
+    assert samples.take(((table(5), [node] * 5), {}), CHOSEN, 5)[0][1][1] is node  # a sample each
+
+
 def test_the_note_says_what_was_taken_apart():
     samples, batch = Samples(), ((table(5), "text"), {"y": list("abcde")})
     samples.check(batch, 5)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch.containers import INSIDE, mapped
+from esam_torch.containers import INSIDE, NestedTooDeepError, mapped
 from esam_torch.entries import Index, described, entries, items
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading
@@ -50,7 +50,7 @@ class Samples:
 
     def bare(self, batch: Batch) -> Batch:
         """Return the batch as `losses` gets it: `Rows` and `Whole` replaced by their values."""
-        return _each(batch, lambda x, _: x.value if isinstance(x, Rows | Whole) else INSIDE)
+        return _each(batch, _unmarked, endless=True)
 
     def check(self, batch: Batch, b: int) -> None:
         """Refuse a batch from which samples cannot be taken with certainty.
@@ -110,13 +110,33 @@ class Samples:
         return reader
 
 
-def _each(batch: Batch, visit: Callable[[Any, str], Any]) -> Batch:
-    """Return the arguments with what `visit` puts in the place of each value inside them."""
+def _each(batch: Batch, visit: Callable[[Any, str], Any], *, endless: bool = False) -> Batch:
+    """Return the arguments with what `visit` puts in the place of each value inside them.
+
+    Args:
+        batch: the arguments.
+        visit: as in `mapped`.
+        endless: whether an argument that holds itself stays as it is. If not, it is refused.
+    """
+
+    def new(x: Any, path: str) -> Any:
+        try:
+            return mapped(x, visit, path)
+        except NestedTooDeepError:
+            if endless:
+                return x
+            raise
+
     args, kwargs = batch
     return (
-        tuple(mapped(x, visit, f"batch[{i}]") for i, x in enumerate(args)),
-        {name: mapped(x, visit, name) for name, x in kwargs.items()},
+        tuple(new(x, f"batch[{i}]") for i, x in enumerate(args)),
+        {name: new(x, name) for name, x in kwargs.items()},
     )
+
+
+def _unmarked(x: Any, _: str) -> Any:
+    """Return the value of what is marked."""
+    return x.value if isinstance(x, Rows | Whole) else INSIDE
 
 
 def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: bool = False) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from esam_core import ESAMTypeError
+from esam_torch.marks import WAYS_OUT
 
 __all__ = [
     "INSIDE",
@@ -25,9 +26,17 @@ __all__ = [
 #: What a visitor returns to be asked for the parts of a container, one by one.
 INSIDE: Any = object()
 
+#: How deep containers may stand in each other: one that holds itself has no end.
+_DEEPEST = 50
+
 
 def mapped(
-    tree: Any, visit: Callable[[Any, str], Any], path: str = "batch", *, strict: bool = True
+    tree: Any,
+    visit: Callable[[Any, str], Any],
+    path: str = "batch",
+    *,
+    strict: bool = True,
+    depth: int = 0,
 ) -> Any:
     """Return a nest of containers with other things in it; itself where nothing is changed.
 
@@ -37,9 +46,11 @@ def mapped(
             INSIDE to be asked for the parts of the node. A node without parts then stays.
         path: the place of `tree`.
         strict: whether to refuse a container that cannot be made anew. If not, it stays.
+        depth: how many containers `tree` stands in.
 
     Raises:
-        ESAMTypeError: `strict`, and a container of another library cannot be made anew.
+        ESAMTypeError: `strict`, and a container of another library cannot be made anew, or one
+            holds itself.
     """
     found = visit(tree, path)
     if found is not INSIDE:
@@ -47,7 +58,17 @@ def mapped(
     inside = parts(tree)
     if inside is None:
         return tree
-    values = [mapped(value, visit, path + place, strict=strict) for place, value in inside]
+    if depth == _DEEPEST:
+        if not strict:
+            return tree
+        raise NestedTooDeepError(
+            f"`{path[:60]}...` must not hold itself, nor containers in each other more than "
+            f"{_DEEPEST} deep. {WAYS_OUT} Received: a {type(tree).__name__}."
+        )
+    values = [
+        mapped(value, visit, path + place, strict=strict, depth=depth + 1)
+        for place, value in inside
+    ]
     if all(new is old for new, (_, old) in zip(values, inside, strict=True)):
         return tree
     twin = _rebuilt(tree, inside, values)
@@ -57,9 +78,12 @@ def mapped(
         return tree
     raise ESAMTypeError(
         f"`{path}` is a {type(tree).__name__}, of which no copy with other values can be made. "
-        "Pass its values as arguments of their own, or give ESAM "
-        "take=function(batch, indices), which returns the selected samples."
+        f"Pass its values as arguments of their own. {WAYS_OUT}"
     )
+
+
+class NestedTooDeepError(ESAMTypeError):
+    """A container holds itself, or too many others in each other."""
 
 
 def detached(tree: Any) -> Any:

@@ -224,12 +224,13 @@ class Reader:
 
     # -- looking for rows -------------------------------------------------------------------------
 
-    def _holds_rows(self, x: Any, *, lists: bool = True) -> bool:
+    def _holds_rows(self, x: Any, *, lists: bool = True, depth: int = 8) -> bool:
         """Return whether something has b rows, or holds something that has.
 
         Args:
             x: anything.
             lists: whether a list of length b counts as well.
+            depth: how deep to look.
         """
         if isinstance(x, Tensor | np.ndarray):
             return bool(x.ndim) and len(x) == self.b
@@ -239,7 +240,9 @@ class Reader:
             return bool(x.batch_size[:1] == (self.b,))
         if lists and isinstance(x, list | tuple) and not is_record(x) and len(x) == self.b:
             return True
-        return any(self._holds_rows(value, lists=lists) for _, value in parts(x) or ())
+        return depth > 0 and any(
+            self._holds_rows(value, lists=lists, depth=depth - 1) for _, value in parts(x) or ()
+        )
 
     def _rows_within(self, x: Any, depth: int = 3) -> str | None:
         """Return the name of an attribute of an object that is or holds a tensor with b rows."""
