@@ -7,7 +7,7 @@ differ there, the descent follows another loss than the one that was selected by
 import torch
 from torch import Tensor, nn
 
-__all__ = ["comparable", "disagreement"]
+__all__ = ["buffer_versions", "comparable", "disagreement"]
 
 #: Mean differences that rounding does not make, in half precision either, where another number of
 #: rows may take another kernel: as shares of the mean loss and of the losses' standard deviation.
@@ -18,7 +18,12 @@ _OF_THE_MEAN, _OF_THE_SPREAD, _AT_LEAST = 0.02, 0.25, 0.001
 _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
 
-def comparable(model: nn.Module, *, drew: bool) -> bool:
+def buffer_versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Return which floating-point buffers a model has, and how often each has been written to."""
+    return [(id(b), b._version) for b in model.buffers() if b.is_floating_point()]
+
+
+def comparable(model: nn.Module, *, drew: bool, wrote: bool) -> bool:
     """Return whether losses of the same samples must agree between the two passes.
 
     They need not where BatchNorm makes the samples depend on each other, and where dropout does:
@@ -28,13 +33,14 @@ def comparable(model: nn.Module, *, drew: bool) -> bool:
         model: what `losses` calls.
         drew: whether the generators were in another state after a forward than before it. If they
             were and no module of the model draws, `losses` itself does, which is worth a warning.
+        wrote: whether a forward wrote to buffers, as everything does that keeps statistics.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
-        >>> comparable(net, drew=True), comparable(net.eval(), drew=True)
+        >>> comparable(net, drew=True, wrote=False), comparable(net.eval(), drew=True, wrote=False)
         (False, True)
     """
-    return not any(
+    return not wrote and not any(
         _couples(module) or (drew and _draws(module))
         for module in model.modules()
         if module.training
