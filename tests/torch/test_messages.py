@@ -105,25 +105,27 @@ def test_a_dictionary_with_a_loss():
 TWO_LINES = r"two lines: losses = lambda inputs, targets: .*optimizer\.step\(losses, inputs, targ"
 
 
-def test_a_closure():
+@pytest.mark.parametrize("number", [False, True], ids=["tensor", "number"])
+def test_a_closure(number):
     model, optimizer = make()
     x, y = batch()
-    optimizer.step(losses_of(model), x, y)
 
     def closure():
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
-        return loss
+        return loss.item() if number else loss
 
-    refuses(optimizer, closure, match=rf"{TWO_LINES}.*Received: shape \(\)", model=model)
-    refuses(
-        optimizer,
-        lambda: closure().item(),
-        error=ESAMTypeError,
-        match=rf"{TWO_LINES}.*Received: float",
-        model=model,
-    )
+    weights = copy.deepcopy(list(model.parameters()))
+    with pytest.raises(
+        ESAMTypeError, match=r"loss = optimizer\.loss\(losses, .*loss\.backward\(\);"
+    ):
+        optimizer.step(closure)
+    with pytest.raises(
+        (ESAMValueError, ESAMTypeError), match=rf"{TWO_LINES}.*Received: (sh|float)"
+    ):
+        optimizer.backward(closure)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
 def test_a_mean_is_no_closure_where_there_is_a_batch():
@@ -203,27 +205,30 @@ def test_wrappers_of_plain_optimizers_are_bases():
 # -- computed outside `losses` -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["an argument", "in the closure"])
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_features_computed_outside(gamma):
+def test_features_computed_outside(gamma, given):
     model = nn.ModuleDict({"encoder": nn.Linear(4, 6), "head": nn.Linear(6, 3)})
-    _, optimizer = make(model, gamma=gamma)
+    _, optimizer = make(model, gamma=gamma, select=None)
     x, y = torch.randn(8, 4), torch.arange(8) % 3
     features = model["encoder"](x).tanh()
 
-    def losses(features, y):
-        return F.cross_entropy(model["head"](features), y, reduction="none")
+    def losses(y, *arguments):
+        (inputs,) = arguments or (features[: len(y)],)
+        return F.cross_entropy(model["head"](inputs), y, reduction="none")
 
+    arguments = (features,) if given else ()
     message = refuses(
         optimizer,
         losses,
-        features,
         y,
+        *arguments,
         error=ESAMRuntimeError,
-        match=r"computed outside `losses`.*Compute it inside `losses`",
+        match=r"Compute it inside `losses`, or detach it",
         model=model,
     )
     assert "retain_graph" not in message
-    optimizer.step(losses, features.detach(), y)
+    optimizer.step(losses, y, features.detach())
 
 
 def test_a_second_backward_within_losses_is_the_users_own():

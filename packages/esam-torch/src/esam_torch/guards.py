@@ -28,6 +28,13 @@ class RandomState:
             if device.type not in ("cpu", "meta")
         ]
 
+    def moved(self) -> bool:
+        """Return whether a generator is not where it was."""
+        now = RandomState(device for device, _ in self._others)
+        then = [self._cpu, *(state for _, state in self._others)]
+        found = [now._cpu, *(state for _, state in now._others)]
+        return not all(map(torch.equal, then, found))
+
     def restore(self) -> None:
         """Put every generator back to where it was."""
         torch.set_rng_state(self._cpu)

@@ -250,6 +250,12 @@ class Run:
         self.skipped = self.skipped or result.report.skipped
         if result.rounded is not None:
             self._warn_of_rounding(float(result.rounded))
+        if result.disagreement is not None:
+            self._note_once("agreement", result.disagreement)
+        if (
+            result.report.perturbed_losses is not None
+        ):  # one comparison a run: the host waits for it
+            self._noted.add("agreement")
         self.count += 1
 
     def _task(
@@ -272,6 +278,7 @@ class Run:
             prune=self._prunes(losses, layout, targets),
             watch_rounding="rounding" not in self._noted
             and any(is_half(t) for t in targets.tensors),
+            compare="agreement" not in self._noted and config.select.score == "increase",
             before_descent=before_descent,
         )
 

@@ -7,6 +7,7 @@ buffers and random state are as they were.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from esam_core import ESAMConfig, ESAMValueError, Mask, NonFiniteError, StepReport
 from esam_core.selectors import subset_size
+from esam_torch.agreement import buffer_versions, comparable, disagreement
 from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.batch import Batch, Samples
 from esam_torch.containers import detached
@@ -54,6 +56,7 @@ class Task:
         count: the number of this ascent.
         prune: whether to compute no gradients of what is not perturbed, in the ascent.
         watch_rounding: whether to measure how much of the perturbation rounds away.
+        compare: whether to compare the selected samples' losses in the descent with those before.
         before_descent: called when only the last backward is left to be run.
     """
 
@@ -67,6 +70,7 @@ class Task:
     count: int
     prune: bool = True
     watch_rounding: bool = False
+    compare: bool = False
     before_descent: Callable[[], None] | None = None
 
     @property
@@ -84,11 +88,13 @@ class StepResult:
             everywhere if the step is skipped.
         report: what the step saw.
         rounded: the share of the perturbation that rounded away, 0-d, if it was asked for.
+        disagreement: what the comparison says against `losses`, if it was asked for.
     """
 
     gradients: Sequence[Tensor | None]
     report: StepReport
     rounded: Tensor | None = None
+    disagreement: str | None = None
 
 
 class Step:
@@ -105,6 +111,8 @@ class Step:
         self._losses = losses
         self._batch = batch
         self._weights: Weights | None = None
+        self._comparable = False
+        self._disagreement: str | None = None
         self._values: Tensor
         self._mean: Tensor
         self._outputs: Any
@@ -122,9 +130,14 @@ class Step:
         self._autocast = Autocast(layout.devices)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
+        versions = buffer_versions(self.task.model) if self.task.compare else []
         try:
             with self._climbing():
                 self._values, self._outputs = self._forward(self.task.samples.bare(self._batch))
+            if self.task.compare:
+                wrote = buffer_versions(self.task.model) != versions
+                drew = self._random.moved()
+                self._comparable = comparable(self.task.model, drew=drew, wrote=wrote)
             if self.task.perturbs and self._selected < len(self._values):
                 self.task.samples.check(self._batch, len(self._values))
             self._mean = self._values.mean()
@@ -203,13 +216,14 @@ class Step:
                     task.config.select, before, after, seed=task.config.seed, count=task.count
                 )
             self._random.restore()
-            gradients = self._descent(b, selected, finite, scale, inputs)
+            gradients = self._descent(b, selected, finite, scale, inputs, after)
         finally:
             weights.restore()
             self._weights_changed()
         buffers.restore()
         random.restore()
-        return StepResult(gradients, self._report(before, after, selected, ascent), rounded)
+        report = self._report(before, after, selected, ascent)
+        return StepResult(gradients, report, rounded, self._disagreement)
 
     def _ascent(self, scale: Tensor) -> Ascent:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
@@ -249,6 +263,7 @@ class Step:
         finite: Tensor,
         scale: Tensor,
         inputs: Sequence[Tensor],
+        after: Tensor | None,
     ) -> Sequence[Tensor | None]:
         """Return the gradient of the weighted losses of the selected samples at theta + epsilon."""
         samples = self.task.samples
@@ -265,6 +280,8 @@ class Step:
                 part = samples.take(self._batch, selected.indices, b)
                 with noted(samples.note(self._batch, k, b), Exception):
                     values, _ = self._forward(part, expected=k)
+                if self._comparable and after is not None:
+                    self._disagreement = disagreement(after, selected.indices, values)
                 total = (selected.weights * values).sum()
         if self.task.before_descent is not None:
             self.task.before_descent()
@@ -353,7 +370,7 @@ class Step:
             skipped=True,
             outputs=result.report.outputs,
         )
-        return StepResult([None] * len(result.gradients), report, result.rounded)
+        return dataclasses.replace(result, gradients=[None] * len(result.gradients), report=report)
 
     def _base_report(self) -> StepReport:
         """Return what a step without a perturbation saw."""
