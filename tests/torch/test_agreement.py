@@ -211,6 +211,14 @@ def test_no_warning_where_samples_have_no_losses_of_their_own(layer):
     optimizer.step(lambda x, y: cross_entropy(model, x, y), X, Y)
 
 
+def test_buffers_made_in_inference_mode_are_not_counted():
+    with torch.inference_mode():
+        table = torch.ones(4)
+    model, optimizer = make()
+    model.register_buffer("table", table)
+    optimizer.step(lambda x, y: cross_entropy(model, x * model.table.clone(), y), X, Y)
+
+
 def test_the_first_step_that_selects_is_compared():
     model, optimizer = make(perturb=Between(1, None))
     coupled = lambda a, b: info_nce(model, a, b)  # noqa: E731

@@ -7,6 +7,8 @@ differ there, the descent follows another loss than the one that was selected by
 import torch
 from torch import Tensor, nn
 
+from esam_torch.compat import BATCH_NORM, times_written
+
 __all__ = ["buffer_versions", "comparable", "disagreement"]
 
 #: Mean differences that rounding does not make, in half precision either, where another number of
@@ -20,7 +22,7 @@ _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
 def buffer_versions(model: nn.Module) -> list[tuple[int, int]]:
     """Return which floating-point buffers a model has, and how often each has been written to."""
-    return [(id(b), b._version) for b in model.buffers() if b.is_floating_point()]
+    return [(id(b), times_written(b)) for b in model.buffers() if b.is_floating_point()]
 
 
 def comparable(model: nn.Module, *, drew: bool, wrote: bool) -> bool:
@@ -50,7 +52,7 @@ def comparable(model: nn.Module, *, drew: bool, wrote: bool) -> bool:
 def _couples(module: nn.Module) -> bool:
     """Return whether a module in training is a BatchNorm of whatever library."""
     name = type(module).__name__.lower()
-    derived = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    derived = isinstance(module, BATCH_NORM)
     return derived or ("batch" in name and "norm" in name and "frozen" not in name)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "fsdp_parameter_groups",
     "is_compiled_function",
     "saves_state_dict_hooks",
+    "times_written",
     "untraced",
     "without_hooks",
 ]
@@ -28,6 +29,11 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a module's own buffers by name, to be read and written: `named_buffers` copies."""
     return module._buffers
+
+
+def times_written(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to in place; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def compiled_original(module: Any) -> nn.Module | None:
