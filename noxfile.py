@@ -273,7 +273,7 @@ def tests_torch_lowest(session: nox.Session) -> None:
 def tests_torch_newest(session: nox.Session) -> None:
     """esam-torch's tests with the newest torch, torchvision and timm."""
     python = python_of(session, "torch-newest", "trainers")
-    run_pytest(session, python, "tests/torch", "packages/esam-torch/src")
+    run_pytest(session, python, "tests/torch", "tests/zoo", "packages/esam-torch/src")
 
 
 @nox.session(venv_backend="none")
