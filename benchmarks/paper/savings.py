@@ -26,7 +26,6 @@ from benchmarks.published import SAVINGS, SAVINGS_CONSTANTS
 from benchmarks.report import write_json, write_tables
 from esam_core import Bernoulli, Unit
 from esam_core.savings import SavingsFit, fit_savings, savings
-from esam_torch.ascent import ascent_gradients
 
 __all__ = ["printed_fit", "table4", "table5"]
 
@@ -52,6 +51,11 @@ def _mlp(layers: int, width: int, *, bias: bool) -> nn.Module:
     return nn.Sequential(*parts)
 
 
+def masked_gradients(loss: Tensor, chosen: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients of the masked tensors, and compute no others."""
+    return torch.autograd.grad(loss, chosen)
+
+
 def _measure(
     layers: int, betas: Sequence[float], options: argparse.Namespace, *, bias: bool
 ) -> list[dict[str, float]]:
@@ -66,7 +70,7 @@ def _measure(
     def ascent(chosen: list[Tensor]) -> None:
         loss = F.cross_entropy(model(x), y)
         if chosen:
-            ascent_gradients(loss, chosen)
+            masked_gradients(loss, chosen)
 
     def drawn(beta: float, count: int) -> list[Tensor]:
         mask = Bernoulli(beta).draw(units, seed=layers, count=count)

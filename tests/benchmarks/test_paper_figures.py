@@ -107,14 +107,14 @@ def test_what_a_small_mask_saves_is_most_of_the_time_and_of_the_flops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
-    real = savings.ascent_gradients
+    real = savings.masked_gradients
 
     def gradients(loss: torch.Tensor, chosen: list[torch.Tensor]) -> None:
         now[0] += len(chosen)  # a tensor takes a second, and the forward pass no time
         real(loss, chosen)
 
     monkeypatch.setattr(savings, "time", SimpleNamespace(process_time=lambda: now[0]))
-    monkeypatch.setattr(savings, "ascent_gradients", gradients)
+    monkeypatch.setattr(savings, "masked_gradients", gradients)
     options = argparse.Namespace(width=8, batch=4, repeats=5, masks=20)
     small, large = savings._measure(8, [0.25, 0.9], options, bias=False)
     assert small["time_saved"] == pytest.approx(0.75, abs=0.1)
