@@ -108,13 +108,17 @@ def vectors(b: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(b, 8, generator=generator), torch.arange(b) % 10
 
 
-def flops(model: nn.Module, batch: tuple[torch.Tensor, ...], steps: int = 1, **options) -> float:
+def flops(
+    model: nn.Module, batch: tuple[torch.Tensor, ...], steps: int = 1, momentum=0.0, **options
+) -> float:
     """Return the counted operations of a step, averaged; blocks are found before the count."""
 
     def losses(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(inputs), targets, reduction="none")
 
-    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.01), model, **options)
+    optimizer = ESAM(
+        torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum), model, **options
+    )
     optimizer.step(losses, *batch)
     with FlopCounterMode(display=False) as counter:
         for _ in range(steps):

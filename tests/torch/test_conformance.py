@@ -19,6 +19,6 @@ def test_cuda(run):
     run()
 
 
-def test_what_cannot_be_shown_is_declared():
-    assert set(adapter.gaps) == {"ascend", "check_schedule_that_scales_rho"}
+def test_no_gaps_are_declared():
+    assert not adapter.gaps
     assert adapter.dtypes == ("float64", "float32")

@@ -9,7 +9,7 @@ from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
 
 import esam_torch.step
 from esam_core import Proportional
-from esam_torch import ESAM, Everything, Suffix
+from esam_torch import ESAM, Everything, Part, Previous, Suffix
 from esam_torch.batch import Samples
 from esam_torch.guards import Weights
 
@@ -260,15 +260,20 @@ class InterruptAtLine:
         ({"perturb": Suffix("hidden"), "gamma": 0.5}, "contextlib.py", 1),
         ({"perturb": Suffix("hidden"), "gamma": 1.0}, "", 37),
         ({"perturb": Everything(), "gamma": 0.5}, "", 37),
+        ({"perturb": Everything(), "gamma": 0.5, "ascend": Part(0.5)}, "", 41),
+        ({"perturb": Everything(), "gamma": 0.5, "ascend": Previous()}, "", 41),
     ],
-    ids=["suffix", "suffix, in and out of contexts", "suffix, whole batch", "everything"],
+    ids=[
+        *("suffix", "suffix, in and out of contexts", "suffix, whole batch", "everything"),
+        *("a part", "the previous gradient"),
+    ],
 )
 def test_an_interrupt_at_any_line(options, only, every):
     """Nothing stays patched, and all is as before the call, or as after it: never between."""
     lines = 0
     for n in range(1, 10_000, every):
         model, optimizer = make(**options)
-        optimizer.backward(losses_of(model), *batch(seed=3))  # which watches the blocks, once
+        optimizer.step(losses_of(model), *batch(seed=3))  # which watches the blocks, once
         count, before = optimizer.count, Snapshot(model, optimizer)
         clean = {name: set(vars(m)) for name, m in model.named_modules()}
         losses, (x, y) = losses_of(model), batch(seed=4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch.containers import INSIDE, NestedTooDeepError, mapped
+from esam_torch.containers import INSIDE, NestedTooDeepError, is_container, is_record, mapped
 from esam_torch.entries import Index, described, entries, items
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading
@@ -77,6 +77,29 @@ class Samples:
             _each(batch, functools.partial(_taken, reader, Index(torch.tensor([0, 1]))))
             self._readings = {**self._readings, **reader.before}
 
+    def size(self, batch: Batch) -> int | None:
+        """Return how many samples a batch holds, where that is certain before `losses` is called.
+
+        It is where a value is marked with `Rows`, and where values in the places that held the
+        samples of an earlier batch agree. Else None.
+        """
+        found: set[int] = set()
+
+        def visit(x: Any, path: str) -> Any:
+            if isinstance(x, Rows):
+                found.update(_lengths(x.value, path))
+                return x
+            if isinstance(x, Whole):
+                return x
+            kinds = ("table", "list", "object")
+            read = [self._readings[path, kind] for kind in kinds if (path, kind) in self._readings]
+            if Reading.ROWS in read or Reading.ITEMS in read:
+                found.add(len(x))
+            return x if read and Reading.PARTS not in read else INSIDE
+
+        _each(batch, visit)
+        return found.pop() if len(found) == 1 else None
+
     def take(self, batch: Batch, indices: Tensor, b: int) -> Batch:
         """Return the selected samples of a batch that `check` has accepted.
 
@@ -108,6 +131,22 @@ class Samples:
         reader = Reader(b, self._readings)
         _each(batch, functools.partial(_taken, reader, None))
         return reader
+
+
+def _lengths(x: Any, path: str) -> list[int]:
+    """Return the lengths of all that is in a value marked with `Rows`."""
+    found: list[int] = []
+
+    def visit(value: Any, _: str) -> Any:
+        simple = isinstance(value, list | tuple) and not is_record(value)
+        if is_container(value) and not simple:
+            return INSIDE
+        if hasattr(value, "__len__"):
+            found.append(len(value))
+        return value
+
+    mapped(x, visit, path, strict=False)
+    return found
 
 
 def _each(batch: Batch, visit: Callable[[Any, str], Any], *, endless: bool = False) -> Batch:

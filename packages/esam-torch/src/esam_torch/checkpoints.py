@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from esam_core import ESAMConfig, Everything
+from esam_core import ESAMConfig, Everything, Previous
 from esam_core.config import component_to_dict
 from esam_torch.compat import saves_state_dict_hooks
+from esam_torch.inspection import parameters_of
 from esam_torch.run import Run
 
 __all__ = ["load_state", "state_of"]
@@ -25,6 +26,8 @@ def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
         # A budget that has been spent is in the configuration, as its sampler and selector.
         "budget": run.budget if run.plan is None else None,
     }
+    if isinstance(run.config.ascend, Previous):
+        state["esam"]["direction"] = dict(run.memory.gradients)
     for after in hooks["after saving"]:
         changed = after(optimizer, state)
         state = state if changed is None else changed
@@ -43,6 +46,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     if own is not None:  # all that can be refused comes first
         config, count = _loaded(own["config"], config), int(own["count"])
         budget, plan = own.get("budget"), None
+        run.memory.load(own.get("direction", {}), parameters_of(run.model, run.base.param_groups))
     run.base.load_state_dict(state)
     run.resume(config, count, budget, plan)
     for after in hooks["after loading"]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esam_core import Batch as WholeBatch
 from esam_core import StepReport
 from esam_core.conformance.adapter import Fault, Observed
 from esam_core.problem import (
@@ -150,10 +151,13 @@ class TorchSession:
         return values
 
     def find_blocks(self, batch: Batch) -> None:
-        """Have the one forward made that finds the blocks: it is no pass of any step."""
+        """Have the forwards made that find the blocks and the samples: no pass of any step."""
         if self.esam is not None:
             self.fault = None
-            self.esam._run.layout(self.losses, (self.tensors(batch), {}))
+            run, given = self.esam._run, (self.tensors(batch), dict[str, Any]())
+            layout = run.layout(self.losses, given)
+            if self.esam.config.ascend != WholeBatch():
+                run.counter.count(self.model, layout, self.losses, given)
 
     def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return a batch as torch has it."""
@@ -206,6 +210,7 @@ class TorchSession:
             perturbed=report.perturbed,
             perturbation_norm=float(report.perturbation_norm),
             gradient_norm=None if report.gradient_norm is None else float(report.gradient_norm),
+            part=shown(report.part),
             gradient={n: g - earlier.get(n, 0.0) for n, g in self.gradients().items()},
             passes=tuple(self.passes),
         )
@@ -276,10 +281,7 @@ class TorchAdapter:
 
     dtypes: tuple[str, ...] = ("float64", "float32")
     conventions = Conventions()
-    gaps: Mapping[str, str] = {
-        "ascend": "not implemented yet",
-        "check_schedule_that_scales_rho": "not implemented yet",
-    }
+    gaps: Mapping[str, str] = {}
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)

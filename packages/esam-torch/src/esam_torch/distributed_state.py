@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from esam_core import ESAMTypeError
+from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.inspection import parameters_of
 from esam_torch.optimizer import ESAM
 
 __all__ = ["DistributedState"]
@@ -58,7 +59,10 @@ class DistributedState:
         self._options = options
 
     def state_dict(self) -> dict[str, Any]:
-        """Return "model", "optim" (the base optimizer's), both as torch has them, and "esam"."""
+        """Return "model", "optim" (the base optimizer's), both as torch has them, and "esam".
+
+        With `ascend=Previous()` also "direction", by the parameters' names.
+        """
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         model, optimizer = get_state_dict(
@@ -66,8 +70,34 @@ class DistributedState:
         )
         # One string, for torch loads into the entries that it finds in the fresh objects: another
         # sampler has other options.
-        own = json.dumps(self._optimizer.state_dict()["esam"])
-        return {"model": model, "optim": optimizer, "esam": own}
+        own = self._optimizer.state_dict()["esam"]
+        kept = own.pop("direction", None)
+        if kept is not None:
+            self._check_options()
+        state = {"model": model, "optim": optimizer}
+        if kept is not None:
+            # Of every parameter: a fresh run has to offer a place to load into, and does not know
+            # yet which of them its sampler can perturb.
+            own["direction"] = list(kept)
+            state["direction"] = {
+                name: kept.get(name, torch.zeros_like(p.detach()))
+                for name, p in self._named_parameters()
+            }
+        return {**state, "esam": json.dumps(own)}
+
+    def _named_parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """Return the optimizer's parameters with their names."""
+        found = parameters_of(self._model, self._optimizer.param_groups)
+        return [(p.unit.name, p.tensor) for p in found]
+
+    def _check_options(self) -> None:
+        """Refuse options that torch has for the states that it knows alone."""
+        for name in ("full_state_dict", "broadcast_from_rank0"):
+            if getattr(self._options, name, False):
+                raise ESAMTypeError(
+                    f"With `ascend=Previous()`, `options` must be without {name}: the direction is "
+                    f"saved as it is sharded. Received: {name}=True."
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
@@ -90,5 +120,13 @@ class DistributedState:
         )
         loaded = base.state_dict()
         if own is not None:
-            loaded["esam"] = json.loads(own)
+            loaded["esam"] = entry = json.loads(own)
+            names = entry.pop("direction", [])
+            if names and "direction" not in state_dict:
+                raise ESAMValueError(
+                    "The checkpoint holds a direction, and the ESAM to load it into must be made "
+                    "with the same `ascend`. Received: "
+                    f"{self._optimizer.config.ascend!r}, and Previous() in the checkpoint."
+                )
+            entry["direction"] = {name: state_dict["direction"][name] for name in names}
         self._optimizer.load_state_dict(loaded)

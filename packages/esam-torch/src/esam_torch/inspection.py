@@ -1,7 +1,8 @@
 """What is known of a model: its parameters, blocks, costs and buffers, found once and kept."""
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from esam_torch.synchronisation import unsynchronised
 from esam_torch.targets import Options, Targets, find_targets
 from esam_torch.wrappers import bare_model
 
-__all__ = ["Layout", "Parameter", "lay_out", "parameters_of"]
+__all__ = ["Layout", "Parameter", "lay_out", "leaving_nothing", "parameters_of"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,26 @@ def buffers_of(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
     return [(module, names) for module, names in rows if names]
 
 
+@contextlib.contextmanager
+def leaving_nothing(
+    model: nn.Module,
+    devices: Sequence[torch.device],
+    buffers: Sequence[tuple[nn.Module, Sequence[str]]],
+) -> Iterator[None]:
+    """Run one more forward without a graph, as long as the context lasts, that leaves no traces."""
+    random = RandomState(devices)
+    before = Buffers(buffers)
+    try:
+        with (
+            unsynchronised(model),
+            noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
+        ):
+            yield
+    finally:
+        before.restore()
+        random.restore()
+
+
 def lay_out(
     model: nn.Module,
     groups: list[dict[str, Any]],
@@ -185,18 +206,8 @@ def lay_out(
     buffers = buffers_of(model)
     blocks = None
     if watch or chosen is not None or sampler.needs_blocks:
-        # One more forward without a graph, which leaves nothing behind.
-        random = RandomState(devices)
-        before = Buffers(buffers)
-        try:
-            with (
-                unsynchronised(model),
-                noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
-            ):
-                blocks = find_blocks(model, forward, chosen)
-        finally:
-            before.restore()
-            random.restore()
+        with leaving_nothing(model, devices, buffers):
+            blocks = find_blocks(model, forward, chosen)
         parameters = parameters_of(model, groups, blocks)
     return Layout(
         groups=[(group, tuple(group["params"])) for group in groups],

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import (
+    Batch,
+    Direction,
     ESAMConfig,
     ESAMRuntimeError,
     ESAMTypeError,
+    Momentum,
     Sampler,
     Selector,
     StepReport,
@@ -24,6 +27,7 @@ from esam_torch.bases import check_base, refuse_a_class_in_second_place
 from esam_torch.batch import Samples
 from esam_torch.compat import untraced
 from esam_torch.delegation import DelegatingOptimizer
+from esam_torch.directions import check_moment
 from esam_torch.groups import check_groups
 from esam_torch.losses import LossFunction
 from esam_torch.run import Run
@@ -50,6 +54,9 @@ class ESAM(DelegatingOptimizer):
         norm: "masked" (default), "estimated", "full" or "none": which norm the ascent gradient is
             divided by.
         norm_eps: added to that norm, finite, > 0. Default 1e-12.
+        ascend: along what to climb: the gradient of the batch (`Batch()`, default) or of a part of
+            it (`Part(share)`); or, which costs no pass, the gradient of the update before
+            (`Previous()`) or the base optimizer's first moment (`Momentum()`).
         seed: of masks and random selections, in [0, 2**63). Default 0.
         on_nonfinite: "propagate" (default), "skip" or "raise".
         blocks: the model's blocks in execution order, as modules or their names, for samplers that
@@ -105,6 +112,7 @@ class ESAM(DelegatingOptimizer):
         adaptive: bool = False,
         norm: Norm = "masked",
         norm_eps: float = 1e-12,
+        ascend: Direction | None = None,
         seed: int = 0,
         on_nonfinite: OnNonfinite = "propagate",
         blocks: Iterable[nn.Module | str] | None = None,
@@ -123,10 +131,13 @@ class ESAM(DelegatingOptimizer):
             adaptive=adaptive,
             norm=norm,
             norm_eps=norm_eps,
+            ascend=Batch() if ascend is None else ascend,
             seed=seed,
             on_nonfinite=on_nonfinite,
         )
         budget = checked_budget(budget, beta=beta, gamma=gamma, perturb=perturb, select=select)
+        if isinstance(config.ascend, Momentum):
+            check_moment(base_optimizer)
         check_groups(base_optimizer.param_groups)
         samples = Samples(take)
         super().__init__(Run(base_optimizer, model, config, samples, blocks=blocks, budget=budget))

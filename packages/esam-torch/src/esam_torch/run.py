@@ -4,6 +4,7 @@ Trainers copy an optimizer's attributes into wrappers of their own; the copies s
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -14,12 +15,16 @@ from esam_core import (
     ESAMConfig,
     ESAMRuntimeError,
     ESAMTypeError,
+    Previous,
     StepReport,
 )
 from esam_core.budget import Plan
 from esam_torch.ascent import leaves_behind
 from esam_torch.batch import Batch, Samples
 from esam_torch.compat import is_compiled_function
+from esam_torch.counting import SampleCounter
+from esam_torch.directions import Climb, Memory, find_climb
+from esam_torch.earlier import EarlierStep
 from esam_torch.groups import check_groups
 from esam_torch.guards import is_half
 from esam_torch.inspection import Layout, lay_out, parameters_of
@@ -27,9 +32,10 @@ from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
-from esam_torch.step import Step, StepResult, Task
+from esam_torch.step import Step
 from esam_torch.synchronisation import Ranks
 from esam_torch.targets import Options, Targets
+from esam_torch.task import StepResult, Task
 from esam_torch.wrappers import holds_compiled
 
 __all__ = ["Run"]
@@ -79,6 +85,8 @@ class Run:
         self.pending = False
         self.skipped = False
         self.samples = samples
+        self.memory = Memory()
+        self.counter = SampleCounter(samples, self._note_once)
         self._blocks = None if blocks is None else list(blocks)
         self._losses_computed = 0
         self._noted: set[str] = set()
@@ -109,11 +117,7 @@ class Run:
 
     # -- one step ---------------------------------------------------------------------------------
 
-    def loss(
-        self,
-        losses: LossFunction,
-        batch: Batch,
-    ) -> Tensor:
+    def loss(self, losses: LossFunction, batch: Batch) -> Tensor:
         """Return the mean loss at theta, whose backward makes the rest of a step."""
         if torch.is_grad_enabled():
             return self._begun(losses, batch)[1]
@@ -134,29 +138,26 @@ class Run:
         check_groups(self.base.param_groups)
         batch, leaves = with_own_leaves(batch, self.base.param_groups)
         task = self._task(losses, batch, before_descent)
-        step = Step(task, losses, batch)
-        mean = step.ascend()
+        step = (Step if task.climb.direction is None else EarlierStep)(task, losses, batch)
         try:
-            return step, self._seam(step, mean, leaves)
+            return step, self._seam(step, step.ascend(), leaves)
         except BaseException:
             step.undo()
             raise
 
     def _seam(self, step: Step, mean: Tensor, leaves: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the loss at theta with a backward that makes the rest of the step."""
-        task = step.task
+        task, value = step.task, step.value
         self._watch_strangers(mean, leaves, task.layout)
         natural = not task.perturbs and self.config.on_nonfinite == "propagate" and not leaves
         if natural:  # an ordinary step: the graph that is there gives its gradient
-            return loss_with_backward(
-                mean.detach(), [mean], once(lambda scale: self._base(step, scale))
-            )
+            return loss_with_backward(value, [mean], once(lambda scale: self._base(step, scale)))
         trained = [p for p in (*task.layout.tensors, *task.layout.others) if p.requires_grad]
         inputs = [*trained, *self._strangers, *(inner for _, inner in leaves)]
         outer = [*trained, *self._strangers, *(given for given, _ in leaves)]
         if not self._ranks.looks_for_unused:
             return loss_with_backward(
-                mean.detach(), outer, once(lambda scale: self._finish(step, scale, inputs))
+                value, outer, once(lambda scale: self._finish(step, scale, inputs))
             )
 
         # The descent's forward has told the ranks which parameters it does not use, and a backward
@@ -169,7 +170,7 @@ class Run:
             return [None, *found[len(trained) :]]
 
         reached = torch.zeros((), requires_grad=True)
-        return loss_with_backward(mean.detach(), [reached, *outer[len(trained) :]], once(gradients))
+        return loss_with_backward(value, [reached, *outer[len(trained) :]], once(gradients))
 
     def backward(
         self,
@@ -220,6 +221,8 @@ class Run:
                 raise ESAMTypeError(_CLOSURE)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False
+        if isinstance(self.config.ascend, Previous) and self._layout is not None and not skipped:
+            self.memory.updated(self._layout, self.config)
         updated = None if skipped else self.base.step()
         return updated if closure is None else result
 
@@ -252,9 +255,7 @@ class Run:
             self._warn_of_rounding(float(result.rounded))
         if result.disagreement is not None:
             self._note_once("agreement", result.disagreement)
-        if (
-            result.report.perturbed_losses is not None
-        ):  # one comparison a run: the host waits for it
+        if result.report.perturbed_losses is not None:  # one comparison a run: the host waits
             self._noted.add("agreement")
         self.count += 1
 
@@ -265,7 +266,15 @@ class Run:
         layout = self.layout(losses, batch)
         config = self.config
         mask = config.perturb.draw(layout.units, seed=config.seed, count=self.count)
-        targets = layout.targets(mask, Options(config.rho, config.adaptive))
+        options = Options(config.rho, config.adaptive)
+        targets = layout.targets(mask, options)
+        size = functools.partial(self.counter.count, self.model, layout, losses, batch)
+        climb = find_climb(
+            config, targets, self.memory, self.base, layout, count=self.count, size=size
+        )
+        if climb is None:  # nothing to climb along yet
+            mask = mask.within([False] * len(mask.perturbed))
+            climb, targets = Climb(), layout.targets(mask, options)
         return Task(
             model=self.model,
             config=config,
@@ -280,6 +289,7 @@ class Run:
             and any(is_half(t) for t in targets.tensors),
             compare="agreement" not in self._noted and config.select.score == "increase",
             before_descent=before_descent,
+            climb=climb,
         )
 
     def _prunes(self, losses: LossFunction, layout: Layout, targets: Targets) -> bool:

@@ -65,6 +65,7 @@ def systematic_indices(pi: Tensor, k: int, offset: float) -> Tensor:
 
 def select(
     selector: selectors.Selector,
+    b: int,
     losses: Tensor,
     perturbed_losses: Tensor | None,
     *,
@@ -75,12 +76,13 @@ def select(
 
     Args:
         selector: any selector of esam-core.
-        losses: (b,) losses at theta.
+        b: how many samples there are.
+        losses: (b,) losses at theta; of any length where the selector does not look at them.
         perturbed_losses: (b,) losses at theta + epsilon, or None where its score needs none.
         seed: in [0, 2**63).
         count: the number of the ascent, >= 0.
     """
-    b, device = len(losses), losses.device
+    device = losses.device
     k = selectors.subset_size(selector.gamma, b)
     even = torch.full((k,), 1.0 / k, device=device, dtype=losses.dtype)
     if selector.rule == "random":

@@ -40,6 +40,7 @@ def spend(budget: float, layout: Layout, model: nn.Module, config: ESAMConfig) -
         budget,
         norm=config.norm,
         perturbable=[perturbable(p) for p in every],
+        ascend=config.ascend,
     )
 
 

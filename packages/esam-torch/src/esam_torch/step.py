@@ -8,19 +8,19 @@ buffers and random state are as they were.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from esam_core import ESAMConfig, ESAMValueError, Mask, NonFiniteError, StepReport
-from esam_core.selectors import subset_size
+from esam_core import ESAMValueError, Momentum, NonFiniteError, Previous, StepReport
+from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import buffer_versions, comparable, disagreement
 from esam_torch.ascent import ascent_gradients, gradients_of
-from esam_torch.batch import Batch, Samples
+from esam_torch.batch import Batch
 from esam_torch.containers import detached
+from esam_torch.devices import placed
 from esam_torch.finiteness import all_finite, poisoned
 from esam_torch.guards import (
     Autocast,
@@ -30,71 +30,13 @@ from esam_torch.guards import (
     running_statistics,
     without_gradients,
 )
-from esam_torch.inspection import Layout
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, noted
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
-from esam_torch.synchronisation import Ranks
-from esam_torch.targets import Targets
+from esam_torch.task import StepResult, Task
 
-__all__ = ["Step", "StepResult", "Task"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a step works on.
-
-    Args:
-        model: what `losses` calls.
-        config: the hyperparameters.
-        layout: what is known of the model.
-        ranks: who else trains it.
-        samples: takes samples out of batches.
-        mask: the units that this step perturbs.
-        targets: what follows from it; nothing perturbed means an ordinary base step.
-        count: the number of this ascent.
-        prune: whether to compute no gradients of what is not perturbed, in the ascent.
-        watch_rounding: whether to measure how much of the perturbation rounds away.
-        compare: whether to compare the selected samples' losses in the descent with those before.
-        before_descent: called when only the last backward is left to be run.
-    """
-
-    model: nn.Module
-    config: ESAMConfig
-    layout: Layout
-    ranks: Ranks
-    samples: Samples
-    mask: Mask
-    targets: Targets
-    count: int
-    prune: bool = True
-    watch_rounding: bool = False
-    compare: bool = False
-    before_descent: Callable[[], None] | None = None
-
-    @property
-    def perturbs(self) -> bool:
-        """Whether anything is perturbed."""
-        return bool(self.targets.tensors)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step found.
-
-    Args:
-        gradients: ESAM's gradient of each input; None where the loss does not depend on it, and
-            everywhere if the step is skipped.
-        report: what the step saw.
-        rounded: the share of the perturbation that rounded away, 0-d, if it was asked for.
-        disagreement: what the comparison says against `losses`, if it was asked for.
-    """
-
-    gradients: Sequence[Tensor | None]
-    report: StepReport
-    rounded: Tensor | None = None
-    disagreement: str | None = None
+__all__ = ["Step"]
 
 
 class Step:
@@ -116,6 +58,8 @@ class Step:
         self._values: Tensor
         self._mean: Tensor
         self._outputs: Any
+        self._after_part: RandomState
+        self._expected = task.climb.batch_size
 
     # -- the two halves ---------------------------------------------------------------------------
 
@@ -130,21 +74,13 @@ class Step:
         self._autocast = Autocast(layout.devices)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
-        versions = buffer_versions(self.task.model) if self.task.compare else []
-        try:
-            with self._climbing():
-                self._values, self._outputs = self._forward(self.task.samples.bare(self._batch))
-            if self.task.compare:
-                wrote = buffer_versions(self.task.model) != versions
-                drew = self._random.moved()
-                self._comparable = comparable(self.task.model, drew=drew, wrote=wrote)
-            if self.task.perturbs and self._selected < len(self._values):
-                self.task.samples.check(self._batch, len(self._values))
-            self._mean = self._values.mean()
-        except BaseException:
-            self.undo()
-            raise
+        self._mean = self._first_pass()
         return self._mean
+
+    @property
+    def value(self) -> Tensor:
+        """The mean loss at theta, without its graph."""
+        return self._mean.detach()
 
     def finish(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Run what is left of the step, and return its gradient.
@@ -168,6 +104,8 @@ class Step:
 
     def undo(self) -> None:
         """Put back everything that the step may have changed."""
+        if not hasattr(self, "_synchronised"):
+            return  # the copies are not complete, and nothing has been changed
         for parameter in self._switched_off():
             parameter.requires_grad_(True)
         if self._weights is not None:
@@ -177,6 +115,38 @@ class Step:
         self._buffers.restore()
 
     # -- passes -----------------------------------------------------------------------------------
+
+    def _first_pass(self) -> Tensor:
+        """Return the mean loss at theta of the samples to climb along, with its graph."""
+        task = self.task
+        with self._climbing(), self._watching():
+            if task.climb.part is None or not task.perturbs:
+                self._values, self._outputs = self._forward(task.samples.bare(self._batch))
+            else:
+                self._values, self._outputs = self._forward_of(task.climb.part)
+                if not task.records_at_theta:
+                    self._buffers.restore()  # the descent writes them
+                self._after_part = RandomState(task.layout.devices)
+        self._expected = self._b
+        # A base step in place of one that climbs along an earlier direction, which must know the
+        # samples before its first pass: here they are known for nothing.
+        first = isinstance(task.config.ascend, Previous | Momentum)
+        if (task.perturbs or first) and self._selected < self._b:
+            task.samples.check(self._batch, self._b)
+        return self._values.mean()
+
+    def _forward_of(self, indices: Tensor) -> tuple[Tensor, Any]:
+        """Return what `_forward` returns for some samples of the batch.
+
+        One sample of several has no statistics of its own: BatchNorm uses the running ones.
+        """
+        samples, k, b = self.task.samples, len(indices), self._b
+        with contextlib.ExitStack() as stack:
+            if k == 1:
+                stack.enter_context(running_statistics(self.task.model))
+            part = samples.take(self._batch, indices, b)
+            stack.enter_context(noted(samples.note(self._batch, k, b), Exception))
+            return self._forward(part, expected=k)
 
     def _base_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Nothing is perturbed: the backward of the pass that has been run, and no more."""
@@ -189,13 +159,19 @@ class Step:
         """Passes 2 to 6 of the step."""
         task, random = self.task, RandomState(self.task.layout.devices)
         buffers = Buffers(task.layout.buffers)  # as the pass at theta has left them
-        b, k = len(self._values), self._selected
+        others_drew = not task.records_at_theta and self._after_part.moved()
+        b, k = self._b, self._selected
         with self._climbing():
             ascent = self._ascent(scale)
         # A clone: where a compiled model replays CUDA graphs, the next pass writes over the losses.
         before = self._values.detach().clone()
         del self._values, self._mean
         finite = ascent.finite
+        if task.climb.part is not None and needs_losses(task.config.select, b):
+            self._random.restore()
+            before = self._scored(before, task.climb.part)
+            buffers.restore()
+            finite = finite & torch.isfinite(before).all()
         self._weights = weights = Weights(task.targets.tensors)
         after: Tensor | None = None
         selected: Selected | None = None
@@ -207,21 +183,28 @@ class Step:
                 rounded = weights.rounded(ascent.perturbations)
             ascent.perturbations.clear()  # epsilon is in the weights; its memory is not needed
             if k < b:
-                if task.config.select.score == "increase":
+                if needs_perturbed_losses(task.config.select, b):
                     self._random.restore()
-                    after = self._selection(b)
+                    after = self._without_a_graph(b)
                     buffers.restore()  # BatchNorm may be about to read its running statistics
                     finite = finite & torch.isfinite(after).all()
                 selected = select(
-                    task.config.select, before, after, seed=task.config.seed, count=task.count
+                    task.config.select,
+                    b,
+                    before,
+                    after,
+                    seed=task.config.seed,
+                    count=task.count,
                 )
             self._random.restore()
-            gradients = self._descent(b, selected, finite, scale, inputs, after)
+            gradients = self._descent(selected, finite, scale, inputs, after)
         finally:
             weights.restore()
             self._weights_changed()
-        buffers.restore()
-        random.restore()
+        if task.records_at_theta:
+            buffers.restore()
+        if task.records_at_theta or others_drew:
+            random.restore()
         report = self._report(before, after, selected, ascent)
         return StepResult(gradients, report, rounded, self._disagreement)
 
@@ -246,19 +229,23 @@ class Step:
             weight_masks=draw_weight_masks(task.mask, targets.tensors),
         )
 
-    def _selection(self, b: int) -> Tensor:
-        """Return the (b,) losses at theta + epsilon; builds no graph."""
-        with (
-            torch.no_grad(),
-            self.task.ranks.apart(),
-            noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
-        ):
-            values, _ = self._forward(self.task.samples.bare(self._batch), expected=b)
-        return values.clone()
+    def _scored(self, losses: Tensor, part: Tensor) -> Tensor:
+        """Return the (b,) losses at theta: those of the part, and of the others without a graph."""
+        b = self._b
+        rest = torch.ones(b, dtype=torch.bool).index_fill_(0, part, False).nonzero().flatten()
+        places = placed(torch.cat([part, rest]).argsort(), losses.device)
+        return torch.cat([losses, self._without_a_graph(b, rest)]).index_select(0, places)
+
+    def _without_a_graph(self, b: int, indices: Tensor | None = None) -> Tensor:
+        """Return the losses of the batch, or of some of its samples, where the weights stand."""
+        without = noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
+        with torch.no_grad(), self.task.ranks.apart(), without:
+            if indices is not None:
+                return self._forward_of(indices)[0].clone()
+            return self._forward(self.task.samples.bare(self._batch), expected=b)[0].clone()
 
     def _descent(
         self,
-        b: int,
         selected: Selected | None,
         finite: Tensor,
         scale: Tensor,
@@ -266,28 +253,26 @@ class Step:
         after: Tensor | None,
     ) -> Sequence[Tensor | None]:
         """Return the gradient of the weighted losses of the selected samples at theta + epsilon."""
-        samples = self.task.samples
         with contextlib.ExitStack() as stack:
             if not self._synchronised:
                 stack.enter_context(self.task.ranks.apart())
-            if selected is None:
-                values, _ = self._forward(samples.bare(self._batch), expected=b)
-                total = values.mean()
-            else:
-                k = len(selected.indices)
-                if k == 1:
-                    stack.enter_context(running_statistics(self.task.model))
-                part = samples.take(self._batch, selected.indices, b)
-                with noted(samples.note(self._batch, k, b), Exception):
-                    values, _ = self._forward(part, expected=k)
-                if self._comparable and after is not None:
-                    self._disagreement = disagreement(after, selected.indices, values)
-                total = (selected.weights * values).sum()
+            total, values, _ = self._descent_loss(selected)
+            if self._comparable and selected is not None and after is not None:
+                self._disagreement = disagreement(after, selected.indices, values)
         if self.task.before_descent is not None:
             self.task.before_descent()
         # What was not finite must be seen in the gradient, even if the selected samples are not it.
         total = poisoned(total, finite & torch.isfinite(total.detach()))
         return self._gradients(total, scale, inputs)
+
+    def _descent_loss(self, selected: Selected | None) -> tuple[Tensor, Tensor, Any]:
+        """Return the weighted loss of the selected samples, their losses, and other outputs."""
+        if selected is None:
+            batch = self.task.samples.bare(self._batch)
+            values, outputs = self._forward(batch, expected=self._expected)
+            return values.mean(), values, outputs
+        values, outputs = self._forward_of(selected.indices)
+        return (selected.weights.to(values.dtype) * values).sum(), values, outputs
 
     def _forward(self, batch: Batch, expected: int | None = None) -> tuple[Tensor, Any]:
         """Return (b,) losses with their graph, and what else the user's function returned."""
@@ -309,9 +294,23 @@ class Step:
     # -- what the passes need ---------------------------------------------------------------------
 
     @property
+    def _b(self) -> int:
+        """How many samples the batch holds."""
+        return len(self._values) if self._expected is None else self._expected
+
+    @property
     def _selected(self) -> int:
         """How many samples the descent takes."""
-        return subset_size(self.task.config.select.gamma, len(self._values))
+        return subset_size(self.task.config.select.gamma, self._b)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Find out whether the losses of a sample can be compared between the passes."""
+        versions = buffer_versions(self.task.model) if self.task.compare else []
+        yield
+        if self.task.compare:
+            wrote = buffer_versions(self.task.model) != versions
+            self._comparable = comparable(self.task.model, drew=self._random.moved(), wrote=wrote)
 
     @contextlib.contextmanager
     def _climbing(self) -> Any:
@@ -364,11 +363,14 @@ class Step:
                 'Use on_nonfinite="skip" to leave such steps out.'
             )
         self._buffers.restore()
+        seen = result.report
         report = StepReport(
             count=task.count,
-            losses=result.report.losses,
+            losses=seen.losses,
+            perturbed_losses=seen.perturbed_losses if seen.losses is None else None,
             skipped=True,
-            outputs=result.report.outputs,
+            outputs=seen.outputs,
+            part=seen.part,
         )
         return dataclasses.replace(result, gradients=[None] * len(result.gradients), report=report)
 
@@ -379,7 +381,7 @@ class Step:
         )
 
     def _report(
-        self, before: Tensor, after: Tensor | None, selected: Selected | None, ascent: Ascent
+        self, before: Tensor | None, after: Tensor | None, selected: Selected | None, ascent: Ascent
     ) -> StepReport:
         """Return what the step saw."""
         return StepReport(
@@ -392,6 +394,7 @@ class Step:
             gradient_norm=ascent.gradient_norm,
             perturbed=self.task.targets.names,
             weight_share=self.task.targets.weight_share,
-            sample_share=1.0 if selected is None else len(selected.indices) / len(before),
+            sample_share=1.0 if selected is None else len(selected.indices) / self._b,
             outputs=self._outputs,
+            part=self.task.climb.part,
         )

@@ -1,0 +1,206 @@
+"""Along what a step climbs: a part of its batch, or what earlier steps have left."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esam_core import Batch as WholeBatch
+from esam_core import ESAMConfig, ESAMTypeError, ESAMValueError, Momentum, Part, Previous
+from esam_core.directions import check_saved_direction, climbing_indices, kept_units
+from esam_torch.bases import SideBySide
+from esam_torch.inspection import Layout, Parameter
+from esam_torch.sharded import local
+from esam_torch.targets import Options, Targets
+
+__all__ = ["Climb", "Memory", "check_moment", "find_climb"]
+
+#: What optimizers call their first moment.
+_MOMENTS = ("momentum_buffer", "exp_avg")
+
+#: torch's own optimizers that have none. RMSprop's buffer is of gradients already divided.
+_WITHOUT = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "RMSprop", "Rprop")
+
+
+def check_moment(base: torch.optim.Optimizer) -> None:
+    """Refuse a base optimizer for `Momentum` that is known to have no first moment.
+
+    Raises:
+        ESAMValueError: naming the optimizer.
+    """
+    for optimizer in base.optimizers if isinstance(base, SideBySide) else (base,):
+        name = type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.SGD):
+            if all(group["momentum"] for group in optimizer.param_groups):
+                continue
+            name = "SGD with momentum=0"
+        elif name not in _WITHOUT or not type(optimizer).__module__.startswith("torch.optim"):
+            continue
+        raise ESAMValueError(_NO_MOMENT + f" Received: {name}.")
+
+
+_NO_MOMENT = (
+    "`ascend=Momentum()` needs a base optimizer with a first moment, such as SGD with momentum > 0 "
+    "or Adam. `ascend=Previous()` needs none."
+)
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Along what one step climbs.
+
+    Args:
+        batch_size: the number of samples, where it has to be known before the first pass.
+        part: (n,) indices of the samples to climb along, if it is a part of the batch.
+        direction: what earlier steps have left to climb along, of the perturbed parameters, and
+            with `norm="full"` of the idle ones behind them; None if passes of this step find it.
+    """
+
+    batch_size: int | None = None
+    part: Tensor | None = None
+    direction: list[Tensor] | None = None
+
+
+def find_climb(
+    config: ESAMConfig,
+    targets: Targets,
+    memory: "Memory",
+    base: torch.optim.Optimizer,
+    layout: Layout,
+    *,
+    count: int,
+    size: Callable[[], int],
+) -> Climb | None:
+    """Return along what a step climbs; None if there is nothing yet, before the first update.
+
+    Args:
+        config: the hyperparameters.
+        targets: what the step perturbs.
+        memory: the gradient of the last update.
+        base: the base optimizer.
+        layout: of the model.
+        count: the number of the ascent.
+        size: returns the number of samples in the batch; called where it is needed.
+    """
+    ascend = config.ascend
+    if isinstance(ascend, WholeBatch) or not targets.tensors:
+        return Climb()
+    if isinstance(ascend, Part):
+        b = size()
+        drawn = climbing_indices(ascend, b, seed=config.seed, count=count)
+        return Climb(b, None if len(drawn) == b else torch.from_numpy(drawn))
+    of = [*targets.tensors, *(targets.idle if config.norm == "full" else ())]
+    direction = memory.direction(ascend, base, layout, of, perturbed=len(targets.tensors))
+    if direction is None:
+        return None
+    return Climb(size() if config.select.gamma < 1.0 else None, direction=direction)
+
+
+class Memory:
+    """The gradient of the last update, which `Previous` climbs along.
+
+    Attributes:
+        gradients: by the parameters' names: of those that the sampler can perturb.
+    """
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+        self._kept: tuple[Any, tuple[bool, ...]] | None = None
+
+    def updated(self, layout: Layout, config: ESAMConfig) -> None:
+        """Keep what the base optimizer is about to be given, if it is given anything."""
+        rows = zip(layout.parameters, self._kept_of(layout, config), strict=True)
+        found = {p.unit.name: p.tensor.grad for p, kept in rows if kept}
+        new = {name: g.detach() for name, g in found.items() if g is not None}
+        if not any(p.grad is not None for p in layout.tensors):
+            return
+        self.gradients = {
+            name: _copied(g.to_dense() if g.is_sparse else g, self.gradients.get(name))
+            for name, g in new.items()
+        }
+
+    def _kept_of(self, layout: Layout, config: ESAMConfig) -> tuple[bool, ...]:
+        """Return of which parameters gradients are kept; found once for a layout."""
+        options = Options(config.rho, config.adaptive)
+        allowed = tuple(
+            p.tensor.requires_grad and options.of_group(p.group).perturb for p in layout.parameters
+        )
+        key = (id(layout), config, allowed)
+        if self._kept is None or self._kept[0] != key:
+            kept = kept_units(config.perturb, layout.units, allowed, norm=config.norm)
+            self._kept = key, kept
+        return self._kept[1]
+
+    def load(self, saved: Mapping[str, Tensor], parameters: Sequence[Parameter]) -> None:
+        """Go on with a saved direction, if it is of this model.
+
+        Raises:
+            ESAMValueError: it is of another model.
+        """
+        tensors = {p.unit.name: p.tensor for p in parameters}
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        check_saved_direction({name: tuple(g.shape) for name, g in saved.items()}, shapes)
+        self.gradients = {
+            name: g.to(device=tensors[name].device, dtype=tensors[name].dtype, copy=True)
+            for name, g in saved.items()
+        }
+
+    def direction(
+        self,
+        ascend: Previous | Momentum,
+        base: torch.optim.Optimizer,
+        layout: Layout,
+        of: Sequence[Tensor],
+        *,
+        perturbed: int,
+    ) -> list[Tensor] | None:
+        """Return what to climb along, zeros for parameters for which there is nothing.
+
+        Args:
+            ascend: where from, and with which sign.
+            base: the base optimizer.
+            layout: of the model.
+            of: the parameters.
+            perturbed: how many of them, the first, are perturbed. If there is nothing for any of
+                these, None is returned.
+        """
+        if isinstance(ascend, Momentum):
+            state = base.state
+            found = [_moment(state.get(tensor, {}), tensor, base) for tensor in of]
+        else:
+            names = {id(p.tensor): p.unit.name for p in layout.parameters}
+            found = [self.gradients.get(names[id(tensor)]) for tensor in of]
+        if all(direction is None for direction in found[:perturbed]):
+            return None
+        shards = [_shard(direction, tensor) for direction, tensor in zip(found, of, strict=True)]
+        return list(torch._foreach_neg(shards)) if ascend.sign < 0 else shards
+
+
+def _copied(gradient: Tensor, old: Tensor | None) -> Tensor:
+    """Return a copy of a gradient, in the memory of the last one if that fits."""
+    if old is None or old.shape != gradient.shape or old.dtype != gradient.dtype:
+        return gradient.clone()
+    return old.copy_(gradient)
+
+
+def _shard(direction: Tensor | None, parameter: Tensor) -> Tensor:
+    """Return this rank's part of a direction, zeros where there is none."""
+    if direction is None:
+        return torch.zeros_like(local(parameter.detach()))
+    return local(direction.detach()).to(parameter.dtype)
+
+
+def _moment(state: Mapping[str, Any], parameter: Tensor, base: torch.optim.Optimizer) -> Any:
+    """Return the first moment in a parameter's state, or None before its first update."""
+    for name in _MOMENTS:
+        if name in state:
+            found = state[name]
+            if found is None or (isinstance(found, Tensor) and found.shape == parameter.shape):
+                return found
+    if not state:
+        return None
+    raise ESAMTypeError(
+        f"{_NO_MOMENT} Received: {type(base).__name__}, which keeps {', '.join(map(str, state))}."
+    )

@@ -1,0 +1,123 @@
+"""A step that climbs along what earlier steps have left: no ascent, and one pass with a graph.
+
+That pass is the descent's, at theta + epsilon, and is run where the loss is computed, so that its
+backward can be part of the user's. In between the weights are at theta: the backward goes to
+theta + epsilon once more, to the very same numbers, and comes back.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
+from esam_torch.agreement import disagreement
+from esam_torch.finiteness import poisoned
+from esam_torch.guards import Buffers, RandomState, Weights
+from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
+from esam_torch.selection import Selected, select
+from esam_torch.step import Step
+from esam_torch.task import StepResult
+
+__all__ = ["EarlierStep"]
+
+
+class EarlierStep(Step):
+    """A step whose task holds the direction."""
+
+    _before: Tensor | None = None
+    _after: Tensor | None = None
+    _selected_samples: Selected | None = None
+    _rounded: Tensor | None = None
+    _ascent_found: Ascent
+
+    @property
+    def value(self) -> Tensor:
+        """The mean loss at theta where the selection needs it, else that of the descent."""
+        return self._mean.detach() if self._before is None else self._before.mean()
+
+    def _first_pass(self) -> Tensor:
+        """Run all passes up to the descent's forward, and return the descent's loss."""
+        task, b = self.task, self.task.climb.batch_size
+        config = task.config
+        if b is not None and needs_losses(config.select, b):
+            with self._watching():
+                self._before = self._without_a_graph(b)
+        left, buffers = RandomState(task.layout.devices), Buffers(task.layout.buffers)
+        self._ascent_found = ascent = self._direction()
+        finite = ascent.finite
+        with self._at_the_peak() as weights:
+            if task.watch_rounding:
+                self._rounded = weights.rounded(ascent.perturbations)
+            if b is not None and subset_size(config.select.gamma, b) < b:
+                task.samples.check(self._batch, b)
+                if needs_perturbed_losses(config.select, b):
+                    self._random.restore()
+                    self._after = self._without_a_graph(b)
+                    buffers.restore()
+                    finite = finite & torch.isfinite(self._after).all()
+                self._selected_samples = select(
+                    config.select,
+                    b,
+                    self._seen(),
+                    self._after,
+                    seed=config.seed,
+                    count=task.count,
+                )
+            self._random.restore()
+            total, self._values, self._outputs = self._descent_loss(self._selected_samples)
+            if self._comparable and self._selected_samples and self._after is not None:
+                chosen = self._selected_samples.indices
+                self._disagreement = disagreement(self._after, chosen, self._values)
+        if task.records_at_theta:
+            buffers.restore()
+            left.restore()
+        # What was not finite must be seen in the gradient, even if the selected samples are not it.
+        return poisoned(total, finite & torch.isfinite(total.detach()))
+
+    def _direction(self) -> Ascent:
+        """Return epsilon, from the direction that earlier steps have left."""
+        task, targets = self.task, self.task.targets
+        seen = self._seen()
+        return perturb(
+            task.climb.direction or [],
+            targets,
+            seen,
+            torch.ones((), device=seen.device),
+            norm=task.config.norm,
+            norm_eps=task.config.norm_eps,
+            weight_masks=draw_weight_masks(task.mask, targets.tensors),
+        )
+
+    def _seen(self) -> Tensor:
+        """Return the losses at theta, or a finite number where there are none."""
+        if self._before is not None:
+            return self._before
+        like = self.task.targets.tensors[0]
+        dtype = torch.promote_types(
+            like.real.dtype if like.is_complex() else like.dtype, torch.float32
+        )
+        return torch.zeros(1, dtype=dtype, device=like.device)
+
+    @contextlib.contextmanager
+    def _at_the_peak(self) -> Iterator[Weights]:
+        """Be at theta + epsilon as long as the context lasts."""
+        self._weights = weights = Weights(self.task.targets.tensors)
+        try:
+            weights.add(self._ascent_found.perturbations)
+            self._weights_changed()
+            yield weights
+        finally:
+            weights.restore()
+            self._weights_changed()
+
+    def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
+        """Run the backward of the pass that has been run, where it has been run."""
+        if self.task.before_descent is not None:
+            self.task.before_descent()
+        with self._at_the_peak():
+            gradients = self._gradients(self._mean, scale, inputs)
+        seen = self._values.detach().clone() if self._before is None else self._after
+        report = self._report(self._before, seen, self._selected_samples, self._ascent_found)
+        return StepResult(gradients, report, self._rounded, self._disagreement)

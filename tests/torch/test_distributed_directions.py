@@ -1,0 +1,61 @@
+"""Directions on two ranks: under DistributedDataParallel and under FSDP2."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).parent / "distributed_cases"
+sys.path.insert(0, str(CASES))
+
+from launch import launch, value  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed"),
+]
+
+SOURCES = ("part", "previous", "momentum")
+KINDS = ("all samples", "top increase", "suffix")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return launch(CASES / "directions.py", tmp_path_factory.mktemp("directions"))
+
+
+@pytest.mark.parametrize(
+    "case", [", ".join(map(str, c)) for c in itertools.product(SOURCES, KINDS, (False, True))]
+)
+def test_replicas_agree_in_every_bit_and_are_the_average_of_ranks_that_climb_alone(results, case):
+    first, second = (found[case] for found in value(results, "replicas"))
+    assert first["bits"] == second["bits"]
+    assert max(first["gap"], second["gap"]) < 1e-5
+    assert first["reductions"] == second["reductions"] == 1
+    assert first["parts"] == second["parts"]  # places, each in the rank's own batch
+    # What is climbed along next is the same on both ranks: a checkpoint of one resumes both.
+    assert first["direction"] == second["direction"]
+    assert bool(first["direction"]) == case.startswith("previous")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_accumulation_under_no_sync_reduces_once_an_update(results, source):
+    first, second = (found[source] for found in value(results, "accumulation"))
+    assert first == second
+    assert first["reductions"] == 3
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sharded_weights_have_one_perturbation(results, source):
+    for found in value(results, "sharded"):
+        assert found[source]["gap"] < 1e-5
+        assert all(found[source]["intact"])
+
+
+@pytest.mark.parametrize("kind", ["sharded", "replicas"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_run_saved_by_distributed_checkpoint_goes_on_bit_for_bit(results, source, kind):
+    for found in value(results, "checkpoints"):
+        assert found[f"{source}, {kind}"] == {"same": True, "count": 6}
