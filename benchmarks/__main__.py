@@ -6,6 +6,7 @@ import sys
 #: The function that runs each benchmark on the other arguments, as module:function.
 BENCHMARKS = {
     "accuracy": "benchmarks.accuracy:main",
+    "host": "benchmarks.host:main",
     "memory": "benchmarks.memory:main",
     "speed": "benchmarks.speed:main",
     "study": "benchmarks.study.command:main",

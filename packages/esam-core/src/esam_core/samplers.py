@@ -17,7 +17,7 @@ import numpy as np
 from esam_core import validation
 from esam_core.draws import derived_seed, uniforms
 from esam_core.errors import ESAMTypeError, ESAMValueError
-from esam_core.units import KINDS, Mask, Unit, block_order
+from esam_core.units import KINDS, Mask, Unit, block_order, kept_for_units
 
 __all__ = [
     "Bernoulli",
@@ -135,7 +135,10 @@ def _cut(start: str | float, units: Sequence[Unit]) -> int:
             f"`start` must name a block of the model, one of {', '.join(map(repr, blocks))}. "
             f"Received: start={start!r}."
         )
-    costs = [sum(unit.cost for unit in units if unit.block == block) for block in blocks]
+    by_block = dict.fromkeys(blocks, 0.0)
+    for unit in units:
+        by_block[unit.block] += unit.cost
+    costs = list(by_block.values())
     total = sum(costs)
     if total == 0.0:
         raise ESAMValueError(
@@ -159,8 +162,10 @@ def _check_start(start: Any) -> str | float:
     return validation.open_unit("start", start)
 
 
-def _in_suffix(cut: int, units: Sequence[Unit]) -> tuple[bool, ...]:
-    """Return for each unit whether its block is at or behind the cut."""
+@kept_for_units
+def _in_suffix(start: str | float, units: Sequence[Unit]) -> tuple[bool, ...]:
+    """Return for each unit whether its block is the first of the suffix or behind it."""
+    cut = _cut(start, units)
     place = {block: index for index, block in enumerate(block_order(units))}
     return tuple(place[unit.block] >= cut for unit in units)
 
@@ -194,7 +199,7 @@ class Suffix:
         return True
 
     def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
-        return Mask(_in_suffix(_cut(self.start, units), units), (1.0,) * len(units))
+        return Mask(_in_suffix(self.start, units), (1.0,) * len(units))
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
         return (self.draw(units, seed=0, count=0),)
@@ -253,13 +258,19 @@ class RandomSuffix:
         return self.masks(units)[chosen]
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...]:
-        suffixes = [_in_suffix(_cut(start, units), units) for start in self.starts]
-        probability = tuple(
-            # Rounding may leave a hair over 1 where every suffix holds the unit.
-            min(1.0, sum(p for p, s in zip(self.probabilities, suffixes, strict=True) if s[t]))
-            for t in range(len(units))
-        )
-        return tuple(Mask(suffix, probability) for suffix in suffixes)
+        return _suffix_masks(self, units)
+
+
+@kept_for_units
+def _suffix_masks(sampler: RandomSuffix, units: Sequence[Unit]) -> tuple[Mask, ...]:
+    """Return the masks of a `RandomSuffix`, one for each start."""
+    suffixes = [_in_suffix(start, units) for start in sampler.starts]
+    probability = tuple(
+        # Rounding may leave a hair over 1 where every suffix holds the unit.
+        min(1.0, sum(p for p, s in zip(sampler.probabilities, suffixes, strict=True) if s[t]))
+        for t in range(len(units))
+    )
+    return tuple(Mask(suffix, probability) for suffix in suffixes)
 
 
 @dataclass(frozen=True)
@@ -294,33 +305,35 @@ class Only:
             )
         check_sampler("inner", self.inner)
 
-    def _allowed(self, units: Sequence[Unit]) -> list[bool]:
-        """Return for each unit whether it is of the kind."""
-        if callable(self.kind):
-            return [bool(self.kind(unit)) for unit in units]
-        if self.kind in KINDS:
-            return [unit.kind == self.kind for unit in units]
-        allowed = [fnmatch.fnmatchcase(unit.name, self.kind) for unit in units]
-        if not any(allowed):  # most likely misspelt, and every step would silently be a base step
-            named = f", such as {units[0].name!r}" if units else ""
-            raise ESAMValueError(
-                f"`kind` must be one of {', '.join(map(repr, KINDS))}, or a pattern that matches "
-                f"the name of a unit{named}. Received: kind={self.kind!r}."
-            )
-        return allowed
-
     @property
     def needs_blocks(self) -> bool:
         return callable(self.kind) or self.inner.needs_blocks
 
     def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
         mask = self.inner.draw(units, seed=seed, count=count, stream=stream)
-        return mask.within(self._allowed(units))
+        return mask.within(_of_kind(self.kind, units))
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-        allowed = self._allowed(units)
+        allowed = _of_kind(self.kind, units)
         inner = self.inner.masks(units)
         return None if inner is None else distinct(mask.within(allowed) for mask in inner)
+
+
+@kept_for_units
+def _of_kind(kind: str | Callable[[Unit], bool], units: Sequence[Unit]) -> list[bool]:
+    """Return for each unit whether it is of a kind."""
+    if callable(kind):
+        return [bool(kind(unit)) for unit in units]
+    if kind in KINDS:
+        return [unit.kind == kind for unit in units]
+    allowed = [fnmatch.fnmatchcase(unit.name, kind) for unit in units]
+    if not any(allowed):  # most likely misspelt, and every step would silently be a base step
+        named = f", such as {units[0].name!r}" if units else ""
+        raise ESAMValueError(
+            f"`kind` must be one of {', '.join(map(repr, KINDS))}, or a pattern that matches "
+            f"the name of a unit{named}. Received: kind={kind!r}."
+        )
+    return allowed
 
 
 def distinct(masks: Iterable[Mask]) -> tuple[Mask, ...]:

@@ -6,6 +6,7 @@ twin of what every backend does on its own device.
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.3, equations 7 to 10, appendix A.2.
 """
 
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
@@ -214,6 +215,12 @@ def subset_size(gamma: float, batch_size: int) -> int:
     gamma = validation.open_unit("gamma", gamma)
     if batch_size < 1:
         raise ESAMValueError(f"The batch must not be empty. Received: batch_size={batch_size}.")
+    return _ceiling(gamma, batch_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ceiling(gamma: float, batch_size: int) -> int:
+    """Return max(1, ceil(gamma b)) for valid arguments."""
     product = Fraction(gamma).limit_denominator(10**6) * batch_size
     return max(1, -(-product.numerator // product.denominator))
 

@@ -6,14 +6,16 @@ probability each of them was drawn.
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2 and equation 6.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
 from esam_core import validation
 
-__all__ = ["KINDS", "Mask", "Unit", "block_order"]
+__all__ = ["KINDS", "Mask", "Unit", "block_order", "kept_for_units"]
 
 #: What a unit can be. "norm" is a scale or shift of a normalisation layer, "bias" any other
 #: bias, "embedding" a look-up table, "weight" everything else.
@@ -109,3 +111,36 @@ def block_order(units: Sequence[Unit]) -> tuple[str, ...]:
     for unit in units:
         depths[unit.block] = min(depths.get(unit.block, unit.depth), unit.depth)
     return tuple(sorted(depths, key=lambda block: depths[block]))  # sorted() is stable
+
+
+_Result = TypeVar("_Result")
+_What = TypeVar("_What", bound=Hashable)
+
+#: For how many pairs of something and a model's units a function keeps its result.
+_KEPT = 32
+
+
+def kept_for_units(
+    function: Callable[[_What, Sequence[Unit]], _Result],
+) -> Callable[[_What, Sequence[Unit]], _Result]:
+    """Return a function of something and units that keeps its results for tuples of units.
+
+    A backend asks in every step, with the same tuple: that it is the same is seen without looking
+    at its units.
+    """
+    kept: dict[tuple[_What, int], tuple[Sequence[Unit], _Result]] = {}
+
+    @functools.wraps(function)
+    def called(what: _What, units: Sequence[Unit]) -> _Result:
+        if not isinstance(units, tuple):
+            return function(what, units)
+        found = kept.get((what, id(units)))
+        if found is not None and found[0] is units:
+            return found[1]
+        result = function(what, units)
+        while len(kept) >= _KEPT:
+            del kept[next(iter(kept))]
+        kept[what, id(units)] = units, result
+        return result
+
+    return called

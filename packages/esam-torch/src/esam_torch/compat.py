@@ -1,6 +1,7 @@
 """Every private name of PyTorch that esam-torch leans on, and why. Each has a test of its own."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -57,10 +58,10 @@ def is_compiled_function(function: Callable[..., Any]) -> bool:
 def untraced(function: Callable[..., Any], *args: Any) -> Any:
     """Return what a function returns; torch.compile calls it and does not trace it.
 
-    `torch.compiler.disable` imports the compiler at once, which takes seconds; this does so only
-    where something is being compiled.
+    `torch.compiler.disable` imports the compiler at once, which takes seconds. Where nobody has
+    imported it, nothing is compiled.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or "torch._dynamo.eval_frame" in sys.modules:
         return _call_untraced(function, *args)
     return function(*args)
 

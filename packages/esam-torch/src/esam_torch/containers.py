@@ -23,6 +23,9 @@ __all__ = [
     "parts",
 ]
 
+#: What has no parts, and is seen most often.
+_PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
+
 #: What a visitor returns to be asked for the parts of a container, one by one.
 INSIDE: Any = object()
 
@@ -88,6 +91,8 @@ class NestedTooDeepError(ESAMTypeError):
 
 def detached(tree: Any) -> Any:
     """Return the same nest with every tensor cut off from its graph; unknown things stay."""
+    if tree is None:
+        return None
 
     def visit(x: Any, _: str) -> Any:
         return x.detach() if isinstance(x, Tensor) or is_tensor_collection(x) else INSIDE
@@ -124,7 +129,7 @@ def parts(tree: Any) -> list[tuple[str, Any]] | None:
 
     Containers are tuples, lists, mappings and dataclasses, and named or derived kinds of those.
     """
-    if not is_container(tree):
+    if type(tree) in _PLAIN or not is_container(tree):
         return None
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return [(f".{name}", value) for name, value in zip(tree._fields, tree, strict=True)]

@@ -56,8 +56,13 @@ class Autocast:
         ]
         self._cached = torch.is_autocast_cache_enabled()
 
+    def restored(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which autocast is set as it was."""
+        off = not any(e or torch.is_autocast_enabled(k) for k, e, _ in self._settings)
+        return contextlib.nullcontext() if off else self._restored()
+
     @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
+    def _restored(self) -> Iterator[None]:
         """Set autocast as it was, as long as the context lasts."""
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self._settings:
@@ -146,8 +151,9 @@ class Weights:
     bit for bit, and a graph that the user holds on to remains valid.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._weights = [local(p.data) for p in parameters]
+    def __init__(self, parameters: Sequence[Tensor], sharded: bool = False) -> None:
+        values = [p.data for p in parameters]
+        self._weights = [local(v) for v in values] if sharded else values
         self._copies = [torch.empty_like(weight) for weight in self._weights]
         _copy(self._copies, self._weights)
 

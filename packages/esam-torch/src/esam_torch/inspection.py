@@ -57,7 +57,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", [p.tensor for p in self.parameters])
-        object.__setattr__(self, "units", [p.unit for p in self.parameters])
+        object.__setattr__(self, "units", tuple(p.unit for p in self.parameters))
 
     def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether these are still the same groups with the same parameters."""

@@ -1,7 +1,7 @@
 """Notes on errors of the user's own code: what ESAM was doing when they came."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from esam_core import ESAMRuntimeError
 
@@ -23,13 +23,15 @@ PRUNED = (
 
 
 @contextlib.contextmanager
-def noted(note: str, kind: type[Exception], words: str = "") -> Iterator[None]:
+def noted(note: str | Callable[[], str], kind: type[Exception], words: str = "") -> Iterator[None]:
     """Add a note to errors of a kind that pass by, if their message has the words."""
     try:
         yield
     except kind as error:
-        if words in str(error) and note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+        if words in str(error):
+            text = note if isinstance(note, str) else note()
+            if text not in getattr(error, "__notes__", ()):
+                error.add_note(text)
         raise
 
 

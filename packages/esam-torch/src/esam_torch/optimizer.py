@@ -51,8 +51,7 @@ class ESAM(DelegatingOptimizer):
         perturb: a mask sampler in place of `beta`, such as `Suffix("layer3")`.
         select: a data selector in place of `gamma`, such as `TopLoss(0.5)`.
         adaptive: scale the perturbation with the weights (ASAM). Default False.
-        norm: "masked" (default), "estimated", "full" or "none": which norm the ascent gradient is
-            divided by.
+        norm: what divides the ascent gradient: "masked" (default), "estimated", "full" or "none".
         norm_eps: added to that norm, finite, > 0. Default 1e-12.
         ascend: along what to climb: the gradient of the batch (`Batch()`, default) or of a part of
             it (`Part(share)`); or, which costs no pass, the gradient of the update before
@@ -61,12 +60,11 @@ class ESAM(DelegatingOptimizer):
         on_nonfinite: "propagate" (default), "skip" or "raise".
         blocks: the model's blocks in execution order, as modules or their names, for samplers that
             cut the model. Default: found by watching one forward.
-        budget: the most that a step may cost on average, in steps of the base optimizer (SAM costs
-            2), > 0, in place of `beta`, `gamma`, `perturb` and `select`: the first step measures
-            the model's blocks and chooses. `plan()` returns the choice. Default None.
-        take: the function take(batch, indices) that takes samples out of a batch, where the rules
-            for samples (see the documentation) do not fit; `batch` is the tuple of arguments of
-            `losses`, and it returns the tuple for those samples. Default None.
+        budget: the most that a step may cost, in base steps (SAM costs 2), > 0, in place of `beta`,
+            `gamma`, `perturb` and `select`: the first step measures the blocks and chooses;
+            `plan()` returns the choice. Default None.
+        take: a function take(batch, indices) that returns the tuple of arguments of `losses` for
+            the selected samples, where the rules for samples do not fit. Default None.
 
     Raises:
         ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
@@ -82,9 +80,7 @@ class ESAM(DelegatingOptimizer):
         >>> optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05)
         >>> def losses(inputs, targets):
         ...     return F.cross_entropy(model(inputs), targets, reduction="none")
-        >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
-        >>> optimizer.zero_grad()
-        >>> loss = optimizer.loss(losses, inputs, targets)
+        >>> loss = optimizer.loss(losses, torch.randn(8, 4), torch.randint(3, (8,)))
         >>> loss.backward()
         >>> optimizer.step()
         >>> optimizer.report.losses.shape, optimizer.report.sample_share
@@ -162,11 +158,10 @@ class ESAM(DelegatingOptimizer):
 
         Example:
             >>> import torch
-            >>> from esam_torch import ESAM
             >>> model = torch.nn.Linear(4, 3)
-            >>> ESAM.recommended(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
-            ESAM(SGD, rho=0.1, perturb=Suffix(start=0.5), \
-select=Proportional(gamma=0.5, score='loss', floor=1.0), norm='masked', count=0)
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> ESAM.recommended(sgd, model, rho=0.1).config.perturb
+            Suffix(start=0.5)
         """
         settings: dict[str, Any] = dict(RECOMMENDED)
         for short, name in (("beta", "perturb"), ("gamma", "select")):
@@ -189,10 +184,9 @@ select=Proportional(gamma=0.5, score='loss', floor=1.0), norm='masked', count=0)
             losses: a function of the batch that calls the model and returns one loss per sample,
                 floating and of shape (b,), or a tuple of that and anything else, which comes back
                 as `report.outputs`.
-            *batch: its arguments: tensors, arrays and lists with one entry per sample, tuples,
-                mappings and dataclasses of them, and anything else. The descent pass gets the
-                entries of the selected samples; `Rows(x)` and `Whole(x)` say what is one, where
-                that is not certain.
+            *batch: its arguments, with one entry per sample: tensors, arrays, lists, and containers
+                of them. The descent gets those of the selected samples; `Rows(x)` and `Whole(x)`
+                say what has such entries, where that is not certain.
             **kwargs: its keyword arguments, likewise.
 
         Returns:

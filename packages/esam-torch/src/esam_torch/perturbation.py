@@ -132,13 +132,14 @@ def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Return the (T,) Euclidean norms of tensors, accumulated in float32 or wider."""
     if not tensors:
         return torch.zeros(0, device=device)
+    if len({(t.dtype, t.device) for t in tensors}) == 1:
+        wide = _wide(tensors[0].dtype)
+        dtype = None if wide == tensors[0].dtype else wide
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+        return placed(norms.real if norms.is_complex() else norms, device)
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, tensor in enumerate(tensors):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
-    if len(kinds) == 1:
-        dtype = _wide(tensors[0].dtype)
-        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-        return placed(norms.real if norms.is_complex() else norms, device)
     found: list[Tensor] = [torch.empty(0)] * len(tensors)
     for places in kinds.values():
         some = _norms([tensors[i] for i in places], device)

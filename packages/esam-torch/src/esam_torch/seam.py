@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from esam_core import ESAMRuntimeError
+from esam_torch.compat import untraced
 
 __all__ = ["loss_with_backward", "once"]
 
@@ -30,7 +31,7 @@ class _Seam(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         """Return the gradients of the inputs, times the scale."""
-        return (None, None, *ctx.gradients(scale))
+        return (None, None, *untraced(ctx.gradients, scale))
 
 
 def loss_with_backward(

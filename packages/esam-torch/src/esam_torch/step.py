@@ -172,7 +172,7 @@ class Step:
             before = self._scored(before, task.climb.part)
             buffers.restore()
             finite = finite & torch.isfinite(before).all()
-        self._weights = weights = Weights(task.targets.tensors)
+        self._weights = weights = Weights(task.targets.tensors, task.layout.shards is not None)
         after: Tensor | None = None
         selected: Selected | None = None
         rounded: Tensor | None = None
@@ -253,9 +253,8 @@ class Step:
         after: Tensor | None,
     ) -> Sequence[Tensor | None]:
         """Return the gradient of the weighted losses of the selected samples at theta + epsilon."""
-        with contextlib.ExitStack() as stack:
-            if not self._synchronised:
-                stack.enter_context(self.task.ranks.apart())
+        alone = contextlib.nullcontext() if self._synchronised else self.task.ranks.apart()
+        with alone:
             total, values, _ = self._descent_loss(selected)
             if self._comparable and selected is not None and after is not None:
                 self._disagreement = disagreement(after, selected.indices, values)
@@ -277,8 +276,7 @@ class Step:
     def _forward(self, batch: Batch, expected: int | None = None) -> tuple[Tensor, Any]:
         """Return (b,) losses with their graph, and what else the user's function returned."""
         args, kwargs = batch
-        # Where the script holds autocast open around the step, casts of the weights are kept
-        # between passes: of other weights, or of the same without a graph.
+        # Autocast, open around the step, keeps casts: of other weights, or without a graph.
         torch.clear_autocast_cache()
         found, closure = self._losses(*args, **kwargs), not (args or kwargs)
         values, outputs = per_sample(found, expected=expected, closure=closure)
@@ -313,16 +311,18 @@ class Step:
             self._comparable = comparable(self.task.model, drew=self._random.moved(), wrote=wrote)
 
     @contextlib.contextmanager
-    def _climbing(self) -> Any:
+    def _climbing(self) -> Iterator[None]:
         """Compute gradients of perturbed weights alone, on this rank alone, while this lasts."""
-        with contextlib.ExitStack() as stack:
-            if self.task.perturbs:
-                stack.enter_context(self.task.ranks.apart())
-                off = self._switched_off()
-                if off:
-                    stack.enter_context(without_gradients(off))
-                    stack.enter_context(noted(PRUNED, RuntimeError, "does not require grad"))
+        if not self.task.perturbs:
             yield
+            return
+        off = self._switched_off()
+        with self.task.ranks.apart(), without_gradients(off):
+            if off:
+                with noted(PRUNED, RuntimeError, "does not require grad"):
+                    yield
+            else:
+                yield
 
     def _switched_off(self) -> Sequence[Tensor]:
         """Return the trained parameters of which the ascent computes no gradients."""

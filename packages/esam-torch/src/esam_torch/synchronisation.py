@@ -69,13 +69,18 @@ class Ranks:
             if self._outside:
                 self._replicas = found
 
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which no rank waits for another."""
+        alone = not _several_ranks() or (self._replicas is None and self._watched >= _WATCHED)
+        return contextlib.nullcontext() if alone else self._apart()
+
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
+    def _apart(self) -> Iterator[None]:
         """Let no rank wait for another as long as the context lasts."""
         with contextlib.ExitStack() as stack:
             if self._replicas is not None and not self._outside:
                 stack.enter_context(_no_sync(self._replicas))
-            elif self._replicas is None and self._watched < _WATCHED and _several_ranks():
+            elif self._replicas is None:
                 self._watched += 1
                 stack.enter_context(self._watching(stack))
             yield

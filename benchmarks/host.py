@@ -1,0 +1,257 @@
+"""What a step costs the host: `python -m benchmarks host`.
+
+Networks of many tiny layers, whose kernels take no time, so that what is measured is Python and the
+dispatch of operations: what a GPU waits for. Processor time, in interleaved rounds, against a step
+of SGD; beside ESAM the same steps written by hand, and another library's SAM.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.arguments import count_number
+from benchmarks.machine import provenance
+from benchmarks.report import write_json, write_tables
+from benchmarks.timing import interleaved
+from esam_torch import ESAM, Everything, Only
+
+__all__ = ["STEPS", "Scene", "main", "operations"]
+
+WIDTH, BATCH, RHO = 8, 8, 0.05
+
+
+@dataclass
+class Scene:
+    """A network of tiny layers, its optimizer and a batch.
+
+    Args:
+        tensors: the number of parameter tensors, two a layer.
+    """
+
+    tensors: int
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Linear(WIDTH, WIDTH) for _ in range(self.tensors // 2)]
+        self.model = nn.Sequential(*layers)
+        # As on a GPU, where torch's own default is one call for all tensors.
+        self.base = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
+        self.batch = torch.randn(BATCH, WIDTH), torch.arange(BATCH) % WIDTH
+
+    def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return one loss per sample."""
+        return F.cross_entropy(self.model(inputs), targets, reduction="none")
+
+
+Step = Callable[[], Any]
+
+
+def sgd(scene: Scene) -> Step:
+    """Return a step of SGD."""
+
+    def step() -> None:
+        scene.base.zero_grad()
+        scene.losses(*scene.batch).mean().backward()
+        scene.base.step()
+
+    return step
+
+
+def _climbed(gradients: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Move weights up their gradients; return copies of what they were."""
+    with torch.no_grad():
+        norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
+        epsilon = torch._foreach_mul(list(gradients), RHO / (norm + 1e-12))
+        copies = [w.clone() for w in weights]
+        torch._foreach_add_(weights, epsilon)
+    return copies
+
+
+def sam_by_hand(scene: Scene) -> Step:
+    """Return a step of SAM as one would write it, with operations on lists of tensors."""
+    weights = list(scene.model.parameters())
+
+    def step() -> None:
+        scene.base.zero_grad()
+        gradients = torch.autograd.grad(scene.losses(*scene.batch).mean(), weights)
+        copies = _climbed(gradients, weights)
+        scene.losses(*scene.batch).mean().backward()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, copies)
+        scene.base.step()
+
+    return step
+
+
+def recommended_by_hand(scene: Scene) -> Step:
+    """Return a step that climbs with half of the layers and descends on half of the samples."""
+    weights = list(scene.model.parameters())
+    idle, late = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+
+    def step() -> None:
+        scene.base.zero_grad()
+        for weight in idle:
+            weight.requires_grad_(False)
+        values = scene.losses(*scene.batch)
+        gradients = torch.autograd.grad(values.mean(), late)
+        for weight in idle:
+            weight.requires_grad_(True)
+        copies = _climbed(gradients, late)
+        with torch.no_grad():
+            share = values / values.sum()
+            chosen = torch.multinomial(share, BATCH // 2)
+            factor = 1.0 / (BATCH * (BATCH // 2) * share[chosen])
+        inputs, targets = scene.batch
+        (scene.losses(inputs[chosen], targets[chosen]) * factor).sum().backward()
+        with torch.no_grad():
+            torch._foreach_copy_(late, copies)
+        scene.base.step()
+
+    return step
+
+
+def peer_sam(scene: Scene) -> Step:
+    """Return a step of pytorch-optimizer's SAM."""
+    from pytorch_optimizer import SAM
+
+    optimizer = SAM(
+        scene.model.parameters(),
+        base_optimizer=torch.optim.SGD,
+        rho=RHO,
+        lr=1e-4,
+        momentum=0.9,
+        foreach=True,
+    )
+
+    def step() -> None:
+        scene.losses(*scene.batch).mean().backward()
+        optimizer.first_step(zero_grad=True)
+        scene.losses(*scene.batch).mean().backward()
+        optimizer.second_step(zero_grad=True)
+
+    return step
+
+
+def ours(**options: Any) -> Callable[[Scene], Step]:
+    """Return what makes a step of ESAM with these options."""
+
+    def make(scene: Scene) -> Step:
+        if options.get("recommended"):
+            optimizer = ESAM.recommended(scene.base, scene.model, rho=RHO)
+        else:
+            optimizer = ESAM(scene.base, scene.model, rho=RHO, **options)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            optimizer.loss(scene.losses, *scene.batch).backward()
+            optimizer.step()
+
+        return step
+
+    return make
+
+
+#: Every kind of step, by name; the first is what the others are compared with.
+STEPS: dict[str, Callable[[Scene], Step]] = {
+    "SGD": sgd,
+    "SAM by hand": sam_by_hand,
+    "SAM of pytorch-optimizer": peer_sam,
+    "SAM": ours(perturb=Everything(), gamma=1.0),
+    "ESAM": ours(),
+    "RECOMMENDED by hand": recommended_by_hand,
+    "RECOMMENDED": ours(recommended=True),
+    "empty mask": ours(perturb=Only("norm")),
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operations that are dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(step: Step, *, warmup: int = 4) -> int:
+    """Return how many operations a step dispatches, once it knows the model."""
+    for _ in range(warmup):
+        step()
+    with _Counter() as counter:
+        step()
+    return counter.count
+
+
+def measure(tensors: int, repeats: int) -> list[dict[str, Any]]:
+    """Return a row for each kind of step on a network of so many tensors."""
+    steps = {name: make(Scene(tensors)) for name, make in STEPS.items()}
+    counts = {name: operations(step) for name, step in steps.items()}
+    _, ratios = interleaved(
+        steps,
+        repeats=repeats,
+        warmup=3,
+        device=torch.device("cpu"),
+        clock=time.process_time,
+    )
+    return [
+        {
+            "tensors": tensors,
+            "step": name,
+            "time": ratio.median,
+            "low": ratio.low,
+            "high": ratio.high,
+            "operations": counts[name],
+            "share": counts[name] / counts["SGD"],
+        }
+        for name, ratio in ratios.items()
+    ]
+
+
+COLUMNS = ("step", "tensors", "time / SGD", "quartiles", "operations", "/ SGD")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table, and write it to a folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks host", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--tensors", type=count_number, nargs="+", default=[60, 240, 960])
+    parser.add_argument("--repeats", type=count_number, default=31, help="rounds")
+    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/host)")
+    parser.add_argument("--quick", action="store_true", help="a short network, two rounds")
+    options = parser.parse_args(arguments)
+    root = Path("benchmarks/out" if options.quick else "benchmarks/results")
+    out = options.out or root / "host"
+    if options.quick:
+        options.tensors, options.repeats = [8], 2
+    torch.set_num_threads(1)
+    rows = [row for tensors in options.tensors for row in measure(tensors, options.repeats)]
+    shown = [
+        [
+            row["step"],
+            str(row["tensors"]),
+            f"{row['time']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            str(row["operations"]),
+            f"{row['share']:.3f}",
+        ]
+        for row in rows
+    ]
+    title = "What a step costs the host: processor time with tiny kernels, and operations"
+    write_tables(out, "host", title, COLUMNS, shown)
+    write_json(out / "host.json", {"rows": rows, **provenance()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What a step costs the host: the number of operations that it dispatches, exactly."""
+
+import pytest
+from benchmarks.host import STEPS, Scene, main, operations
+
+#: The most operations that a step dispatches beyond the same written by hand, at any number of
+#: parameter tensors: norms of the gradients, finiteness, the report, the selection of samples.
+EXTRA = {"SAM": ("SAM by hand", 46), "RECOMMENDED": ("RECOMMENDED by hand", 84)}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.parametrize("tensors", [8, 40])
+def test_operations_beyond_those_written_by_hand(name, tensors):
+    by_hand, extra = EXTRA[name]
+    ours, theirs = (operations(STEPS[n](Scene(tensors))) for n in (name, by_hand))
+    # One more for each perturbed tensor: its values are written without autograd's notice.
+    perturbed = tensors if name == "SAM" else tensors // 2
+    assert ours <= theirs + perturbed + extra
+
+
+def test_an_empty_mask_dispatches_an_ordinary_step():
+    ours, theirs = (operations(STEPS[n](Scene(40))) for n in ("empty mask", "SGD"))
+    assert ours <= theirs + 8
+
+
+@pytest.mark.parametrize("name", ["SAM", "RECOMMENDED", "empty mask"])
+def test_operations_grow_with_the_number_of_tensors_and_not_with_its_square(name):
+    short, middle, long = (operations(STEPS[name](Scene(t))) for t in (20, 40, 60))
+    assert long - middle == middle - short
+
+
+def test_the_command_runs(tmp_path, capsys):
+    main(["--quick", "--out", str(tmp_path)])
+    assert "SAM by hand" in capsys.readouterr().out
+    assert (tmp_path / "host.md").exists() and (tmp_path / "host.json").exists()
