@@ -285,6 +285,16 @@ def tests_keras_lowest(session: nox.Session, backend: str) -> None:
 
 
 @nox.session(venv_backend="none")
+def models(session: nox.Session) -> None:
+    """Losses per sample of every model that transformers can build here: a page of the docs."""
+    python = python_of(session, "torch", "trainers")
+    results = Path(session.create_tmp()) / "models.jsonl"  # a run that was stopped goes on
+    page = ("--table", "docs/transformers-models.md")
+    options = ("--out", str(results), *(session.posargs or page))
+    session.run(python, "tests/models/sweep.py", *options, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Train with SGD, SAM and ESAM on real images: a table, loss curves, loss landscapes."""
     python = python_of(session, "torch")

@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,52 @@ KINDS = {
 }
 
 
+OTHERS = "other conditional generation"
+
+STATUSES = ("right", "refused", "wrong", "not tried")
+
+PAGE = """# Losses per sample of transformers' models
+
+<!--- Written by tests/models/sweep.py. -->
+
+What `ESAMTrainer` and `per_sample_losses` make of {number} models of transformers {transformers},
+with torch {torch}, on a CPU: all that its mappings name for these tasks, and every other
+`...ForConditionalGeneration`. Each is built from a tiny configuration, with random weights, and
+gets three samples of several lengths.
+
+- *right*: each sample's loss is the model's own loss of a batch of that sample alone, to 2e-4, and
+  the mean, with samples weighted by their tokens, is its loss of the whole batch; a router's loss
+  of the whole batch is in each;
+- *refused*: an error says that the loss cannot be taken per sample, and what to override;
+- *wrong*: anything else;
+- *not tried*: the model cannot be built or run here from a shrunken configuration and a simple
+  batch, or returns no loss.
+
+`nox -s models` writes this page anew, in half an hour.
+
+| task | right | refused | wrong | not tried |
+|---|---|---|---|---|
+{table}
+| all | {total} |
+
+## Refused
+
+{refused}
+
+## Wrong
+
+{wrong}
+
+## Right
+
+{lists}
+
+## Not tried
+
+{not_tried}
+"""
+
+
 def classes() -> dict[str, str]:
     """Return the kind of each class, by its name."""
     found: dict[str, str] = {}
@@ -53,7 +100,7 @@ def classes() -> dict[str, str]:
                 found.setdefault(each, kind)
     for name in dir(transformers):
         if name.endswith("ForConditionalGeneration"):
-            found.setdefault(name, "other conditional generation")
+            found.setdefault(name, OTHERS)
     return found
 
 
@@ -90,21 +137,85 @@ def prepared(name: str) -> tuple[Any, dict[str, Any], torch.Tensor, torch.Tensor
     raise ValueError(reasons[0])
 
 
+def per_sample(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (one loss per sample, the loss of the batch that their mean was compared with)."""
+    found = []
+
+    def mean_loss(_: Any) -> torch.Tensor:
+        found.append(loss_of(model, batch))
+        return found[-1]
+
+    rows = RowLosses(labels_of(batch, find_labels(type(model))), checking=True)
+    return losses_by_row(mean_loss, rows, model), found[-1][-1]
+
+
+def router_loss(model: Any, batch: dict[str, Any], own: torch.Tensor) -> torch.Tensor | None:
+    """Let a model add its router's loss, of the whole batch, and return it, if it has one."""
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", None) is not False:
+        return None
+    model.config.output_router_logits = config.output_router_logits = True
+    try:
+        return loss_of(model, batch) - own
+    except Exception:  # this tiny model has no layer with experts, say
+        return None
+
+
 def examined(name: str) -> tuple[str, str]:
     """Return (right, refused, wrong or not tried; why)."""
     try:
         model, batch, own, alone = prepared(name)
     except ValueError as error:
         return "not tried", str(error)
+    tolerance = 2e-4 * own.abs().item() + 1e-5
     try:
-        rows = RowLosses(labels_of(batch, find_labels(type(model))), checking=True)
-        each = losses_by_row(lambda _: loss_of(model, batch), rows, model)
+        each, mean = per_sample(model, batch)
+        if abs(mean - own) > tolerance:
+            return "wrong", f"compared with {mean}, its own loss is {own}"
+        if (each - alone).abs().max() > tolerance:
+            return "wrong", f"{each.tolist()}, alone {alone.tolist()}"
+        auxiliary = router_loss(model, batch, own)
+        if auxiliary is not None:
+            each, _ = per_sample(model, batch)
+            if (each - alone - auxiliary).abs().max() > tolerance:
+                return "wrong", f"{each.tolist()}, alone {alone.tolist()}, router {auxiliary}"
     except ValueError as error:
         return "refused", short(error)
-    tolerance = 2e-4 * own.abs().item() + 1e-5
-    if (each - alone).abs().max() > tolerance:
-        return "wrong", f"{each.tolist()}, alone {alone.tolist()}"
     return "right", ""
+
+
+def page(rows: list[dict[str, str]]) -> str:
+    """Return the page of the docs that says what was found."""
+    found = Counter((row["kind"], row["status"]) for row in rows)
+    total = Counter(row["status"] for row in rows)
+    kinds = [kind for kind in dict.fromkeys([*KINDS, OTHERS]) if any(k == kind for k, _ in found)]
+    table = [
+        f"| {kind} | " + " | ".join(str(found[kind, status]) for status in STATUSES) + " |"
+        for kind in kinds
+    ]
+    lists = [
+        f"**{kind.capitalize()}**: "
+        + ", ".join(r["model"] for r in rows if (r["kind"], r["status"]) == (kind, "right"))
+        for kind in kinds
+    ]
+    reasons = {
+        status: "\n".join(
+            f"- {row['model']}: `{row['why'][:160].replace('`', chr(39))}`"
+            for row in rows
+            if row["status"] == status
+        )
+        for status in STATUSES[1:]
+    }
+    version = transformers.__version__, torch.__version__
+    return PAGE.format(
+        transformers=version[0],
+        torch=version[1],
+        number=len(rows),
+        total=" | ".join(str(total[status]) for status in STATUSES),
+        table="\n".join(table),
+        lists="\n\n".join(lists),
+        **{status.replace(" ", "_"): text or "None." for status, text in reasons.items()},
+    )
 
 
 def too_long(*_: Any) -> None:
@@ -113,23 +224,23 @@ def too_long(*_: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", default="1/1")
     parser.add_argument("--only", default="")
-    parser.add_argument("--out", default="/dev/stdout")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", type=Path)
     options = parser.parse_args()
-    part, parts = map(int, options.part.split("/"))
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(50)
     signal.signal(signal.SIGALRM, too_long)
-    done = set()
-    if Path(options.out).is_file():
-        done = {json.loads(line)["model"] for line in Path(options.out).read_text().splitlines()}
-    names = [n for n in sorted(classes()) if options.only in n][part - 1 :: parts]
-    with open(options.out, "a") as out:
-        for name in names:
-            if name in done:
+    rows = []
+    if options.out.exists():
+        rows = [json.loads(line) for line in options.out.read_text("utf-8").splitlines()]
+    done = {row["model"] for row in rows}
+    kinds = classes()
+    with options.out.open("a", encoding="utf-8") as out:
+        for name in sorted(kinds):
+            if name in done or options.only not in name:
                 continue
             signal.alarm(60)
             try:
@@ -138,8 +249,12 @@ def main() -> None:
                 status, why = "not tried", str(error)
             finally:
                 signal.alarm(0)
-            row = {"model": name, "kind": classes()[name], "status": status, "why": why}
-            print(json.dumps(row), file=out, flush=True)
+            rows.append({"model": name, "kind": kinds[name], "status": status, "why": why})
+            print(json.dumps(rows[-1]), file=out, flush=True)
+    print(dict(Counter(row["status"] for row in rows)))
+    if options.table is not None:
+        options.table.write_text(page(sorted(rows, key=lambda row: row["model"])), "utf-8")
+    sys.exit(any(row["status"] == "wrong" for row in rows))
 
 
 if __name__ == "__main__":

@@ -83,16 +83,21 @@ OPEN = {
 
 def complete(config: PretrainedConfig) -> None:
     """Say what a configuration leaves open, in place."""
+    always = ("pad_token_id", "decoder_start_token_id")
     for name, value in OPEN.items():
-        needed = hasattr(config, name) or name in ("pad_token_id", "decoder_start_token_id")
-        if needed and getattr(config, name, None) is None:
-            setattr(config, name, value)
+        try:
+            if getattr(config, name, None if name in always else value) is None:
+                setattr(config, name, value)
+        except Exception:
+            pass
     if hasattr(config, "languages"):
         config.default_language = config.languages[0]
     if hasattr(config, "ctc_zero_infinity"):
         config.ctc_zero_infinity = True
     ropes = getattr(config, "rope_parameters", None)
-    if isinstance(ropes, dict) and ("mrope_section" in ropes or "vl" in config.model_type):
+    if isinstance(ropes, dict) and (
+        "mrope_section" in ropes or re.search("vl|4v|glm_image", config.model_type)
+    ):
         ropes["mrope_section"] = [2, 3, 3]  # half of a small head's 16
     config.use_cache = False
 

@@ -57,6 +57,29 @@ def test_trainer_trains(transformers, kind):
     assert all("sharpness" in row for row in logged)
 
 
+# The compiler's own, of tensors that it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize(
+    "option",
+    ["bf16", "gradient_checkpointing", pytest.param("torch_compile", marks=pytest.mark.slow)],
+)
+def test_the_trainers_other_ways_to_run_a_model(transformers, option):
+    """Each pass runs the model as the Trainer would: the weights move the same way."""
+    options = {"optim": "sgd", "max_grad_norm": 0.0, "esam": {"rho": 0.5, "select": All()}}
+    if option == "torch_compile":
+        options["torch_compile_backend"] = "eager"
+    plain, other = (_trainer(transformers, max_steps=2, **{option: on}, **options) for on in (0, 1))
+    start = torch.nn.utils.parameters_to_vector(plain.model.parameters()).detach().clone()
+    ends = []
+    for trainer in (plain, other):
+        transformers.set_seed(0)
+        trainer.train()
+        ends.append(torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach())
+    moved = (ends[0] - start).norm()
+    # bfloat16 has 8 bits.
+    assert (ends[1] - ends[0]).norm() < (0.05 if option == "bf16" else 1e-4) * moved
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_trainer_is_the_plain_loop(transformers, accumulate):
     """Whatever is written around `optimizer.loss`: accumulation, and the Trainer's own updates."""
@@ -221,6 +244,18 @@ def test_losses_that_would_not_be_trained_with_are_refused(transformers):
 
     with pytest.raises(TypeError, match=r"in place of `compute_loss`.*Received: .* of Own"):
         _trainer(transformers, cls=Own)
+
+
+def test_deepspeed_is_refused(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Deep(ESAMTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    with pytest.raises(TypeError, match=r"`args.deepspeed` must be None"):
+        _trainer(transformers, cls=Deep)
 
 
 def test_losses_of_ones_own_are_trained_with(transformers):

@@ -43,27 +43,30 @@ def bits(model):
     return [hashlib.sha256(found.numpy().tobytes()).hexdigest(), bool(found.isfinite().all())]
 
 
-def agrees(model, interleaved, accumulate=1):
+def agrees(model, interleaved, accumulate=1, left_out=()):
     """Return whether weights are those of one process that averages the two ranks' gradients.
 
     Args:
         model: what the ranks have trained, for one epoch.
         interleaved: whether ranks take samples in turn, or batches.
         accumulate: over how many batches gradients are averaged.
+        left_out: the batches that both ranks leave out, since one has seen NaN.
     """
     twin = network()
-    each = [esam_of(twin), esam_of(twin)]  # a rank climbs on its own samples, under the same mask
+    # A rank climbs on its own samples, under the same mask.
+    each = [esam_of(twin, on_nonfinite="skip") for _ in range(2)]
     inputs, targets = data().tensors
     order = torch.arange(32).view(4, 4, 2) if interleaved else torch.arange(32).view(4, 2, 4).mT
     for step, indices in enumerate(order, 1):
         for esam, mine in zip(each, indices.T, strict=True):
             esam.backward(
                 lambda x, y: F.cross_entropy(twin(x), y, reduction="none"),
-                *(inputs[mine], targets[mine]),
+                *(inputs[mine] * (torch.nan if step - 1 in left_out else 1.0), targets[mine]),
             )
         if step % accumulate == 0:
             for parameter in twin.parameters():
-                parameter.grad /= 2 * accumulate
+                if parameter.grad is not None:  # unless all was left out
+                    parameter.grad /= 2 * accumulate
             each[0].step()
             each[0].zero_grad()
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
@@ -73,7 +76,7 @@ def agrees(model, interleaved, accumulate=1):
 # -- Accelerate ------------------------------------------------------------------------------------
 
 
-def accelerated(accumulate, bad=(), **options):
+def accelerated(accumulate, bad=(), left_out=(), **options):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
@@ -93,11 +96,18 @@ def accelerated(accumulate, bad=(), **options):
             accelerator.backward(esam.loss(losses, inputs, targets))
             optimizer.step()
             optimizer.zero_grad()
-    return [*bits(bare), agrees(bare, False, accumulate)]
+    return [*bits(bare), agrees(bare, False, accumulate, left_out)]
 
 
 def case_accelerate():
-    return [accelerated(2), accelerated(1, bad=(0,), on_nonfinite="skip")]
+    skipping = {"on_nonfinite": "skip"}
+    return [
+        accelerated(2),
+        accelerated(1, bad=(0,), left_out=(0,), **skipping),
+        # The first and the last of the accumulated batches, on one rank or the other.
+        accelerated(2, bad=(4,), left_out=(0,), **skipping),
+        accelerated(2, bad=(8,), left_out=(1,), **skipping),
+    ]
 
 
 # -- Hugging Face's Trainer ------------------------------------------------------------------------

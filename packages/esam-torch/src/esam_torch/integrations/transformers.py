@@ -35,8 +35,8 @@ class ESAMTrainer(Trainer):
         **kwargs: as for `Trainer`.
 
     Raises:
-        ESAMTypeError: `compute_loss` is overridden in a subclass. Override `compute_losses`, or put
-            the class that has it after `ESAMTrainer` in the bases.
+        ESAMTypeError: with DeepSpeed. Or `compute_loss` is overridden in a subclass: override
+            `compute_losses`, or put the class that has it after `ESAMTrainer` in the bases.
         ESAMValueError: `token_weighted` with a `compute_losses` of your own, or, in training, with
             a model that does not take `num_items_in_batch`.
 
@@ -59,6 +59,11 @@ class ESAMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # Whether Trainer leaves the division by the number of accumulated batches to us.
         self.loss_is_scaled_for_ga = token_weighted
+        if self.is_deepspeed_enabled:
+            raise ESAMTypeError(
+                "`args.deepspeed` must be None: DeepSpeed makes the updates itself, without the "
+                "optimizer's step. Use DistributedDataParallel or FSDP2. Received: DeepSpeed."
+            )
         if token_weighted and not self._takes_own_losses():
             raise ESAMValueError(
                 "`token_weighted` must be False where `compute_losses` is overridden, which can "
