@@ -6,6 +6,7 @@ import esam_core
 
 project = "esam"
 author = "The esam authors"
+project_copyright = author
 release = esam_core.__version__
 version = release
 
