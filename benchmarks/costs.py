@@ -70,7 +70,9 @@ def counted_steps(
         gamma=gamma,
         steps=1,
     )
-    stepper.step(losses, x, y)  # not counted: the first step may run the model to find its blocks
+    # Not counted: the first step may run the model to find its blocks or its samples, and is a base
+    # step where there is nothing to climb along yet.
+    stepper.step(losses, x, y)
     counted = []
     for _ in range(repeats):
         with FlopCounterMode(display=False) as counter:
@@ -125,7 +127,7 @@ def predicted_ratio(
         beta: for random masks.
         gamma: for selectors.
     """
-    if method.family in ("base", "average", "msam"):
+    if method.family in ("base", "average"):
         return 1.0
     if method.budget is not None:
         plan = make_plan(_units(model, width, classes, shape), method.budget, norm=method.norm)
@@ -136,6 +138,7 @@ def predicted_ratio(
         method.select(gamma),
         batch_size=batch,
         norm=method.norm,
+        ascend=method.ascend,
     )
     return cost.ratio
 

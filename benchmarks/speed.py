@@ -38,7 +38,9 @@ DEFAULT = (
         "suffix-proportional",
         "budget",
         "empty",
-        "msam",
+        "part",
+        "previous",
+        "momentum",
     ),
 )
 
@@ -48,11 +50,14 @@ NARROW = {"resnet18": 16, "wrn16-4": 1, "vit-small-cifar": 96, "wrn28-10": 1, "p
 #: The most that a step may cost in FLOPs against SGD's, on CIFAR ResNet-18 of full width.
 BARS = {
     "esam": 1.72,
-    "suffix-sds": 1.33,
-    "suffix": 1.52,
-    "last-sds": 1.10,
-    "norm-suffix-sds": 1.17,
+    "suffix-sds": 1.49,
+    "suffix": 1.66,
+    "last-sds": 1.33,
+    "norm-suffix-sds": 1.33,
     "last-loss": 1.00,
+    "part": 1.26,
+    "previous": 1.00,
+    "momentum": 1.00,
     "empty": 1.00,
 }
 

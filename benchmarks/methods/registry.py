@@ -1,16 +1,21 @@
 """The methods by name: which sampler, selector, norm and schedule each of them is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from benchmarks.models.registry import MODELS
+from esam_core import Direction
 from esam_torch import (
     All,
+    Batch,
     Bernoulli,
     Between,
     Every,
     Everything,
+    Momentum,
     Only,
+    Part,
+    Previous,
     Proportional,
     Random,
     RandomSuffix,
@@ -60,9 +65,10 @@ class Method:
         name: as on the command line.
         title: as in tables.
         family: "base", "average" (the base, tested with averaged weights), "esam" (anything that
-            esam-torch does), "msam" or "peer".
+            esam-torch does) or "peer".
         perturb: makes the sampler; for "esam".
         select: makes the selector from gamma; for "esam".
+        ascend: along what to climb; for "esam".
         norm: which norm; "masked" enlarges the radius to rho / beta under random masks.
         schedule: on which steps.
         adaptive: scale the perturbation with the weights.
@@ -75,6 +81,7 @@ class Method:
     family: str = "esam"
     perturb: SamplerMaker = lambda _model, _beta: Everything()
     select: Callable[[float], object] = lambda _gamma: All()
+    ascend: Direction = field(default_factory=Batch)
     norm: str = "masked"
     schedule: Schedule = Schedule()
     adaptive: bool = False
@@ -106,6 +113,9 @@ def _norm_late(model: str, _: float) -> object:
 def _random_suffix(model: str, _: float) -> object:
     return RandomSuffix((1.0, MODELS[model].late, MODELS[model].last), (0.1, 0.3, 0.6))
 
+
+#: Momentum-SAM (Becker, Altrock and Risse 2024), with a radius of the size that its authors use.
+_MOMENTUM = Method("momentum", "momentum-SAM", ascend=Momentum(), rho=3.0)
 
 _ALL = (
     Method("sgd", "base optimizer", "base"),
@@ -178,8 +188,17 @@ _ALL = (
     ),
     Method("budget", "budget of 1.15", budget=1.15),
     Method("empty", "ESAM with an empty mask", perturb=lambda _m, _b: Between(0, 0)),
-    Method("msam", "momentum-SAM", "msam", rho=3.0),
-    Method("msam-adaptive", "adaptive momentum-SAM", "msam", adaptive=True, rho=3.0),
+    Method("part", "all weights along a quarter of the batch", ascend=Part(0.25)),
+    Method(
+        "suffix-part", "late suffix along a quarter of the batch", perturb=_late, ascend=Part(0.25)
+    ),
+    Method("part-random", "half of the batch, random, in both", select=Random, ascend=Part(0.5)),
+    Method("previous", "all weights along the previous gradient", ascend=Previous()),
+    _MOMENTUM,
+    replace(_MOMENTUM, name="momentum-adaptive", title="adaptive momentum-SAM", adaptive=True),
+    # The names under which runs of both have been recorded.
+    replace(_MOMENTUM, name="msam"),
+    replace(_MOMENTUM, name="msam-adaptive", title="adaptive momentum-SAM", adaptive=True),
 )
 
 #: Every method by its name.

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.methods.msam import msam_step
 from benchmarks.methods.registry import Method
-from esam_torch import ESAM, StepReport
+from esam_torch import ESAM, Rows, StepReport
 
 __all__ = ["Losses", "Stepper", "make_stepper"]
 
@@ -94,13 +93,14 @@ class _ESAMStepper:
 
     def step(self, losses: Losses, x: Tensor, y: Tensor) -> StepReport:
         if self._m is None or self._m >= len(y):
-            return self.optimizer.step(losses, x, y)
+            # Marked, so that no step has to find out where the samples are.
+            return self.optimizer.step(losses, Rows(x), Rows(y))
         # m-sharpness: each part of the batch climbs by itself, and their gradients are averaged.
         self.optimizer.zero_grad()
         for part_x, part_y in zip(x.split(self._m), y.split(self._m), strict=True):
             share = len(part_y) / len(y)
             report = self.optimizer.backward(
-                lambda a, b, share=share: losses(a, b) * share, part_x, part_y
+                lambda a, b, share=share: losses(a, b) * share, Rows(part_x), Rows(part_y)
             )
         self.optimizer.step()
         return report
@@ -110,19 +110,6 @@ class _ESAMStepper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
-
-
-class _MSAMStepper(_BaseStepper):
-    """Momentum-SAM around SGD."""
-
-    def __init__(self, base: torch.optim.SGD, rho: float, *, adaptive: bool) -> None:
-        super().__init__(base)
-        self._sgd, self._rho, self._adaptive = base, rho, adaptive
-
-    def step(self, losses: Losses, x: Tensor, y: Tensor) -> None:
-        msam_step(
-            self._sgd, lambda: losses(x, y).mean().backward(), self._rho, adaptive=self._adaptive
-        )
 
 
 class _PeerStepper:
@@ -173,7 +160,7 @@ def make_stepper(
 
     Args:
         method: which one.
-        base: the base optimizer over the model's parameters; SGD for "msam" and "peer".
+        base: the base optimizer over the model's parameters; SGD for "peer".
         model: what `losses` calls.
         model_name: its key in `MODELS`, for the blocks at which suffixes begin.
         rho: the radius; the method's own takes precedence.
@@ -190,11 +177,9 @@ def make_stepper(
         return _BaseStepper(base)
     if method.family == "average":
         return _AveragingStepper(base, model, ema)
-    if method.family in ("msam", "peer"):
+    if method.family == "peer":
         if not isinstance(base, torch.optim.SGD):
             raise TypeError(f"{method.title} must have SGD as its base. Received: {base!r}.")
-        if method.family == "msam":
-            return _MSAMStepper(base, radius, adaptive=method.adaptive)
         return _PeerStepper(base, radius, adaptive=method.adaptive)
     if method.budget is not None:
         optimizer = ESAM(base, model, rho=radius, budget=method.budget, seed=seed)
@@ -207,6 +192,7 @@ def make_stepper(
             rho=radius,
             perturb=sampler,  # type: ignore[arg-type]
             select=method.select(gamma),  # type: ignore[arg-type]
+            ascend=method.ascend,
             adaptive=method.adaptive,
             norm=method.norm,
             seed=seed,

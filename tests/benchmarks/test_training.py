@@ -22,7 +22,8 @@ def _say(_: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["sgd", "sgd-ema", "esam", "msam", "suffix-proportional", "peer-sam"]
+    "method",
+    ["sgd", "sgd-ema", "esam", "momentum", "part", "previous", "suffix-proportional", "peer-sam"],
 )
 def test_a_killed_run_goes_on_to_the_bit(method: str, tmp_path: Path) -> None:
     if method == "peer-sam":
@@ -76,7 +77,10 @@ def test_every_method_takes_steps(name: str) -> None:
 
 
 def test_rho_0_is_the_base_optimizer() -> None:
-    runs = [Run(method=m, **SMALL) for m in ("sgd", "sam@0", "msam@0", "msam-adaptive@0")]
+    runs = [
+        Run(method=m, **SMALL)
+        for m in ("sgd", "sam@0", "momentum@0", "momentum-adaptive@0", "part@0", "previous@0")
+    ]
     losses = []
     for run in runs:
         trainer = Trainer(run)
@@ -98,9 +102,13 @@ def test_methods_are_parsed_and_refused() -> None:
         ("sam", 2.0, 2.0),
         ("swp", 1.5, 2.0),
         ("suffix-sds", 1.2, 1.5),
-        ("last-sds", 1.05, 1.25),
+        ("last-sds", 1.25, 1.4),
         ("last-loss", 0.9, 1.15),
-        ("msam", 1.0, 1.0),
+        ("part", 1.24, 1.26),
+        ("suffix-part", 1.1, 1.2),
+        ("part-random", 0.99, 1.01),
+        ("previous", 1.0, 1.0),
+        ("momentum", 1.0, 1.0),
     ],
 )
 def test_counted_work(method: str, lowest: float, highest: float) -> None:
@@ -153,7 +161,7 @@ def test_bf16_and_channels_last_train_too() -> None:
     assert trainer.test()["accuracy"] > 10
 
 
-@pytest.mark.parametrize("method", ["msam", "msam-adaptive"])
+@pytest.mark.parametrize("method", ["momentum", "momentum-adaptive"])
 def test_momentum_sam_perturbs_without_being_told_a_radius(method: str) -> None:
     assert Run(method=method, **SMALL).effective_rho > 0
     base, other = (Trainer(Run(method=m, **SMALL)) for m in ("sgd", method))
