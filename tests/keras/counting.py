@@ -53,10 +53,11 @@ def _analysed(model, training, batch):
                 model._record_training_state_sharding_spec()
             compiled = jax.jit(model.train_step).lower(state, batch).compile()
         else:
+            from esam_keras.backends.jax import compiled_steps
+
             drawn = training.draw(0, batch, compiled=True)
-            compiled = training.compiled_step.lower(
-                drawn.plan, state, batch, drawn.inputs
-            ).compile()
+            step, _ = compiled_steps(training)
+            compiled = step.lower(drawn.plan, drawn.inputs, state, batch).compile()
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
     analysis = compiled.cost_analysis()
@@ -73,11 +74,10 @@ def _optimised_products(model, training, batch):
         drawn = training.draw(0, batch, compiled=True)
         inputs = {name: tf.convert_to_tensor(value) for name, value in drawn.inputs.items()}
 
-        def step(data, inputs):
-            with training.stepping(drawn.plan, inputs):
-                return model.train_step(data)
+        def step(inputs, data):
+            return training.step(drawn.plan, inputs, data)
 
-        function = tf.function(step, autograph=False).get_concrete_function(batch, inputs)
+        function = tf.function(step, autograph=False).get_concrete_function(inputs, batch)
     left = {node.name for node in _optimised(function).node if node.op == "MatMul"}
     products = [o for o in function.graph.get_operations() if o.name in left]
     assert len(products) == len(left), "the optimiser has made products of its own"

@@ -405,12 +405,6 @@ def test_a_loss_that_is_not_one_number_is_refused():
     refusal(mlp(), {"loss": cross_entropy(reduction=None)}, (X, Y), "must be one number")
 
 
-def test_no_trainable_variables_are_refused():
-    model = mlp()
-    model.trainable = False
-    refusal(model, {"loss": cross_entropy()}, (X, Y), "trainable variables")
-
-
 @pytest.mark.parametrize("selector", [TopLoss(0.5), Random(0.5), Proportional(0.5)])
 def test_selectors_reach_compiled_losses(selector):
     model = mlp()

@@ -279,7 +279,6 @@ class KerasSession:
 
 GAPS = {
     "ascend": "not implemented yet",
-    "check_schedule_that_scales_rho": "not implemented yet",
     "backward": "Keras's training step makes gradients and update in one",
     "groups": "Keras's optimizers have no parameter groups: `Only` and other samplers choose",
 }

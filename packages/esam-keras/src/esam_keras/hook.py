@@ -8,7 +8,9 @@ no subclass is needed.
 - The wrapped class is the one that *defines* `compile`: Keras decides by comparing
   `type(model).compile` with that class's whether it may compile a loaded model again, and a wrapper
   on `keras.Model` would make every `load_model` in the process drop its optimizer.
-- `make_train_function` is replaced beside `train_step`: the latter is traced once, with one mask.
+- `make_train_function` is replaced in the instance: Keras's traces `train_step` once, with one
+  mask.
+- `train_step` is wrapped on the class, so that `super().train_step(...)` reaches it too.
 - Attributes go straight into the instance's `__dict__`: Keras tracks what is set otherwise.
 """
 
@@ -19,6 +21,7 @@ from typing import Any
 import keras
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_keras import compat
 from esam_keras.losses import has_own_compute_loss
 from esam_keras.optimizer import ESAM, find_esam
 from esam_keras.training import ATTRIBUTE, Training, train_step
@@ -26,15 +29,39 @@ from esam_keras.training import ATTRIBUTE, Training, train_step
 __all__ = ["install"]
 
 #: What a compiled model may have in its `__dict__` from us.
-OURS = (ATTRIBUTE, "train_step", "make_train_function", "reset_metrics", "train_on_batch")
+OURS = (ATTRIBUTE, "make_train_function", "reset_metrics", "train_on_batch")
 
 
 def install() -> None:
-    """Wrap `compile` on the class that defines it, once a process."""
-    owner: Any = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
-    original = vars(owner)["compile"]
-    if hasattr(original, "esam_keras_original"):
+    """Wrap `compile` and `train_step` on the classes that define them, once a process."""
+    if hasattr(keras.Model.compile, "esam_keras_original"):
         return
+    _wrap_compile(_owner("compile"))
+    _wrap_train_step(_owner("train_step"))
+    compat.teach_monitors({"sharpness": "min", "sample_share": "min"}, Training.logs_of)
+
+
+def _owner(name: str) -> Any:
+    """Return the class of Keras that defines a method of models."""
+    return next(c for c in keras.Model.__mro__ if name in vars(c))
+
+
+def _wrap_train_step(owner: Any) -> None:
+    """Have `super().train_step(...)` make our step, in a model that is compiled with an ESAM."""
+    original = vars(owner)["train_step"]
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *arguments: Any) -> Any:
+        if ATTRIBUTE in vars(self):
+            return train_step(self, *arguments)
+        return original(self, *arguments)
+
+    owner.train_step = wrapped
+
+
+def _wrap_compile(owner: Any) -> None:
+    """Have `compile` give a model our step or its own back, as the optimizer has it."""
+    original = vars(owner)["compile"]
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -57,7 +84,7 @@ def install() -> None:
 def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
     """Raise where this model cannot train with ESAM, and keep Keras from scaling losses twice."""
     training = Training(model, esam)
-    training.native.refuse(model)
+    training.backend.refuse(model)
     if type(model).make_train_function is not keras.Model.make_train_function:
         raise ESAMTypeError(
             "A model with a `make_train_function` of its own cannot be compiled with ESAM, which "
@@ -87,8 +114,6 @@ def _attach(model: Any, esam: ESAM) -> None:
     training = Training(model, esam)
     mine = vars(model)
     mine[ATTRIBUTE] = training
-    if type(model).train_step is keras.Model.train_step:
-        mine["train_step"] = functools.partial(train_step, model)
     mine["make_train_function"] = functools.partial(_make_train_function, model)
     mine["reset_metrics"] = functools.partial(_reset_metrics, model)
     mine["train_on_batch"] = functools.partial(_train_on_batch, model)
@@ -104,7 +129,7 @@ def _make_train_function(model: Any, force: bool = False) -> Any:
     """Make the function that `fit` calls, if there is none or a new one is asked for."""
     if model.train_function is None or force:
         training = Training.of(model)
-        model.train_function = training.native.make_train_function(training)
+        model.train_function = training.backend.make_train_function(training)
     return model.train_function
 
 
@@ -116,10 +141,11 @@ def _reset_metrics(model: Any) -> None:
 
 def _train_on_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Train on a batch; ESAM's logs come in a dict only, so that lists keep their length."""
-    training = Training.of(model)
     bound = inspect.signature(type(model).train_on_batch).bind(model, *args, **kwargs)
-    training.quiet = not bound.arguments.get("return_dict", False)
-    try:
-        return type(model).train_on_batch(model, *args, **kwargs)
-    finally:
-        training.quiet = False
+    as_dict = bound.arguments.get("return_dict", False)
+    bound.arguments["return_dict"] = True
+    logs = type(model).train_on_batch(*bound.args, **bound.kwargs)
+    if as_dict:
+        return logs
+    own = Training.of(model).own_logs
+    return compat.flat_metrics(model, {name: v for name, v in logs.items() if name not in own})

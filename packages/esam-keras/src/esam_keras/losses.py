@@ -7,7 +7,7 @@ the factor. Where the factor goes in is a *route*:
 - "values": into what a compiled `keras.losses.Loss` returns before its reduction. Linear for every
   reduction, with masks, `sample_weight`, `loss_weights` and several outputs.
 - "weights": into `sample_weight`, for a `compute_loss` of the user's own. Whether the result is
-  linear is tried out once, before the first step, by `find_route`.
+  linear is tried out once, before the first step: see `esam_keras.routes`.
 - None: the loss has no value a sample; only steps that keep every sample can use it.
 """
 
@@ -16,29 +16,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops, tree
-from keras.src.backend import get_keras_mask, set_keras_mask
 
 from esam_core import ESAMValueError
+from esam_keras import compat
 
-__all__ = ["Batch", "check_scalar", "find_route", "weighted"]
+__all__ = ["ADVICE", "Batch", "check_scalar", "has_own_compute_loss", "weighted"]
 
 Tensor = Any
 #: (x, y, sample_weight) as Keras unpacks them.
 Batch = tuple[Any, Any, Any]
 
-_ADVICE = (
+ADVICE = (
     "Without one, no sample can be selected: use gamma=1.0, which keeps them all, or a loss with "
     "a value a sample."
 )
-
-
-def compiled_losses(model: keras.Model) -> list[Any]:
-    """Return the `Loss` objects of a compiled model, each once; they are built when first used."""
-    compiled = model._compile_loss
-    flat = [] if compiled is None else compiled._flat_losses or []
-    return list({id(part.loss): part.loss for part in flat}.values())
 
 
 def has_own_compute_loss(model: keras.Model) -> bool:
@@ -74,14 +66,9 @@ def weighted(
         x, y, sample_weight = batch
         yield x, y, _times_weights(sample_weight, factor)
     else:
-        losses = compiled_losses(model)
-        for loss in losses:
-            vars(loss)["call"] = _weighted_call(loss, factor)
-        try:
+        losses = compat.compiled_losses(model)
+        with compat.calls_replaced([(loss, _weighted_call(loss, factor)) for loss in losses]):
             yield batch
-        finally:
-            for loss in losses:
-                vars(loss).pop("call", None)
 
 
 def _weighted_call(loss: Any, factor: Tensor) -> Any:
@@ -92,10 +79,7 @@ def _weighted_call(loss: Any, factor: Tensor) -> Any:
         values = original(y_true, y_pred)
         _check_values(loss.name, values, factor)
         result = values * ops.cast(_expanded(factor, len(values.shape)), values.dtype)
-        mask = get_keras_mask(values)
-        if mask is not None:
-            set_keras_mask(result, mask)
-        return result
+        return compat.with_masks(result, compat.masks_of(values))
 
     return call
 
@@ -107,7 +91,7 @@ def _check_values(name: str, values: Tensor, factor: Tensor) -> None:
         return
     raise ESAMValueError(
         f"The loss '{name}' must have a value for each sample before it is reduced, with shape "
-        f"({'b' if b is None else b}, ...). Received: values of shape {shape}. {_ADVICE}"
+        f"({'b' if b is None else b}, ...). Received: values of shape {shape}. {ADVICE}"
     )
 
 
@@ -130,74 +114,3 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
     """Return one tensor of sample weights times the factors."""
     weight = ops.cast(weight, factor.dtype)
     return weight * _expanded(factor, len(weight.shape))
-
-
-# -- the choice of the route -----------------------------------------------------------------------
-
-
-def find_route(model: keras.Model, needed: bool, total: Any) -> str | None:
-    """Return the route for a model's loss, trying it out where it is not a plain Keras loss.
-
-    Args:
-        model: compiled, its loss built.
-        needed: whether the step must tell samples apart.
-        total: function of (route, factors) that returns the total loss of a few samples as a
-            float; factors is a (n,) array.
-
-    Raises:
-        ESAMValueError: samples must be told apart and cannot be.
-    """
-    plain = all(
-        type(loss).__call__ is keras.losses.Loss.__call__ for loss in compiled_losses(model)
-    )
-    if not has_own_compute_loss(model):
-        if model._compile_loss is None:
-            return None  # what `add_loss` brings has no value a sample
-        if plain:
-            return "values" if needed or _all_have_values(total) else None
-    reasons = []
-    for route in ("values", "weights"):
-        if route == "values" and not (compiled_losses(model) and plain):
-            continue
-        problem = _problem(total, route)
-        if problem is None:
-            return route
-        reasons.append(problem)
-    if not needed:
-        return None
-    raise ESAMValueError(
-        f"The loss must be linear in `sample_weight` for ESAM to know each sample's share of it. "
-        f"Received: a loss that {reasons[-1] if reasons else 'has no value a sample'}. {_ADVICE}"
-    )
-
-
-#: How many samples are tried: few, so that it costs nothing.
-TRIED = 4
-
-
-def _all_have_values(total: Any) -> bool:
-    """Say whether the compiled losses have a value a sample."""
-    try:
-        total("values", np.ones(TRIED, dtype=np.float32))
-    except ESAMValueError:
-        return False
-    return True
-
-
-def _problem(total: Any, route: str) -> str | None:
-    """Return what is wrong with a route, or None: the loss must be affine in every factor."""
-    n = TRIED
-    try:
-        zero = total(route, np.zeros(n, dtype=np.float32))
-        alone = [total(route, np.eye(n, dtype=np.float32)[i]) - zero for i in range(n)]
-        mixed = np.array([0.5, 4.0, 2.0, 0.25], dtype=np.float32)
-        together = total(route, mixed) - zero
-    except ESAMValueError as error:
-        return f"has no value a sample ({error})"
-    noise = 1e-5 * (abs(zero) + abs(together))
-    size = max(map(abs, (*alone, together)))
-    if size <= noise:
-        return "does not depend on `sample_weight`"
-    if abs(float(np.dot(mixed, alone)) - together) > 1e-3 * size + noise:
-        return "is not linear in `sample_weight`"
-    return None

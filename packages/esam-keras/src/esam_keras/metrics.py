@@ -1,35 +1,71 @@
-"""Loss tracker and metrics: once a step, from the pass at theta, on the whole batch."""
+"""What the logs show: loss and metrics of the pass at theta, and the means that ESAM adds."""
 
 from typing import Any
 
 import keras
 from keras import ops
 
-from esam_keras.passes import Evaluated, batch_size, mapped
+from esam_core.selectors import subset_size
+from esam_keras import compat
+from esam_keras.evaluation import Evaluated, batch_size
 
-__all__ = ["logs_unless", "metrics_after"]
+__all__ = ["log_means", "log_sums", "logs_unless", "metrics_after"]
 
 Tensor = Any
 
 
 def metrics_after(
-    model: keras.Model, ascent: Evaluated, batch: Any
+    model: keras.Model, variables: list[Any], at_theta: Evaluated, batch: Any
 ) -> tuple[dict[str, Any], list[Tensor]]:
-    """Return the logs and the values of the metrics' variables after a pass."""
+    """Return the logs and the values of the metrics' variables after a pass.
+
+    Args:
+        model: compiled.
+        variables: `model.metrics_variables`.
+        at_theta: the pass, on the whole batch.
+        batch: (x, y, sample_weight).
+    """
     x, y, sample_weight = batch
-    with keras.StatelessScope(mapped(model.metrics_variables, ascent.state.metrics)) as scope:
-        model._loss_tracker.update_state(ascent.loss, sample_weight=batch_size(x))
-        logs = model.compute_metrics(x, y, ascent.predictions(), sample_weight)
-    return logs, [scope.get_current_value(v) for v in model.metrics_variables]
+    values = {id(v): value for v, value in zip(variables, at_theta.state.metrics, strict=True)}
+    with compat.PassScope(values):
+        compat.track_loss(model, at_theta.loss, batch_size(x))
+        logs = model.compute_metrics(x, y, at_theta.predictions(), sample_weight)
+    return logs, [values[id(v)] for v in variables]
 
 
 def logs_unless(
-    model: keras.Model, ok: Tensor, logs: dict[str, Any], before: list[Tensor]
+    model: keras.Model, variables: list[Any], ok: Tensor, logs: dict[str, Any], before: list[Tensor]
 ) -> dict[str, Any]:
     """Return the logs of a step that counts, or those from before it."""
-    with keras.StatelessScope(mapped(model.metrics_variables, before)):
+    with compat.PassScope({id(v): value for v, value in zip(variables, before, strict=True)}):
         old = model.get_metrics_result()
     return {
         name: ops.where(ok, value, old[name]) if name in old else value
         for name, value in logs.items()
     }
+
+
+def log_sums(before: list[Tensor], report: dict[str, Tensor], gamma: float, b: Any) -> list[Tensor]:
+    """Return the sums from which the means are made, after a step.
+
+    Args:
+        before: of the sharpness, of the steps that had one, of the shares of samples, of steps.
+        report: what the step found.
+        gamma: the selector's.
+        b: the batch size.
+    """
+    total, number, share, steps = before
+    if "perturbed_losses" in report:
+        rise = ops.mean(report["perturbed_losses"] - report["losses"])
+        total, number = total + ops.cast(rise, "float32"), number + 1.0
+    kept: Any = 1.0
+    if "indices" in report:
+        k = subset_size(gamma, b) if isinstance(b, int) else ops.shape(report["indices"])[0]
+        kept = ops.cast(k, "float32") / ops.cast(b, "float32")
+    return [total, number, share + kept, steps + 1.0]
+
+
+def log_means(sums: list[Tensor]) -> dict[str, Tensor]:
+    """Return the means that the sums make: not a number where no step had any."""
+    total, number, share, steps = sums
+    return {"sharpness": total / number, "sample_share": share / steps}

@@ -1,9 +1,9 @@
 """The optimizer: any Keras optimizer, and what the training step needs to know beside it."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Never
 
 import keras
 
@@ -16,12 +16,23 @@ from esam_core import (
     Selector,
     StepReport,
 )
+from esam_core.config import OnNonfinite
+from esam_core.perturbation import Norm
 from esam_core.validation import flag
+from esam_keras import compat
 
-__all__ = ["ESAM", "find_esam"]
+__all__ = ["ESAM", "OfAStep", "find_esam"]
 
 #: The sums from which the logged means are made, in the order of the variables.
 LOG_SUMS = ("sharpness_total", "sharpness_count", "share_total", "share_count")
+
+
+class OfAStep(list[Any]):
+    """Variables, or their values, that `apply` gets with the descent gradients of an ESAM step.
+
+    A loss scaler hands them on as they are. Gradients that come with any other list are refused:
+    they were not made by ESAM's two passes.
+    """
 
 
 class _OfTheBase:
@@ -108,13 +119,15 @@ class ESAM(keras.optimizers.Optimizer):
         perturb: Sampler | None = None,
         select: Selector | None = None,
         adaptive: bool = False,
-        norm: str = "masked",
+        norm: Norm = "masked",
         norm_eps: float = 1e-12,
         seed: int = 0,
-        on_nonfinite: str = "propagate",
+        on_nonfinite: OnNonfinite = "propagate",
         logs: bool = True,
         name: str = "esam",
+        **others: Never,
     ) -> None:
+        _refuse_others(base_optimizer, others)
         base = _base_optimizer(base_optimizer)
         config = ESAMConfig.from_arguments(
             rho=rho,
@@ -141,7 +154,6 @@ class ESAM(keras.optimizers.Optimizer):
         self.base_optimizer = base
         self.config = config
         self.logs = logs
-        self._stepping = False
         self._report: StepReport | None = None
 
     # -- what is the base's ---------------------------------------------------------------------
@@ -163,7 +175,7 @@ class ESAM(keras.optimizers.Optimizer):
     @property
     def _model_variables_moving_average(self) -> Any:
         """The base's averages: what the `SwapEMAWeights` callback swaps in."""
-        return self.base_optimizer._model_variables_moving_average
+        return compat.ema_variables(self.base_optimizer)
 
     @property
     def variables(self) -> list[Any]:
@@ -200,7 +212,7 @@ class ESAM(keras.optimizers.Optimizer):
         Raises:
             ESAMRuntimeError: called by anything but an ESAM step: gradients alone cannot make one.
         """
-        self._require_step()
+        _require_step(trainable_variables)
         self.base_optimizer.apply(grads, trainable_variables)
 
     def stateless_apply(
@@ -210,7 +222,7 @@ class ESAM(keras.optimizers.Optimizer):
         trainable_variables: Sequence[Any],
     ) -> tuple[list[Any], list[Any]]:
         """Make the base optimizer's stateless update: see `apply`."""
-        self._require_step()
+        _require_step(trainable_variables)
         own = len(self._variables)
         trainable, base = self.base_optimizer.stateless_apply(
             optimizer_variables[own:], grads, trainable_variables
@@ -221,28 +233,7 @@ class ESAM(keras.optimizers.Optimizer):
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Refuse: updates are the base optimizer's, and come through `apply`."""
-        self._require_step()
-        self.base_optimizer.update_step(gradient, variable, learning_rate)
-
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Let gradients be applied inside: the training step has made both passes."""
-        before, self._stepping = self._stepping, True
-        try:
-            yield
-        finally:
-            self._stepping = before
-
-    def _require_step(self) -> None:
-        """Raise unless an ESAM step is under way."""
-        if not self._stepping:
-            raise ESAMRuntimeError(
-                "ESAM was handed gradients, and makes its own: it needs model, loss and batch for "
-                "two passes. Train with `model.compile(optimizer=ESAM(...))` and `model.fit`. A "
-                "model with a `train_step` of its own must call `esam_keras.train_step(self, ...)` "
-                "in it, with the arguments that `train_step` received, instead of computing and "
-                "applying gradients."
-            )
+        _require_step(None)
 
     def reset_logs(self) -> None:
         """Begin new means of what is logged."""
@@ -261,15 +252,26 @@ class ESAM(keras.optimizers.Optimizer):
         """The last step's `StepReport`, its arrays on their device; None before the first step."""
         return self._report
 
+    def keep_report(self, report: StepReport) -> None:
+        """Make a step's report the last one."""
+        self._report = report
+
+    @property
+    def log_variables(self) -> list[Any]:
+        """The sums from which the logged means are made: see `esam_keras.metrics.log_sums`."""
+        return self._log_sums
+
     # -- saving -----------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
         """Return everything that `from_config` needs, the base optimizer included."""
+        config = self.config.to_dict()
+        config.pop("ascend", None)  # no argument of this optimizer
         return {
             "name": self.name,
             "base_optimizer": keras.saving.serialize_keras_object(self.base_optimizer),
             "logs": self.logs,
-            **self.config.to_dict(),
+            **config,
         }
 
     @classmethod
@@ -309,11 +311,36 @@ class ESAM(keras.optimizers.Optimizer):
             variable.assign(weight)
 
 
+def _require_step(variables: Any) -> None:
+    """Raise unless variables come from an ESAM step."""
+    if not isinstance(variables, OfAStep):
+        raise ESAMRuntimeError(
+            "ESAM was handed gradients, and makes its own: it needs model, loss and batch for two "
+            "passes. Train with `model.compile(optimizer=ESAM(...))` and `model.fit`. In a "
+            "`train_step` of your own, call `esam_keras.train_step(self, ...)` or "
+            "`super().train_step(...)` with the arguments that it received, instead of computing "
+            "and applying gradients."
+        )
+
+
 def find_esam(optimizer: Any) -> ESAM | None:
     """Return the ESAM that an optimizer is, or that a loss scaler holds; else None."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer if isinstance(optimizer, ESAM) else None
+
+
+def _refuse_others(base: Any, others: Mapping[str, Any]) -> None:
+    """Raise if there are arguments that ESAM does not have."""
+    for name, value in others.items():
+        message = f"`{name}` is not an argument of ESAM. Received: {name}={value!r}."
+        kind = type(_base_optimizer(base))
+        if name in inspect.signature(kind).parameters:
+            message += (
+                " Give it to the base optimizer: "
+                f"ESAM(keras.optimizers.{kind.__name__}({name}={value!r}), ...)."
+            )
+        raise ESAMTypeError(message)
 
 
 def _base_optimizer(given: Any) -> keras.optimizers.Optimizer:

@@ -14,23 +14,23 @@ from keras import ops
 
 from esam_core import ESAMConfig
 
-__all__ = ["Ascent", "perturb"]
+__all__ = ["Perturbation", "norm_weights", "perturb", "representable", "widened"]
 
 Tensor = Any
 
 
 @dataclass(frozen=True)
-class Ascent:
+class Perturbation:
     """The perturbation of a step.
 
     Args:
-        perturbations: T tensors epsilon_t; None for units left alone.
+        climbed: T tensors theta_t + epsilon_t.
         gradient_norm: ||g|| of equation 2 as `norm` defines it.
         perturbation_norm: ||epsilon||.
         finite: whether the norm was finite, and thereby every gradient.
     """
 
-    perturbations: list[Tensor | None]
+    climbed: list[Tensor]
     gradient_norm: Tensor
     perturbation_norm: Tensor
     finite: Tensor
@@ -39,98 +39,101 @@ class Ascent:
 def perturb(
     gradients: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
-    scale: Sequence[float | Tensor],
+    scale: Sequence[float] | Tensor,
+    rho: float,
     config: ESAMConfig,
     weight_masks: Sequence[Tensor] | None = None,
-) -> Ascent:
-    """Turn ascent gradients into perturbations.
+) -> Perturbation:
+    """Add the perturbations that ascent gradients make to the parameters.
+
+    What is one number a unit is computed for all units together: compilers take their time for
+    every operation.
 
     Args:
         gradients: T gradients g_t, None where not computed.
         parameters: T tensors theta_t.
-        scale: T factors m_t / p_t: numbers, or scalar tensors where the mask is an input.
-        config: norm, norm_eps, rho and adaptive.
-        weight_masks: None, or T tensors of 0 and 1 that mask single weights.
+        scale: T factors m_t / p_t: numbers, or one tensor (T,) where the mask is an input.
+        rho: the step's radius.
+        config: norm, norm_eps and adaptive.
+        weight_masks: None, or T tensors of booleans that mask single weights.
     """
-    wide = [None if g is None else widened(g) for g in gradients]
-    theta = [
-        ops.cast(p, g.dtype) if g is not None else p for p, g in zip(parameters, wide, strict=True)
-    ]
+    places = [t for t, g in enumerate(gradients) if g is not None]
+    wide = [widened(gradients[t]) for t in places]
+    theta = [ops.cast(parameters[t], g.dtype) for t, g in zip(places, wide, strict=True)]
+    lengths, directions = wide, wide
     if config.adaptive:
-        directions = [None if g is None else p * p * g for p, g in zip(theta, wide, strict=True)]
-        lengths = [None if g is None else p * g for p, g in zip(theta, wide, strict=True)]
-    else:
-        directions, lengths = wide, wide
-    factors: list[Tensor] = list(scale)
+        lengths = [p * g for p, g in zip(theta, wide, strict=True)]
+        directions = [p * p * g for p, g in zip(theta, wide, strict=True)]
     if weight_masks is not None:
-        factors = [
-            None if g is None else s * ops.cast(m, g.dtype)
-            for s, m, g in zip(scale, weight_masks, wide, strict=True)
-        ]
-    length = _norm(lengths, factors, config.norm)
+        masks = [weight_masks[t] for t in places]
+        directions = _masked(directions, masks)
+        if config.norm != "full":
+            lengths = _masked(lengths, masks)
+    known = not ops.is_tensor(scale)
+    factors: Any = [scale[t] for t in places] if known else ops.take(scale, places, axis=0)
+
+    squares = _squares(lengths)
+    length = ops.sqrt(ops.sum(_weighted(squares, norm_weights(factors, config.norm))))
     finite = ops.isfinite(length)
     divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
-    common = _representable(config.rho, divisor) / divisor
-    found: list[Tensor | None] = []
-    for direction, factor, s in zip(directions, factors, scale, strict=True):
-        if direction is None or _is_zero(s):
-            found.append(None)
-        else:
-            epsilon = _cast_like(factor, direction) * ops.cast(common, direction.dtype) * direction
-            # 0 * inf is not a number, and epsilon must be 0 where anything is not finite.
-            found.append(ops.where(finite, epsilon, ops.zeros_like(epsilon)))
-    squares = [_square_sum(e) for e in found if e is not None]
-    return Ascent(found, length, ops.sqrt(_total(squares)), finite)
+    common = representable(rho, divisor) / divisor
+
+    steps = ops.cast(factors, common.dtype) * common
+    climbed = list(parameters)
+    for i, t in enumerate(places):
+        if known and factors[i] == 0.0:
+            continue
+        epsilon = ops.cast(steps[i], directions[i].dtype) * directions[i]
+        # 0 * inf is not a number, and epsilon must be 0 where anything is not finite.
+        moved = parameters[t] + ops.cast(epsilon, parameters[t].dtype)
+        climbed[t] = ops.where(finite, moved, parameters[t])
+    if config.adaptive or (weight_masks is not None and config.norm == "full"):
+        squares = _squares(directions)
+    size = ops.sqrt(ops.sum(_weighted(squares, ops.square(steps))))
+    return Perturbation(climbed, length, ops.where(finite, size, ops.zeros_like(size)), finite)
+
+
+def norm_weights(factors: Any, norm: str) -> Any:
+    """Return what each unit's square counts in the norm that divides; "none" divides by none.
+
+    Args:
+        factors: m_t / p_t of each: a list of numbers, or a tensor.
+        norm: see `esam_core.perturbation.NORMS`.
+    """
+    if isinstance(factors, list):
+        if norm == "full":
+            return [1.0] * len(factors)
+        return factors if norm == "estimated" else [float(s > 0.0) for s in factors]
+    if norm == "full":
+        return ops.ones_like(factors)
+    return factors if norm == "estimated" else ops.cast(factors > 0, factors.dtype)
 
 
 def widened(gradient: Tensor) -> Tensor:
     """Return a gradient in float32 or wider."""
-    narrow = ops.dtype(gradient) if hasattr(ops, "dtype") else str(gradient.dtype)
-    return ops.cast(gradient, "float32") if "16" in str(narrow) else gradient
+    narrow = keras.backend.standardize_dtype(gradient.dtype)
+    return ops.cast(gradient, "float32") if "16" in narrow else gradient
 
 
-def _representable(number: float, like: Tensor) -> float:
+def representable(number: float, like: Tensor) -> float:
     """Return a number as a tensor's dtype has it: infinite where it is too large, silently."""
     largest = float(np.finfo(keras.backend.standardize_dtype(like.dtype)).max)
     return number if number <= largest else float("inf")
 
 
-def _norm(lengths: Sequence[Tensor | None], factors: Sequence[Tensor], norm: str) -> Tensor:
-    """Return ||g||; with norm="none", where nothing is divided by, that of "masked"."""
-    squares = []
-    for length, factor in zip(lengths, factors, strict=True):
-        if length is None:
-            continue
-        if norm == "full":
-            squares.append(_square_sum(length))
-        elif isinstance(factor, float):
-            if factor > 0.0:
-                squares.append(_square_sum(length) * (factor if norm == "estimated" else 1.0))
-        else:
-            chosen = ops.cast(factor > 0, length.dtype)
-            # Zeros of the mask must also silence what is not finite under them.
-            square = ops.where(factor > 0, ops.square(length), ops.zeros_like(length))
-            weight = _cast_like(factor, length) if norm == "estimated" else chosen
-            squares.append(ops.sum(weight * square))
-    return ops.sqrt(_total(squares))
+def _masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors with 0 where a mask is false, whatever stood there."""
+    return [ops.where(m, x, ops.zeros_like(x)) for x, m in zip(tensors, masks, strict=True)]
 
 
-def _square_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of squares."""
-    return ops.sum(ops.square(tensor))
+def _squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares of each tensor, as one vector of the widest dtype."""
+    sums = [ops.sum(ops.square(x)) for x in tensors]
+    widest = keras.backend.result_type(*(x.dtype for x in sums))
+    return ops.stack([ops.cast(x, widest) for x in sums])
 
 
-def _total(terms: Sequence[Tensor]) -> Tensor:
-    """Return a sum, in the widest of the terms' dtypes."""
-    widest = keras.backend.result_type(*(term.dtype for term in terms))
-    return sum((ops.cast(term, widest) for term in terms[1:]), ops.cast(terms[0], widest))
-
-
-def _is_zero(scale: Any) -> bool:
-    """Say whether a unit is known to be left alone."""
-    return isinstance(scale, float) and scale == 0.0
-
-
-def _cast_like(factor: Any, like: Tensor) -> Any:
-    """Return a factor that multiplies with a tensor without widening it."""
-    return factor if isinstance(factor, float) else ops.cast(factor, like.dtype)
+def _weighted(squares: Tensor, weights: Any) -> Tensor:
+    """Return squares times weights; a weight of 0 silences what is not finite."""
+    weights = ops.cast(weights, squares.dtype)
+    return ops.where(weights > 0, squares * weights, ops.zeros_like(squares))

@@ -27,14 +27,21 @@ class Plan:
         active: whether anything is perturbed. If not, the step is the base optimizer's own.
         scale: T factors m_t / p_t where the mask is known before compilation; None where they
             come as the input "scale".
+        rho_factor: what rho is multiplied by.
         weight_beta: share of the scalar weights that are perturbed where those are drawn singly.
         kept: "all" samples enter the descent pass, "some", or "one", which has no statistics.
     """
 
     active: bool = True
     scale: tuple[float, ...] | None = None
+    rho_factor: float = 1.0
     weight_beta: float | None = None
     kept: str = "all"
+
+    @property
+    def after_climb(self) -> "Plan":
+        """The plan of phases 4 to 7, which is the same for all masks."""
+        return Plan(kept=self.kept)
 
 
 #: An ordinary step of the base optimizer.
@@ -65,8 +72,13 @@ class Planner:
         self.config = config
         self.units = tuple(units)
         self.allowed = [p and config.rho > 0.0 for p in perturbable]
-        listed = config.perturb.masks(self.units)
+        listed = config.perturb.masks(self.units) if self.units else ()
         self._listed = None if listed is None else {mask.within(self.allowed) for mask in listed}
+
+    @property
+    def climbs_are_many(self) -> bool:
+        """Whether several masks are listed that perturb something."""
+        return self._listed is not None and sum(mask.active for mask in self._listed) > 1
 
     def draw(self, count: int, batch_size: int, *, compiled: bool) -> Drawn:
         """Return what ascent number `count` does on a batch of this size.
@@ -78,6 +90,8 @@ class Planner:
                 nothing, and each step gets its own.
         """
         config = self.config
+        if not self.units:
+            return Drawn(BASE, Mask((), ()))
         mask = config.perturb.draw(self.units, seed=config.seed, count=count).within(self.allowed)
         if not mask.active:
             return Drawn(BASE, mask)
@@ -91,7 +105,8 @@ class Planner:
         kept = "one" if k == 1 else "all" if k == batch_size else "some"
         if kept != "all" and k < batch_size:
             inputs.update(self._selection_inputs(batch_size, k, count))
-        return Drawn(Plan(True, scale, mask.weight_beta, kept), mask, inputs)
+        plan = Plan(True, scale, mask.rho_factor, mask.weight_beta, kept)
+        return Drawn(plan, mask, inputs)
 
     def _is_listed(self, mask: Mask) -> bool:
         """Say whether the sampler listed this mask, which makes it worth compiling for."""

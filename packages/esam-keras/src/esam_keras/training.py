@@ -1,8 +1,9 @@
 """What belongs to one compiled model: its units, its plans, and the step that it trains with."""
 
-import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,32 +12,21 @@ from keras import tree
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.selectors import subset_size
-from esam_keras.losses import find_route
+from esam_keras import compat
+from esam_keras.backends import Backend, current_backend
+from esam_keras.metrics import log_means
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner
 from esam_keras.report import KerasReport
-from esam_keras.trial import total_of_a_few
+from esam_keras.routes import check_rows, find_route
 from esam_keras.units import unit_records
 
-__all__ = ["Current", "Training", "train_step"]
+__all__ = ["Training", "train_step"]
 
 #: Where a model keeps its `Training`, so that it goes with the model.
 ATTRIBUTE = "_esam_training"
 
-
-@dataclass
-class Current:
-    """The step under way: what was drawn for it, and what it leaves.
-
-    Args:
-        plan: what the step is specialised on.
-        inputs: native tensors, by name.
-        report: arrays for the `StepReport`; filled by the step. None until a step has run.
-    """
-
-    plan: Plan
-    inputs: dict[str, Any]
-    report: dict[str, Any] | None = field(default=None)
+Tensor = Any
 
 
 class Training:
@@ -50,13 +40,8 @@ class Training:
     def __init__(self, model: keras.Model, esam: ESAM) -> None:
         self.model = model
         self.esam = esam
-        name = keras.backend.backend()
-        self.native = importlib.import_module(f"esam_keras.step_{name}")
-        self.current: Current | None = None
-        self.quiet = False
-        self._planner: Planner | None = None
-        self._variables: tuple[int, ...] = ()
-        self.route: str | None = None
+        self.backend: Backend = current_backend()
+        self._prepared: _Prepared | None = None
 
     @staticmethod
     def of(model: keras.Model) -> "Training":
@@ -74,6 +59,12 @@ class Training:
             )
         return found
 
+    @staticmethod
+    def logs_of(model: keras.Model) -> tuple[str, ...]:
+        """Return the names of the logs that ESAM adds to a model's; none without an ESAM."""
+        found: Training | None = vars(model).get(ATTRIBUTE)
+        return () if found is None else found.own_logs
+
     # -- before the first step ---------------------------------------------------------------------
 
     def prepare(self, data: Any, state: Any = None) -> None:
@@ -84,59 +75,67 @@ class Training:
             state: values of all variables where they are not in the variables (JAX), or None.
         """
         model = self.model
-        if self._planner is not None and self._variables == self._identity():
+        if self._prepared is not None and self._prepared.variables == _identities(model):
             return
         if state is None:  # or `fit` has built the model, and the variables' values are away
-            model._symbolic_build(data_batch=data)
-        self.native.refuse(model)  # again: some layers are made when a model is built
+            compat.build_from(model, data)
+        self.backend.refuse(model)  # again: some layers are made when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        units = unit_records(model)
-        if not units:
-            raise ESAMValueError("The model must have trainable variables. Received: none.")
-        fixed = self.fixed
-        perturbable = [t not in fixed for t in range(len(units))]
-        planner = Planner(self.esam.config, units, perturbable)
-        needed = self.esam.config.select.gamma < 1.0
-        self.route = find_route(model, needed, total_of_a_few(model, data, state))
-        self._planner, self._variables = planner, self._identity()
-
-    def _identity(self) -> tuple[int, ...]:
-        """Return what tells whether the trainable variables are still the same."""
-        return tuple(id(v) for v in self.model.trainable_variables)
+        variables = model.trainable_variables
+        if not variables:
+            warnings.warn("The model has no trainable weights: nothing is trained.", stacklevel=2)
+        fixed = frozenset(
+            t for t, v in enumerate(variables) if getattr(v, "overwrite_with_gradient", False)
+        )
+        allowed = [t not in fixed for t in range(len(variables))]
+        planner = Planner(self.esam.config, unit_records(model), allowed)
+        selects = self.esam.config.select.gamma < 1.0
+        if selects and any(planner.allowed):
+            k = subset_size(self.esam.config.select.gamma, _batch_size(data))
+            check_rows(model, data, k, state)
+        route = find_route(model, selects, data, state)
+        self._prepared = _Prepared(planner, route, fixed, _identities(model))
 
     @property
-    def fixed(self) -> frozenset[int]:
-        """Places of variables whose gradient is a value to be stored, as in float8 training."""
-        return frozenset(
-            t
-            for t, v in enumerate(self.model.trainable_variables)
-            if getattr(v, "overwrite_with_gradient", False)
-        )
+    def prepared(self) -> "_Prepared":
+        """What `prepare` found.
+
+        Raises:
+            ESAMRuntimeError: it has not been called.
+        """
+        if self._prepared is None:
+            raise ESAMRuntimeError("`prepare` must be called before a step.")
+        return self._prepared
 
     # -- a step ------------------------------------------------------------------------------------
 
     def draw(self, count: int, data: Any, *, compiled: bool) -> Drawn:
         """Return what the step on a batch is to do."""
-        if self._planner is None:
-            raise ESAMRuntimeError("`prepare` must be called before `draw`.")
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-        first = next(leaf for leaf in tree.flatten(x) if leaf is not None)
-        b = int(first.shape[0])
-        if b == 0:
-            raise ESAMValueError("The batch must not be empty. Received: a batch of 0 samples.")
-        return self._planner.draw(count, b, compiled=compiled)
+        return self.prepared.planner.draw(count, _batch_size(data), compiled=compiled)
 
-    @contextmanager
-    def stepping(self, plan: Plan, inputs: dict[str, Any]) -> Iterator[Current]:
-        """Make a step the one under way: `train_step` inside knows what was drawn for it."""
-        if self.current is not None:
-            raise ESAMRuntimeError("A step of this model is already under way.")
-        self.current = Current(plan, inputs)
-        try:
-            yield self.current
-        finally:
-            self.current = None
+    @property
+    def has_own_train_step(self) -> bool:
+        """Whether the model's class has a `train_step` that is not Keras's."""
+        return type(self.model).train_step is not keras.Model.train_step
+
+    def step(
+        self, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+    ) -> tuple[Any, dict[str, Any] | None]:
+        """Make the step that was drawn, by the model's own `train_step` where it has one.
+
+        Args:
+            plan: what the step is specialised on.
+            inputs: native tensors, by name.
+            *arguments: what `train_step` receives.
+
+        Returns:
+            What `train_step` returns, and arrays for the report; None if it made no step of ours.
+        """
+        if not self.has_own_train_step:
+            return self.backend.step(self, plan, inputs, *arguments)
+        with _under_way(_UnderWay(self, plan, inputs, _rows(arguments[-1]))) as step:
+            return self.model.train_step(*arguments), step.report
 
     def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None:
         """Keep the report of a step; raise if it was to raise on what is not finite."""
@@ -145,20 +144,22 @@ class Training:
         arrays = dict(report)
         ok = arrays.pop("ok", None)
         skipped = ok is not None and not bool(ok)
-        if self._planner is None:
-            return
-        units = self._planner.units
-        chosen = [unit for unit, m in zip(units, drawn.mask.perturbed, strict=True) if m]
-        whole = sum(u.size for u, p in zip(units, self._planner.allowed, strict=True) if p)
+        planner = self.prepared.planner
+        chosen = [u for u, m in zip(planner.units, drawn.mask.perturbed, strict=True) if m]
+        whole = sum(u.size for u, p in zip(planner.units, planner.allowed, strict=True) if p)
         share = sum(unit.size for unit in chosen) / whole if chosen else 0.0
         losses, indices = arrays.get("losses"), arrays.get("indices")
-        self.esam._report = KerasReport(
-            count=count,
-            perturbed=() if skipped else tuple(unit.name for unit in chosen),
-            weight_share=0.0 if skipped else share * (drawn.mask.weight_beta or 1.0),
-            sample_share=1.0 if indices is None or losses is None else len(indices) / len(losses),
-            skipped=skipped,
-            **({"losses": losses} if skipped else {"losses": None, **arrays}),
+        self.esam.keep_report(
+            KerasReport(
+                count=count,
+                perturbed=() if skipped else tuple(unit.name for unit in chosen),
+                weight_share=0.0 if skipped else share * (drawn.mask.weight_beta or 1.0),
+                sample_share=1.0
+                if indices is None or losses is None
+                else len(indices) / len(losses),
+                skipped=skipped,
+                **({"losses": losses} if skipped else {"losses": None, **arrays}),
+            )
         )
         if skipped and self.esam.config.on_nonfinite == "raise":
             raise NonFiniteError(
@@ -166,11 +167,7 @@ class Training:
                 'before the step. Use on_nonfinite="skip" to leave such steps out.'
             )
 
-    def shown(self, logs: dict[str, Any]) -> dict[str, Any]:
-        """Return the logs without ESAM's own, where those are not wanted."""
-        if not self.quiet:
-            return logs
-        return {key: value for key, value in logs.items() if key not in self.own_logs}
+    # -- logs --------------------------------------------------------------------------------------
 
     @property
     def own_logs(self) -> tuple[str, ...]:
@@ -182,25 +179,9 @@ class Training:
             return ("sharpness", "sample_share")
         return ("sample_share",)
 
-    def log_sums(self, before: list[Any], report: dict[str, Any], b: Any) -> list[Any]:
-        """Return the four sums after a step that left this report."""
-        ops = keras.ops
-        total, number, share, steps = before
-        if "perturbed_losses" in report:
-            rise = ops.mean(report["perturbed_losses"] - report["losses"])
-            total, number = total + ops.cast(rise, "float32"), number + 1.0
-        kept: Any = 1.0
-        if "indices" in report:
-            k = subset_size(self.esam.config.select.gamma, b) if isinstance(b, int) else None
-            if k is None:
-                k = ops.shape(report["indices"])[0]
-            kept = ops.cast(k, "float32") / ops.cast(b, "float32")
-        return [total, number, share + kept, steps + 1.0]
-
-    def with_means(self, logs: dict[str, Any], sums: list[Any]) -> dict[str, Any]:
-        """Return the logs with those that the sums make: not a number where no step had any."""
-        total, number, share, steps = sums
-        means = {"sharpness": total / number, "sample_share": share / steps}
+    def with_means(self, logs: dict[str, Any], sums: list[Tensor]) -> dict[str, Any]:
+        """Return the logs with those that the sums make."""
+        means = log_means(sums)
         for name in self.own_logs:
             if name in logs:
                 raise ESAMValueError(
@@ -210,10 +191,95 @@ class Training:
         return {**logs, **{name: means[name] for name in self.own_logs}}
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What is found out about a model before its first step.
+
+    Args:
+        planner: draws what each step is to do.
+        route: how samples are told apart: see `esam_keras.losses`.
+        fixed: places of variables whose gradient is a value to be stored, as in float8 training.
+        variables: what tells whether the trainable variables are still the same.
+    """
+
+    planner: Planner
+    route: str | None
+    fixed: frozenset[int]
+    variables: tuple[int, ...]
+
+
+def _identities(model: keras.Model) -> tuple[int, ...]:
+    """Return what tells a model's trainable variables from others."""
+    return tuple(id(v) for v in model.trainable_variables)
+
+
+def _batch_size(data: Any) -> int:
+    """Return the number of samples of a batch.
+
+    Raises:
+        ESAMValueError: it is empty.
+    """
+    b = int(_rows(data))
+    if b == 0:
+        raise ESAMValueError("The batch must not be empty. Received: a batch of 0 samples.")
+    return b
+
+
+def _rows(data: Any) -> Any:
+    """Return the size of a batch's first axis: None where a function is traced for any."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
+
+
+# -- a train_step of the user's own ----------------------------------------------------------------
+
+
+@dataclass
+class _UnderWay:
+    """A step that a `train_step` of the user's own stands around: drawn before, reported after."""
+
+    training: Training
+    plan: Plan
+    inputs: dict[str, Tensor]
+    rows: int | None
+    report: dict[str, Any] | None = field(default=None)
+
+    def make(self, *arguments: Any) -> Any:
+        """Make the step; return what `train_step` returns.
+
+        Raises:
+            ESAMValueError: the batch is not of the size that the step was drawn for.
+        """
+        if _rows(arguments[-1]) != self.rows:
+            raise ESAMValueError(
+                "A `train_step` of your own must hand on as many samples as it received: masks "
+                "and selections are drawn before it. Received: "
+                f"{_rows(arguments[-1])} samples instead of {self.rows}."
+            )
+        training = self.training
+        found, self.report = training.backend.step(training, self.plan, self.inputs, *arguments)
+        return found
+
+
+#: The step that a `train_step` of the user's own is in: its arguments are Keras's alone.
+_STEP: ContextVar[_UnderWay | None] = ContextVar("_STEP", default=None)
+
+
+@contextmanager
+def _under_way(step: _UnderWay) -> Iterator[_UnderWay]:
+    """Let `train_step` inside make a step that is drawn already."""
+    before = _STEP.set(step)
+    try:
+        yield step
+    finally:
+        _STEP.reset(before)
+
+
 def train_step(model: keras.Model, *arguments: Any) -> Any:
     """Make one ESAM step of a compiled model, with the face of Keras's own `train_step`.
 
-    Call it from the `train_step` of a model of your own, or in a loop of your own.
+    Call it from the `train_step` of a model of your own, or in a loop of your own. In the former
+    `super().train_step(...)` does the same.
 
     Args:
         model: compiled with an ESAM.
@@ -227,6 +293,7 @@ def train_step(model: keras.Model, *arguments: Any) -> Any:
         ESAMRuntimeError: the model was not compiled with an ESAM, or the call is being traced by
             a compiler that is not `fit`'s: its mask would be frozen.
         ESAMTypeError: the arguments are not those of this backend.
+        ESAMValueError: a `train_step` of your own has changed the number of samples.
 
     Example:
         >>> import keras, numpy, esam_keras
@@ -240,18 +307,19 @@ def train_step(model: keras.Model, *arguments: Any) -> Any:
         True
     """
     training = Training.of(model)
-    native = training.native
-    if len(arguments) != len(native.ARGUMENTS):
+    backend = training.backend
+    if len(arguments) != len(backend.arguments):
         raise ESAMTypeError(
             f"`train_step` on {keras.backend.backend()} takes (model, "
-            f"{', '.join(native.ARGUMENTS)}). Received: {len(arguments)} arguments after `model`."
+            f"{', '.join(backend.arguments)}). Received: {len(arguments)} arguments after `model`."
         )
-    if training.current is not None:
-        return native.step(training, training.current, *arguments)
-    if native.is_tracing(*arguments):
+    step = _STEP.get()
+    if step is not None and step.training is training:
+        return step.make(*arguments)
+    if backend.is_tracing(*arguments):
         raise ESAMRuntimeError(
             "`esam_keras.train_step` draws a mask on the host for every step; compiled by your own "
             "`tf.function` or `jax.jit` it would repeat the first one forever. Use `model.fit` or "
             "`model.train_on_batch`, which compile it themselves, or call it uncompiled."
         )
-    return native.eager_step(training, *arguments)
+    return backend.eager_step(training, *arguments)

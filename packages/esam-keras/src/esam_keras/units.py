@@ -13,6 +13,7 @@ from typing import Any
 import keras
 
 from esam_core import Unit
+from esam_keras import compat
 
 __all__ = ["statistics_layers", "unit_records"]
 
@@ -46,9 +47,9 @@ def unit_records(model: keras.Model) -> tuple[Unit, ...]:
     """
     places: dict[int, tuple[str, int, keras.layers.Layer, float]] = {}
     for depth, (block, layer, whole) in enumerate(_blocks(model)):
-        for part in (layer, *layer._flatten_layers(include_self=False)) if whole else (layer,):
+        for part in compat.flat_layers(layer) if whole else (layer,):
             positions = _positions(part, fallback=_positions(layer, fallback=1.0))
-            for variable in part._trainable_variables:
+            for variable in compat.own_trainable_variables(part):
                 places.setdefault(id(variable), (block, depth, part, positions))
     units, names = [], set[str]()
     for variable in model.trainable_variables:
@@ -67,7 +68,7 @@ def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """Return the layers that normalise by statistics of the batch."""
     return [
         layer
-        for layer in model._flatten_layers()
+        for layer in compat.flat_layers(model)
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
 
@@ -114,11 +115,10 @@ def _multiplies(kind: str, variable: Any) -> bool:
 
 def _positions(layer: Any, fallback: float) -> float:
     """Return at how many places of a sample the layer applies its kernel; 1 where not known."""
-    nodes = getattr(layer, "_inbound_nodes", ())
-    if not nodes:
+    found = compat.inbound_tensors(layer)
+    if found is None:
         return fallback
-    inputs = [tuple(t.shape) for t in nodes[0].input_tensors]
-    outputs = [tuple(t.shape) for t in nodes[0].output_tensors]
+    inputs, outputs = ([tuple(t.shape) for t in tensors] for tensors in found)
     if isinstance(layer, keras.layers.RNN | keras.layers.Bidirectional) and inputs:
         return float(inputs[0][1] or 1)
     if not outputs or len(outputs[0]) < 2:

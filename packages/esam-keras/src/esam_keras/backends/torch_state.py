@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import torch
 
+from esam_keras import compat
+
 __all__ = ["UnknownState"]
 
 
@@ -25,7 +27,7 @@ class UnknownState:
     def __init__(self, model: keras.Model) -> None:
         self._wrappers = [
             layer
-            for layer in model._flatten_layers()
+            for layer in compat.flat_layers(model)
             if isinstance(layer, keras.layers.TorchModuleWrapper)
         ]
         self._devices = (
@@ -33,16 +35,16 @@ class UnknownState:
             if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             else []
         )
-        self._entry = self.random_state()
+        self._entry = self._random_state()
         self._after: Any = None
         self._buffers: Any = None
 
-    def random_state(self) -> list[torch.Tensor]:
+    def _random_state(self) -> list[torch.Tensor]:
         """Return the states of the global generators."""
         states = [torch.get_rng_state()]
         return states + [torch.cuda.get_rng_state(device) for device in self._devices]
 
-    def set_random_state(self, states: list[torch.Tensor]) -> None:
+    def _set_random_state(self, states: list[torch.Tensor]) -> None:
         """Set the states of the global generators."""
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices, states[1:], strict=True):
@@ -55,7 +57,7 @@ class UnknownState:
         Args:
             running: whether wrapped BatchNorm layers use their running statistics.
         """
-        self.set_random_state(self._entry)
+        self._set_random_state(self._entry)
         buffers: list[dict[str, torch.Tensor]] = []
         with ExitStack() as stack:
             for place, layer in enumerate(self._wrappers):
@@ -63,37 +65,35 @@ class UnknownState:
                 if running and self._buffers is not None:
                     start = self._buffers[place]
                 buffers.append({name: b.clone() for name, b in start.items()})
-                stack.enter_context(_functional(layer, buffers[-1], running))
+                call = _functional(layer, buffers[-1], running)
+                stack.enter_context(compat.calls_replaced([(layer, call)]))
             yield
         if self._after is None:
-            self._after, self._buffers = self.random_state(), buffers
+            self._after, self._buffers = self._random_state(), buffers
 
     def keep(self) -> None:
         """Leave generators and buffers as the first pass did."""
         if self._after is None:
             return
-        self.set_random_state(self._after)
+        self._set_random_state(self._after)
         for layer, buffers in zip(self._wrappers, self._buffers, strict=True):
             for name, buffer in layer.module.named_buffers():
                 buffer.copy_(buffers[name])
 
     def restore(self) -> None:
         """Leave the generators as they were at entry; the buffers were never touched."""
-        self.set_random_state(self._entry)
+        self._set_random_state(self._entry)
 
 
-@contextmanager
-def _functional(layer: Any, buffers: dict[str, torch.Tensor], running: bool) -> Iterator[None]:
-    """Have a wrapped module called with the values that its Keras variables have in the scope."""
-    by_parameter = {id(v._value): v for v in layer.variables}
+def _functional(layer: Any, buffers: dict[str, torch.Tensor], running: bool) -> Any:
+    """Return a wrapped module's call with the values that its Keras variables have in the scope."""
+    by_parameter = {id(compat.torch_parameter(v)): v for v in layer.variables}
 
     def call(*args: Any, training: Any = None, **kwargs: Any) -> Any:
         module = layer.module
         module.train(training is not False)
         statistics = [
-            part
-            for part in module.modules()
-            if running and isinstance(part, torch.nn.modules.batchnorm._NormBase)
+            part for part in module.modules() if running and compat.is_torch_batchnorm(part)
         ]
         for part in statistics:
             part.eval()
@@ -104,8 +104,4 @@ def _functional(layer: Any, buffers: dict[str, torch.Tensor], running: bool) -> 
             for part in statistics:
                 part.train()
 
-    vars(layer)["call"] = call
-    try:
-        yield
-    finally:
-        vars(layer).pop("call", None)
+    return call

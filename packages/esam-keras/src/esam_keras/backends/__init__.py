@@ -1,0 +1,16 @@
+"""What Keras's backends do in their own ways, behind the protocol in `esam_keras.backends.base`."""
+
+import importlib
+
+import keras
+
+from esam_keras.backends.base import Backend
+
+__all__ = ["Backend", "current_backend"]
+
+
+def current_backend() -> Backend:
+    """Return the backend that Keras runs on."""
+    module = importlib.import_module(f"esam_keras.backends.{keras.backend.backend()}")
+    backend: Backend = module.BACKEND
+    return backend

@@ -1,0 +1,103 @@
+"""The step where variables are assigned to: TensorFlow and torch.
+
+The passes are a pure function of the state (see `esam_keras.passes`); what they found is written
+to the variables at the end, when nothing of ours can fail any more.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+from keras import ops
+
+from esam_keras.backends.base import Backend
+from esam_keras.evaluation import Evaluator, State, Variables, batch_size
+from esam_keras.metrics import log_sums, logs_unless, metrics_after
+from esam_keras.optimizer import OfAStep
+from esam_keras.passes import Step, loss_scale
+from esam_keras.plan import Plan
+
+__all__ = ["AssigningBackend"]
+
+Tensor = Any
+
+
+class AssigningBackend(Backend):
+    """What TensorFlow and torch have in common: see `esam_keras.backends.base.Backend`."""
+
+    arguments: tuple[str, ...] = ("data",)
+
+    keeps_assigned = True
+
+    def step(
+        self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Make a step and return its logs and its report's arrays."""
+        (data,) = arguments
+        model, esam, prepared = training.model, training.esam, training.prepared
+        batch = keras.utils.unpack_x_y_sample_weight(data)
+        variables = Variables.of(model)
+        entry = State(*([self.value(v) for v in group] for group in variables))
+        with self.whole_step(model):
+            outcome = Step(
+                Evaluator(self, model, prepared.route, variables, batch),
+                esam.config,
+                plan,
+                inputs,
+                entry,
+                loss_scale(model.optimizer),
+                prepared.fixed,
+            ).run()
+        left = outcome.at_theta.state
+        logs, counted = metrics_after(model, variables.metrics, outcome.at_theta, batch)
+        before = [self.value(v) for v in esam.log_variables]
+        gamma = esam.config.select.gamma
+        sums = log_sums(before, outcome.report, gamma, batch_size(batch[0]))
+        assigned = [
+            *zip(variables.trainable, entry.trainable, left.trainable, strict=True),
+            *zip(variables.non_trainable, entry.non_trainable, left.non_trainable, strict=True),
+            *zip(variables.metrics, entry.metrics, counted, strict=True),
+            *zip(esam.log_variables, before, sums, strict=True),
+        ]
+
+        def commit() -> None:
+            for variable, new in outcome.at_theta.strangers:
+                variable.assign(new)
+            for variable, old, new in assigned:
+                if new is not old:
+                    variable.assign(new)
+            if variables.trainable:
+                self.apply(model.optimizer, outcome.gradients, OfAStep(variables.trainable))
+
+        report = outcome.report
+        if esam.config.on_nonfinite == "propagate":
+            commit()
+        else:
+            found = [self.dense(g) for g in outcome.gradients if g is not None]
+            finite = [ops.all(ops.isfinite(g)) for g in found]
+            ok = ops.all(ops.stack([outcome.finite, *finite]))
+            self.keep_if(ok, commit)
+            logs = logs_unless(model, variables.metrics, ok, logs, entry.metrics)
+            sums = [ops.where(ok, new, old) for new, old in zip(sums, before, strict=True)]
+            report = {**report, "ok": ok}
+        return training.with_means(logs, sums), report
+
+    # -- what TensorFlow and torch do each in its own way ------------------------------------------
+
+    @abstractmethod
+    def value(self, variable: Any) -> Tensor:
+        """Return a variable's value, for as long as nobody assigns to it."""
+
+    @abstractmethod
+    def whole_step(self, model: keras.Model) -> AbstractContextManager[Any]:
+        """Return the context of all passes, in which state that Keras does not know is kept."""
+
+    @abstractmethod
+    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: OfAStep) -> None:
+        """Make the update."""
+
+    @abstractmethod
+    def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
+        """Commit if the step is to be kept."""

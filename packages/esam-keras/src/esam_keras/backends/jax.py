@@ -1,0 +1,332 @@
+"""JAX: stateless, jitted for each plan.
+
+With `keras.distribution.DataParallel` the devices share one theta. The compiled step is that of one
+device: the gradient, its norm, epsilon and the selected samples are those of the whole batch, so
+that m-sharpness has m = b, and not a climb on each device's shard.
+
+Where a sampler lists several masks, what follows the climb is the same function for all of them: it
+is compiled once, and only the climb once a mask.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from esam_core import ESAMRuntimeError, ESAMTypeError
+from esam_keras import compat
+from esam_keras.backends.base import Backend, Cut
+from esam_keras.evaluation import Evaluator, State, Variables, batch_size
+from esam_keras.metrics import log_sums, logs_unless, metrics_after
+from esam_keras.optimizer import OfAStep
+from esam_keras.passes import Climb, Outcome, Step, loss_scale
+from esam_keras.perturbation import perturb
+from esam_keras.plan import Drawn, Plan
+
+__all__ = ["BACKEND", "JaxBackend", "compiled_steps"]
+
+#: What the state of Keras's JAX trainer consists of.
+STATE = (
+    "trainable_variables",
+    "non_trainable_variables",
+    "optimizer_variables",
+    "metrics_variables",
+)
+
+Tensor = Any
+
+
+class JaxBackend(Backend):
+    """Keras on JAX: see `esam_keras.backends.base.Backend`."""
+
+    arguments: tuple[str, ...] = ("state", "data")
+
+    #: Keras's own JAX trainer forgets them.
+    keeps_assigned = False
+
+    perturb = staticmethod(perturb)
+
+    def gradients(
+        self,
+        function: Callable[[list[Tensor], Cut], tuple[Tensor, Any]],
+        variables: Sequence[Tensor],
+        *,
+        again: Callable[[list[Tensor]], AbstractContextManager[Any]],
+    ) -> tuple[list[Tensor | None], Any]:
+        def uncut(variables: list[Tensor]) -> tuple[Tensor, Any]:
+            return function(variables, lambda _, value: value)
+
+        gradients, rest = jax.grad(uncut, has_aux=True)(list(variables))
+        return gradients, rest
+
+    def without_gradient(self, value: Tensor) -> Tensor:
+        return jax.lax.stop_gradient(value)
+
+    def dense(self, gradient: Tensor) -> Tensor:
+        return gradient
+
+    def weight_masks(self, seed: Tensor, like: Sequence[Tensor], beta: float) -> list[Tensor]:
+        words = jax.lax.bitcast_convert_type(seed, jnp.uint32)
+        keys = jax.random.split(jax.random.wrap_key_data(words, impl="threefry2x32"), len(like))
+        return [
+            jax.random.uniform(key, theta.shape) < beta
+            for key, theta in zip(keys, like, strict=True)
+        ]
+
+    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+        return nullcontext()  # all state is Keras's
+
+    # -- a step of a model -------------------------------------------------------------------------
+
+    def refuse(self, model: keras.Model) -> None:
+        # Keras 3.10 has no such mode.
+        if hasattr(keras.config, "is_nnx_enabled") and keras.config.is_nnx_enabled():
+            raise ESAMRuntimeError(
+                "ESAM does not work in Keras's NNX mode, whose variables change in place: the "
+                "passes of a step need them unchanged. Disable it: KERAS_NNX_ENABLED=false."
+            )
+
+    def is_tracing(self, *arguments: Any) -> bool:
+        return any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(arguments)
+        )
+
+    def step(
+        self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        state, data = arguments
+        outcome = _step_of(training, plan, inputs, state, data).run()
+        return _after(training, outcome, state, data)
+
+    def eager_step(self, training: Any, *arguments: Any) -> Any:
+        state, data = arguments
+        if len(state) != 4:
+            raise ESAMTypeError(
+                f"`state` must be ({', '.join(STATE)}). Received: {len(state)} parts."
+            )
+        training.prepare(data, state)
+        count = int(state[2][_places(training)[0]])
+        drawn = training.draw(count, data, compiled=False)
+        found, report = self.step(training, drawn.plan, _native(drawn.inputs), state, data)
+        training.finish(count, drawn, report)
+        return found
+
+    def make_train_function(
+        self, training: Any
+    ) -> Callable[[Any, Iterator[Any]], tuple[dict[str, Any], Any]]:
+        model = training.model
+        counter = _Counter()
+        compiled = not model.run_eagerly and model.jit_compile
+        step, steps_after_climb = training.step, None
+        if compiled:
+            step, steps_after_climb = compiled_steps(training)
+
+        def one_step(drawn: Drawn, state: Any, data: Any) -> Any:
+            inputs = _native(drawn.inputs)
+            climbs_apart = training.prepared.planner.climbs_are_many and drawn.plan.active
+            if steps_after_climb is None or not climbs_apart:
+                return step(drawn.plan, inputs, state, data)
+            climb, after = steps_after_climb
+            return after(
+                drawn.plan.after_climb, inputs, state, data, climb(drawn.plan, inputs, state, data)
+            )
+
+        def train_function(state: Any, iterator: Iterator[Any]) -> tuple[dict[str, Any], Any]:
+            logs = None
+            try:
+                for _ in range(model.steps_per_execution):
+                    try:
+                        data = next(iterator)
+                    except StopIteration:
+                        if logs is None:
+                            raise
+                        break
+                    training.prepare(data, state)
+                    place = _places(training)[0]
+                    count = counter.read(state[2][place])
+                    drawn = training.draw(count, data, compiled=compiled)
+                    (logs, state), report = one_step(drawn, state, data)
+                    training.finish(count, drawn, report)
+                    counter.passed_on(state[2][place])
+            except BaseException:
+                # `fit` has taken the values out of the variables, and puts back what it finds here.
+                compat.hold_jax_state(model, dict(zip(STATE, state, strict=True)))
+                raise
+            return logs or {}, state
+
+        return train_function
+
+
+# -- compiled functions ----------------------------------------------------------------------------
+
+
+def compiled_steps(training: Any) -> tuple[Any, tuple[Any, Any] | None]:
+    """Return the jitted step, and the same in two parts where it can be parted, else None.
+
+    Returns:
+        A function of (plan, inputs, state, data). And one of the same that returns a `Climb`, and
+        one of these and the climb; the plan of the latter has no mask.
+    """
+    out_shardings = None
+    distributed = keras.distribution.distribution() is not None
+    if distributed:
+        # Left to itself, the compiler might lay the weights out in another way.
+        model = training.model
+        groups = (*Variables.of(model)[:2], model.optimizer.variables, model.metrics_variables)
+        out_shardings = ((None, compat.jax_shardings(model, groups)), None)
+
+    def whole(plan: Plan, inputs: Any, state: Any, data: Any) -> Any:
+        return training.step(plan, inputs, state, data)
+
+    def climb(plan: Plan, inputs: Any, state: Any, data: Any) -> Climb:
+        return _apart_from(state, _step_of(training, plan, inputs, state, data).climb())
+
+    def after(plan: Plan, inputs: Any, state: Any, data: Any, climb: Climb) -> Any:
+        step = _step_of(training, plan, inputs, state, data)
+        return _after(training, step.descend(_together_with(state, climb)), state, data)
+
+    step = jax.jit(whole, static_argnums=0, donate_argnums=2, out_shardings=out_shardings)
+    if distributed or training.has_own_train_step:
+        return step, None
+    parts = (jax.jit(climb, static_argnums=0), jax.jit(after, static_argnums=0, donate_argnums=2))
+    return step, parts
+
+
+def _apart_from(state: Any, climb: Climb) -> Climb:
+    """Return a climb that shares no buffer with the state, which the next function is given.
+
+    What is as in the state is left out; what the next function needs nevertheless is copied.
+    """
+    entry = State(state[0], state[1], state[3])
+    changed = [
+        [None if new is old else new for new, old in zip(*groups, strict=True)]
+        for groups in zip(climb.at_theta.state, entry, strict=True)
+    ]
+    at_theta = climb.at_theta._replace(
+        y_pred=jax.tree_util.tree_map(jnp.copy, climb.at_theta.y_pred), state=State(*changed)
+    )
+    climbed = [
+        jnp.copy(new) if new is old else new
+        for new, old in zip(climb.climbed, entry.trainable, strict=True)
+    ]
+    return climb._replace(at_theta=at_theta, climbed=climbed)
+
+
+def _together_with(state: Any, climb: Climb) -> Climb:
+    """Return the climb that `_apart_from` took apart."""
+    entry = State(state[0], state[1], state[3])
+    whole = [
+        [old if new is None else new for new, old in zip(*groups, strict=True)]
+        for groups in zip(climb.at_theta.state, entry, strict=True)
+    ]
+    return climb._replace(at_theta=climb.at_theta._replace(state=State(*whole)))
+
+
+# -- the parts of a step ---------------------------------------------------------------------------
+
+
+def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> Step:
+    """Return the step of a batch from a state."""
+    model, prepared = training.model, training.prepared
+    trainable, non_trainable, optimizer_variables, metrics = state
+    optimizer = model.optimizer
+    values = zip(optimizer.variables, optimizer_variables, strict=True)
+    with compat.PassScope({id(v): value for v, value in values}):
+        scale = loss_scale(optimizer)
+    batch = keras.utils.unpack_x_y_sample_weight(data)
+    return Step(
+        Evaluator(BACKEND, model, prepared.route, Variables.of(model), batch),
+        training.esam.config,
+        plan,
+        inputs,
+        State(trainable, non_trainable, metrics),
+        scale,
+        prepared.fixed,
+    )
+
+
+def _after(
+    training: Any, outcome: Outcome, state: Any, data: Any
+) -> tuple[tuple[dict[str, Any], Any], dict[str, Tensor]]:
+    """Return ((logs, state), report) after the passes of a step: the update and the metrics."""
+    model, esam = training.model, training.esam
+    trainable, _, optimizer_variables, metrics = state
+    batch = keras.utils.unpack_x_y_sample_weight(data)
+    gradients = [
+        jnp.zeros_like(v) if g is None else g
+        for g, v in zip(outcome.gradients, trainable, strict=True)
+    ]
+    moved, updated = trainable, optimizer_variables
+    if trainable:
+        moved, updated = model.optimizer.stateless_apply(
+            optimizer_variables, gradients, OfAStep(trainable)
+        )
+    places = _places(training)
+    own = [optimizer_variables[place] for place in places]
+    gamma = esam.config.select.gamma
+    sums = log_sums(own[1:], outcome.report, gamma, batch_size(batch[0]))
+    updated = list(updated)
+    for place, value, before in zip(places, [own[0] + 1, *sums], own, strict=True):
+        updated[place] = jnp.asarray(value, dtype=before.dtype)
+    variables = model.metrics_variables
+    logs, counted = metrics_after(model, variables, outcome.at_theta, batch)
+    after = (moved, outcome.at_theta.state.non_trainable, updated, counted)
+    report = outcome.report
+    if esam.config.on_nonfinite != "propagate":
+        finite = [jnp.all(jnp.isfinite(g)) for g in gradients]
+        ok = jnp.all(jnp.stack([outcome.finite, *finite]))
+        after = _if_finite(training, ok, after, state)
+        logs = logs_unless(model, variables, ok, logs, metrics)
+        report = {**report, "ok": ok}
+    sums = [after[2][place] for place in places[1:]]
+    return (training.with_means(logs, sums), after), report
+
+
+def _if_finite(training: Any, finite: Tensor, after: Any, before: Any) -> Any:
+    """Return the state after the step if it was finite, else the one before.
+
+    A step that is skipped counts; one that raises has not been.
+    """
+    after = tuple(list(group) for group in after)
+    before = tuple(list(group) for group in before)
+    chosen = jax.tree_util.tree_map(lambda a, b: jnp.where(finite, a, b), after, before)
+    if training.esam.config.on_nonfinite == "skip":
+        place = _places(training)[0]
+        chosen[2][place] = after[2][place]
+    return chosen
+
+
+def _places(training: Any) -> list[int]:
+    """Return the places of the counter and the log sums among the optimizer's variables."""
+    at = {id(v): i for i, v in enumerate(training.model.optimizer.variables)}
+    return [at[id(v)] for v in (training.esam.count, *training.esam.log_variables)]
+
+
+def _native(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return inputs as JAX's arrays."""
+    return {name: jnp.asarray(value) for name, value in inputs.items()}
+
+
+class _Counter:
+    """The host's copy of the counter: read from the device only when it is not our own."""
+
+    def __init__(self) -> None:
+        self._array: Any = None
+        self._value = 0
+
+    def read(self, array: Any) -> int:
+        """Return the counter; waits for the device only if somebody else changed the state."""
+        if array is not self._array:
+            self._value = int(array)
+        return self._value
+
+    def passed_on(self, array: Any) -> None:
+        """Note that a step has returned this array, one more than what was read."""
+        self._array, self._value = array, self._value + 1
+
+
+#: The one of its kind.
+BACKEND = JaxBackend()

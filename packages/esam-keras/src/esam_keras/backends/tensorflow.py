@@ -1,0 +1,171 @@
+"""TensorFlow: a `tf.function` for each plan."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from esam_core import ESAMRuntimeError
+from esam_keras import compat
+from esam_keras.backends.assigning import AssigningBackend
+from esam_keras.backends.base import Cut, refuse_distribution
+from esam_keras.optimizer import OfAStep
+from esam_keras.perturbation import perturb
+from esam_keras.plan import Drawn, Plan
+
+__all__ = ["BACKEND", "TensorFlowBackend"]
+
+Tensor = Any
+
+
+class TensorFlowBackend(AssigningBackend):
+    """Keras on TensorFlow: see `esam_keras.backends.base.Backend`."""
+
+    perturb = staticmethod(perturb)
+
+    def gradients(
+        self,
+        function: Callable[[list[Tensor], Cut], tuple[Tensor, Any]],
+        variables: Sequence[Tensor],
+        *,
+        again: Callable[[list[Tensor]], AbstractContextManager[Any]],
+    ) -> tuple[list[Tensor | None], Any]:
+        watched = list(variables)
+        leaves: list[tuple[int, Tensor]] = []
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+
+            def cut(place: int, value: Tensor) -> Tensor:
+                leaf = tf.stop_gradient(value)
+                tape.watch(leaf)
+                leaves.append((place, leaf))
+                return leaf
+
+            tape.watch(watched)
+            value, rest = function(watched, cut)
+        found = tape.gradient(value, watched + [leaf for _, leaf in leaves])
+        for (place, _), g in zip(leaves, found[len(watched) :], strict=True):
+            if g is not None:
+                both = [self.dense(h) for h in (found[place], g) if h is not None]
+                found[place] = tf.add_n(both)
+        return found[: len(watched)], rest
+
+    def without_gradient(self, value: Tensor) -> Tensor:
+        return tf.stop_gradient(value)
+
+    def dense(self, gradient: Tensor) -> Tensor:
+        return tf.convert_to_tensor(gradient)  # look-ups give one as slices
+
+    def weight_masks(self, seed: Tensor, like: Sequence[Tensor], beta: float) -> list[Tensor]:
+        return [
+            tf.random.stateless_uniform(theta.shape, seed=tf.add(seed, [0, t])) < beta
+            for t, theta in enumerate(like)
+        ]
+
+    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+        return nullcontext()  # all state is Keras's
+
+    def value(self, variable: Any) -> Tensor:
+        return tf.convert_to_tensor(variable.value)
+
+    def whole_step(self, model: keras.Model) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: OfAStep) -> None:
+        optimizer.apply(list(gradients), variables)
+
+    def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
+        def kept() -> Any:
+            commit()
+            return tf.constant(True)
+
+        tf.cond(ok, kept, lambda: tf.constant(False))
+
+    # -- a step of a model -------------------------------------------------------------------------
+
+    def refuse(self, model: keras.Model) -> None:
+        strategy = compat.distribution_strategy(model)
+        if strategy is not None or tf.distribute.has_strategy():
+            raise ESAMRuntimeError(
+                "ESAM does not work under a `tf.distribute` strategy: each replica would climb and "
+                "select on its own shard inside one traced function, where neither masks nor the "
+                "selected samples can be told apart. Use `keras.distribution.DataParallel` on the "
+                f"JAX backend. Received: {strategy or tf.distribute.get_strategy()!r}."
+            )
+        refuse_distribution()
+        for layer in compat.flat_layers(model):
+            if isinstance(layer.call, tf.types.experimental.GenericFunction):
+                raise ESAMRuntimeError(
+                    "ESAM does not work with a `call` made by `tf.function`: it reads the "
+                    "variables themselves, and not the perturbed values, and would not be trained. "
+                    "Leave the decorator out: `fit` compiles the whole step. Received: layer "
+                    f"{layer.name!r}."
+                )
+
+    def is_tracing(self, *arguments: Any) -> bool:
+        return tf.inside_function()
+
+    def eager_step(self, training: Any, *arguments: Any) -> Any:
+        (data,) = arguments
+        training.prepare(data)
+        count = int(training.esam.count.numpy())
+        drawn = training.draw(count, data, compiled=False)
+        logs, report = self.step(training, drawn.plan, _native(drawn.inputs), data)
+        training.finish(count, drawn, report)
+        training.esam.count.assign(count + 1)
+        return logs
+
+    def make_train_function(self, training: Any) -> Callable[[Iterator[Any]], dict[str, Any]]:
+        model = training.model
+        compiled = not model.run_eagerly
+        functions: dict[Plan, Callable[..., Any]] = {}
+
+        def train_function(iterator: Iterator[Any]) -> dict[str, Any]:
+            logs = None
+            for _, data in zip(range(model.steps_per_execution), iterator, strict=False):
+                training.prepare(data)
+                count = int(training.esam.count.numpy())
+                drawn: Drawn = training.draw(count, data, compiled=compiled)
+                if drawn.plan not in functions:
+                    functions[drawn.plan] = step_function(training, drawn.plan)
+                logs, report = functions[drawn.plan](_native(drawn.inputs), data)
+                training.finish(count, drawn, report)
+                training.esam.count.assign(count + 1)
+            if logs is None:
+                raise StopIteration
+            return logs
+
+        return train_function
+
+
+def step_function(training: Any, plan: Plan) -> Callable[[Any, Any], Any]:
+    """Return the function of inputs and a batch that makes a step of one plan."""
+    model = training.model
+    step: Callable[[Any, Any], Any] = functools.partial(training.step, plan)
+    if not model.run_eagerly:
+        # TensorFlow warns where one function is traced again and again. It knows functions by
+        # their code, and a partial by itself: there is one for each plan on purpose.
+        step = tf.function(
+            step, autograph=False, reduce_retracing=True, jit_compile=model.jit_compile
+        )
+    if compat.reads_optionals(model):
+        return lambda inputs, data: step(inputs, _without_optionals(data))
+    return step
+
+
+def _native(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return inputs as tensors."""
+    return {name: tf.convert_to_tensor(value) for name, value in inputs.items()}
+
+
+def _without_optionals(data: Any) -> Any:
+    """Return the data with absent optional inputs as None."""
+    return keras.tree.map_structure(
+        lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data
+    )
+
+
+#: The one of its kind.
+BACKEND = TensorFlowBackend()

@@ -1,0 +1,204 @@
+"""torch: eager, with nothing computed that the mask makes needless."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import keras
+import torch
+
+from esam_core import ESAMConfig, ESAMValueError
+from esam_keras.backends.assigning import AssigningBackend
+from esam_keras.backends.base import Cut, refuse_distribution
+from esam_keras.backends.torch_state import UnknownState
+from esam_keras.optimizer import OfAStep
+from esam_keras.perturbation import Perturbation, norm_weights, perturb, representable
+from esam_keras.plan import Drawn
+
+__all__ = ["BACKEND", "TorchBackend"]
+
+Tensor = Any
+
+
+class TorchBackend(AssigningBackend, threading.local):
+    """Keras on torch: see `esam_keras.backends.base.Backend`.
+
+    Several threads may train, each a model of its own.
+    """
+
+    _unknown: UnknownState | None = None
+
+    def gradients(
+        self,
+        function: Callable[[list[Tensor], Cut], tuple[Tensor, Any]],
+        variables: Sequence[Tensor],
+        *,
+        again: Callable[[list[Tensor]], AbstractContextManager[Any]],
+    ) -> tuple[list[Tensor | None], Any]:
+        leaves = [v.detach().requires_grad_() for v in variables]
+        more: list[tuple[int, Tensor]] = []
+
+        def cut(place: int, value: Tensor) -> Tensor:
+            leaf = value.detach().requires_grad_()
+            more.append((place, leaf))
+            return leaf
+
+        with torch.enable_grad():
+            value, rest = function(leaves, cut)
+            # Keras's scopes are of one thread; so must be what is checkpointed and runs again.
+            with again(leaves), torch.autograd.set_multithreading_enabled(False):
+                wanted = leaves + [leaf for _, leaf in more]
+                found: list[Tensor | None] = list(
+                    torch.autograd.grad(value, wanted, allow_unused=True)
+                )
+        for (place, _), g in zip(more, found[len(leaves) :], strict=True):
+            if g is not None:
+                found[place] = g if found[place] is None else found[place] + g
+        return found[: len(leaves)], None if rest is None else _detached(rest, variables, leaves)
+
+    def without_gradient(self, value: Tensor) -> Tensor:
+        return value.detach()
+
+    def dense(self, gradient: Tensor) -> Tensor:
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+    def perturb(
+        self,
+        gradients: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+        scale: Sequence[float] | Tensor,
+        rho: float,
+        config: ESAMConfig,
+        weight_masks: Sequence[Tensor] | None,
+    ) -> Perturbation:
+        """Return what `esam_keras.perturbation.perturb` does, with one call for all tensors."""
+        places = [t for t, g in enumerate(gradients) if g is not None]
+        alike = {(g.dtype, g.device) for g in gradients if g is not None}
+        if weight_masks is not None or isinstance(scale, torch.Tensor) or len(alike) != 1:
+            return perturb(gradients, parameters, scale, rho, config, weight_masks)
+        ((dtype, device),) = alike
+        if dtype.itemsize < 4:
+            return perturb(gradients, parameters, scale, rho, config, weight_masks)
+        with torch.no_grad():
+            factors = [scale[t] for t in places]
+            theta = [parameters[t] for t in places]
+            directions: Any = [gradients[t] for t in places]
+            lengths = directions
+            if config.adaptive:
+                lengths = torch._foreach_mul(theta, directions)
+                directions = torch._foreach_mul(theta, lengths)
+            weights = torch.tensor(norm_weights(factors, config.norm), dtype=dtype, device=device)
+            norms = torch.stack(torch._foreach_norm(lengths))
+            length = torch.where(weights > 0, norms * weights.sqrt(), 0.0).norm()
+            finite = torch.isfinite(length)
+            divisor = torch.ones_like(length) if config.norm == "none" else length + config.norm_eps
+            common = representable(rho, divisor) / divisor
+            steps = torch.tensor(factors, dtype=dtype, device=device) * common
+            if config.adaptive:
+                norms = torch.stack(torch._foreach_norm(directions))
+            size = torch.where(steps != 0, norms * steps, 0.0).norm()
+            moved = [i for i, factor in enumerate(factors) if factor > 0.0]
+            epsilons = torch._foreach_mul([directions[i] for i in moved], [steps[i] for i in moved])
+            climbed = list(parameters)
+            sums = torch._foreach_add([theta[i] for i in moved], epsilons)
+            for i, value in zip(moved, sums, strict=True):
+                # 0 * inf is not a number, and epsilon must be 0 where anything is not finite.
+                climbed[places[i]] = torch.where(finite, value, theta[i])
+        return Perturbation(climbed, length, torch.where(finite, size, 0.0), finite)
+
+    def weight_masks(self, seed: Tensor, like: Sequence[Tensor], beta: float) -> list[Tensor]:
+        low, high = (int(word) & 0xFFFFFFFF for word in seed)
+        device = like[0].device
+        generator = torch.Generator(device).manual_seed((high << 32) | low)
+        return [torch.rand(t.shape, generator=generator, device=device) < beta for t in like]
+
+    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+        """Start a forward from the state at entry, of which Keras does not know all."""
+        return nullcontext() if self._unknown is None else self._unknown.one_pass(running=running)
+
+    def value(self, variable: Any) -> Tensor:
+        return variable.value.detach()
+
+    @contextmanager
+    def whole_step(self, model: keras.Model) -> Iterator[None]:
+        """Keep what the ascent pass made of torch's generators and of wrapped modules' buffers."""
+        self._unknown = UnknownState(model)
+        try:
+            yield
+            self._unknown.keep()
+        except BaseException:
+            self._unknown.restore()
+            raise
+        finally:
+            self._unknown = None
+
+    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: OfAStep) -> None:
+        with torch.no_grad():
+            optimizer.apply(list(gradients), variables)
+
+    def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
+        if bool(ok):
+            commit()
+
+    # -- a step of a model -------------------------------------------------------------------------
+
+    def refuse(self, model: keras.Model) -> None:
+        refuse_distribution()
+
+    def is_tracing(self, *arguments: Any) -> bool:
+        return torch.compiler.is_compiling()
+
+    def eager_step(self, training: Any, *arguments: Any) -> Any:
+        return self._counted(training, arguments[0], functools.partial(self.step, training))
+
+    def make_train_function(self, training: Any) -> Callable[[Any], dict[str, Any]]:
+        steps = training.model.steps_per_execution
+        if steps > 1:
+            raise ESAMValueError(
+                "`steps_per_execution` must be 1 with the PyTorch backend. "
+                f"Received: steps_per_execution={steps}."
+            )
+
+        def train_function(data: Any) -> dict[str, Any]:
+            (batch,) = data
+            logs: dict[str, Any] = self._counted(training, batch, training.step)
+            return logs
+
+        return train_function
+
+    def _counted(self, training: Any, data: Any, make: Callable[..., Any]) -> Any:
+        """Draw what a step is to do, make it, and count it."""
+        training.prepare(data)
+        count = int(training.esam.count.value)
+        drawn: Drawn = training.draw(count, data, compiled=False)
+        inputs = {n: keras.ops.convert_to_tensor(value) for n, value in drawn.inputs.items()}
+        logs, report = make(drawn.plan, inputs, data)
+        training.finish(count, drawn, report)
+        training.esam.count.assign(count + 1)
+        return logs
+
+
+def _detached(rest: Any, variables: Sequence[Tensor], leaves: Sequence[Tensor]) -> Any:
+    """Return what a forward left without its graph; leaves become the tensors they are of."""
+    origin = {id(leaf): variable for leaf, variable in zip(leaves, variables, strict=True)}
+
+    def detached(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) in origin:
+            return origin[id(leaf)]
+        return leaf.detach() if leaf.requires_grad else leaf
+
+    state = [[detached(value) for value in group] for group in rest.state]
+    return rest._replace(
+        loss=detached(rest.loss),
+        y_pred=keras.tree.map_structure(detached, rest.y_pred),
+        state=type(rest.state)(*state),
+        strangers=[(variable, detached(value)) for variable, value in rest.strangers],
+    )
+
+
+#: The one of its kind.
+BACKEND = TorchBackend()

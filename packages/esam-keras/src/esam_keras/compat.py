@@ -1,0 +1,241 @@
+"""Every private name of Keras that this package leans on, and of a backend's: one function each.
+
+Keras gives public hooks for none of these. Each has a test of its own, so that a new version of
+Keras that lacks one is seen there, by its name.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+from keras import tree
+from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mask
+from keras.src.callbacks.monitor_callback import MonitorCallback
+
+__all__ = [
+    "PassScope",
+    "build_from",
+    "calls_replaced",
+    "compiled_losses",
+    "distribution_strategy",
+    "ema_variables",
+    "flat_layers",
+    "flat_metrics",
+    "get_keras_mask",
+    "has_compiled_loss",
+    "hold_jax_state",
+    "inbound_tensors",
+    "is_sparse",
+    "is_torch_batchnorm",
+    "jax_shardings",
+    "masks_of",
+    "output_spec",
+    "own_trainable_variables",
+    "reads_optionals",
+    "set_keras_mask",
+    "takes_training",
+    "teach_monitors",
+    "torch_parameter",
+    "total_loss",
+    "track_loss",
+    "with_masks",
+]
+
+Tensor = Any
+
+
+class PassScope(keras.StatelessScope):
+    """A `keras.StatelessScope` that takes values as they are, and sees assignments.
+
+    Keras's constructor converts and checks each value, which costs more than a small layer does.
+
+    Args:
+        values: tensors by the ids of the variables that have them in the scope.
+        assigned: what is kept of a value that is assigned to a variable, by the variable's id:
+            a function of the value. Variables that are not in it keep the value as it is.
+    """
+
+    def __init__(
+        self,
+        values: dict[int, Tensor],
+        assigned: dict[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        super().__init__(collect_losses=True)
+        self.state_mapping = values
+        self._assigned = assigned or {}
+        #: Variables that were assigned to and had no value in the scope: Keras does not track all.
+        self.strangers: list[Any] = []
+
+    def add_update(self, update: tuple[Any, Tensor]) -> None:
+        """Keep what is assigned to a variable in the scope."""
+        variable, value = update
+        if id(variable) not in self.state_mapping:
+            self.strangers.append(variable)
+        kept = self._assigned.get(id(variable))
+        self.state_mapping[id(variable)] = value if kept is None else kept(value)
+
+
+@contextmanager
+def calls_replaced(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Have layers or losses called by other functions inside, given as (object, function).
+
+    The instance's own `call` goes into its `__dict__`, past Keras's tracking, and out of it again.
+    """
+    try:
+        for thing, call in calls:
+            vars(thing)["call"] = call
+        yield
+    finally:
+        for thing, _ in calls:
+            vars(thing).pop("call", None)
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+def masks_of(structure: Any) -> list[Tensor | None]:
+    """Return the masks that Keras has attached to the leaves of a structure."""
+    return [get_keras_mask(leaf) for leaf in tree.flatten(structure)]
+
+
+def with_masks(structure: Any, masks: Sequence[Tensor | None]) -> Any:
+    """Return a structure with masks attached to its leaves, as transformations strip them."""
+    leaves = tree.flatten(structure)
+    for leaf, mask in zip(leaves, masks, strict=True):
+        if mask is not None:
+            set_keras_mask(leaf, mask)
+    return tree.pack_sequence_as(structure, leaves)
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def build_from(model: keras.Model, data: Any) -> None:
+    """Build a model, its metrics and its loss from a batch, without running it."""
+    model._symbolic_build(data_batch=data)
+
+
+def flat_layers(layer: Any, include_self: bool = True) -> list[Any]:
+    """Return a layer and all in it, however deep."""
+    return list(layer._flatten_layers(include_self=include_self))
+
+
+def own_trainable_variables(layer: Any) -> list[Any]:
+    """Return a layer's trainable variables, without those of the layers in it."""
+    return list(layer._trainable_variables)
+
+
+def inbound_tensors(layer: Any) -> tuple[list[Any], list[Any]] | None:
+    """Return what a layer was first called on and what came of it, or None if it never was."""
+    nodes = getattr(layer, "_inbound_nodes", ())
+    return (nodes[0].input_tensors, nodes[0].output_tensors) if nodes else None
+
+
+def takes_training(model: keras.Model) -> bool:
+    """Return whether a model's `call` has an argument `training`."""
+    return bool(model._call_has_training_arg)
+
+
+def output_spec(function: Callable[..., Any], *specs: Any) -> Any:
+    """Return the shapes that a function gives for inputs of some shapes."""
+    return compute_output_spec(function, *specs)
+
+
+# -- losses and metrics ----------------------------------------------------------------------------
+
+
+def has_compiled_loss(model: keras.Model) -> bool:
+    """Return whether `compile` was given a loss."""
+    return model._compile_loss is not None
+
+
+def compiled_losses(model: keras.Model) -> list[Any]:
+    """Return the `Loss` objects of a compiled model, each once; they are built when first used."""
+    compiled = model._compile_loss
+    flat = [] if compiled is None else compiled._flat_losses or []
+    return list({id(part.loss): part.loss for part in flat}.values())
+
+
+def total_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Tensor:
+    """Return the loss that a model trains on, regularisation included."""
+    return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+
+
+def track_loss(model: keras.Model, loss: Tensor, count: Any) -> None:
+    """Add a batch's loss to the mean that the logs show."""
+    model._loss_tracker.update_state(loss, sample_weight=count)
+
+
+def flat_metrics(model: keras.Model, logs: dict[str, Any]) -> Any:
+    """Return logs as `train_on_batch` returns them: a list, or one number."""
+    return model._flatten_metrics_in_order(logs)
+
+
+def is_sparse(leaf: Any) -> bool:
+    """Return whether a leaf of a batch is a backend's sparse tensor."""
+    return type(leaf).__name__ in ("SparseTensor", "BCOO")
+
+
+def teach_monitors(directions: dict[str, str], logs_of: Callable[[Any], tuple[str, ...]]) -> None:
+    """Let callbacks with `monitor="sharpness"` and the like do without `mode`.
+
+    Keras looks for a direction among the model's metrics, and these logs are no metrics.
+
+    Args:
+        directions: "min" or "max" by the names of logs.
+        logs_of: a function of a model that returns which of them it has.
+    """
+    original = MonitorCallback._set_monitor_op
+
+    def set_monitor_op(self: Any) -> None:
+        if self.mode == "auto" and self.monitor in logs_of(self.model):
+            self.mode = directions[self.monitor]
+        original(self)
+
+    MonitorCallback._set_monitor_op = set_monitor_op
+
+
+# -- optimizers and variables ----------------------------------------------------------------------
+
+
+def ema_variables(optimizer: Any) -> list[Any]:
+    """Return the moving averages that an optimizer keeps, for `SwapEMAWeights`."""
+    return optimizer._model_variables_moving_average
+
+
+def torch_parameter(variable: Any) -> Any:
+    """Return the parameter that a variable is on torch, whatever the scope says of its value."""
+    return variable._value
+
+
+# -- backends --------------------------------------------------------------------------------------
+
+
+def distribution_strategy(model: keras.Model) -> Any:
+    """Return the `tf.distribute` strategy that a model was made in, or None."""
+    return model._distribute_strategy
+
+
+def reads_optionals(model: keras.Model) -> bool:
+    """Return whether Keras's TensorFlow trainer makes None of absent optional inputs."""
+    return hasattr(model, "_autoconvert_optionals")
+
+
+def hold_jax_state(model: keras.Model, state: dict[str, Any]) -> None:
+    """Give `fit` the values that it puts back into the variables after an exception."""
+    model._jax_state = state
+
+
+def jax_shardings(model: keras.Model, groups: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Return how the state is spread over the devices."""
+    if hasattr(model, "_get_state_sharding_spec"):  # it warns of what does not fit together
+        return model._get_state_sharding_spec()
+    return tuple([variable.value.sharding for variable in group] for group in groups)
+
+
+def is_torch_batchnorm(module: Any) -> bool:
+    """Return whether a torch module normalises by statistics of the batch, and keeps them."""
+    import torch
+
+    return isinstance(module, torch.nn.modules.batchnorm._NormBase)

@@ -1,0 +1,226 @@
+"""One forward pass and its loss, in a given state: nothing is assigned to a variable.
+
+A pass runs in a scope in which the model's variables have the values that the pass is to see. So
+theta is never overwritten, moving statistics and seed generators start each pass from the state at
+entry, and what a pass made of them is returned.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops, tree
+
+from esam_keras import compat
+from esam_keras.backends.base import Backend, Cut
+from esam_keras.losses import Batch, check_scalar, weighted
+from esam_keras.selection import Selected
+from esam_keras.units import statistics_layers
+
+__all__ = ["Evaluated", "Evaluator", "State", "Variables", "batch_size"]
+
+Tensor = Any
+
+
+class State(NamedTuple):
+    """Values of a model's variables, as tensors, in the order of Keras's properties."""
+
+    trainable: list[Tensor]
+    non_trainable: list[Tensor]
+    metrics: list[Tensor]
+
+
+class Variables(NamedTuple):
+    """A model's variables: looked up once a step, since Keras collects them anew each time."""
+
+    trainable: list[Any]
+    non_trainable: list[Any]
+    metrics: list[Any]
+
+    @staticmethod
+    def of(model: keras.Model) -> "Variables":
+        """Return those of a model."""
+        return Variables(
+            model.trainable_variables, model.non_trainable_variables, model.metrics_variables
+        )
+
+
+class Evaluated(NamedTuple):
+    """What a forward pass left: the loss, the predictions and their masks, the new state.
+
+    `strangers` are variables that the model does not list, with the values that the pass assigned
+    to them: the states of stateful RNNs are such.
+    """
+
+    loss: Tensor
+    y_pred: Any
+    masks: list[Tensor | None]
+    state: State
+    strangers: list[tuple[Any, Tensor]]
+
+    def predictions(self) -> Any:
+        """Return the predictions with their masks, which transformations strip."""
+        return compat.with_masks(self.y_pred, self.masks)
+
+
+def batch_size(x: Any) -> int | Tensor:
+    """Return the number of samples: static where known, else a tensor."""
+    first = next(leaf for leaf in tree.flatten(x) if leaf is not None)
+    return ops.shape(first)[0]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a model and its loss on a batch.
+
+    Args:
+        backend: the native parts.
+        model: compiled and built.
+        route: how samples are told apart: see `esam_keras.losses`.
+        variables: the model's.
+        batch: (x, y, sample_weight).
+    """
+
+    backend: Backend
+    model: keras.Model
+    route: str | None
+    variables: Variables
+    batch: Batch
+
+    def evaluate(
+        self,
+        state: State,
+        factor: Tensor | None,
+        *,
+        cut: Cut | None = None,
+        running: bool = False,
+    ) -> Evaluated:
+        """Return the loss of the whole batch in a state, sample i counted factor_i-fold."""
+        with self.scope(state, cut) as scope:
+            y_pred = self._forward(self.batch[0], running=running)
+            masks = compat.masks_of(y_pred)
+            loss = self._loss(y_pred, factor)
+        strangers = []
+        if self.backend.keeps_assigned:
+            strangers = [(v, scope.state_mapping[id(v)]) for v in scope.strangers]
+        return Evaluated(loss, y_pred, masks, self._left(scope, state), strangers)
+
+    def evaluate_selected(
+        self,
+        state: State,
+        b: int | Tensor,
+        at_theta: Evaluated,
+        selected: Selected,
+        *,
+        cut: Cut,
+        running: bool,
+    ) -> Tensor:
+        """Return the loss of the batch in which only the selected samples count and are run."""
+        chosen = tree.map_structure(
+            lambda leaf: None if leaf is None else ops.take(leaf, selected.indices, axis=0),
+            self.batch[0],
+        )
+        places = ops.expand_dims(selected.indices, axis=-1)
+        weights = selected.weights * ops.cast(b, selected.weights.dtype)
+        zeros = ops.zeros((b,), dtype=keras.config.floatx())
+        factor = ops.scatter_update(zeros, places, weights)
+        with self.scope(state, cut):
+            run = self._forward(chosen, running=running)
+            leaves, masks = [], []
+            for before, mask, now in zip(
+                tree.flatten(at_theta.y_pred), at_theta.masks, tree.flatten(run), strict=True
+            ):
+                # What has no prediction for each sample is that of the selected, as it is.
+                rows = _has_rows(before, now, selected.indices)
+                leaves.append(
+                    ops.scatter_update(self.backend.without_gradient(before), places, now)
+                    if rows
+                    else now
+                )
+                masks.append(mask if rows else None)
+            y_pred = tree.pack_sequence_as(at_theta.y_pred, leaves)
+            return self._loss(compat.with_masks(y_pred, masks), factor)
+
+    def scope(self, state: State, cut: Cut | None = None) -> compat.PassScope:
+        """Return a scope in which the model's variables have a state's values."""
+        values = {
+            id(variable): value
+            for group, tensors in zip(self.variables, state, strict=True)
+            for variable, value in zip(group, tensors, strict=True)
+        }
+        assigned: dict[int, Callable[[Tensor], Tensor]] = {}
+        if self.backend.keeps_assigned:
+            assigned = {
+                id(variable): _leaf_at(place, cut) if cut else self.backend.without_gradient
+                for place, variable in enumerate(self.variables.trainable)
+            }
+        return compat.PassScope(values, assigned)
+
+    def _left(self, scope: compat.PassScope, state: State) -> State:
+        """Return the state that a pass left."""
+        values = scope.state_mapping
+        trainable = state.trainable
+        if self.backend.keeps_assigned:
+            trainable = [values[id(v)] for v in self.variables.trainable]
+        return State(
+            trainable,
+            [values[id(v)] for v in self.variables.non_trainable],
+            [values[id(v)] for v in self.variables.metrics],
+        )
+
+    def _forward(self, x: Any, *, running: bool) -> Any:
+        """Return the predictions in training mode; `running` is for a single sample."""
+        model = self.model
+        with self.backend.pass_context(model, running), _running_statistics(model, when=running):
+            return model(x, training=True) if compat.takes_training(model) else model(x)
+
+    def _loss(self, y_pred: Any, factor: Tensor | None) -> Tensor:
+        """Return the total loss, regularisation included."""
+        with weighted(self.model, self.route, self.batch, factor) as (x, y, sample_weight):
+            loss = compat.total_loss(self.model, x, y, y_pred, sample_weight)
+        check_scalar(loss)
+        return loss
+
+    def with_statistics_of(self, state: State, entry: Sequence[Tensor]) -> list[Tensor]:
+        """Return the non-trainable values at entry, moving statistics as another state has them."""
+        statistics = {
+            id(v) for layer in statistics_layers(self.model) for v in layer.non_trainable_variables
+        }
+        return [
+            later if id(v) in statistics else before
+            for v, before, later in zip(
+                self.variables.non_trainable, entry, state.non_trainable, strict=True
+            )
+        ]
+
+
+def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
+    """Return the function that makes a leaf of what is assigned to one variable."""
+    return lambda value: cut(place, value)
+
+
+def _has_rows(before: Any, now: Any, indices: Any) -> bool:
+    """Return whether an output has one row a sample: of the batch then, of the selected now."""
+    if len(before.shape) == 0 or len(now.shape) == 0:
+        return False
+    return now.shape[0] is None or now.shape[0] == indices.shape[0]
+
+
+@contextmanager
+def _running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
+    """Let BatchNormalization use its moving statistics: one sample has none of its own."""
+    layers = statistics_layers(model) if when else []
+    with compat.calls_replaced([(layer, _inference(layer)) for layer in layers]):
+        yield
+
+
+def _inference(layer: Any) -> Any:
+    """Return a layer's `call` in inference mode."""
+    original = layer.call
+
+    def call(*args: Any, training: Any = None, **kwargs: Any) -> Any:  # noqa: ARG001
+        return original(*args, training=False, **kwargs)
+
+    return call

@@ -1,0 +1,131 @@
+"""The private names of Keras that `esam_keras.compat` leans on: each does what it is used for."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tests.keras.scene import cross_entropy, data, mlp
+
+from esam_keras import compat
+
+BACKEND = keras.backend.backend()
+X, Y = data()
+
+
+@pytest.fixture
+def model():
+    model = mlp()
+    model.compile("sgd", cross_entropy(), metrics=["accuracy"])
+    compat.build_from(model, (X, Y))
+    return model
+
+
+def test_a_pass_scope_has_values_and_keeps_assignments():
+    known, other = (keras.Variable(n, trainable=False) for n in (1.0, 2.0))
+    values = {id(known): ops.convert_to_tensor(3.0)}
+    with compat.PassScope(values, {id(known): lambda value: value * 2.0}) as scope:
+        assert float(known.value) == 3.0
+        known.assign(5.0)
+        other.assign(7.0)
+        assert float(known.value) == 10.0
+    assert [v is other for v in scope.strangers] == [True]
+    assert float(scope.state_mapping[id(other)]) == 7.0
+    assert (float(known.value), float(other.value)) == (1.0, 2.0)
+
+
+def test_calls_are_replaced_and_put_back(model):
+    layer = model.layers[0]
+
+    def stopped():
+        with compat.calls_replaced([(layer, lambda x: x * 0.0)]):
+            assert not np.any(ops.convert_to_numpy(layer(X)))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert "call" not in vars(layer)
+    assert np.any(ops.convert_to_numpy(layer(X)))
+
+
+def test_masks_go_with_tensors():
+    outputs = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[0, 1]]))
+    (mask,) = compat.masks_of(outputs)
+    assert ops.convert_to_numpy(mask).tolist() == [[False, True]]
+    (again,) = compat.masks_of(compat.with_masks(outputs * 1.0, [mask]))
+    assert again is mask
+
+
+def test_layers_and_their_variables(model):
+    inner = keras.Sequential([keras.layers.Dense(3)])
+    outer = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6), inner])
+    found = compat.flat_layers(outer)
+    assert inner in found and inner.layers[0] in found and outer in found
+    assert outer not in compat.flat_layers(outer, include_self=False)
+    assert [v.name for v in compat.own_trainable_variables(model.layers[0])] == ["kernel", "bias"]
+    assert compat.own_trainable_variables(model) == []
+    inputs, outputs = compat.inbound_tensors(model.layers[0])
+    assert (inputs[0].shape, outputs[0].shape) == ((None, 6), (None, 8))
+    assert compat.inbound_tensors(keras.layers.Dense(3)) is None
+
+
+def test_arguments_and_shapes_of_models(model):
+    assert compat.takes_training(model)
+    assert compat.output_spec(model, keras.KerasTensor((5, 6))).shape == (5, 3)
+
+
+def test_losses_and_metrics(model):
+    assert compat.has_compiled_loss(model)
+    (loss,) = compat.compiled_losses(model)
+    assert isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+    y_pred = ops.stop_gradient(model(X))
+    found = float(compat.total_loss(model, X, ops.convert_to_tensor(Y), y_pred, None))
+    np.testing.assert_allclose(found, model.evaluate(X, Y, verbose=0)[0], rtol=1e-5)
+    model.reset_metrics()
+    compat.track_loss(model, ops.convert_to_tensor(3.0), 12)
+    assert float(model.get_metrics_result()["loss"]) == 3.0
+    assert compat.flat_metrics(model, {"loss": 1.0, "accuracy": 2.0}) == [1.0, 2.0]
+    without = mlp()
+    without.compile("sgd")
+    assert not compat.has_compiled_loss(without)
+    assert compat.compiled_losses(without) == []
+
+
+def test_averages_of_an_optimizer(model):
+    base = keras.optimizers.SGD(0.1, use_ema=True)
+    base.build(model.trainable_variables)
+    assert len(compat.ema_variables(base)) == len(model.trainable_variables)
+
+
+def test_dense_tensors_are_not_sparse():
+    assert not compat.is_sparse(ops.ones((3,)))
+    assert not compat.is_sparse(None)
+
+
+@pytest.mark.backends("tensorflow")
+def test_what_is_asked_of_tensorflow(model):
+    import tensorflow as tf
+
+    assert compat.distribution_strategy(model) is None
+    assert compat.is_sparse(tf.sparse.from_dense([[1.0, 0.0]]))
+    assert isinstance(compat.reads_optionals(model), bool)
+
+
+@pytest.mark.backends("torch")
+def test_what_is_asked_of_torch(model):
+    import torch
+
+    variable = model.trainable_variables[0]
+    with compat.PassScope({id(variable): torch.zeros(6, 8)}):
+        assert compat.torch_parameter(variable) is not variable.value
+    assert compat.torch_parameter(variable) is variable.value
+    assert compat.is_torch_batchnorm(torch.nn.BatchNorm1d(3))
+    assert not compat.is_torch_batchnorm(torch.nn.LayerNorm(3))
+
+
+@pytest.mark.backends("jax")
+def test_what_is_asked_of_jax(model):
+    groups = [model.trainable_variables, model.non_trainable_variables]
+    shardings = compat.jax_shardings(model, groups)
+    assert len(shardings[0]) == len(model.trainable_variables)
+    compat.hold_jax_state(model, {"trainable_variables": []})
+    assert model._jax_state == {"trainable_variables": []}
