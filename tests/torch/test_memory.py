@@ -6,7 +6,17 @@ from benchmarks.memory import LiveBytes, Meter
 from torch import nn
 from torch.nn import functional as F
 
-from esam_torch import ESAM, Bernoulli, Everything, Only, Suffix, TopLoss
+from esam_torch import (
+    ESAM,
+    Bernoulli,
+    Everything,
+    Momentum,
+    Only,
+    Part,
+    Previous,
+    Suffix,
+    TopLoss,
+)
 
 WIDTH = 128
 LAYER = (WIDTH * WIDTH + WIDTH) * 4  # bytes
@@ -91,6 +101,40 @@ def test_gradients_that_are_there_are_not_copied(case):
     peak, _ = peak_of(model, base, optimizer, stale=True)
     # Beside the gradients there (not counted): new ones on the way, and the weights' copies.
     assert peak <= (1.0 + share) * WEIGHTS + SLACK
+
+
+@pytest.mark.parametrize(
+    ("ascend", "perturb", "kept"),
+    [
+        (Part(0.5), Everything(), 0.0),
+        (Momentum(), Everything(), 0.0),
+        (Previous(), Everything(), 1.0),
+        (Previous(), Suffix("4"), 1 / 3),
+    ],
+    ids=str,
+)
+def test_what_a_direction_keeps_and_takes(ascend, perturb, kept):
+    """`Previous` keeps one copy of what it climbs with; a step takes no more than SAM's."""
+    model, _, _ = make()
+    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    optimizer = ESAM(base, model, perturb=perturb, gamma=1.0, ascend=ascend)
+
+    def losses(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def step():
+        optimizer.zero_grad()
+        optimizer.loss(losses, *data()).backward()
+
+    with LiveBytes() as live:
+        for _ in range(2):
+            optimizer.step(losses, *data())
+        optimizer.zero_grad()
+    momenta = WEIGHTS
+    assert (live.now - momenta) / WEIGHTS == pytest.approx(kept, abs=0.05)
+    peak = Meter(torch.device("cpu")).peak(step)
+    share = 1.0 if perturb == Everything() else 1 / 3
+    assert share - 0.05 <= (peak - WEIGHTS) / WEIGHTS <= share + 0.05
 
 
 def test_a_report_keeps_nothing_large():

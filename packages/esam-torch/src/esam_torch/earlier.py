@@ -111,12 +111,14 @@ class EarlierStep(Step):
         finally:
             weights.restore()
             self._weights_changed()
+            self._weights = None  # the copies are not needed between the two times
 
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Run the backward of the pass that has been run, where it has been run."""
         if self.task.before_descent is not None:
             self.task.before_descent()
         with self._at_the_peak():
+            self._ascent_found.perturbations.clear()  # epsilon is in the weights
             gradients = self._gradients(self._mean, scale, inputs)
         seen = self._values.detach().clone() if self._before is None else self._after
         report = self._report(self._before, seen, self._selected_samples, self._ascent_found)
