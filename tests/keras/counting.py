@@ -111,15 +111,21 @@ def _optimised(function):
 
 
 @contextmanager
-def traces(monkeypatch):
-    """Yield a list that gets an entry for each time that a step is run or traced in Python."""
-    seen = []
-    run = Step.run
+def traces(monkeypatch, *parts):
+    """Yield a list that gets a plan for each time that a step is run or traced in Python.
 
-    def counted(step):
-        seen.append(step.plan)
-        return run(step)
+    A step is a `base_step`, or a `climb` and then a `descend`: which of them count, `parts` say.
+    """
+    seen = []
+
+    def counted(run):
+        def wrapped(step, *arguments):
+            seen.append(step.plan)
+            return run(step, *arguments)
+
+        return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "run", counted)
+        for part in parts or ("base_step", "climb"):
+            patch.setattr(Step, part, counted(getattr(Step, part)))
         yield seen

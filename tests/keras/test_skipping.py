@@ -195,6 +195,20 @@ def test_one_compilation_a_listed_mask_and_batch_size(name, monkeypatch):
     assert all((plan.scale is not None) == listed for plan in seen if plan.active)
 
 
+@pytest.mark.backends("jax")
+def test_what_follows_the_climb_is_compiled_once_for_all_masks(monkeypatch):
+    model = mlp()
+    sampler = RandomSuffix(("first", "second", "head"))
+    model.compile(ESAM(keras.optimizers.SGD(0.01), perturb=sampler), cross_entropy())
+    with (
+        traces(monkeypatch, "climb") as climbs,
+        traces(monkeypatch, "descend") as descents,
+    ):
+        model.fit(*data(12), batch_size=2, epochs=2, verbose=0)
+    assert len(climbs) == len(set(climbs)) == 3
+    assert len(descents) == 1
+
+
 @pytest.mark.backends("torch")
 def test_uncompiled_steps_know_their_mask(monkeypatch):
     x, y = data(10)
@@ -204,3 +218,28 @@ def test_uncompiled_steps_know_their_mask(monkeypatch):
         model.fit(x, y, batch_size=4, epochs=5, verbose=0, shuffle=False)
     assert len(seen) == 15
     assert all(plan.scale is not None for plan in seen if plan.active)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("layers", [4, 16])
+def test_dispatched_operations_grow_with_the_tensors(layers):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count = getattr(self, "count", 0) + 1
+            return function(*args, **(kwargs or {}))
+
+    def dispatched(optimizer):
+        hidden = [keras.layers.Dense(6, activation="relu") for _ in range(layers)]
+        model = keras.Sequential([keras.Input((6,)), *hidden])
+        model.compile(optimizer, cross_entropy())
+        x, y = data()
+        model.train_on_batch(x, y)
+        with Counting() as counting:
+            model.train_on_batch(x, y)
+        return counting.count
+
+    sgd = dispatched(keras.optimizers.SGD(0.1, momentum=0.9))
+    esam = ESAM(keras.optimizers.SGD(0.1, momentum=0.9), perturb=Everything(), gamma=1.0)
+    assert dispatched(esam) <= 2 * sgd + 4 * (2 * layers) + 40
