@@ -107,31 +107,31 @@ class Memory:
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
-        self._kept: tuple[Any, tuple[bool, ...]] | None = None
+        self._of: Layout | None = None
+        self._key: Any = None
+        self._kept: tuple[bool, ...] = ()
 
     def updated(self, layout: Layout, config: ESAMConfig) -> None:
         """Keep what the base optimizer is about to be given, if it is given anything."""
-        rows = zip(layout.parameters, self._kept_of(layout, config), strict=True)
-        found = {p.unit.name: p.tensor.grad for p, kept in rows if kept}
-        new = {name: g.detach() for name, g in found.items() if g is not None}
-        if not any(p.grad is not None for p in layout.tensors):
+        if all(tensor.grad is None for tensor in layout.tensors):
             return
-        self.gradients = {
-            name: _copied(g.to_dense() if g.is_sparse else g, self.gradients.get(name))
-            for name, g in new.items()
-        }
+        rows = zip(layout.parameters, self._kept_of(layout, config), strict=True)
+        given = {p.unit.name: p.tensor.grad for p, kept in rows if kept}
+        self.gradients = _copied(
+            {name: g.detach() for name, g in given.items() if g is not None}, self.gradients
+        )
 
     def _kept_of(self, layout: Layout, config: ESAMConfig) -> tuple[bool, ...]:
         """Return of which parameters gradients are kept; found once for a layout."""
-        options = Options(config.rho, config.adaptive)
+        defaults = Options(config.rho, config.adaptive)
+        perturbed = {id(group): defaults.of_group(group).perturb for group, _ in layout.groups}
         allowed = tuple(
-            p.tensor.requires_grad and options.of_group(p.group).perturb for p in layout.parameters
+            p.tensor.requires_grad and perturbed[id(p.group)] for p in layout.parameters
         )
-        key = (id(layout), config, allowed)
-        if self._kept is None or self._kept[0] != key:
-            kept = kept_units(config.perturb, layout.units, allowed, norm=config.norm)
-            self._kept = key, kept
-        return self._kept[1]
+        if self._of is not layout or self._key != (config, allowed):
+            self._of, self._key = layout, (config, allowed)
+            self._kept = kept_units(config.perturb, layout.units, allowed, norm=config.norm)
+        return self._kept
 
     def load(self, saved: Mapping[str, Tensor], parameters: Sequence[Parameter]) -> None:
         """Go on with a saved direction, if it is of this model.
@@ -178,18 +178,30 @@ class Memory:
         return list(torch._foreach_neg(shards)) if ascend.sign < 0 else shards
 
 
-def _copied(gradient: Tensor, old: Tensor | None) -> Tensor:
-    """Return a copy of a gradient, in the memory of the last one if that fits."""
-    if old is None or old.shape != gradient.shape or old.dtype != gradient.dtype:
-        return gradient.clone()
-    return old.copy_(gradient)
+def _copied(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return dense copies of gradients, in the memory of the old ones where these fit."""
+    copies: dict[str, Tensor] = {}
+    places: list[Tensor] = []
+    sources: list[Tensor] = []
+    for name, g in gradients.items():
+        place = old.get(name)
+        if g.is_sparse or place is None or (place.shape, place.dtype) != (g.shape, g.dtype):
+            copies[name] = g.to_dense() if g.is_sparse else g.clone()
+        else:
+            copies[name] = place
+            places.append(local(place))
+            sources.append(local(g))
+    if places:
+        torch._foreach_copy_(places, sources)
+    return copies
 
 
 def _shard(direction: Tensor | None, parameter: Tensor) -> Tensor:
     """Return this rank's part of a direction, zeros where there is none."""
     if direction is None:
         return torch.zeros_like(local(parameter.detach()))
-    return local(direction.detach()).to(parameter.dtype)
+    shard = local(direction)
+    return shard if shard.dtype == parameter.dtype else shard.to(parameter.dtype)
 
 
 def _moment(state: Mapping[str, Any], parameter: Tensor, base: torch.optim.Optimizer) -> Any:

@@ -103,7 +103,8 @@ class EarlierStep(Step):
     @contextlib.contextmanager
     def _at_the_peak(self) -> Iterator[Weights]:
         """Be at theta + epsilon as long as the context lasts."""
-        self._weights = weights = Weights(self.task.targets.tensors)
+        sharded = self.task.layout.shards is not None
+        self._weights = weights = Weights(self.task.targets.tensors, sharded)
         try:
             weights.add(self._ascent_found.perturbations)
             self._weights_changed()
