@@ -12,6 +12,7 @@ from esam_core import Proportional
 from esam_torch import ESAM, Everything, Part, Previous, Suffix
 from esam_torch.batch import Samples
 from esam_torch.guards import Weights
+from esam_torch.written import Forward, Writes
 
 
 class BrokenError(Exception):
@@ -107,7 +108,9 @@ def test_in_the_backward_of_a_pass(which, error):
 
 #: Everything that a step calls by itself, and where it stands.
 STAGES = {
-    "guarding": (esam_torch.step, "Buffers"),
+    "guarding": (Writes, "before_forward"),
+    "finding writes": (Forward, "note"),
+    "keeping writes": (Writes, "kept"),
     "ascent gradient": (esam_torch.step, "ascent_gradients"),
     "perturbation": (esam_torch.step, "perturb"),
     "copying": (Weights, "__init__"),
@@ -136,7 +139,7 @@ def test_between_the_passes(stage, after, monkeypatch):
         return losses_of(model)(x, y)
 
     if stage == "guarding":  # comes before the first call of `losses`
-        monkeypatch.setattr(holder, name, once(original, error, call=3, after=after))
+        monkeypatch.setattr(holder, name, once(original, error, call=2, after=after))
         armed.append(True)
     check_fault(model, optimizer, losses, error)
 

@@ -28,6 +28,7 @@ def by_hand(model, losses, data, rho, adaptive=False):
     """Make ESAM's passes literally (beta = 1, gamma = 1/2), and leave gradients in `.grad`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     entry = torch.get_rng_state()
+    at_entry = copy.deepcopy(dict(model.named_buffers()))
     before = losses(*data)
     left = torch.get_rng_state()
     statistics = copy.deepcopy(dict(model.named_buffers()))
@@ -40,10 +41,12 @@ def by_hand(model, losses, data, rho, adaptive=False):
     with torch.no_grad():
         for (p, _), g in zip(pairs, stretched, strict=True):
             p += rho * (p.abs() * g if adaptive else g) / length
+        for name, buffer in model.named_buffers():  # every pass reads what the first has read
+            buffer.copy_(at_entry[name])
         torch.set_rng_state(entry)
         after = losses(*data)
-        for name, buffer in model.named_buffers():  # every later pass starts where the first ended
-            buffer.copy_(statistics[name])
+        for name, buffer in model.named_buffers():
+            buffer.copy_(at_entry[name])
     b = len(before)
     k = -(-b // 2)
     order = torch.sort(after - before.detach(), descending=True, stable=True).indices

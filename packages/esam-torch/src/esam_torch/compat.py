@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "BATCH_NORM",
+    "NORM_LAYERS",
     "active_replicas",
     "buffers_by_name",
     "compiled_call",
@@ -20,11 +21,20 @@ __all__ = [
     "saves_state_dict_hooks",
     "times_written",
     "untraced",
+    "version_of",
     "without_hooks",
 ]
 
 #: The common base of torch's BatchNorm layers.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+#: The common base of torch's layers with running statistics. `batch_norm` counts no versions.
+NORM_LAYERS = nn.modules.batchnorm._NormBase
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written in place."""
+    return tensor._version
 
 
 def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:

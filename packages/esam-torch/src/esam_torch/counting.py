@@ -42,7 +42,7 @@ class SampleCounter:
         if known is not None:
             return known
         args, kwargs = self._samples.bare(batch)
-        with leaving_nothing(model, layout.devices, layout.buffers), torch.no_grad():
+        with leaving_nothing(model, layout.devices, layout.writes), torch.no_grad():
             values, _ = per_sample(losses(*args, **kwargs))
         if len(values) > 1:
             if self._counted:

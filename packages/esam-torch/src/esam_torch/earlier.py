@@ -14,11 +14,12 @@ from torch import Tensor
 from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import disagreement
 from esam_torch.finiteness import poisoned
-from esam_torch.guards import Buffers, RandomState, Weights
+from esam_torch.guards import RandomState, Weights
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
 from esam_torch.step import Step
 from esam_torch.task import StepResult
+from esam_torch.written import Kept
 
 __all__ = ["EarlierStep"]
 
@@ -26,6 +27,7 @@ __all__ = ["EarlierStep"]
 class EarlierStep(Step):
     """A step whose task holds the direction."""
 
+    _at_the_descent: Kept | None = None
     _before: Tensor | None = None
     _after: Tensor | None = None
     _selected_samples: Selected | None = None
@@ -44,7 +46,8 @@ class EarlierStep(Step):
         if b is not None and needs_losses(config.select, b):
             with self._watching():
                 self._before = self._without_a_graph(b)
-        left, buffers = RandomState(task.layout.devices), Buffers(task.layout.buffers)
+            self._first.note()
+        left, self._written = RandomState(task.layout.devices), task.layout.writes.kept()
         self._ascent_found = ascent = self._direction()
         finite = ascent.finite
         with self._at_the_peak() as weights:
@@ -55,7 +58,7 @@ class EarlierStep(Step):
                 if needs_perturbed_losses(config.select, b):
                     self._random.restore()
                     self._after = self._without_a_graph(b)
-                    buffers.restore()
+                    self._first.note()
                     finite = finite & torch.isfinite(self._after).all()
                 self._selected_samples = select(
                     config.select,
@@ -70,8 +73,10 @@ class EarlierStep(Step):
             if self._comparable and self._selected_samples and self._after is not None:
                 chosen = self._selected_samples.indices
                 self._disagreement = disagreement(self._after, chosen, self._values)
+        self._first.note()
         if task.records_at_theta:
-            buffers.restore()
+            self._at_the_descent = task.layout.writes.kept()
+            self._written.restore()
             left.restore()
         # What was not finite must be seen in the gradient, even if the selected samples are not it.
         return poisoned(total, finite & torch.isfinite(total.detach()))
@@ -118,9 +123,13 @@ class EarlierStep(Step):
         """Run the backward of the pass that has been run, where it has been run."""
         if self.task.before_descent is not None:
             self.task.before_descent()
+        found = self.task.layout.writes.kept()
         with self._at_the_peak():
             self._ascent_found.perturbations.clear()  # epsilon is in the weights
+            if self._at_the_descent is not None:  # the graph may read what its forward has written
+                self._at_the_descent.restore()
             gradients = self._gradients(self._mean, scale, inputs)
+        found.restore()
         seen = self._values.detach().clone() if self._before is None else self._after
         report = self._report(self._before, seen, self._selected_samples, self._ascent_found)
         return StepResult(gradients, report, self._rounded, self._disagreement)

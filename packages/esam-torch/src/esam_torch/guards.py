@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from esam_torch.compat import BATCH_NORM, buffers_by_name
+from esam_torch.compat import BATCH_NORM
 from esam_torch.devices import placed
 from esam_torch.sharded import local
+from esam_torch.values import copy_values
 
-__all__ = ["Autocast", "Buffers", "RandomState", "Weights", "is_half", "without_gradients"]
+__all__ = ["Autocast", "RandomState", "Weights", "is_half", "without_gradients"]
 
 
 class RandomState:
@@ -90,60 +91,6 @@ def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy values in few kernels: those of one device and type together."""
-    if not targets:
-        return
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, target in enumerate(targets):
-        kinds.setdefault((target.device, target.dtype), []).append(i)
-    if len(kinds) == 1:
-        torch._foreach_copy_(list(targets), list(sources))
-        return
-    for places in kinds.values():
-        torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
-
-
-class Buffers:
-    """Copies of the buffers of all modules in training mode (BatchNorm's statistics, say).
-
-    Copied back only *after* a backward: autograd still reads them between forward and backward.
-
-    Args:
-        places: the modules that have buffers, with the buffers' names.
-    """
-
-    def __init__(self, places: Iterable[tuple[nn.Module, Sequence[str]]]) -> None:
-        self._places = [
-            (buffers_by_name(module), name, buffers_by_name(module)[name])
-            for module, names in places
-            if module.training
-            for name in names
-        ]
-        # Where several elements are one place in memory (after `expand`), nothing can write.
-        self._values = [b.data for _, _, b in self._places if b is not None and not is_expanded(b)]
-        self._copies = [torch.empty_like(values) for values in self._values]
-        _copy(self._copies, self._values)
-
-    def restore(self) -> None:
-        """Copy the values back, into the same tensors, also where a forward put others there."""
-        for buffers, name, buffer in self._places:
-            if buffers.get(name) is not buffer:
-                buffers[name] = buffer
-        _copy(self._values, self._copies)
-
-
-def is_expanded(tensor: Tensor) -> bool:
-    """Return whether several elements of a tensor are one place in memory, as after `expand`."""
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_contiguous()
-        and any(
-            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-        )
-    )
-
-
 class Weights:
     """Copies of the weights about to be perturbed.
 
@@ -152,10 +99,10 @@ class Weights:
     """
 
     def __init__(self, parameters: Sequence[Tensor], sharded: bool = False) -> None:
-        values = [p.data for p in parameters]
-        self._weights = [local(v) for v in values] if sharded else values
+        self._parameters, self._sharded = parameters, sharded
+        self._weights = self._values()
         self._copies = [torch.empty_like(weight) for weight in self._weights]
-        _copy(self._copies, self._weights)
+        copy_values(self._copies, self._weights)
 
     def add(self, perturbations: Sequence[Tensor]) -> None:
         """Go to theta + epsilon."""
@@ -178,8 +125,13 @@ class Weights:
         return lost / all_.clamp_min(1.0)
 
     def restore(self) -> None:
-        """Go back to theta, bit for bit."""
-        _copy(self._weights, self._copies)
+        """Go back to theta, bit for bit, also where a forward has assigned to `.data`."""
+        copy_values(self._values(), self._copies)
+
+    def _values(self) -> list[Tensor]:
+        """Return what holds the weights' numbers."""
+        values = [p.data for p in self._parameters]
+        return [local(v) for v in values] if self._sharded else values
 
 
 def is_half(tensor: Tensor) -> bool:
@@ -188,9 +140,14 @@ def is_half(tensor: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def running_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use its running statistics: one sample has none of its own."""
-    layers = statistics_layers(model)
+def running_statistics(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Let BatchNorm use its running statistics: one sample has none of its own.
+
+    Args:
+        model: what is trained.
+        others: layers that are not torch's, and do as BatchNorm does.
+    """
+    layers = [*statistics_layers(model), *(layer for layer in others if layer.training)]
     try:
         for layer in layers:
             layer.training = False

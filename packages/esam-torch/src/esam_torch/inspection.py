@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_torch.blocks import Blocks, find_blocks
-from esam_torch.guards import Buffers, RandomState
+from esam_torch.guards import RandomState
 from esam_torch.notes import WITHOUT_A_GRAPH, noted
 from esam_torch.sharded import Shards, reshard
 from esam_torch.synchronisation import unsynchronised
 from esam_torch.targets import Options, Targets, find_targets
 from esam_torch.wrappers import bare_model
+from esam_torch.written import Writes
 
 __all__ = ["Layout", "Parameter", "lay_out", "leaving_nothing", "parameters_of"]
 
@@ -39,7 +40,7 @@ class Layout:
         parameters: all units in the model's order.
         blocks: the model's blocks, or None if no use is made of them.
         others: parameters of the model that the optimizer does not hold.
-        buffers: the modules that have buffers, with the buffers' names.
+        writes: what its forwards write.
         devices: where the parameters are.
         shards: what FSDP2 has made of the model, or None where nothing is sharded.
     """
@@ -48,7 +49,7 @@ class Layout:
     parameters: Sequence[Parameter]
     blocks: Blocks | None
     others: Sequence[Tensor]
-    buffers: Sequence[tuple[nn.Module, tuple[str, ...]]]
+    writes: Writes
     devices: Sequence[torch.device]
     shards: Shards | None
     tensors: Sequence[Tensor] = field(init=False)
@@ -155,29 +156,24 @@ def parameters_of(
     return found
 
 
-def buffers_of(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Return the modules that have buffers of their own, with the buffers' names."""
-    rows = [(m, tuple(n for n, _ in m.named_buffers(recurse=False))) for m in model.modules()]
-    return [(module, names) for module, names in rows if names]
-
-
 @contextlib.contextmanager
 def leaving_nothing(
     model: nn.Module,
     devices: Sequence[torch.device],
-    buffers: Sequence[tuple[nn.Module, Sequence[str]]],
+    writes: Writes,
 ) -> Iterator[None]:
     """Run one more forward without a graph, as long as the context lasts, that leaves no traces."""
     random = RandomState(devices)
-    before = Buffers(buffers)
+    before = writes.before_forward()
     try:
         with (
             unsynchronised(model),
             noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
         ):
             yield
+        before.note()
     finally:
-        before.restore()
+        before.undo()
         random.restore()
 
 
@@ -203,10 +199,11 @@ def lay_out(
     parameters = parameters_of(model, groups)
     held = {id(p.tensor) for p in parameters}
     devices = sorted({p.tensor.device for p in parameters}, key=str)
-    buffers = buffers_of(model)
+    shards = Shards.of(model)
+    writes = Writes(model, [p.tensor for p in parameters], weights=shards is None)
     blocks = None
     if watch or chosen is not None or sampler.needs_blocks:
-        with leaving_nothing(model, devices, buffers):
+        with leaving_nothing(model, devices, writes):
             blocks = find_blocks(model, forward, chosen)
         parameters = parameters_of(model, groups, blocks)
     return Layout(
@@ -214,7 +211,7 @@ def lay_out(
         parameters=parameters,
         blocks=blocks,
         others=[p for p in model.parameters() if id(p) not in held],
-        buffers=buffers,
+        writes=writes,
         devices=devices,
-        shards=Shards.of(model),
+        shards=shards,
     )

@@ -5,7 +5,15 @@ from collections.abc import Callable, Iterator
 
 from esam_core import ESAMRuntimeError
 
-__all__ = ["PRUNED", "WITHOUT_A_GRAPH", "noted", "own_backward"]
+__all__ = [
+    "CLOSURE",
+    "LATE",
+    "WITHOUT_PARAMETERS",
+    "PRUNED",
+    "WITHOUT_A_GRAPH",
+    "noted",
+    "own_backward",
+]
 
 WITHOUT_A_GRAPH = (
     "ESAM calls `losses` under torch.no_grad() where only the losses are needed: to find the "
@@ -19,6 +27,26 @@ PRUNED = (
     "activations that depend on such weights alone. To differentiate with respect to such an "
     "activation within `losses`, call `.requires_grad_()` on it first; with respect to weights, "
     'use `norm="full"`, which keeps the whole graph.'
+)
+
+
+LATE = (
+    "A forward has written a frozen weight or a buffer of which ESAM had made no copy, since it "
+    "was not written in the first steps or is larger than all trained weights. It is written once "
+    "a step, as without ESAM, but in this step the later passes read what the first had written."
+)
+
+
+CLOSURE = (
+    "A closure given to step() must call the backward of optimizer.loss(losses, ...). Received: a "
+    "closure that did not. Without a closure: loss = optimizer.loss(losses, inputs, targets); "
+    "loss.backward(); optimizer.step(), where losses(inputs, targets) returns one loss per sample."
+)
+
+WITHOUT_PARAMETERS = (
+    "`losses` must depend on the model's parameters. Received: losses without a graph. "
+    "Were they detached, computed under torch.no_grad(), or by a reentrant checkpoint "
+    "(give it use_reentrant=False)?"
 )
 
 

@@ -30,6 +30,7 @@ from esam_torch.guards import is_half
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
+from esam_torch.notes import CLOSURE, LATE
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
 from esam_torch.step import Step
@@ -140,7 +141,10 @@ class Run:
         task = self._task(losses, batch, before_descent)
         step = (Step if task.climb.direction is None else EarlierStep)(task, losses, batch)
         try:
-            return step, self._seam(step, step.ascend(), leaves)
+            mean = step.ascend()
+            if task.layout.writes.late:
+                self._note_once("late", LATE)
+            return step, self._seam(step, mean, leaves)
         except BaseException:
             step.undo()
             raise
@@ -181,11 +185,12 @@ class Run:
         """Make a step's passes, add its gradient to `.grad` and return its report."""
         count = self.count
         with torch.enable_grad():
-            step, loss = self._begun(losses, batch, before_descent)
+            step: Step | None = None
             try:
+                step, loss = self._begun(losses, batch, before_descent)
                 torch.autograd.backward(loss)
             except BaseException:
-                if self.count == count:  # an interrupt may have come between the two halves
+                if step and self.count == count:  # an interrupt may come between the two halves
                     step.undo()
                 raise
         return cast(StepReport, self.report)
@@ -218,7 +223,7 @@ class Run:
                 result = closure()
             # Lightning's weight averaging runs closures that compute a loss and do not go backward.
             if self._losses_computed == before and result is not None:
-                raise ESAMTypeError(_CLOSURE)
+                raise ESAMTypeError(CLOSURE)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False
         if isinstance(self.config.ascend, Previous) and self._layout is not None and not skipped:
@@ -391,10 +396,4 @@ class Run:
 _PLAIN = (
     "step() without a backward of optimizer.loss(losses, ...) since the last one: this update is "
     "the base optimizer's own, without any sharpness in it."
-)
-
-_CLOSURE = (
-    "A closure given to step() must call the backward of optimizer.loss(losses, ...). Received: a "
-    "closure that did not. Without a closure: loss = optimizer.loss(losses, inputs, targets); "
-    "loss.backward(); optimizer.step(), where losses(inputs, targets) returns one loss per sample."
 )

@@ -24,17 +24,17 @@ from esam_torch.devices import placed
 from esam_torch.finiteness import all_finite, poisoned
 from esam_torch.guards import (
     Autocast,
-    Buffers,
     RandomState,
     Weights,
     running_statistics,
     without_gradients,
 )
 from esam_torch.losses import LossFunction, per_sample
-from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, noted
+from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, noted
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
 from esam_torch.task import StepResult, Task
+from esam_torch.written import Kept
 
 __all__ = ["Step"]
 
@@ -59,6 +59,7 @@ class Step:
         self._mean: Tensor
         self._outputs: Any
         self._after_part: RandomState
+        self._written: Kept
         self._expected = task.climb.batch_size
 
     # -- the two halves ---------------------------------------------------------------------------
@@ -70,7 +71,7 @@ class Step:
             layout.shards.check_reducing()
             layout.shards.reshard()  # the base optimizer has changed the weights since
         self._random = RandomState(layout.devices)
-        self._buffers = Buffers(layout.buffers)
+        self._first = layout.writes.before_forward()
         self._autocast = Autocast(layout.devices)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
@@ -112,7 +113,7 @@ class Step:
             self._weights.restore()
             self._weights_changed()
         self._random.restore()
-        self._buffers.restore()
+        self._first.undo()
 
     # -- passes -----------------------------------------------------------------------------------
 
@@ -124,9 +125,10 @@ class Step:
                 self._values, self._outputs = self._forward(task.samples.bare(self._batch))
             else:
                 self._values, self._outputs = self._forward_of(task.climb.part)
-                if not task.records_at_theta:
-                    self._buffers.restore()  # the descent writes them
                 self._after_part = RandomState(task.layout.devices)
+        self._first.note()
+        if task.perturbs and not task.records_at_theta:
+            self._first.undo()  # what the descent writes stays
         self._expected = self._b
         # A base step in place of one that climbs along an earlier direction, which must know the
         # samples before its first pass: here they are known for nothing.
@@ -143,7 +145,8 @@ class Step:
         samples, k, b = self.task.samples, len(indices), self._b
         with contextlib.ExitStack() as stack:
             if k == 1:
-                stack.enter_context(running_statistics(self.task.model))
+                others = self.task.layout.writes.statistics_layers
+                stack.enter_context(running_statistics(self.task.model, others))
             part = samples.take(self._batch, indices, b)
             stack.enter_context(noted(samples.note(self._batch, k, b), Exception))
             return self._forward(part, expected=k)
@@ -158,7 +161,7 @@ class Step:
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Passes 2 to 6 of the step."""
         task, random = self.task, RandomState(self.task.layout.devices)
-        buffers = Buffers(task.layout.buffers)  # as the pass at theta has left them
+        self._written = task.layout.writes.kept()  # as the pass at theta has left it
         others_drew = not task.records_at_theta and self._after_part.moved()
         b, k = self._b, self._selected
         with self._climbing():
@@ -170,7 +173,6 @@ class Step:
         if task.climb.part is not None and needs_losses(task.config.select, b):
             self._random.restore()
             before = self._scored(before, task.climb.part)
-            buffers.restore()
             finite = finite & torch.isfinite(before).all()
         self._weights = weights = Weights(task.targets.tensors, task.layout.shards is not None)
         after: Tensor | None = None
@@ -186,23 +188,16 @@ class Step:
                 if needs_perturbed_losses(task.config.select, b):
                     self._random.restore()
                     after = self._without_a_graph(b)
-                    buffers.restore()  # BatchNorm may be about to read its running statistics
                     finite = finite & torch.isfinite(after).all()
-                selected = select(
-                    task.config.select,
-                    b,
-                    before,
-                    after,
-                    seed=task.config.seed,
-                    count=task.count,
-                )
+                config, seed = task.config.select, task.config.seed
+                selected = select(config, b, before, after, seed=seed, count=task.count)
             self._random.restore()
             gradients = self._descent(selected, finite, scale, inputs, after)
         finally:
             weights.restore()
             self._weights_changed()
         if task.records_at_theta:
-            buffers.restore()
+            self._written.restore()
         if task.records_at_theta or others_drew:
             random.restore()
         report = self._report(before, after, selected, ascent)
@@ -238,6 +233,7 @@ class Step:
 
     def _without_a_graph(self, b: int, indices: Tensor | None = None) -> Tensor:
         """Return the losses of the batch, or of some of its samples, where the weights stand."""
+        self._first.rewind()
         without = noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
         with torch.no_grad(), self.task.ranks.apart(), without:
             if indices is not None:
@@ -266,6 +262,10 @@ class Step:
 
     def _descent_loss(self, selected: Selected | None) -> tuple[Tensor, Tensor, Any]:
         """Return the weighted loss of the selected samples, their losses, and other outputs."""
+        self._first.rewind()
+        # BatchNorm reads its running statistics on one sample, and writes them if no pass has yet.
+        if not self.task.records_at_theta or (selected and len(selected.indices) == 1):
+            self._written.statistics.restore()
         if selected is None:
             batch = self.task.samples.bare(self._batch)
             values, outputs = self._forward(batch, expected=self._expected)
@@ -282,11 +282,7 @@ class Step:
         values, outputs = per_sample(found, expected=expected, closure=closure)
         outputs = detached(outputs)  # or a kept report would keep the graph
         if torch.is_grad_enabled() and not values.requires_grad:
-            raise ESAMValueError(
-                "`losses` must depend on the model's parameters. Received: losses without a graph. "
-                "Were they detached, computed under torch.no_grad(), or by a reentrant checkpoint "
-                "(give it use_reentrant=False)?"
-            )
+            raise ESAMValueError(WITHOUT_PARAMETERS)
         return values, outputs
 
     # -- what the passes need ---------------------------------------------------------------------
@@ -307,7 +303,9 @@ class Step:
         versions = buffer_versions(self.task.model) if self.task.compare else []
         yield
         if self.task.compare:
-            wrote = buffer_versions(self.task.model) != versions
+            self._first.note()
+            norms = self.task.layout.writes.statistics_layers
+            wrote = bool(norms) or buffer_versions(self.task.model) != versions
             self._comparable = comparable(self.task.model, drew=self._random.moved(), wrote=wrote)
 
     @contextlib.contextmanager
@@ -362,7 +360,7 @@ class Step:
                 "as before the call, and nothing was added to the gradients. "
                 'Use on_nonfinite="skip" to leave such steps out.'
             )
-        self._buffers.restore()
+        self._first.undo()
         seen = result.report
         report = StepReport(
             count=task.count,

@@ -1,0 +1,205 @@
+"""Values of modules' attributes and tensors, remembered and put back."""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MISSING", "Place", "State", "copy_values", "is_expanded", "is_plain", "tensors_in"]
+
+#: A place that holds a value: a dictionary of a module, and a name in it.
+Place = tuple[dict[str, Any], str]
+
+#: Stands for the value of a name that is not there.
+MISSING = object()
+
+#: How deep containers within containers are looked into.
+_DEPTH = 4
+
+
+def copy_values(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy values in few kernels: those of one device and type together."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, target in enumerate(targets):
+        kinds.setdefault((target.device, target.dtype), []).append(i)
+    for places in kinds.values():
+        torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Return whether several elements of a tensor are one place in memory, as after `expand`."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_contiguous()
+        and any(
+            step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+        )
+    )
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is a dense tensor of torch's own class, whose values can be copied.
+
+    Nothing can write where several elements are one place in memory.
+    """
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and not value.is_inference()
+        and not is_expanded(value)
+    )
+
+
+def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """Yield the tensors in a value, and in containers in it, that are not parameters."""
+    for part in parts_of(value, depth):
+        if is_plain(part) and not isinstance(part, nn.Parameter):
+            yield part
+
+
+def parts_of(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """Yield what is in a value: itself, or what is in the container that it is."""
+    if depth and isinstance(value, list | tuple | deque | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from parts_of(part, depth - 1)
+    else:
+        yield value
+
+
+class _Contents:
+    """An object, and what is in it where it is a container that can be written to."""
+
+    def __init__(self, value: Any, depth: int = _DEPTH) -> None:
+        self._value = value
+        self._parts: Any = None
+        if depth and isinstance(value, list | tuple | deque):
+            self._parts = [_Contents(part, depth - 1) for part in value]
+        elif depth and isinstance(value, dict):
+            self._parts = {key: _Contents(part, depth - 1) for key, part in value.items()}
+        elif isinstance(value, set):
+            self._parts = set(value)
+
+    def is_in(self, value: Any) -> bool:
+        """Return whether a value is the same object, with the same objects in it."""
+        if value is not self._value:
+            return False
+        if self._parts is None or isinstance(value, set):
+            return self._parts is None or bool(self._parts == value)
+        if len(value) != len(self._parts):
+            return False
+        if isinstance(value, dict):
+            return all(key in value and p.is_in(value[key]) for key, p in self._parts.items())
+        return all(p.is_in(part) for p, part in zip(self._parts, value, strict=True))
+
+    def put_back(self) -> Any:
+        """Return the object, with what was in it put back."""
+        value, parts = self._value, self._parts
+        if parts is None or self.is_in(value):
+            return value
+        if isinstance(value, list):
+            value[:] = [part.put_back() for part in parts]
+        elif isinstance(value, tuple):
+            for part in parts:
+                part.put_back()
+        elif isinstance(value, deque):
+            value.clear()
+            value.extend(part.put_back() for part in parts)
+        elif isinstance(value, dict):
+            value.clear()
+            value.update({key: part.put_back() for key, part in parts.items()})
+        else:
+            value.clear()
+            value.update(parts)
+        return value
+
+
+class State:
+    """What is in some places and tensors, to be put back bit for bit.
+
+    Copied back only *after* a backward: autograd still reads it between forward and backward.
+
+    Args:
+        places: each with a name or without.
+        tensors: whose values are copied.
+    """
+
+    def __init__(self, places: Iterable[Place], tensors: Iterable[Tensor]) -> None:
+        self._contents = [(*p, _Contents(p[0].get(p[1], MISSING))) for p in places]
+        self._tensors = list({id(t): t for t in tensors}.values())
+        values = [t.data for t in self._tensors]
+        self._copies = [torch.empty_like(v) for v in values]
+        copy_values(self._copies, values)
+
+    def restore(self) -> None:
+        """Put everything back, also where a forward has put other objects there."""
+        for names, name, contents in self._contents:
+            value = contents.put_back()
+            if value is not MISSING:
+                if names.get(name, MISSING) is not value:
+                    names[name] = value
+            else:
+                names.pop(name, None)
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
+                tensor.data = torch.empty_like(copy)
+        copy_values([t.data for t in self._tensors], self._copies)
+
+    def changed(self) -> list[Place]:
+        """Return the places where other objects are now."""
+        return [
+            (d, n) for d, n, contents in self._contents if not contents.is_in(d.get(n, MISSING))
+        ]
+
+    def unlike(self, *, without: Collection[int]) -> list[Tensor]:
+        """Return the tensors whose values are not those of the copies. Waits for the device.
+
+        Args:
+            without: ids of tensors that are not to be compared.
+        """
+        rows: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for tensor, copy in zip(self._tensors, self._copies, strict=True):
+            if id(tensor) not in without and tensor.device.type != "meta":
+                rows.setdefault(tensor.device, []).append((tensor, copy))
+        found: list[Tensor] = []
+        for pairs in rows.values():
+            flags = torch.stack([(t.data != copy).any() for t, copy in pairs]).tolist()
+            found += [t for (t, _), flag in zip(pairs, flags, strict=True) if flag]
+        return found
+
+    def tensors(self) -> set[int]:
+        """Return the ids of the tensors whose values are copied."""
+        return {id(t) for t in self._tensors}
+
+    def part(self, places: Iterable[Place], tensors: Iterable[Tensor]) -> "State":
+        """Return the state of some places and tensors.
+
+        What has not been recorded: a place was empty then, and a tensor was as it is now.
+        """
+        contents = {(id(row[0]), row[1]): row for row in self._contents}
+        copies = {id(t): copy for t, copy in zip(self._tensors, self._copies, strict=True)}
+        found = State((), ())
+        for names, name in places:
+            found._contents.append(contents.get((id(names), name)) or (names, name, _EMPTY))
+        for tensor in tensors:
+            copy = copies.get(id(tensor))
+            found._tensors.append(tensor)
+            found._copies.append(tensor.data.clone() if copy is None else copy)
+        return found
+
+    def joined(self, *others: "State") -> "State":
+        """Return this state with what others have recorded beside it."""
+        found = self.part((), ())
+        for state in (self, *others):
+            known, copied = {(id(d), n) for d, n, _ in found._contents}, found.tensors()
+            found._contents += [row for row in state._contents if (id(row[0]), row[1]) not in known]
+            for tensor, copy in zip(state._tensors, state._copies, strict=True):
+                if id(tensor) not in copied:
+                    found._tensors.append(tensor)
+                    found._copies.append(copy)
+        return found
+
+
+#: What is in a place where nothing is.
+_EMPTY = _Contents(MISSING)

@@ -1,0 +1,477 @@
+"""What a forward writes beside its result is, after a step, as after one forward.
+
+The oracle makes each pass on a copy of the model as it was when the step began.
+"""
+
+import copy
+import warnings
+from collections import deque
+
+import pytest
+import torch
+from benchmarks.memory import LiveBytes
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from esam_torch import ESAM, Everything
+from esam_torch.written import Writes
+
+
+class Base(nn.Module):
+    """A trained layer and a head; `shift` is what a subclass adds and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.encoder(x))
+        return self.head(h + self.shift(x, h))
+
+
+class MomentumEncoder(Base):
+    """Frozen weights that are averaged in place, as in BYOL."""
+
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(4, 6).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self):
+        for key, query in zip(self.key.parameters(), self.encoder.parameters(), strict=True):
+            key.mul_(0.7).add_(query, alpha=0.3)
+
+    def shift(self, x, h):
+        self.update()
+        return self.key(x)
+
+
+class MomentumEncoderByData(MomentumEncoder):
+    """The same, as MoCo's code has it."""
+
+    def update(self):
+        for key, query in zip(self.key.parameters(), self.encoder.parameters(), strict=True):
+            key.data = key.data * 0.7 + query.data * 0.3
+
+
+class HiddenTeacher(MomentumEncoder):
+    """A teacher in a list, so that it is not among the model's parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.teachers = [self.key]
+        del self.key
+
+    def shift(self, x, h):
+        key = self.teachers[0]
+        self.__dict__["key"] = key
+        self.update()
+        del self.__dict__["key"]
+        return key(x)
+
+
+class Recurrent(Base):
+    """A hidden state in an attribute that is assigned to."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = None
+
+    def shift(self, x, h):
+        before = 0.0 if self.state is None else self.state
+        self.state = (h.detach().mean(0) + before) / 2
+        return before
+
+
+class RecurrentInPlace(Base):
+    """A hidden state in an attribute that is written in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = {"h": torch.zeros(6)}
+
+    def shift(self, x, h):
+        before = self.states["h"].clone()
+        self.states["h"].mul_(0.5).add_(h.detach().mean(0), alpha=0.5)
+        return before
+
+
+class Counter(Base):
+    """A number, and a name that the first forward makes."""
+
+    calls = 0
+
+    def shift(self, x, h):
+        self.calls = self.calls + 1
+        return 0.1 * self.calls
+
+
+class ListQueue(Base):
+    """A queue in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = []
+
+    def shift(self, x, h):
+        before = sum(self.queue) if self.queue else 0.0
+        self.queue.append(h.detach().mean(0))
+        if len(self.queue) > 3:
+            del self.queue[0]
+        return before
+
+
+class DequeQueue(ListQueue):
+    """A queue in a deque."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = deque(maxlen=3)
+
+
+class BufferQueue(Base):
+    """A queue with a pointer, in buffers, as in MoCo."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(4, 6))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+
+    def shift(self, x, h):
+        before = self.queue.sum(0)
+        at = int(self.pointer)
+        self.queue[at] = h.detach().mean(0)
+        self.pointer[0] = (at + 1) % 4
+        return before
+
+
+class BufferQueueInEval(BufferQueue):
+    """The same in a module in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.train(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class NewBuffer(Base):
+    """A buffer that each forward puts anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def shift(self, x, h):
+        before = self.mean
+        self.mean = 0.5 * before + 0.5 * h.detach().mean(0)
+        return before
+
+
+class Spectral(Base):
+    """Power iterations in buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))
+
+    def shift(self, x, h):
+        return self.extra(x)
+
+
+class OldSpectral(Spectral):
+    """Power iterations, with the weight in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.extra = nn.utils.spectral_norm(nn.Linear(4, 6))
+
+
+class OwnNorm(nn.Module):
+    """A BatchNorm that does not derive from torch's."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.var, training=self.training)
+
+
+class WithOwnNorm(Base):
+    """Its statistics, which torch writes without counting a version."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = OwnNorm(6)
+
+    def shift(self, x, h):
+        return self.scale(h)
+
+
+class MaxNorm(Base):
+    """Trained weights that a forward clips, by `.data`."""
+
+    def shift(self, x, h):
+        self.head.weight.data = torch.renorm(self.head.weight.data, 2, 0, 0.4)
+        return 0.0
+
+
+MODELS = [
+    MomentumEncoder,
+    MomentumEncoderByData,
+    HiddenTeacher,
+    Recurrent,
+    RecurrentInPlace,
+    Counter,
+    ListQueue,
+    DequeQueue,
+    BufferQueue,
+    BufferQueueInEval,
+    NewBuffer,
+    Spectral,
+    OldSpectral,
+    WithOwnNorm,
+]
+
+
+def losses_of(model):
+    return lambda x, y: F.cross_entropy(model(x), y, reduction="none")
+
+
+def written(model):
+    """Return all values that a model holds, in attributes too, as lists of numbers."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().tolist()
+        if isinstance(value, nn.Module):
+            return written(value)
+        if isinstance(value, list | tuple | deque):
+            return [plain(v) for v in value]
+        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    skipped = ("_modules", "_parameters", "_buffers")
+    state = {k: plain(v) for k, v in model.state_dict().items()}
+    for name, module in model.named_modules():
+        own = {k: v for k, v in vars(module).items() if not k.startswith("_") or k in ("_u",)}
+        state |= {f"{name}:{k}": plain(v) for k, v in own.items() if k not in skipped}
+    return state
+
+
+def by_hand(model, x, y, rho, gamma):
+    """Return the gradients of a step, the selected samples, and a model after one forward."""
+    first, second, third = (copy_of(model) for _ in range(3))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    losses = losses_of(first)(x, y)
+    weights = dict(first.named_parameters())
+    g = torch.autograd.grad(losses.mean(), [weights[n] for n in trained])
+    length = torch.stack([t.norm() for t in g]).norm() + 1e-12
+    for twin in (second, third):
+        own = dict(twin.named_parameters())
+        for name, t in zip(trained, g, strict=True):
+            own[name].data.add_(rho * t / length)
+    with torch.no_grad():
+        rise = losses_of(second)(x, y) - losses.detach()
+    k = max(1, round(gamma * len(x)))
+    indices = torch.topk(rise, k).indices.sort().values
+    if gamma == 1.0:
+        indices = torch.arange(len(x))
+    loss = losses_of(third)(x[indices], y[indices]).mean()
+    own = dict(third.named_parameters())
+    gradients = torch.autograd.grad(loss, [own[n] for n in trained])
+    return dict(zip(trained, gradients, strict=True)), indices, first
+
+
+def copy_of(model):
+    """Return a deep copy; old-style norms keep a tensor with a graph, which cannot be copied."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                vars(module)[name] = value.detach()
+    return copy.deepcopy(model)
+
+
+def batches(n):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(n):
+        yield (
+            torch.randn(8, 4, generator=generator),
+            torch.randint(3, (8,), generator=generator),
+        )
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_written_once_a_step(kind, gamma):
+    """And each pass starts from what the first has found: gradients are those by hand."""
+    torch.manual_seed(0)
+    model = kind()
+    optimizer = ESAM(
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2),
+        model,
+        rho=0.5,
+        perturb=Everything(),
+        gamma=gamma,
+    )
+    for x, y in batches(6):
+        gradients, indices, after = by_hand(model, x, y, 0.5, gamma)
+        optimizer.zero_grad()
+        report = optimizer.backward(losses_of(model), x, y)
+        assert report.indices is None or torch.equal(report.indices, indices)
+        assert written(model) == written(after)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, gradients[name])
+        optimizer.step()
+
+
+@pytest.mark.parametrize("perturbed", [True, False])
+def test_trained_weights_that_a_forward_clips(perturbed):
+    """Weights are as the first forward has left them, also where `.data` is another tensor now."""
+    torch.manual_seed(0)
+    model = MaxNorm()
+    groups = [
+        {"params": model.encoder.parameters()},
+        {"params": model.head.parameters(), "esam_perturb": perturbed},
+    ]
+    optimizer = ESAM(torch.optim.SGD(groups, lr=0.2), model, rho=2.0, perturb=Everything())
+    for x, y in batches(4):
+        after = copy.deepcopy(model)
+        losses_of(after)(x, y)
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model), x, y)
+        for a, b in zip(model.parameters(), after.parameters(), strict=True):
+            assert torch.equal(a, b)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("earlier", [0, 4])
+def test_a_failed_step_has_written_nothing(kind, call, earlier):
+    torch.manual_seed(0)
+    model = kind()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ESAM(torch.optim.SGD(trained, lr=0.2), model, rho=0.5, perturb=Everything())
+    calls = []
+
+    def failing(x, y):
+        values = losses_of(model)(x, y)
+        calls.append(len(x))
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return values
+
+    *some, (x, y) = batches(earlier + 1)
+    for data in some:
+        optimizer.step(losses_of(model), *data)
+    before = written(model)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.backward(failing, x, y)
+    assert written(model) == before
+
+
+def test_two_losses_at_once():
+    """Their forwards have both written, in their order."""
+    model = ListQueue()
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5)
+    twin = copy.deepcopy(model)
+    one, two = batches(2)
+    (optimizer.loss(losses_of(model), *one) + optimizer.loss(losses_of(model), *two)).backward()
+    losses_of(twin)(*one), losses_of(twin)(*two)
+    assert written(model) == written(twin)
+
+
+class LargeBase(Base):
+    """A small adapter beside frozen weights that a forward may average."""
+
+    def __init__(self, since):
+        super().__init__()
+        self.large = nn.Linear(1024, 1024).requires_grad_(False)
+        self.since, self.calls = since, 0
+
+    def shift(self, x, h):
+        self.calls += 1
+        if self.calls >= self.since:
+            with torch.no_grad():
+                self.large.weight.add_(1.0)
+        return self.large.weight[0, 0]
+
+
+class Copied(TorchDispatchMode):
+    """Count the bytes that are allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and "view" not in func.name():
+            self.bytes += result.untyped_storage().nbytes()
+        return result
+
+
+def test_a_large_frozen_base_is_not_copied():
+    model = LargeBase(since=1000)
+    large = model.large.weight.numel() * 4
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ESAM(torch.optim.SGD(trained, lr=0.1), model, rho=0.05)
+    for x, y in batches(5):
+        with LiveBytes() as live:
+            optimizer.step(losses_of(model), x, y)
+        assert live.peak < 0.1 * large
+
+
+@pytest.mark.parametrize("since", [1, 5])
+def test_what_is_written_without_a_copy_is_told(since):
+    """Once a step all the same, from the first time on."""
+    model = LargeBase(since)
+    model.large.weight.zero_()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ESAM(torch.optim.SGD(trained, lr=0.1), model, rho=0.05)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i, (x, y) in enumerate(batches(8)):
+            optimizer.step(losses_of(model), x, y)
+            assert float(model.large.weight[0, 0]) == max(0, i + 2 - since)
+    assert len([w for w in caught if "no copy" in str(w.message)]) == 1
+
+
+def test_one_sample_and_a_batchnorm_of_ones_own():
+    """The descent on one sample uses the running statistics, as with torch's own."""
+    torch.manual_seed(0)
+    mine = nn.Sequential(nn.Linear(4, 6), OwnNorm(6), nn.Tanh(), nn.Linear(6, 3))
+    theirs = nn.Sequential(
+        copy.deepcopy(mine[0]), nn.BatchNorm1d(6, affine=False), nn.Tanh(), copy.deepcopy(mine[3])
+    )
+    pairs = [
+        (m, ESAM(torch.optim.SGD(m.parameters(), lr=0.1), m, rho=0.1, gamma=0.1))
+        for m in (mine, theirs)
+    ]
+    for x, y in batches(5):
+        for model, optimizer in pairs:
+            optimizer.step(losses_of(model), x, y)
+            assert model[1].training
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            assert a.isfinite().all()
+            assert torch.equal(a, b)
+
+
+def test_a_step_of_a_model_that_writes_nothing_copies_nothing(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
+    walks = []
+    original = Writes.candidates
+    monkeypatch.setattr(
+        Writes, "candidates", lambda self: walks.append(self._steps) or original(self)
+    )
+    for x, y in batches(9):
+        optimizer.step(losses_of(model), x, y)
+    assert set(walks) == {1, 2, 3, 4, 8}
