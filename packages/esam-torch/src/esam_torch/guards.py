@@ -100,7 +100,8 @@ class Weights:
 
     def __init__(self, parameters: Sequence[Tensor], sharded: bool = False) -> None:
         self._parameters, self._sharded = parameters, sharded
-        self._weights = self._values()
+        values = [p.data for p in parameters]
+        self._weights = [local(v) for v in values] if sharded else values
         self._copies = [torch.empty_like(weight) for weight in self._weights]
         copy_values(self._copies, self._weights)
 
@@ -126,12 +127,9 @@ class Weights:
 
     def restore(self) -> None:
         """Go back to theta, bit for bit, also where a forward has assigned to `.data`."""
-        copy_values(self._values(), self._copies)
-
-    def _values(self) -> list[Tensor]:
-        """Return what holds the weights' numbers."""
-        values = [p.data for p in self._parameters]
-        return [local(v) for v in values] if self._sharded else values
+        rows = zip(self._parameters, self._weights, strict=True)
+        now = [w if self._sharded or p.data_ptr() == w.data_ptr() else p.data for p, w in rows]
+        copy_values(now, self._copies)
 
 
 def is_half(tensor: Tensor) -> bool:

@@ -8,9 +8,9 @@ from esam_core import ESAMRuntimeError
 __all__ = [
     "CLOSURE",
     "LATE",
-    "WITHOUT_PARAMETERS",
     "PRUNED",
     "WITHOUT_A_GRAPH",
+    "WITHOUT_PARAMETERS",
     "noted",
     "own_backward",
 ]
