@@ -123,13 +123,15 @@ class EarlierStep(Step):
         """Run the backward of the pass that has been run, where it has been run."""
         if self.task.before_descent is not None:
             self.task.before_descent()
-        found = self.task.layout.writes.kept()
+        at_the_descent = self._at_the_descent
+        found = None if at_the_descent is None else self.task.layout.writes.kept()
         with self._at_the_peak():
             self._ascent_found.perturbations.clear()  # epsilon is in the weights
-            if self._at_the_descent is not None:  # the graph may read what its forward has written
-                self._at_the_descent.restore()
+            if at_the_descent is not None:  # the graph may read what its forward has written
+                at_the_descent.restore()
             gradients = self._gradients(self._mean, scale, inputs)
-        found.restore()
+        if found is not None:
+            found.restore()
         seen = self._values.detach().clone() if self._before is None else self._after
         report = self._report(self._before, seen, self._selected_samples, self._ascent_found)
         return StepResult(gradients, report, self._rounded, self._disagreement)
