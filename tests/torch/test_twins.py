@@ -96,7 +96,7 @@ def test_select(selector, dtype):
         after = (losses + scores_of(kind, b, rng)).astype(dtype)
         wanted = selectors.select(selector, losses, after, seed=5, count=count)
         needed = torch.from_numpy(after) if selector.score == "increase" else None
-        found = select(selector, torch.from_numpy(losses), needed, seed=5, count=count)
+        found = select(selector, b, torch.from_numpy(losses), needed, seed=5, count=count)
         assert found.indices.tolist() == wanted.indices.tolist()
         assert found.indices.dtype == torch.int64
         assert found.weights.dtype == torch.from_numpy(losses).dtype

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "BATCH_NORM",
+    "COMPILED_MODELS_SEE_REQUIRES_GRAD",
     "NORM_LAYERS",
     "active_replicas",
     "buffers_by_name",
@@ -35,6 +36,11 @@ NORM_LAYERS = nn.modules.batchnorm._NormBase
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor has been written in place."""
     return tensor._version
+
+
+#: Whether a compiled model notices that weights are no longer trained: before torch 2.13 its guards
+#: do not (2.6 and 2.8 raise an error of their own; what is between has not been tried).
+COMPILED_MODELS_SEE_REQUIRES_GRAD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:

@@ -44,8 +44,8 @@ class ESAM(DelegatingOptimizer):
             `torch.optim.SGD(model.parameters(), lr=0.1)`. Any whose `step` needs no closure.
         model: the module that `losses` calls; with DistributedDataParallel, that object.
         rho: radius of the perturbation, finite, >= 0. Default 0.05. 0 is the base optimizer.
-        beta: share of the parameter tensors that is perturbed in each step, in (0, 1]; short for
-            `perturb=Bernoulli(beta)`. Default 0.6.
+        beta: share of the parameter tensors to perturb, in (0, 1]; short for `Bernoulli(beta)` as
+            `perturb`. Default 0.6.
         gamma: share of the samples in the descent pass, in (0, 1]; short for
             `select=TopIncrease(gamma)`. Default 0.5.
         perturb: a mask sampler in place of `beta`, such as `Suffix("layer3")`.
@@ -58,8 +58,8 @@ class ESAM(DelegatingOptimizer):
             (`Previous()`) or the base optimizer's first moment (`Momentum()`).
         seed: of masks and random selections, in [0, 2**63). Default 0.
         on_nonfinite: "propagate" (default), "skip" or "raise".
-        blocks: the model's blocks in execution order, as modules or their names, for samplers that
-            cut the model. Default: found by watching one forward.
+        blocks: the model's blocks in execution order, as modules or names, for samplers that cut
+            the model. Default: found by watching one forward.
         budget: the most that a step may cost, in base steps (SAM costs 2), > 0, in place of `beta`,
             `gamma`, `perturb` and `select`: the first step measures the blocks and chooses;
             `plan()` returns the choice. Default None.
@@ -69,8 +69,8 @@ class ESAM(DelegatingOptimizer):
     Raises:
         ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
 
-    Differences from the paper: masks are drawn for the step at hand, from (seed, count) alone;
-    k = ceil(gamma b) samples are kept, with ties to the lower index; see the documentation.
+    Differences from the paper: masks depend on (seed, count) alone; k = ceil(gamma b) samples are
+    kept, with ties to the lower index; see the documentation.
 
     Example:
         >>> import torch
@@ -80,8 +80,7 @@ class ESAM(DelegatingOptimizer):
         >>> optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05)
         >>> def losses(inputs, targets):
         ...     return F.cross_entropy(model(inputs), targets, reduction="none")
-        >>> loss = optimizer.loss(losses, torch.randn(8, 4), torch.randint(3, (8,)))
-        >>> loss.backward()
+        >>> optimizer.loss(losses, torch.randn(8, 4), torch.randint(3, (8,))).backward()
         >>> optimizer.step()
         >>> optimizer.report.losses.shape, optimizer.report.sample_share
         (torch.Size([8]), 0.5)
@@ -250,7 +249,7 @@ class ESAM(DelegatingOptimizer):
 
     def _warn(self) -> None:
         """Issue the warnings that have come up, at the line of the user's call."""
-        for text in self._run.take_notices():
+        for text in self._run.notices.take():
             warnings.warn(text, stacklevel=4)  # the user, torch's wrapper or none, a method, this
 
     # -- what is known ----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from esam_core import (
 from esam_core.budget import Plan
 from esam_torch.ascent import leaves_behind
 from esam_torch.batch import Batch, Samples
-from esam_torch.compat import is_compiled_function
+from esam_torch.compat import COMPILED_MODELS_SEE_REQUIRES_GRAD, is_compiled_function
 from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
 from esam_torch.earlier import EarlierStep
@@ -31,6 +31,7 @@ from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
 from esam_torch.notes import CLOSURE, LATE
+from esam_torch.notices import Notices, compiled, rounded
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
 from esam_torch.step import Step
@@ -87,11 +88,10 @@ class Run:
         self.skipped = False
         self.samples = samples
         self.memory = Memory()
-        self.counter = SampleCounter(samples, self._note_once)
+        self.notices = Notices()
+        self.counter = SampleCounter(samples, self.notices.add)
         self._blocks = None if blocks is None else list(blocks)
         self._losses_computed = 0
-        self._noted: set[str] = set()
-        self._notices: list[str] = []
         self.set_model(model)
 
     def set_model(self, model: nn.Module) -> None:
@@ -143,7 +143,7 @@ class Run:
         try:
             mean = step.ascend()
             if task.layout.writes.late:
-                self._note_once("late", LATE)
+                self.notices.add("late", LATE)
             return step, self._seam(step, mean, leaves)
         except BaseException:
             step.undo()
@@ -214,7 +214,7 @@ class Run:
         """
         if closure is None:
             if not (self.pending or self.skipped):
-                self._note_once("plain", _PLAIN)
+                self.notices.add("plain", _PLAIN)
             result = None
         else:
             check_losses(closure)
@@ -257,11 +257,11 @@ class Run:
         self.pending = self.pending or not result.report.skipped
         self.skipped = self.skipped or result.report.skipped
         if result.rounded is not None:
-            self._warn_of_rounding(float(result.rounded))
+            self.notices.add("rounding", rounded(float(result.rounded)))
         if result.disagreement is not None:
-            self._note_once("agreement", result.disagreement)
+            self.notices.add("agreement", result.disagreement)
         if result.report.perturbed_losses is not None:  # one comparison a run: the host waits
-            self._noted.add("agreement")
+            self.notices.add("agreement", None)
         self.count += 1
 
     def _task(
@@ -290,9 +290,9 @@ class Run:
             targets=targets,
             count=self.count,
             prune=self._prunes(losses, layout, targets),
-            watch_rounding="rounding" not in self._noted
+            watch_rounding="rounding" not in self.notices
             and any(is_half(t) for t in targets.tensors),
-            compare="agreement" not in self._noted and config.select.score == "increase",
+            compare="agreement" not in self.notices and config.select.score == "increase",
             before_descent=before_descent,
             climb=climb,
         )
@@ -302,14 +302,10 @@ class Run:
         if not targets.idle or not (self._compiled or is_compiled_function(losses)):
             return True
         masks = self.config.perturb.masks(layout.units)
-        if masks is not None and len(masks) <= _MOST_COMPILED_MASKS:
+        few = masks is not None and len(masks) <= _MOST_COMPILED_MASKS
+        if few and COMPILED_MODELS_SEE_REQUIRES_GRAD:
             return True
-        self._note_once(
-            "compiled",
-            "The model or `losses` is compiled, and the sampler has more masks than a compiler "
-            "should compile it for, so the ascent computes every gradient and masks them after. "
-            "Use a sampler with few masks, such as Suffix or RECOMMENDED's, to save the rest.",
-        )
+        self.notices.add("compiled", compiled(few))
         return False
 
     def _watch_strangers(
@@ -359,30 +355,6 @@ class Run:
             chosen=self._blocks,
             watch=watch,
         )
-
-    # -- warnings ---------------------------------------------------------------------------------
-
-    def _warn_of_rounding(self, share: float) -> None:
-        """Say once that perturbations were smaller than the spacing of the weights' numbers."""
-        if share > 0.0:
-            self._note_once(
-                "rounding",
-                f"{share:.1%} of the entries of the first perturbation rounded away: weights in "
-                "half precision cannot move by so little. Keep the weights in float32 and use "
-                "torch.autocast, or take a larger rho.",
-            )
-        self._noted.add("rounding")
-
-    def _note_once(self, what: str, text: str) -> None:
-        """Keep a warning, once a run, for the next call that the user makes."""
-        if what not in self._noted:
-            self._noted.add(what)
-            self._notices.append(text)
-
-    def take_notices(self) -> list[str]:
-        """Return the warnings that have come up since they were asked for."""
-        notices, self._notices = self._notices, []
-        return notices
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy: what is known of a model is found anew for its copy.
