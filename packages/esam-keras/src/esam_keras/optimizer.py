@@ -1,8 +1,10 @@
 """The optimizer: any Keras optimizer, and what the training step needs to know beside it."""
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Never
 
 import keras
@@ -21,7 +23,7 @@ from esam_core.perturbation import Norm
 from esam_core.validation import flag
 from esam_keras import compat
 
-__all__ = ["ESAM", "OfAStep", "find_esam"]
+__all__ = ["ESAM", "OfAStep", "applying", "find_esam"]
 
 #: The sums from which the logged means are made, in the order of the variables.
 LOG_SUMS = ("sharpness_total", "sharpness_count", "share_total", "share_count")
@@ -33,6 +35,21 @@ class OfAStep(list[Any]):
     A loss scaler hands them on as they are. Gradients that come with any other list are refused:
     they were not made by ESAM's two passes.
     """
+
+
+#: Whether a step's update is being made: on JAX a loss scaler returns the values that it was given
+#: from a branch of a condition, where both branches must return plain lists.
+_APPLYING: ContextVar[bool] = ContextVar("esam_keras_applying", default=False)
+
+
+@contextlib.contextmanager
+def applying() -> Iterator[None]:
+    """Let `stateless_apply` know, while this lasts, that the gradients are an ESAM step's."""
+    token = _APPLYING.set(True)
+    try:
+        yield
+    finally:
+        _APPLYING.reset(token)
 
 
 class _OfTheBase:
@@ -313,7 +330,7 @@ class ESAM(keras.optimizers.Optimizer):
 
 def _require_step(variables: Any) -> None:
     """Raise unless variables come from an ESAM step."""
-    if not isinstance(variables, OfAStep):
+    if not (isinstance(variables, OfAStep) or _APPLYING.get()):
         raise ESAMRuntimeError(
             "ESAM was handed gradients, and makes its own: it needs model, loss and batch for two "
             "passes. Train with `model.compile(optimizer=ESAM(...))` and `model.fit`. In a "

@@ -21,7 +21,7 @@ from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
 from esam_keras.metrics import log_sums, logs_unless, metrics_after
-from esam_keras.optimizer import OfAStep
+from esam_keras.optimizer import applying
 from esam_keras.passes import Climb, Outcome, Step, loss_scale
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
@@ -261,9 +261,10 @@ def _after(
     ]
     moved, updated = trainable, optimizer_variables
     if trainable:
-        moved, updated = model.optimizer.stateless_apply(
-            optimizer_variables, gradients, OfAStep(trainable)
-        )
+        with applying():
+            moved, updated = model.optimizer.stateless_apply(
+                optimizer_variables, gradients, list(trainable)
+            )
     places = _places(training)
     own = [optimizer_variables[place] for place in places]
     gamma = esam.config.select.gamma
