@@ -78,7 +78,7 @@ def perturb(
     divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
     common = representable(rho, divisor) / divisor
 
-    steps = ops.cast(factors, common.dtype) * common
+    steps = _as(factors, common.dtype) * common
     climbed = list(parameters)
     for i, t in enumerate(places):
         if known and factors[i] == 0.0:
@@ -121,6 +121,13 @@ def representable(number: float, like: Tensor) -> float:
     return number if number <= largest else float("inf")
 
 
+def _as(numbers: Any, dtype: Any) -> Tensor:
+    """Return numbers, or a tensor, in a dtype; a list must not go by way of float32."""
+    if isinstance(numbers, list):
+        return ops.convert_to_tensor(numbers, dtype=dtype)
+    return ops.cast(numbers, dtype)
+
+
 def _masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors with 0 where a mask is false, whatever stood there."""
     return [ops.where(m, x, ops.zeros_like(x)) for x, m in zip(tensors, masks, strict=True)]
@@ -135,5 +142,5 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
 
 def _weighted(squares: Tensor, weights: Any) -> Tensor:
     """Return squares times weights; a weight of 0 silences what is not finite."""
-    weights = ops.cast(weights, squares.dtype)
+    weights = _as(weights, squares.dtype)
     return ops.where(weights > 0, squares * weights, ops.zeros_like(squares))
