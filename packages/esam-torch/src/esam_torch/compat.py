@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = [
     "BATCH_NORM",
@@ -23,6 +24,7 @@ __all__ = [
     "times_written",
     "untraced",
     "version_of",
+    "without_global_step_hooks",
     "without_hooks",
 ]
 
@@ -103,6 +105,23 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
         for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
         if hooks
     ]
+    with _emptied(own):
+        yield
+
+
+@contextlib.contextmanager
+def without_global_step_hooks() -> Iterator[None]:
+    """Leave out the hooks that are registered for every optimizer's step.
+
+    They have run for ESAM's own step, within which the base optimizer's is made.
+    """
+    with _emptied([_global_optimizer_pre_hooks, _global_optimizer_post_hooks]):
+        yield
+
+
+@contextlib.contextmanager
+def _emptied(own: list[Any]) -> Iterator[None]:
+    """Empty dictionaries as long as the context lasts."""
     kept = [dict(hooks) for hooks in own]
     try:
         for hooks in own:

@@ -21,7 +21,11 @@ from esam_core import (
 from esam_core.budget import Plan
 from esam_torch.ascent import leaves_behind
 from esam_torch.batch import Batch, Samples
-from esam_torch.compat import COMPILED_MODELS_SEE_REQUIRES_GRAD, is_compiled_function
+from esam_torch.compat import (
+    COMPILED_MODELS_SEE_REQUIRES_GRAD,
+    is_compiled_function,
+    without_global_step_hooks,
+)
 from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
 from esam_torch.earlier import EarlierStep
@@ -213,7 +217,7 @@ class Run:
             closure: None, or a function that goes backward itself, as torch's optimizers take it.
         """
         if closure is None:
-            if not (self.pending or self.skipped):
+            if not (self.pending or self.skipped or self._moves_nothing()):
                 self.notices.add("plain", _PLAIN)
             result = None
         else:
@@ -228,8 +232,13 @@ class Run:
         self.pending = False
         if isinstance(self.config.ascend, Previous) and self._layout is not None and not skipped:
             self.memory.updated(self._layout, self.config)
-        updated = None if skipped else self.base.step()
+        with without_global_step_hooks():
+            updated = None if skipped else self.base.step()
         return updated if closure is None else result
+
+    def _moves_nothing(self) -> bool:
+        """Return whether every learning rate is 0: so torch's checkpoints have state made."""
+        return all(float(group.get("lr", 1.0)) == 0.0 for group in self.base.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
