@@ -71,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _plain(x: Any) -> bool:
-    """Say whether something is a tensor with a storage of its own kind."""
+    """Return whether something is a tensor with a storage of its own kind."""
     return isinstance(x, Tensor) and x.layout is torch.strided
 
 

@@ -68,7 +68,7 @@ class Trainer:
         self.observe = observe
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return one loss a sample."""
+        """Return one loss per sample."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
             logits = self.model(x)
         return sample_losses(logits.float(), y, smoothing=self.run.smoothing)

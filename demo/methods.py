@@ -25,7 +25,7 @@ def choices(options: Options) -> dict[str, dict[str, Any] | None]:
 
 
 def losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one loss a sample, and the outputs for the accuracy."""
+    """Return one loss per sample, and the outputs for the accuracy."""
     outputs = model(x)
     return F.cross_entropy(outputs, y, reduction="none"), outputs
 

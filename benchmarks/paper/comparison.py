@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def steadily_timed(records: Iterable[dict[str, Any]]) -> bool:
-    """Say whether the images a second of runs that followed each other can be compared.
+    """Return whether the images a second of runs that followed each other can be compared.
 
     On a GPU lent to one process they can, and on a CPU by the process's own time, which leaves
     out what else the machine does. Older records have a CPU's wall time, which does not.

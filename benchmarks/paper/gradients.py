@@ -30,7 +30,7 @@ class Point:
     parameters: list[Tensor]
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return one loss a sample."""
+        """Return one loss per sample."""
         return F.cross_entropy(self.model(x).float(), y, reduction="none")
 
     def gradient(self, x: Tensor, y: Tensor) -> list[Tensor]:

@@ -62,7 +62,7 @@ class Model:
         ]
 
     def losses(self, x, y, *, update=False, running=False):
-        """Return one loss a sample."""
+        """Return one loss per sample."""
         for layer in self.layers:
             weight = self.theta.get(f"{layer.name}.weight")
             bias = self.theta.get(f"{layer.name}.bias", 0.0)

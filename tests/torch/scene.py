@@ -38,7 +38,7 @@ def batch(b: int = 8, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def losses_of(model: nn.Module) -> Callable[..., torch.Tensor]:
-    """Return what a user writes: one loss a sample."""
+    """Return what a user writes: one loss per sample."""
 
     def losses(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(inputs), targets, reduction="none")

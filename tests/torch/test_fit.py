@@ -192,7 +192,7 @@ def test_what_cannot_be_trained_is_refused():
 
     with pytest.raises(ValueError, match=r"\(losses, outputs\)"):
         fit(model, esam, alone, batches, epochs=1, metrics={"a": accuracy}, progress=False)
-    with pytest.raises(TypeError, match="one number a sample"):
+    with pytest.raises(TypeError, match="one number per sample"):
         fit(
             *(model, _optimizer("esam", model), _losses, batches),
             epochs=1,

@@ -137,7 +137,7 @@ def test_skipping_and_raising_wait_once():
 def test_a_batch_on_the_host_for_a_model_on_the_device():
     """What is copied to the host is waited for: a copy under way must not be read."""
     x = torch.arange(3)
-    assert esam_torch.devices.placed(x, torch.device("cpu")) is x
+    assert esam_torch.devices.on_device(x, torch.device("cpu")) is x
     moved = []
 
     class Copies(TorchDispatchMode):
@@ -147,9 +147,9 @@ def test_a_batch_on_the_host_for_a_model_on_the_device():
             return func(*args, **(kwargs or {}))
 
     with Copies():
-        esam_torch.devices.placed(torch.ones(2), torch.device("meta"))
+        esam_torch.devices.on_device(torch.ones(2), torch.device("meta"))
         with pytest.raises(NotImplementedError):  # nothing is in it; what counts is how it asks
-            esam_torch.devices.placed(torch.ones(2, device="meta"), torch.device("cpu"))
+            esam_torch.devices.on_device(torch.ones(2, device="meta"), torch.device("cpu"))
     assert moved == [True, False]
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from esam_core import ESAMTypeError
 from esam_torch import ESAM, Everything, Rows, Whole
 from esam_torch.batch import Samples
-from esam_torch.containers import INSIDE, detached, mapped
+from esam_torch.containers import INSIDE, detached, map_values
 
 CHOSEN = torch.tensor([1, 3])
 
@@ -130,7 +130,7 @@ def test_lists_of_a_kind_of_their_own_keep_it():
 
     x = Named([torch.ones(2, 2), 3])
     x.name = "mine"
-    twin = mapped(x, lambda v, _: v[:1] if isinstance(v, torch.Tensor) else INSIDE)
+    twin = map_values(x, lambda v, _: v[:1] if isinstance(v, torch.Tensor) else INSIDE)
     assert type(twin) is Named and twin.name == "mine" and twin[0].shape == (1, 2)
     assert x[0].shape == (2, 2)
 

@@ -121,7 +121,7 @@ class Problem:
     """A model as data, with batches to train it on.
 
     The last layer's output (b, classes) are logits; the losses are the softmax cross-entropies,
-    one a sample. Adapters need `layers` only: batches come with each step.
+    one per sample. Adapters need `layers` only: batches come with each step.
 
     Args:
         name: of the problem.

@@ -202,7 +202,7 @@ def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
 
 
 def _has_rows(before: Any, now: Any, indices: Any) -> bool:
-    """Return whether an output has one row a sample: of the batch then, of the selected now."""
+    """Return whether an output has one row per sample: of the batch then, of the selected now."""
     if len(before.shape) == 0 or len(now.shape) == 0:
         return False
     return now.shape[0] is None or now.shape[0] == indices.shape[0]

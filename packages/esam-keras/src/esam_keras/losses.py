@@ -34,7 +34,7 @@ ADVICE = (
 
 
 def has_own_compute_loss(model: keras.Model) -> bool:
-    """Say whether the model brings a `compute_loss` of its own."""
+    """Return whether the model brings a `compute_loss` of its own."""
     own = "compute_loss" in vars(model)
     return own or type(model).compute_loss is not keras.Model.compute_loss
 

@@ -109,7 +109,7 @@ class Planner:
         return Drawn(plan, mask, inputs)
 
     def _is_listed(self, mask: Mask) -> bool:
-        """Say whether the sampler listed this mask, which makes it worth compiling for."""
+        """Return whether the sampler listed this mask, which makes it worth compiling for."""
         return self._listed is not None and mask in self._listed
 
     def _selection_inputs(self, b: int, k: int, count: int) -> Inputs:

@@ -109,7 +109,7 @@ def _torch_kind(module: Any, variable: Any) -> str:
 
 
 def _multiplies(kind: str, variable: Any) -> bool:
-    """Say whether a variable is multiplied with the layer's input, and not just added."""
+    """Return whether a variable is multiplied with the layer's input, and not just added."""
     return kind == "weight" and len(variable.shape) >= 2
 
 

@@ -102,7 +102,7 @@ def _needs_itself(base: torch.optim.Optimizer) -> str | None:
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
-    """Say whether a function cannot be called without this argument."""
+    """Return whether a function cannot be called without this argument."""
     variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     return parameter.default is parameter.empty and not variable
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch.containers import INSIDE, NestedTooDeepError, is_container, is_record, mapped
+from esam_torch.containers import INSIDE, NestedTooDeepError, is_container, is_record, map_values
 from esam_torch.entries import Index, described, entries, items
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading
@@ -148,7 +148,7 @@ def _lengths(x: Any, path: str) -> list[int]:
             found.append(len(value))
         return value
 
-    mapped(x, visit, path, strict=False)
+    map_values(x, visit, path, strict=False)
     return found
 
 
@@ -157,13 +157,13 @@ def _each(batch: Batch, visit: Callable[[Any, str], Any], *, endless: bool = Fal
 
     Args:
         batch: the arguments.
-        visit: as in `mapped`.
+        visit: as in `map_values`.
         endless: whether an argument that holds itself stays as it is. If not, it is refused.
     """
 
     def new(x: Any, path: str) -> Any:
         try:
-            return mapped(x, visit, path)
+            return map_values(x, visit, path)
         except NestedTooDeepError:
             if endless:
                 return x
@@ -195,7 +195,7 @@ def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: boo
         reader.whole.append((path, x))
         return x.value
     if isinstance(x, Rows):
-        return mapped(x.value, functools.partial(_taken, reader, index, declared=True), path)
+        return map_values(x.value, functools.partial(_taken, reader, index, declared=True), path)
     reading = reader.read(x, path, declared=declared)
     if reading is Reading.PARTS:
         return INSIDE

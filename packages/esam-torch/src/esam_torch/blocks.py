@@ -83,7 +83,7 @@ _FORM = frozenset(
 
 
 def _is_about_form(func: Any, result: Any) -> bool:
-    """Say whether a call asked for a shape, a dtype, a gradient: that is not a use."""
+    """Return whether a call asked for a shape, a dtype, a gradient: that is not a use."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__"):  # of a property: W.T and W.data are uses, W.shape is not
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")

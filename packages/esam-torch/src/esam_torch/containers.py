@@ -19,7 +19,7 @@ __all__ = [
     "is_container",
     "is_record",
     "is_tensor_collection",
-    "mapped",
+    "map_values",
     "parts",
 ]
 
@@ -33,7 +33,7 @@ INSIDE: Any = object()
 _DEEPEST = 50
 
 
-def mapped(
+def map_values(
     tree: Any,
     visit: Callable[[Any, str], Any],
     path: str = "batch",
@@ -69,7 +69,7 @@ def mapped(
             f"{_DEEPEST} deep. {WAYS_OUT} Received: a {type(tree).__name__}."
         )
     values = [
-        mapped(value, visit, path + place, strict=strict, depth=depth + 1)
+        map_values(value, visit, path + place, strict=strict, depth=depth + 1)
         for place, value in inside
     ]
     if all(new is old for new, (_, old) in zip(values, inside, strict=True)):
@@ -97,7 +97,7 @@ def detached(tree: Any) -> Any:
     def visit(x: Any, _: str) -> Any:
         return x.detach() if isinstance(x, Tensor) or is_tensor_collection(x) else INSIDE
 
-    return mapped(tree, visit, strict=False)
+    return map_values(tree, visit, strict=False)
 
 
 def is_record(x: Any) -> bool:

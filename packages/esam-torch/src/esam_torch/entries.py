@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esam_core import ESAMTypeError
-from esam_torch.devices import placed
+from esam_torch.devices import on_device
 from esam_torch.marks import WAYS_OUT, Whole
 
 __all__ = ["Index", "described", "entries", "items"]
@@ -61,7 +61,7 @@ def entries(x: Any, index: Index) -> Any:
         ESAMTypeError: it cannot be indexed by a tensor, an array or a list.
     """
     if isinstance(x, Tensor):
-        return x.index_select(0, placed(index.tensor, x.device))
+        return x.index_select(0, on_device(index.tensor, x.device))
     if isinstance(x, np.ndarray):
         return x[index.array]
     if hasattr(x, "iloc"):  # a pandas object: its own [] looks for labels
@@ -69,7 +69,7 @@ def entries(x: Any, index: Index) -> Any:
     device = getattr(x, "device", None)
     tensor = index.tensor if isinstance(device, torch.device) else index.tensor.cpu()
     if isinstance(device, torch.device):
-        tensor = placed(index.tensor, device)
+        tensor = on_device(index.tensor, device)
     for form in (tensor, index.array, index.host):
         try:
             part = x[form]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from esam_torch.devices import placed
+from esam_torch.devices import on_device
 from esam_torch.sharded import local
 
 __all__ = ["all_finite", "poisoned"]
@@ -25,4 +25,4 @@ def all_finite(gradients: Sequence[Tensor | None]) -> bool:
         return True
     largest = torch._foreach_norm(values, torch.inf)
     device = values[0].device
-    return bool(torch.stack([placed(m.float(), device) for m in largest]).isfinite().all())
+    return bool(torch.stack([on_device(m.float(), device) for m in largest]).isfinite().all())

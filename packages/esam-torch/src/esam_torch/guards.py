@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_torch.compat import BATCH_NORM
-from esam_torch.devices import placed
+from esam_torch.devices import on_device
 from esam_torch.sharded import local
 from esam_torch.values import copy_values
 
@@ -121,8 +121,8 @@ class Weights:
         for weight, before, epsilon in rows:
             if is_half(weight):
                 nonzero = epsilon != 0
-                lost += placed((nonzero & (weight == before)).sum(), device)
-                all_ += placed(nonzero.sum(), device)
+                lost += on_device((nonzero & (weight == before)).sum(), device)
+                all_ += on_device(nonzero.sum(), device)
         return lost / all_.clamp_min(1.0)
 
     def restore(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.guards import RandomState
-from esam_torch.notes import WITHOUT_A_GRAPH, noted
+from esam_torch.notes import WITHOUT_A_GRAPH, note_errors
 from esam_torch.sharded import Shards, reshard
 from esam_torch.synchronisation import unsynchronised
 from esam_torch.targets import Options, Targets, find_targets
@@ -168,7 +168,7 @@ def leaving_nothing(
     try:
         with (
             unsynchronised(model),
-            noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
+            note_errors(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
         ):
             yield
         before.note()

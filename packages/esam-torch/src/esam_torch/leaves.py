@@ -7,7 +7,7 @@ from torch import Tensor
 
 from esam_core import ESAMRuntimeError
 from esam_torch.ascent import leaves_behind
-from esam_torch.containers import INSIDE, mapped
+from esam_torch.containers import INSIDE, map_values
 from esam_torch.marks import Rows, Whole
 
 __all__ = ["with_own_leaves"]
@@ -35,7 +35,7 @@ def with_own_leaves(
 
     def replace(x: Any, _: str) -> Any:
         if isinstance(x, Rows | Whole):
-            value = mapped(x.value, replace)
+            value = map_values(x.value, replace)
             return x if value is x.value else type(x)(value)
         if not isinstance(x, Tensor):
             return INSIDE
@@ -45,7 +45,7 @@ def with_own_leaves(
             found[id(x)] = x, x.detach().requires_grad_()
         return found[id(x)][1]
 
-    replaced = mapped(batch, replace, strict=False)
+    replaced = map_values(batch, replace, strict=False)
     if not found:
         return batch, []
     trained = {id(p) for group in groups for p in group["params"]}

@@ -11,7 +11,7 @@ __all__ = [
     "PRUNED",
     "WITHOUT_A_GRAPH",
     "WITHOUT_PARAMETERS",
-    "noted",
+    "note_errors",
     "own_backward",
 ]
 
@@ -51,7 +51,9 @@ WITHOUT_PARAMETERS = (
 
 
 @contextlib.contextmanager
-def noted(note: str | Callable[[], str], kind: type[Exception], words: str = "") -> Iterator[None]:
+def note_errors(
+    note: str | Callable[[], str], kind: type[Exception], words: str = ""
+) -> Iterator[None]:
     """Add a note to errors of a kind that pass by, if their message has the words."""
     try:
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esam_core import Mask
 from esam_core.perturbation import Norm
-from esam_torch.devices import on_host, placed
+from esam_torch.devices import on_device, on_host
 from esam_torch.sharded import local, local_part, total_norms
 from esam_torch.targets import Targets
 
@@ -80,7 +80,7 @@ def perturb(
             masked = total_norms(_norms(directions, device), parameters)
         if norm == "estimated":
             scales = torch.tensor(targets.scales, dtype=masked.dtype)
-            length = torch.linalg.vector_norm(masked * placed(scales.sqrt(), device))
+            length = torch.linalg.vector_norm(masked * on_device(scales.sqrt(), device))
         elif norm == "full":
             rest = _stretched(idle, targets.idle, targets.idle_adaptive)
             lengths = total_norms(_norms(rest, device), targets.idle)
@@ -91,7 +91,7 @@ def perturb(
             length = torch.linalg.vector_norm(masked)
         # The norm is finite only if every gradient is.
         finite = torch.isfinite(length) & torch.isfinite(losses).all()
-        magnitude = placed(scale, device).to(length.dtype).abs()
+        magnitude = on_device(scale, device).to(length.dtype).abs()
         length = length / magnitude
         divisor = torch.ones_like(length) if norm == "none" else length + norm_eps
         # A tiny norm_eps may vanish in float32: a gradient of zero must give zero, not 0 * inf.
@@ -109,7 +109,7 @@ def perturb(
             size = torch.linalg.vector_norm(masked) * (common * targets.factors[0])
         else:
             factors = torch.tensor(targets.factors, dtype=masked.dtype)
-            size = torch.linalg.vector_norm(masked * placed(factors, device)) * common
+            size = torch.linalg.vector_norm(masked * on_device(factors, device)) * common
         return Ascent(perturbations, length, size, finite)
 
 
@@ -136,7 +136,7 @@ def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
         wide = _wide(tensors[0].dtype)
         dtype = None if wide == tensors[0].dtype else wide
         norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-        return placed(norms.real if norms.is_complex() else norms, device)
+        return on_device(norms.real if norms.is_complex() else norms, device)
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for i, tensor in enumerate(tensors):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
@@ -171,9 +171,9 @@ def _scaled(directions: list[Tensor], factors: Sequence[float], common: Tensor) 
     """Return each direction times its factor and the common 0-d tensor."""
     if len({d.device for d in directions}) > 1:
         return [
-            d * (placed(common, d.device) * f) for d, f in zip(directions, factors, strict=True)
+            d * (on_device(common, d.device) * f) for d, f in zip(directions, factors, strict=True)
         ]
-    common = placed(common, directions[0].device)
+    common = on_device(common, directions[0].device)
     if len(set(factors)) == 1:
         return list(torch._foreach_mul(directions, common * factors[0]))
     scaled = torch._foreach_mul(directions, list(factors))

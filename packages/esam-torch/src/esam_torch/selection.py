@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esam_core import selectors
-from esam_torch.devices import placed
+from esam_torch.devices import on_device
 
 __all__ = ["Selected", "select"]
 
@@ -87,7 +87,7 @@ def select(
     even = torch.full((k,), 1.0 / k, device=device, dtype=losses.dtype)
     if selector.rule == "random":
         drawn = torch.from_numpy(selectors.random_indices(b, k, seed=seed, count=count))
-        return Selected(placed(drawn, device), even)
+        return Selected(on_device(drawn, device), even)
     scores = losses if selector.score == "loss" else cast(Tensor, perturbed_losses) - losses
     if selector.rule == "top":
         return Selected(top_indices(scores, k), even)

@@ -22,7 +22,7 @@ __all__ = ["Shards", "local", "local_part", "mesh_groups", "reshard", "total_nor
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Say whether a tensor is a DTensor; their module is loaded where one exists."""
+    """Return whether a tensor is a DTensor; their module is loaded where one exists."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

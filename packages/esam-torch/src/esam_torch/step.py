@@ -20,7 +20,7 @@ from esam_torch.agreement import buffer_versions, comparable, disagreement
 from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.batch import Batch
 from esam_torch.containers import detached
-from esam_torch.devices import placed
+from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, poisoned
 from esam_torch.guards import (
     Autocast,
@@ -30,7 +30,7 @@ from esam_torch.guards import (
     without_gradients,
 )
 from esam_torch.losses import LossFunction, per_sample
-from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, noted
+from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
 from esam_torch.task import StepResult, Task
@@ -148,7 +148,7 @@ class Step:
                 others = self.task.layout.writes.statistics_layers
                 stack.enter_context(running_statistics(self.task.model, others))
             part = samples.take(self._batch, indices, b)
-            stack.enter_context(noted(samples.note(self._batch, k, b), Exception))
+            stack.enter_context(note_errors(samples.note(self._batch, k, b), Exception))
             return self._forward(part, expected=k)
 
     def _base_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
@@ -228,13 +228,13 @@ class Step:
         """Return the (b,) losses at theta: those of the part, and of the others without a graph."""
         b = self._b
         rest = torch.ones(b, dtype=torch.bool).index_fill_(0, part, False).nonzero().flatten()
-        places = placed(torch.cat([part, rest]).argsort(), losses.device)
+        places = on_device(torch.cat([part, rest]).argsort(), losses.device)
         return torch.cat([losses, self._without_a_graph(b, rest)]).index_select(0, places)
 
     def _without_a_graph(self, b: int, indices: Tensor | None = None) -> Tensor:
         """Return the losses of the batch, or of some of its samples, where the weights stand."""
         self._first.rewind()
-        without = noted(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
+        without = note_errors(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
         with torch.no_grad(), self.task.ranks.apart(), without:
             if indices is not None:
                 return self._forward_of(indices)[0].clone()
@@ -317,7 +317,7 @@ class Step:
         off = self._switched_off()
         with self.task.ranks.apart(), without_gradients(off):
             if off:
-                with noted(PRUNED, RuntimeError, "does not require grad"):
+                with note_errors(PRUNED, RuntimeError, "does not require grad"):
                     yield
             else:
                 yield

@@ -46,7 +46,7 @@ def load_adapter(address: str) -> Any:
 
 
 def _needs_nothing(function: Callable[..., Any]) -> bool:
-    """Say whether a class or function can be called without arguments."""
+    """Return whether a class or function can be called without arguments."""
     try:
         inspect.signature(function).bind()
     except (TypeError, ValueError):  # arguments are missing; a built-in that does not tell

@@ -16,7 +16,7 @@ SGD = Base("sgd", lr=0.1, momentum=0.9)
 
 
 def shows(adapter: Adapter, capability: str) -> bool:
-    """Say whether a backend has a capability, that is, declares no gap for it."""
+    """Return whether a backend has a capability, that is, declares no gap for it."""
     return capability not in adapter.gaps
 
 

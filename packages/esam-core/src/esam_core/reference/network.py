@@ -34,7 +34,7 @@ class Evaluation(Protocol):
     """One forward pass.
 
     Attributes:
-        losses: (b,) l_i, one a sample.
+        losses: (b,) l_i, one per sample.
     """
 
     losses: Array

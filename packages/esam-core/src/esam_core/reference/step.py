@@ -222,7 +222,7 @@ class Step:
         )
 
     def records_at_theta(self, b: int) -> bool:
-        """Say whether a pass at theta leaves its statistics and random state, or the descent."""
+        """Return whether a pass at theta leaves its statistics and random state, or the descent."""
         return directions.records_at_theta(self.config.ascend, self.config.select, b)
 
     def ascent(self, batch: Batch, part: Array) -> Evaluation:
@@ -253,7 +253,7 @@ class Step:
         return self.masked(self.memory.direction(), mask)
 
     def has_direction(self, mask: Mask) -> bool:
-        """Say whether there is anything to climb along: not before the first update."""
+        """Return whether there is anything to climb along: not before the first update."""
         if isinstance(self.config.ascend, directions.Batch | directions.Part):
             return True
         found = zip(self.earlier_gradient(mask), mask.perturbed, strict=True)
@@ -347,7 +347,7 @@ class Step:
             self.model.buffers[name][...] = saved
 
     def is_finite(self, gradient: Mapping[str, Array], report: StepReport) -> bool:
-        """Say whether all losses and both gradients were finite."""
+        """Return whether all losses and both gradients were finite."""
         seen = [report.losses, report.perturbed_losses, report.gradient_norm, *gradient.values()]
         return all(bool(np.isfinite(x).all()) for x in seen if x is not None)
 

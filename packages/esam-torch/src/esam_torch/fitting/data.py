@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_torch.containers import INSIDE, is_tensor_collection, mapped
+from esam_torch.containers import INSIDE, is_tensor_collection, map_values
 from esam_torch.marks import Rows, Whole
 
 __all__ = ["Arguments", "arguments", "chosen_device", "groups_of", "moved"]
@@ -36,7 +36,7 @@ def moved(batch: Any, device: torch.device) -> Any:
             return x.to(device, non_blocking=True)
         return x.to(device) if is_tensor_collection(x) else INSIDE
 
-    return mapped(batch, visit)
+    return map_values(batch, visit)
 
 
 def arguments(batch: Any) -> Arguments:

@@ -62,13 +62,13 @@ def fit(
     Args:
         model: what is trained. It is moved to `device` and left there, in evaluation mode.
         optimizer: an `ESAM` around a base optimizer, or a base optimizer alone.
-        losses: a function of the model and a batch that returns one loss a sample, a tensor of
+        losses: a function of the model and a batch that returns one loss per sample, a tensor of
             shape (b,), or (losses, outputs). A batch that is a tuple or a list comes as several
             arguments, `losses(model, inputs, targets)`; any other as one.
         loader: batches to train on; gone through once an epoch.
         epochs: how many, >= 1.
         eval_loader: batches to evaluate on after each epoch. Default none.
-        metrics: functions of (outputs, *batch) that return one number a sample, by name, such as
+        metrics: functions of (outputs, *batch) that return one number per sample, by name, such as
             `{"accuracy": accuracy}`. They need `losses` to return (losses, outputs). Default none.
         scheduler: a learning rate scheduler of `optimizer`. Default none.
         scheduler_step: whether it steps each "epoch" (default) or each "batch", that is, update.
@@ -306,8 +306,8 @@ def _check(model: Any, optimizer: Any, losses: Any) -> None:
         raise ESAMValueError("`optimizer` must be an ESAM of `model`. Received: one of another.")
     if not callable(losses):
         raise ESAMTypeError(
-            "`losses` must be a function of the model and a batch that returns one loss a sample. "
-            f"Received: {losses!r}."
+            "`losses` must be a function of the model and a batch that returns one loss per "
+            f"sample. Received: {losses!r}."
         )
 
 

@@ -49,7 +49,7 @@ class Means:
     Sums stay on the device until they are asked for, so that no batch waits for it.
 
     Args:
-        metrics: functions of (outputs, *batch) that return one number a sample, by name.
+        metrics: functions of (outputs, *batch) that return one number per sample, by name.
         device: where the sums are kept.
     """
 
@@ -83,7 +83,7 @@ class Means:
             if not isinstance(value, Tensor) or value.shape != losses.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ESAMTypeError(
-                    f"The metric {name!r} must return one number a sample, a tensor of shape "
+                    f"The metric {name!r} must return one number per sample, a tensor of shape "
                     f"{tuple(losses.shape)}. Received: {got}."
                 )
             values[name] = value

@@ -58,7 +58,7 @@ class Silent:
         """Show an epoch's row."""
 
     def _due(self) -> bool:
-        """Say whether it is time to look at the loss again."""
+        """Return whether it is time to look at the loss again."""
         now = time.monotonic()
         if now < self._next:
             return False

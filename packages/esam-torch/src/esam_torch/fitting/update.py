@@ -93,7 +93,7 @@ class Update:
 
     @property
     def _skips(self) -> bool:
-        """Say whether a batch may be left out."""
+        """Return whether a batch may be left out."""
         optimizer = self.optimizer
         return isinstance(optimizer, ESAM) and optimizer.config.on_nonfinite == "skip"
 
