@@ -301,7 +301,9 @@ class Run:
             prune=self._prunes(losses, layout, targets),
             watch_rounding="rounding" not in self.notices
             and any(is_half(t) for t in targets.tensors),
-            compare="agreement" not in self.notices and config.select.score == "increase",
+            compare="agreement" not in self.notices
+            and config.select.score == "increase"
+            and config.select.gamma < 1.0,
             before_descent=before_descent,
             climb=climb,
         )
