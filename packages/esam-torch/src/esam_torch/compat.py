@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "compiled_original",
     "fsdp_parameter_groups",
     "is_compiled_function",
+    "parametrizations_are_cached",
     "saves_state_dict_hooks",
     "times_written",
     "untraced",
@@ -130,6 +132,11 @@ def _emptied(own: list[Any]) -> Iterator[None]:
     finally:
         for hooks, those in zip(own, kept, strict=True):
             hooks.update(those)
+
+
+def parametrizations_are_cached() -> bool:
+    """Return whether `torch.nn.utils.parametrize.cached()` is open."""
+    return parametrize._cache_enabled > 0
 
 
 def fsdp_parameter_groups(module: Any) -> list[Any]:

@@ -24,6 +24,7 @@ from esam_torch.batch import Batch, Samples
 from esam_torch.compat import (
     COMPILED_MODELS_SEE_REQUIRES_GRAD,
     is_compiled_function,
+    parametrizations_are_cached,
     without_global_step_hooks,
 )
 from esam_torch.counting import SampleCounter
@@ -42,7 +43,7 @@ from esam_torch.step import Step
 from esam_torch.synchronisation import Ranks
 from esam_torch.targets import Options, Targets
 from esam_torch.task import StepResult, Task
-from esam_torch.wrappers import holds_compiled
+from esam_torch.wrappers import holds_compiled, refuse_cached
 
 __all__ = ["Run"]
 
@@ -141,6 +142,8 @@ class Run:
         self._losses_computed += 1
         check_losses(losses)
         check_groups(self.base.param_groups)
+        if parametrizations_are_cached():
+            refuse_cached(self.model)
         batch, leaves = with_own_leaves(batch, self.base.param_groups)
         task = self._task(losses, batch, before_descent)
         step = (Step if task.climb.direction is None else EarlierStep)(task, losses, batch)

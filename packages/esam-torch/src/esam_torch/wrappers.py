@@ -1,10 +1,12 @@
 """What may be around a model: DistributedDataParallel, DataParallel, torch.compile."""
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from esam_core import ESAMRuntimeError
 from esam_torch.compat import compiled_call, compiled_original
 
-__all__ = ["bare_model", "holds_compiled", "is_compiled", "replicas_of"]
+__all__ = ["bare_model", "holds_compiled", "is_compiled", "refuse_cached", "replicas_of"]
 
 
 def bare_model(model: nn.Module) -> nn.Module:
@@ -32,6 +34,21 @@ def replicas_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a call of the module runs what torch.compile has made of it."""
     return compiled_call(module) or compiled_original(module) is not None
+
+
+def refuse_cached(model: nn.Module) -> None:
+    """Refuse a model whose parametrized weights are cached: they would not follow a perturbation.
+
+    Raises:
+        ESAMRuntimeError: a module of the model is parametrized.
+    """
+    for name, module in model.named_modules():
+        if is_parametrized(module):
+            raise ESAMRuntimeError(
+                "`torch.nn.utils.parametrize.cached()` must not be open around a step: weights "
+                "that are parametrized are computed anew from perturbed ones. Open it in `losses`. "
+                f"Received: a cache around a step, and the parametrized module {name!r}."
+            )
 
 
 def holds_compiled(model: nn.Module) -> bool:
