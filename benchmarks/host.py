@@ -228,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--tensors", type=count_number, nargs="+", default=[60, 240, 960])
     parser.add_argument("--repeats", type=count_number, default=31, help="rounds")
+    parser.add_argument("--threads", type=count_number, default=1, help="of the CPU (1)")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/host)")
     parser.add_argument("--quick", action="store_true", help="a short network, two rounds")
     options = parser.parse_args(arguments)
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or root / "host"
     if options.quick:
         options.tensors, options.repeats = [8], 2
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     rows = [row for tensors in options.tensors for row in measure(tensors, options.repeats)]
     shown = [
         [

@@ -83,8 +83,7 @@ def _step(
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if options.compile:
-        for block in model.children():
-            block.compile()
+        model.compile()
 
     def losses(a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=options.bf16):
@@ -315,7 +314,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     )
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--channels-last", action="store_true", help="memory format")
-    add("--compile", action="store_true", help="compile the model's blocks")
+    add("--compile", action="store_true", help="compile the whole model")
     add("--out", type=Path, default=Path("benchmarks/results/speed"))
     add("--quick", action="store_true", help="a narrow ResNet-18, few rounds")
     options = parser.parse_args(arguments)

@@ -4,7 +4,7 @@ import pytest
 from benchmarks import __main__ as runner
 from benchmarks.__main__ import BENCHMARKS
 
-TRAINING = sorted(set(BENCHMARKS) - {"memory", "speed", "study", "table4", "table5"})
+TRAINING = sorted(set(BENCHMARKS) - {"host", "memory", "speed", "study", "table4", "table5"})
 
 
 def _refused(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> str:

@@ -78,7 +78,8 @@ def disagreement(selection_losses: Tensor, indices: Tensor, descent_losses: Tens
         descent_losses: (k,) losses of the selected samples alone, at the same weights.
 
     Returns:
-        What was seen and what to do; None if the losses agree, or if some are not finite.
+        What was seen and what to do; None if the losses agree, if some are not finite, or if they
+        have no values (on the meta device).
 
     Example:
         >>> losses = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -87,6 +88,8 @@ def disagreement(selection_losses: Tensor, indices: Tensor, descent_losses: Tens
         `losses` must give a sample the same loss whichever samples are beside it.
     """
     alone = descent_losses.detach()
+    if alone.is_meta:
+        return None
     together = selection_losses.detach().index_select(0, indices)
     spread = selection_losses.detach().std(correction=0).expand(len(alone))
     rows = torch.stack([t.to(alone.dtype) for t in (together, alone, spread)]).cpu().double()
