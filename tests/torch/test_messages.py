@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError
 from esam_torch import ESAM, Everything, SideBySide
+from esam_torch.batch import Samples
 
 
 def make(model=None, **options):
@@ -241,3 +242,13 @@ def test_a_second_backward_within_losses_is_the_users_own():
         return values
 
     refuses(optimizer, losses, *batch(), error=RuntimeError, match="retain_graph", model=model)
+
+
+def test_the_note_on_an_error_is_written_where_there_is_one(monkeypatch):
+    """It walks the batch, which no step that goes well should pay for."""
+    monkeypatch.setattr(Samples, "note", lambda *_: pytest.fail("written without an error"))
+    model = torch.nn.Linear(4, 3)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, gamma=0.5)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    report = optimizer.step(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
+    assert len(report.indices) == 4

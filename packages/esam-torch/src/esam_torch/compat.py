@@ -25,7 +25,6 @@ __all__ = [
     "saves_state_dict_hooks",
     "times_written",
     "untraced",
-    "version_of",
     "without_global_step_hooks",
     "without_hooks",
 ]
@@ -35,11 +34,6 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 #: The common base of torch's layers with running statistics. `batch_norm` counts no versions.
 NORM_LAYERS = nn.modules.batchnorm._NormBase
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor has been written in place."""
-    return tensor._version
 
 
 #: Whether a compiled model notices that weights are no longer trained: before torch 2.13 its guards

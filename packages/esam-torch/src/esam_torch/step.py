@@ -8,6 +8,7 @@ buffers and random state are as they were.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -148,7 +149,8 @@ class Step:
                 others = self.task.layout.writes.statistics_layers
                 stack.enter_context(running_statistics(self.task.model, others))
             part = samples.take(self._batch, indices, b)
-            stack.enter_context(note_errors(samples.note(self._batch, k, b), Exception))
+            note = functools.partial(samples.note, self._batch, k, b)
+            stack.enter_context(note_errors(note, Exception))
             return self._forward(part, expected=k)
 
     def _base_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:

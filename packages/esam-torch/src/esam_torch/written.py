@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from esam_torch.compat import NORM_LAYERS, buffers_by_name, version_of
+from esam_torch.compat import NORM_LAYERS, buffers_by_name, times_written
 from esam_torch.values import Place, State, is_plain, parts_of, tensors_in
 from esam_torch.wrappers import bare_model
 
@@ -126,7 +126,7 @@ class Writes:
 
     def versions(self) -> list[int]:
         """Return the version counters of what has not been seen to be written."""
-        return [version_of(c.tensor) for c in self._idle]
+        return [times_written(c.tensor) for c in self._idle]
 
     def learn(self, places: Iterable[Place], written: Iterable[_Candidate]) -> None:
         """Take note of places where other objects are now, and of tensors written in place."""
@@ -141,7 +141,7 @@ class Writes:
     def learn_versions(self, versions: Sequence[int]) -> list[Tensor]:
         """Take note of what has been written since these were the version counters; return it."""
         rows = zip(self._idle, versions, strict=True)
-        found = [c for c, version in rows if version_of(c.tensor) != version]
+        found = [c for c, version in rows if times_written(c.tensor) != version]
         if found:
             self.late = True
             self.learn([], found)
@@ -321,7 +321,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return what changes where a tensor is written in place, or given other memory by `.data`."""
-    return version_of(tensor), tensor.data_ptr()
+    return times_written(tensor), tensor.data_ptr()
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
