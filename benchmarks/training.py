@@ -67,6 +67,11 @@ class Trainer:
         self.stepper = new_stepper(run, self.model, self.steps)
         self.observe = observe
 
+    @property
+    def tested(self) -> nn.Module:
+        """The model that is tested: the averaged one where the method averages weights."""
+        return self.model if self.stepper.averaged is None else self.stepper.averaged
+
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         """Return one loss per sample."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
@@ -113,7 +118,7 @@ class Trainer:
     @torch.no_grad()
     def outcomes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Return the loss of each sample, and the share of its targets that is predicted."""
-        model = self.model if self.stepper.averaged is None else self.stepper.averaged
+        model = self.tested
         model.eval()
         losses, right = [], []
         for x, y in batches:

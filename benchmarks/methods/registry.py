@@ -114,8 +114,8 @@ def _random_suffix(model: str, _: float) -> object:
     return RandomSuffix((1.0, MODELS[model].late, MODELS[model].last), (0.1, 0.3, 0.6))
 
 
-#: Momentum-SAM (Becker, Altrock and Risse 2024), with a radius of the size that its authors use.
-_MOMENTUM = Method("momentum", "momentum-SAM", ascend=Momentum(), rho=3.0)
+#: Momentum-SAM (Becker, Altrock and Risse 2024).
+_MOMENTUM = Method("momentum", "momentum-SAM", ascend=Momentum())
 
 _ALL = (
     Method("sgd", "base optimizer", "base"),
@@ -190,15 +190,18 @@ _ALL = (
     Method("empty", "ESAM with an empty mask", perturb=lambda _m, _b: Between(0, 0)),
     Method("part", "all weights along a quarter of the batch", ascend=Part(0.25)),
     Method(
-        "suffix-part", "late suffix along a quarter of the batch", perturb=_late, ascend=Part(0.25)
+        "suffix-part",
+        "half suffix along a quarter of the batch",
+        perturb=lambda _m, _b: Suffix(0.5),
+        ascend=Part(0.25),
     ),
     Method("part-random", "half of the batch, random, in both", select=Random, ascend=Part(0.5)),
     Method("previous", "all weights along the previous gradient", ascend=Previous()),
     _MOMENTUM,
     replace(_MOMENTUM, name="momentum-adaptive", title="adaptive momentum-SAM", adaptive=True),
-    # The names under which runs of both have been recorded.
-    replace(_MOMENTUM, name="msam"),
-    replace(_MOMENTUM, name="msam-adaptive", title="adaptive momentum-SAM", adaptive=True),
+    # The names under which runs of both have been recorded, with a radius of its authors' size.
+    replace(_MOMENTUM, name="msam", rho=3.0),
+    replace(_MOMENTUM, name="msam-adaptive", title="adaptive momentum-SAM", adaptive=True, rho=3.0),
 )
 
 #: Every method by its name.

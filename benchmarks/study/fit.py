@@ -1,9 +1,13 @@
-"""How well a run fits its training samples at its end, and those that it left out most."""
+"""How well a run fits its training samples at its end, and those that it left out most.
+
+Also its test accuracy with the statistics of batch normalization recomputed at the final weights.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from benchmarks.data.batches import Batches
 from benchmarks.data.text import Passages
@@ -16,10 +20,13 @@ FIT: dict[str, Any] = {"name": "fit"}
 
 
 class Fit(Probe):
-    """Accuracy on the training samples behind the last epoch.
+    """Accuracy on the training samples after the last epoch.
 
     Where a method leaves samples out of its descents, also the accuracy of each quarter of the
     training samples, from the quarter that was left out least to the one that was left out most.
+    Where the network has batch normalization, also the test accuracy with statistics recomputed
+    from the training samples: where no pass at the weights sees the whole batch, the running ones
+    belong to the perturbed weights.
     """
 
     options = FIT
@@ -34,7 +41,7 @@ class Fit(Probe):
             self._descents.append(report.indices.cpu())
 
     def measure(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
-        """Return the accuracies, in percent, behind the last epoch."""
+        """Return the accuracies, in percent, after the last epoch."""
         source = trainer.source
         if isinstance(source, Batches) and self._descents:
             self._count(source, epoch)
@@ -52,6 +59,8 @@ class Fit(Probe):
                 float(part.double().mean())
                 for part in self._left_out.sort(stable=True).values.tensor_split(4)
             ]
+        if any(isinstance(module, nn.BatchNorm2d) for module in trainer.tested.modules()):
+            found["recomputed_accuracy"] = _accuracy_with_recomputed_statistics(trainer)
         return found
 
     def _count(self, source: Batches, epoch: int) -> None:
@@ -73,3 +82,16 @@ class Fit(Probe):
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self._left_out = state["left_out"]
+
+
+def _accuracy_with_recomputed_statistics(trainer: Trainer) -> float:
+    """Return the test accuracy, in percent, after `update_bn`; leave the model as it was."""
+    assert isinstance(trainer.source, Batches)
+    model = trainer.tested
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    update_bn((x for x, _ in trainer.source.training()), model)
+    accuracy = trainer.test()["accuracy"]
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+    return accuracy

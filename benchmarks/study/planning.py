@@ -69,7 +69,7 @@ def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
 
     first, *others = setting.tuning_seeds
     found: dict[Cell, float] = {}
-    asked = list(setting.start(method))
+    asked = list(setting.starts[method])
     while asked:
         missing = [run(cell, first) for cell in asked if final(cell, first) is None]
         if missing:
@@ -104,13 +104,16 @@ def _best(values: Mapping[Cell, float], count: int) -> list[Cell]:
 
 
 def reported_runs(setting: Setting, method: str, cell: Cell) -> list[Run]:
-    """Return the reported runs of a method's cell, seed by seed, the tuned budget first."""
+    """Return the reported runs of a method's cell: the tuned budget first, seed by seed."""
     budgets = sorted(setting.budgets, key=lambda budget: budget != setting.tuned_at)
-    return [setting.run(method, cell, b, seed) for seed in setting.seeds for b in budgets]
+    return [setting.run(method, cell, b, seed) for b in budgets for seed in setting.seeds]
 
 
 def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
-    """Return what a setting needs: tuning first, then all methods seed by seed.
+    """Return what a setting needs: the tuning first, then the reported runs.
+
+    Reported are the chosen cells of all methods at the tuned budget, seed by seed, then at the
+    other budgets, then the same for the second batch sizes.
 
     Args:
         setting: which.
@@ -120,15 +123,12 @@ def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
     tunings = {method: tune(setting, method, finals) for method in METHODS}
     tuning = list(chain.from_iterable(t.missing for t in tunings.values()))
     reported: list[Run] = []
-    for place in (0, 1):  # the best batch size of every method, then the second
+    for place in (0, 1):
         each = [
             reported_runs(setting, method, t.chosen[place])
             for method, t in tunings.items()
             if len(t.chosen) > place
         ]
-        budgets = len(setting.budgets)
-        for i in range(0, len(setting.seeds) * budgets, budgets):
-            for runs in each:
-                reported += runs[i : i + budgets]
+        reported += chain.from_iterable(zip(*each, strict=True))
     missing = [run for run in reported if run.key(FIT) not in finals]
     return Plan((*tuning, *missing), not tuning and not missing)

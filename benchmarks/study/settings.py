@@ -15,11 +15,18 @@ METHODS: dict[str, float] = {
     "sam": 2.0,
     "half-suffix": 1.115,
     "sgd-ema": 1.0,
+    "part": 1.25,
+    "suffix-part": 1.154,
+    "part-random": 1.0,
+    "previous": 1.0,
+    "momentum": 1.0,
     "esam": 1.684,
 }
 
 #: The field of a `Run` that is tuned beside batch and learning rate.
-STRENGTHS: dict[str, str] = {"sam": "rho", "half-suffix": "rho", "esam": "rho", "sgd-ema": "ema"}
+STRENGTHS: dict[str, str] = {
+    method: "ema" if method == "sgd-ema" else "rho" for method in METHODS if method != "sgd"
+}
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,28 @@ class Cell:
         return found
 
 
-def _start(method: str) -> tuple[Cell, ...]:
-    """Return the cells from which a method's tuning begins."""
+def _grid(method: str) -> tuple[Cell, ...]:
+    """Return the start cells of the methods whose tuning began with a grid of batch sizes."""
     batches = (16, 32, 64)
     if method == "sgd":
         return tuple(Cell(b, lr) for b in batches for lr in (0.0125, 0.025, 0.05, 0.1, 0.2))
-    if method == "sgd-ema":
-        return tuple(Cell(b, 0.05, share) for b in batches for share in (0.01, 0.02, 0.04))
     return tuple(Cell(b, 0.05, b / part) for b in batches for part in (640, 320, 160))
+
+
+def _starts(lr: float, batches: tuple[int, ...] = (16, 32)) -> dict[str, tuple[Cell, ...]]:
+    """Return the start cells of all methods: one for each batch size, for "momentum" three."""
+    strengths: dict[str, tuple[float, ...]] = {
+        "sgd": (0.0,),
+        "momentum": (1 / 320, 1 / 80, 1 / 20),  # its authors' rho is far above SAM's
+    }
+    return {
+        method: tuple(
+            Cell(batch, lr, 0.02 if method == "sgd-ema" else batch * strength)
+            for batch in batches
+            for strength in strengths.get(method, (1 / 320,))
+        )
+        for method in METHODS
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +92,7 @@ class Setting:
         tuned_at: the budget of the tuning runs.
         tuning_seeds: the first is for the climb, the others confirm the best cells.
         seeds: reported.
-        starts: cells to begin with, by method; without one, those of the protocol.
+        starts: the cells that tuning begins with, by method.
         base: what the base optimizer is called.
         costs: of a step, where they are not those of `METHODS`.
     """
@@ -83,13 +104,9 @@ class Setting:
     tuned_at: int
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
-    starts: Mapping[str, tuple[Cell, ...]] = field(default_factory=dict)
+    starts: Mapping[str, tuple[Cell, ...]]
     base: str = "SGD"
     costs: Mapping[str, float] = field(default_factory=dict)
-
-    def start(self, method: str) -> tuple[Cell, ...]:
-        """Return the cells from which a method's tuning begins."""
-        return self.starts[method] if method in self.starts else _start(method)
 
     def run(self, method: str, cell: Cell, budget: int, seed: int) -> Run:
         """Return a run: so many epochs of a method as a budget buys.
@@ -122,19 +139,6 @@ _SMALL = {
 }
 
 
-def _starts(
-    lr: float, batches: tuple[int, ...], part: float, share: float
-) -> dict[str, tuple[Cell, ...]]:
-    """Return one start cell a batch size: a learning rate, rho = batch / part, or a share."""
-    starts = {}
-    for method in METHODS:
-        strength = {"rho": 1 / part, "ema": share}.get(STRENGTHS.get(method, ""), 0.0)
-        starts[method] = tuple(
-            Cell(b, lr, strength * (1 if method == "sgd-ema" else b)) for b in batches
-        )
-    return starts
-
-
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
@@ -144,8 +148,9 @@ SETTINGS: dict[str, Setting] = {
             shared=_SMALL,
             budgets=(10, 20, 40),
             tuned_at=20,
-            tuning_seeds=(100, 101, 102),
+            tuning_seeds=(100, 101),
             seeds=tuple(range(10)),
+            starts=_starts(0.05) | {name: _grid(name) for name in ("sgd", "sam", "half-suffix")},
         ),
         Setting(
             name="noisy",
@@ -153,8 +158,9 @@ SETTINGS: dict[str, Setting] = {
             shared={**_SMALL, "noise": 0.3},
             budgets=(10, 20, 40),
             tuned_at=20,
-            tuning_seeds=(100, 101, 102),
+            tuning_seeds=(100, 101),
             seeds=tuple(range(8)),
+            starts=_starts(0.05),
         ),
         Setting(
             name="wide",
@@ -164,7 +170,7 @@ SETTINGS: dict[str, Setting] = {
             tuned_at=30,
             tuning_seeds=(100,),
             seeds=(0, 1, 2, 3),
-            starts=_starts(0.05, (16, 32), 320, 0.02),
+            starts=_starts(0.05),
         ),
         Setting(
             name="text",
@@ -182,9 +188,9 @@ SETTINGS: dict[str, Setting] = {
             tuned_at=20,
             tuning_seeds=(100, 101),
             seeds=(0, 1, 2, 3, 4),
-            starts=_starts(0.001, (16, 32), 320, 0.02),
+            starts=_starts(0.001),
             base="AdamW",
-            costs={"half-suffix": 1.033, "esam": 1.727},
+            costs={"half-suffix": 1.033, "suffix-part": 1.133, "esam": 1.727},
         ),
     )
 }
@@ -198,4 +204,5 @@ QUICK = Setting(
     tuned_at=2,
     tuning_seeds=(100, 101),
     seeds=(0, 1),
+    starts=_starts(0.05),
 )

@@ -36,6 +36,11 @@ def _titles(setting: Setting) -> dict[str, str]:
         "sgd-ema": f"{setting.base}, averaged weights",
         "sam": "SAM",
         "half-suffix": "Suffix(0.5), Proportional(0.5)",
+        "part": "Part(0.25)",
+        "suffix-part": "Suffix(0.5), Part(0.25)",
+        "part-random": "Part(0.5), Random(0.5)",
+        "previous": "Previous()",
+        "momentum": "Momentum()",
         "esam": "the paper's ESAM",
     }
 

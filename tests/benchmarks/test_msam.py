@@ -65,13 +65,14 @@ def test_the_method_is_that_bit_for_bit(name: str) -> None:
         for m in (model, twin)
     )
     stepper = make_stepper(method, sgd, model, model_name="resnet10", rho=0.1, steps=5)
+    rho = 0.1 if method.rho is None else method.rho
     for _ in range(5):
         x, y = torch.randn(8, 3, 16, 16), torch.randint(4, (8,))
         stepper.step(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
         msam_step(
             other,
             lambda x=x, y=y: F.cross_entropy(twin(x), y).backward(),
-            3.0,
+            rho,
             adaptive=method.adaptive,
         )
         for p, q in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
