@@ -80,7 +80,7 @@ def test_what_may_not_be_perturbed_is_not_bought():
     units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(8)]
     plan = make_plan(units, 1.9, perturbable=[i < 4 for i in range(8)])
     assert all(option.share > 0.0 for option in plan.options)
-    with pytest.raises(ESAMValueError, match="may be perturbed"):
+    with pytest.raises(ESAMValueError, match="must include a perturbable one"):
         make_plan(units, 1.9, perturbable=[False] * 8)
 
 

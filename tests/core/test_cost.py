@@ -188,7 +188,7 @@ def test_bad_input():
         base_cost([])
     with pytest.raises(ESAMValueError, match="must have a cost"):
         base_cost([Unit("w", (1,))])
-    with pytest.raises(ESAMValueError, match="names of their own"):
+    with pytest.raises(ESAMValueError, match="unique names"):
         step_cost([SMALL[0], SMALL[0]], Mask((True, True), (1.0, 1.0)), All())
     with pytest.raises(ESAMValueError, match="`steps` must be >= 1"):
         expected_cost(Everything(), SMALL, All(), steps=0)

@@ -265,9 +265,9 @@ class TestReference:
         session = session_of(problem, beta=1.0, gamma=1.0, ascend=Previous())
         session.step(problem.batches[0])
         memory = session.esam.memory
-        memory.updated({n: g for n, g in session.left.items() if n != "head.bias"})
+        memory.record_update({n: g for n, g in session.left.items() if n != "head.bias"})
         peaks = []
-        session.esam.climb = lambda epsilon: peaks.append(epsilon)
+        session.esam.apply_perturbation = lambda epsilon: peaks.append(epsilon)
         session.step(problem.batches[1])
         names = [unit.name for unit in session.network.units]
         still = {name for name, e in zip(names, peaks[0], strict=True) if not e.any()}
@@ -275,7 +275,7 @@ class TestReference:
 
     def test_momentum_asks_for_a_first_moment(self):
         for base in (Base("sgd", lr=0.1), Base("sgd", lr=0.1, nesterov=True)):
-            with pytest.raises(ESAMValueError, match=r"`ascend=Momentum\(\)` must have a base"):
+            with pytest.raises(ESAMValueError, match=r"`ascend=Momentum\(\)` needs a base"):
                 session_of(problems.mlp(), base, ascend=Momentum())
         assert BaseOptimizer(Base("adam")).has_moment
         assert not BaseOptimizer(Base("sgd")).has_moment

@@ -45,7 +45,7 @@ def test_fit_recovers_the_constants_within_its_standard_errors(k1, k2):
 
 
 def test_bad_input():
-    with pytest.raises(ESAMValueError, match="of one length, three or more"):
+    with pytest.raises(ESAMValueError, match="the same length, three or more"):
         fit_savings([1, 2], [0.5, 0.5], [0.1, 0.2])
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(ESAMValueError, match="`saved` must be a sequence of finite numbers"):

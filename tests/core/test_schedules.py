@@ -119,12 +119,16 @@ class TestShareOfTheLearningRate:
         (
             lambda: Between.of_learning_rate(0.5, rates=lambda _: 0.1),
             ESAMTypeError,
-            "`steps` must be an integer >= 1 where `rates` is a function. Received: steps=None.",
+            "`steps` must be an integer >= 1 if `rates` is a function. Received: steps=None.",
         ),
         (lambda: Between.of_learning_rate(0.5, rates=0.1), ESAMTypeError, "rates=0.1"),
         (lambda: Between.of_learning_rate(0.5, rates="0.1"), ESAMTypeError, "rates='0.1'"),
-        (lambda: Between.of_learning_rate(0.5, rates=[]), ESAMValueError, "hold a number > 0"),
-        (lambda: Between.of_learning_rate(0.5, rates=[0.0]), ESAMValueError, "hold a number > 0"),
+        (lambda: Between.of_learning_rate(0.5, rates=[]), ESAMValueError, "contain a number > 0"),
+        (
+            lambda: Between.of_learning_rate(0.5, rates=[0.0]),
+            ESAMValueError,
+            "contain a number > 0",
+        ),
         (lambda: Between.of_learning_rate(0.5, rates=[0.1, -0.1]), ESAMValueError, "rates=-0.1"),
         (lambda: Between.of_learning_rate(0.5, rates=[math.inf]), ESAMValueError, "rates=inf"),
         (

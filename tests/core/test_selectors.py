@@ -127,7 +127,7 @@ def test_all_samples_are_kept_with_the_plain_mean(selector):
 
 
 def test_increase_needs_the_perturbed_losses():
-    with pytest.raises(ESAMValueError, match="must be given the perturbed losses"):
+    with pytest.raises(ESAMValueError, match="needs the perturbed losses"):
         select(TopIncrease(0.5), np.zeros(4), None, seed=0, count=0)
 
 

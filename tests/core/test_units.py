@@ -1,13 +1,13 @@
 """What is kept from step to step for a model's units."""
 
 from esam_core import Unit
-from esam_core.units import kept_for_units
+from esam_core.units import cache_for_units
 
 
 def test_what_follows_from_units_is_kept_for_the_same_tuple_alone():
     calls = []
 
-    @kept_for_units
+    @cache_for_units
     def counted(what, units):
         calls.append(what)
         return len(units)

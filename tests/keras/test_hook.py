@@ -260,7 +260,7 @@ def test_a_wrong_base_optimizer_is_refused(base, error, message):
     [
         ({"rho": -1.0}, ESAMValueError, r"rho=-1\.0"),
         ({"gamma": 1.5}, ESAMValueError, r"`gamma` must be in \(0, 1\]. Received: gamma=1\.5"),
-        ({"beta": 0.5, "perturb": Bernoulli(0.5)}, ESAMValueError, "give one of the two"),
+        ({"beta": 0.5, "perturb": Bernoulli(0.5)}, ESAMValueError, "pass only one of the two"),
         ({"gama": 0.5}, TypeError, "gama"),
         ({"logs": 1}, ESAMTypeError, "logs=1"),
     ],

@@ -65,10 +65,10 @@ class _TwoAgo(Memory):
 
     last: Mapping[str, Array] | None = None
 
-    def updated(self, gradient: Mapping[str, Array]) -> None:
+    def record_update(self, gradient: Mapping[str, Array]) -> None:
         """Keep it one update longer."""
         if self.last is not None:
-            super().updated(self.last)
+            super().record_update(self.last)
         self.last = {name: g.copy() for name, g in gradient.items()}
 
 
@@ -82,10 +82,10 @@ class StaleByTwo(_OtherMemory):
 class _Average(Memory):
     """A running mean of the gradients."""
 
-    def updated(self, gradient: Mapping[str, Array]) -> None:
+    def record_update(self, gradient: Mapping[str, Array]) -> None:
         """Mix the old ones in."""
         before = self.previous
-        super().updated(gradient)
+        super().record_update(gradient)
         self.previous = {n: g + 0.5 * before.get(n, 0.0) for n, g in self.previous.items()}
 
 
@@ -118,9 +118,9 @@ class FirstStepClimbs(Step):
         """Say yes."""
         return True
 
-    def climbing(self, b: int) -> Array:
+    def ascent_indices(self, b: int) -> Array:
         """Climb along everything where there is nothing else."""
-        right = super().climbing(b)
+        right = super().ascent_indices(b)
         return np.arange(b) if len(right) == 0 and not self.memory.direction() else right
 
 
@@ -150,10 +150,10 @@ class PreviousIsOfTheFirstUpdate(_OtherMemory):
     class remembers(Memory):  # noqa: N801 - a value of the attribute
         """Keeps the first."""
 
-        def updated(self, gradient: Mapping[str, Array]) -> None:
+        def record_update(self, gradient: Mapping[str, Array]) -> None:
             """Keep it once."""
             if not self.previous:
-                super().updated(gradient)
+                super().record_update(gradient)
 
 
 class _AnyBase(BaseOptimizer):
@@ -209,7 +209,7 @@ class DirectionOfTheLastBackward(Step):
     def backward(self, batch: Any) -> Any:
         """Keep it at once."""
         gradient, report = super().backward(batch)
-        self.memory.updated(gradient)
+        self.memory.record_update(gradient)
         return gradient, report
 
 
@@ -246,8 +246,8 @@ class SkippedStepTakesTheDirection(_OtherMemory):
     class remembers(Memory):  # noqa: N801 - a value of the attribute
         """Takes an update without gradients for one."""
 
-        def updated(self, gradient: Mapping[str, Array]) -> None:
+        def record_update(self, gradient: Mapping[str, Array]) -> None:
             """Keep nothing if there is nothing."""
-            super().updated(gradient)
+            super().record_update(gradient)
             if not gradient:
                 self.previous = {}

@@ -255,9 +255,9 @@ class FlagsChanged(NumpySession):
 class FrozenPerturbed(Step):
     """Frozen parameters are perturbed as well."""
 
-    def climb(self, epsilon: Sequence[Array]) -> None:
+    def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
         """Move everything that is frozen too."""
-        super().climb(epsilon)
+        super().apply_perturbation(epsilon)
         trained = {unit.name for unit in self.model.units}
         self.frozen = {n: a.copy() for n, a in self.model.parameters.items() if n not in trained}
         for name in self.frozen:

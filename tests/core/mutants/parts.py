@@ -22,9 +22,9 @@ MUTANTS = Mutants()
 class _OtherPart(Step):
     """Another part of the batch than that of (seed, count)."""
 
-    def climbing(self, b: int) -> Array:
+    def ascent_indices(self, b: int) -> Array:
         """Return the wrong part."""
-        right = super().climbing(b)
+        right = super().ascent_indices(b)
         return self.instead(b, len(right)) if 0 < len(right) < b else right
 
     def instead(self, b: int, n: int) -> Array:

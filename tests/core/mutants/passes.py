@@ -176,19 +176,19 @@ class DescentAtTheta(Step):
         self.restore(self.start)
         return super().descent(batch, indices, weights)
 
-    def climb(self, epsilon: Sequence[Array]) -> None:
+    def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
         """Remember theta."""
         self.start = [theta.copy() for theta in self.theta]
-        super().climb(epsilon)
+        super().apply_perturbation(epsilon)
 
 
 @MUTANTS.caught_by("check_losses_before_and_after")
 class Downhill(Step):
     """The perturbation is subtracted."""
 
-    def climb(self, epsilon: Sequence[Array]) -> None:
+    def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
         """Go the wrong way."""
-        super().climb([-e for e in epsilon])
+        super().apply_perturbation([-e for e in epsilon])
 
 
 @MUTANTS.caught_by("check_losses_before_and_after")

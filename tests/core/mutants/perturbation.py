@@ -234,6 +234,6 @@ class NormPerRadius(Step):
 class KernelsLeftAlone(Step):
     """Tensors of more than two axes are not perturbed."""
 
-    def climb(self, epsilon: Sequence[Array]) -> None:
+    def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
         """Move matrices and vectors only."""
-        super().climb([e if e.ndim <= 2 else 0 * e for e in epsilon])
+        super().apply_perturbation([e if e.ndim <= 2 else 0 * e for e in epsilon])

@@ -34,10 +34,10 @@ class _Subtracting(Step):
 
     epsilon: Sequence[Array] = ()
 
-    def climb(self, epsilon: Sequence[Array]) -> None:
+    def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
         """Keep epsilon."""
         self.epsilon = epsilon
-        super().climb(epsilon)
+        super().apply_perturbation(epsilon)
 
     def restore(self, theta: Sequence[Array]) -> None:
         """Subtract it again."""
@@ -114,7 +114,7 @@ class FailedStepsCount(Step):
 class UnselectedNaNIgnored(Step):
     """A NaN in a sample that is not selected leaves no trace in the gradient."""
 
-    def poisoned(self, weights: Array, length: float, *seen: Array | None) -> Array:
+    def weights_or_nan(self, weights: Array, length: float, *seen: Array | None) -> Array:
         """Do not look."""
         return weights
 
@@ -182,9 +182,9 @@ class SkippedStepIsAStepOfZero(_NonfiniteMode):
 
     mode = "skip"
 
-    def nonfinite(self, report: StepReport) -> tuple[dict[str, Array], StepReport]:
+    def nonfinite_result(self, report: StepReport) -> tuple[dict[str, Array], StepReport]:
         """Return zeros."""
-        _, report = super().nonfinite(report)
+        _, report = super().nonfinite_result(report)
         return {u.name: np.zeros(u.shape) for u in self.model.units}, report
 
 

@@ -1,7 +1,7 @@
 """esam-core: the specification of ESAM, a NumPy reference, and a kit to check backends with.
 
 ESAM is Efficient Sharpness-aware Minimization (Du et al., ICLR 2022, arXiv 2110.03141). Install
-`esam-torch` or `esam-keras` to train with it; this package is what they share.
+`esam-torch` or `esam-keras` to train with it; this package holds the code that both share.
 """
 
 from esam_core.config import ESAMConfig

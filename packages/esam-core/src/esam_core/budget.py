@@ -1,15 +1,14 @@
-"""From a budget to a sampler and a selector, by the cost model.
+"""Choose a sampler and a selector for a cost budget, using the cost model.
 
-The rule, which the study page of the documentation gives its numbers for: perturb the longest
-suffix that the budget pays for. Where it does not pay for the whole batch in the descent as well,
-the descent takes half of the samples, drawn in proportion to their loss and weighted back, so that
-its gradient is the batch's on average.
+The rule: perturb the longest suffix that fits the budget. If the budget does not also cover a
+descent pass on the whole batch, the descent pass uses half of the samples, drawn in proportion to
+their loss and reweighted, so that its gradient equals the batch gradient in expectation. The study
+page of the documentation has the measurements behind this rule.
 
-Where the direction of the climb comes from is the user's to say (`ascend=`): the options are priced
-with it, and it is not chosen here.
+The user chooses the ascent direction (`ascend=`). It enters the cost of every option.
 
-What the rule leaves out was measured too: perturbing on every n-th step only, and keeping the
-samples of the largest loss or increase, both cost more accuracy than they save.
+Two other ways to save were measured and left out, because they lose more accuracy than they save
+time: perturbing only every n-th step, and keeping the samples with the largest loss or increase.
 """
 
 from collections.abc import Sequence
@@ -29,13 +28,13 @@ __all__ = ["Option", "Plan", "make_plan"]
 
 @dataclass(frozen=True)
 class Option:
-    """A sampler and a selector with their price.
+    """A sampler and a selector with their cost.
 
     Args:
         perturb: the sampler.
         select: the selector.
         ratio: cost of a step, in base steps.
-        share: share of the forward's work that the perturbed blocks do, in [0, 1].
+        share: share of the forward cost that is in the perturbed blocks, in [0, 1].
     """
 
     perturb: Sampler
@@ -46,13 +45,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a budget buys.
+    """The options considered for a budget, and the chosen one.
 
     Args:
         budget: the most that a step may cost, in base steps.
-        options: what was considered, dearest first.
-        chosen: one of them.
-        ascend: where the direction of the climb comes from.
+        options: all options considered, most expensive first.
+        chosen: the chosen option.
+        ascend: the ascent direction.
     """
 
     budget: float
@@ -90,19 +89,18 @@ def make_plan(
     perturbable: Sequence[bool] | None = None,
     ascend: Direction = WHOLE,
 ) -> Plan:
-    """Choose what a budget buys.
+    """Choose a sampler and a selector that fit a budget.
 
     Args:
         units: the model's units, with blocks and costs as measured.
         budget: the most that a step may cost on average, in base steps, > 0. SAM costs 2.
         norm: as for the optimizer; "full" forbids most savings.
-        perturbable: for each unit, whether it may be perturbed; None (default): where it is
-            trained.
-        ascend: where the direction of the climb comes from; default the whole batch.
+        perturbable: for each unit, whether it may be perturbed; None (default): all trained units.
+        ascend: the ascent direction; default the whole batch.
 
     Raises:
-        ESAMValueError: nothing may be perturbed, or nothing fits; the message says what the
-            cheapest option costs.
+        ESAMValueError: no unit may be perturbed, or no option fits the budget; the message gives
+            the cost of the cheapest option.
 
     Example:
         >>> units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(12)]
@@ -119,7 +117,7 @@ def make_plan(
     budget = validation.positive("budget", budget)
     allowed = [unit.trained for unit in units] if perturbable is None else list(perturbable)
     if not any(allowed):
-        raise ESAMValueError("`units` must have one that may be perturbed. Received: none.")
+        raise ESAMValueError("`units` must include a perturbable one. Received: none.")
     options = _options(units, allowed, norm, ascend)
     fitting = [option for option in options if option.ratio <= budget * (1.0 + 1e-9)]
     if not fitting:
@@ -135,12 +133,12 @@ def make_plan(
 def _options(
     units: Sequence[Unit], allowed: Sequence[bool], norm: Norm, ascend: Direction
 ) -> list[Option]:
-    """Return what is worth considering, dearest first."""
-    # A suffix that begins in a block which may not be perturbed is that of the next block.
+    """Return all options to consider, most expensive first."""
+    # A suffix that starts at a block without perturbable units equals the suffix of the next block.
     reached = {unit.block for unit, may in zip(units, allowed, strict=True) if may}
     starts = [block for block in block_order(units) if block in reached]
     found = [
-        _priced(
+        _make_option(
             Everything() if start == starts[0] else Suffix(start),
             select,
             units,
@@ -154,7 +152,7 @@ def _options(
     return sorted(found, key=lambda option: -option.ratio)
 
 
-def _priced(
+def _make_option(
     perturb: Sampler,
     select: Selector,
     units: Sequence[Unit],
@@ -162,7 +160,7 @@ def _priced(
     norm: Norm,
     ascend: Direction,
 ) -> Option:
-    """Return an option with its cost and the share of the work that it perturbs."""
+    """Return an option with its cost and the share of the forward cost that it perturbs."""
     mask = perturb.draw(units, seed=0, count=0).within(allowed)
     cost = step_cost(units, mask, select, norm=norm, ascend=ascend)
     total = sum(unit.cost for unit in units)

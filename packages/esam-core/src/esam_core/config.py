@@ -11,9 +11,10 @@ from esam_core.perturbation import NORMS, Norm
 
 __all__ = ["ON_NONFINITE", "ESAMConfig", "OnNonfinite", "component_from_dict", "component_to_dict"]
 
-#: What to do when a loss or an ascent gradient is not finite. "propagate": no synchronisation;
-#: epsilon is 0 and the non-finite values reach the gradients. "skip": leave the gradients as they
-#: are. "raise": raise NonFiniteError. The last two cost one synchronisation a step.
+#: What to do when a loss or an ascent gradient is not finite. "propagate": no device
+#: synchronisation; epsilon is 0 and the non-finite values reach the gradients. "skip": leave the
+#: gradients as they are. "raise": raise NonFiniteError. The last two cost one device
+#: synchronisation per step.
 OnNonfinite = Literal["propagate", "skip", "raise"]
 
 #: The values of `OnNonfinite`.
@@ -44,7 +45,7 @@ _COMPONENTS = {
 
 
 def component_to_dict(component: Any) -> dict[str, Any] | None:
-    """Return a sampler, selector or direction as data; None if it holds a function or is not ours.
+    """Return a sampler, selector or direction as data; None if it cannot be converted.
 
     Example:
         >>> component_to_dict(schedules.Every(10, samplers.Bernoulli(0.5)))["inner"]
@@ -73,9 +74,9 @@ def component_from_dict(data: Mapping[str, Any]) -> Any:
         data: its "name", and its arguments by name.
 
     Raises:
-        ESAMTypeError: `data`, or what stands for a sampler in it, is not a mapping.
-        ESAMValueError: it names none of ours, lacks an argument that has no default, or holds one
-            that there is not; or an argument has a wrong value.
+        ESAMTypeError: `data`, or a nested sampler in it, is not a mapping.
+        ESAMValueError: the name is unknown, a required argument is missing, an argument is unknown,
+            or a value is invalid.
 
     Example:
         >>> component_from_dict({"name": "Only", "kind": "norm", "inner": {"name": "Bernoulli"}})
@@ -85,7 +86,7 @@ def component_from_dict(data: Mapping[str, Any]) -> Any:
 
 
 def _component(label: str, data: Any) -> Any:
-    """Return the sampler, selector or direction described, which errors call by its label."""
+    """Return the component that `data` describes; errors refer to it by its label."""
     arguments = _mapping(label, data)
     name = validation.choice("name", arguments.pop("name", None), _COMPONENTS)
     specs = dataclasses.fields(_COMPONENTS[name])
@@ -120,7 +121,7 @@ def _check_keys(
     *,
     of: str = "",
 ) -> None:
-    """Refuse data that lack a required key or hold an unknown one."""
+    """Raise ESAMValueError if a required key is missing or a key is unknown."""
     if all(key in data for key in required) and all(key in known for key in data):
         return
     optional = [key for key in known if key not in required]
@@ -134,21 +135,22 @@ def _check_keys(
 
 @dataclass(frozen=True, kw_only=True)
 class ESAMConfig:
-    """Every hyperparameter of ESAM, checked. Backends make it with `from_arguments`.
+    """All hyperparameters of ESAM, validated. Backends create it with `from_arguments`.
 
     Args:
         rho: radius of the perturbation, finite, >= 0; 0 is the base optimizer. Default 0.05.
         perturb: the sampler of masks. Default Bernoulli(0.6), the paper's.
         select: the selector of samples. Default TopIncrease(0.5), the paper's.
-        ascend: where the direction of the climb comes from. Default Batch(), the paper's.
-        adaptive: scale the perturbation with the weights (ASAM). Default False.
+        ascend: the ascent direction. Default Batch(), the paper's.
+        adaptive: scale the perturbation by the weights (ASAM). Default False.
         norm: one of "masked" (default), "estimated", "full", "none": see `perturbation.Norm`.
         norm_eps: added to the gradient's norm, finite, > 0. Default 1e-12.
         seed: of masks and random selections, in [0, 2**63). Default 0.
         on_nonfinite: "propagate" (default), "skip" or "raise": see `OnNonfinite`.
 
     Raises:
-        ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
+        ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
+            and the value received.
 
     Example:
         >>> ESAMConfig.from_arguments(beta=0.5, gamma=1.0).perturb
@@ -190,8 +192,8 @@ class ESAMConfig:
         """Return a configuration from the public arguments of the optimizers.
 
         Args:
-            beta: short for `perturb=Bernoulli(beta)`; giving both is an error.
-            gamma: short for `select=TopIncrease(gamma)`; giving both is an error.
+            beta: short for `perturb=Bernoulli(beta)`; passing both is an error.
+            gamma: short for `select=TopIncrease(gamma)`; passing both is an error.
             perturb: a sampler, or None for Bernoulli(0.6).
             select: a selector, or None for TopIncrease(0.5).
             **others: the remaining fields of this class by name.
@@ -203,12 +205,12 @@ class ESAMConfig:
                 raise ESAMTypeError(f"`{name}` is not a hyperparameter of ESAM. Known: {known}.")
         if beta is not None and perturb is not None:
             raise ESAMValueError(
-                "`beta` is short for `perturb=Bernoulli(beta)`: give one of the two. "
+                "`beta` is short for `perturb=Bernoulli(beta)`: pass only one of the two. "
                 f"Received: beta={beta!r}, perturb={perturb!r}."
             )
         if gamma is not None and select is not None:
             raise ESAMValueError(
-                "`gamma` is short for `select=TopIncrease(gamma)`: give one of the two. "
+                "`gamma` is short for `select=TopIncrease(gamma)`: pass only one of the two. "
                 f"Received: gamma={gamma!r}, select={select!r}."
             )
         if perturb is None:
@@ -218,9 +220,9 @@ class ESAMConfig:
         return cls(perturb=perturb, select=select, **others)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data (numbers, text, lists) that `from_dict` reads.
+        """Return plain data (numbers, strings, lists) for `from_dict`.
 
-        A sampler that holds a function, or is not ours, becomes None.
+        A custom sampler, or one that holds a function, becomes None.
         """
         data = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
         data["perturb"] = component_to_dict(self.perturb)
@@ -230,16 +232,16 @@ class ESAMConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ESAMConfig":
-        """Return the configuration that `to_dict` wrote.
+        """Return the configuration described by the output of `to_dict`.
 
         Args:
             data: "perturb" and "select", as `component_to_dict` writes them, and any other fields.
-                Without "ascend", which old checkpoints do not have, it is Batch().
+                A missing "ascend" (old checkpoints) means Batch().
 
         Raises:
             ESAMTypeError: `data` is not a mapping.
-            ESAMValueError: the sampler could not be written as data, or `data` lack one of the
-                two or hold what is no field.
+            ESAMValueError: the sampler could not be saved as data, "perturb" or "select" is
+                missing, or a key is unknown.
         """
         arguments = _mapping("data", data)
         components = ("perturb", "select")
@@ -248,7 +250,7 @@ class ESAMConfig:
         for key in (*components, "ascend") if "ascend" in arguments else components:
             if arguments[key] is None:
                 raise ESAMValueError(
-                    f"`{key}` holds a function and could not be saved: give it again in code."
+                    f"`{key}` holds a function and could not be saved: pass it again in code."
                 )
             arguments[key] = _component(key, arguments[key])
         return cls(**arguments)

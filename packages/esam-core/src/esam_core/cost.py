@@ -1,26 +1,26 @@
-"""What a step costs, counted: the unit model of the samplers and selectors.
+"""The cost model: what one step costs, given a sampler, a selector and an ascent direction.
 
-The unit of account is one forward of the whole model on the whole batch. A backward costs twice
-that, half for the gradients of activations and half for those of weights; nobody computes the
-gradient of the first layer's input. A base step is therefore close to 3 units, SAM's to 6, and
-every saving is something that one of the passes does not run:
+Costs are in units of one forward of the whole model on the whole batch. A backward costs two such
+units: one for the activation gradients and one for the weight gradients. The gradient of the first
+layer's input is never computed. A base step therefore costs slightly less than 3 units and a SAM
+step slightly less than 6. A step saves by skipping work in its passes:
 
-- the forward and backward of samples that do not climb, with `Part`;
-- the ascent altogether, with `Previous` and `Momentum`;
+- the forward and backward of the samples outside the ascent pass, with `Part`;
+- the whole ascent pass, with `Previous` and `Momentum`;
 - weight gradients of units that are not perturbed, in the ascent pass;
 - activation gradients below the shallowest perturbed unit, in the ascent pass;
-- the selection pass, where the selector does not need it;
-- everything but a base step, where the mask is empty.
+- the selection pass, if the selector does not need it;
+- everything but a base step, if the mask is empty.
 
-Every forward that is run is a forward of the whole model. Where a selector scores by losses at
-theta, the samples that do not climb pay a forward for them.
+Every forward runs through the whole model. If a selector scores by losses at theta, the samples
+outside the ascent pass need a forward for them.
 
-What is frozen has no weight gradients in any pass, and a backward ends at the first unit that is
-trained: that makes the base step cheaper too, and every ratio to it is of such a step.
+Frozen units have no weight gradients in any pass, and a backward ends at the first trained unit.
+This makes the base step cheaper too; every ratio is relative to that cheaper base step.
 
-A unit's cost is that of the layer it drives, so the model sees layers in the order of `depth` and
-takes the network for a chain. Element-wise work, optimizer updates and memory traffic are free
-in it; it says what FLOP counters say, and clocks say more or less the same.
+A unit's cost is the cost of the layer it belongs to. The model treats the network as a chain of
+layers in the order of `depth`. Element-wise operations, optimizer updates and memory traffic count
+as free. The results agree with FLOP counters, and roughly with measured times.
 """
 
 from collections import Counter
@@ -46,10 +46,10 @@ class StepCost:
     """The parts of a step, in forwards of the whole model on the whole batch.
 
     Args:
-        ascent_forward: losses at theta of the samples that climb.
-        ascent_activations: gradients of activations in the ascent's backward.
-        ascent_weights: gradients of weights in the ascent's backward.
-        scoring: losses at theta of the other samples, where the selector needs them.
+        ascent_forward: losses at theta of the samples in the ascent pass.
+        ascent_activations: activation gradients in the ascent pass's backward.
+        ascent_weights: weight gradients in the ascent pass's backward.
+        scoring: losses at theta of the other samples, if the selector needs them.
         selection: losses at theta + epsilon.
         descent_forward: losses of the selected samples; the whole batch in a base step.
         descent_backward: their gradient.
@@ -67,14 +67,14 @@ class StepCost:
 
     @property
     def total(self) -> float:
-        """The whole step."""
+        """The cost of the whole step."""
         ascent = self.ascent_forward + self.ascent_activations + self.ascent_weights
         descent = self.descent_forward + self.descent_backward
         return ascent + self.scoring + self.selection + descent
 
     @property
     def ratio(self) -> float:
-        """The step against a base step."""
+        """The cost of the step divided by that of a base step."""
         return self.total / self.base
 
 
@@ -85,21 +85,21 @@ def _shares(units: Sequence[Unit]) -> tuple[list[Unit], list[float]]:
     ordered = sorted(units, key=lambda unit: unit.depth)  # stable: listing order within a block
     total = sum(unit.cost for unit in ordered)
     if total <= 0.0:
-        raise ESAMValueError("`units` must have a cost: all are 0. Let a backend measure them.")
+        raise ESAMValueError("`units` must have a cost: all are 0. Take the units from a backend.")
     return ordered, [unit.cost / total for unit in ordered]
 
 
 def _backward(units: Sequence[Unit], shares: Sequence[float], of: set[str]) -> tuple[float, float]:
-    """Return the cost of the gradients of activations and of weights, for the units named."""
-    # What the first of them takes as input needs no gradient. The layer of a unit without a cost
-    # of its own (a bias, a norm) is where it stands: it needs the gradient of all that follows.
+    """Return the costs of activation gradients and of weight gradients, for the named units."""
+    # The input of the first named unit needs no gradient. A unit without a cost of its own (a bias,
+    # a norm) counts as a layer at its place: it needs the gradients of all layers after it.
     first = next(i for i, unit in enumerate(units) if unit.name in of)
     weights = sum(s for unit, s in zip(units, shares, strict=True) if unit.name in of)
     return sum(shares[first + 1 :]), weights
 
 
 def base_cost(units: Sequence[Unit]) -> float:
-    """Return the cost of a base step: a hair under 3, and less where units are frozen.
+    """Return the cost of a base step: slightly less than 3, and less again if units are frozen.
 
     Args:
         units: the model's units, with costs.
@@ -119,7 +119,7 @@ def _trained(units: Sequence[Unit]) -> set[str]:
     """Return the names of the units that are trained."""
     names = {unit.name for unit in units if unit.trained}
     if not names:
-        raise ESAMValueError("`units` must have one that is trained: all are frozen.")
+        raise ESAMValueError("`units` must include a trained one: all are frozen.")
     return names
 
 
@@ -132,15 +132,15 @@ def step_cost(
     norm: Norm = "masked",
     ascend: Direction = WHOLE,
 ) -> StepCost:
-    """Return what one step with this mask costs.
+    """Return the cost of one step with this mask.
 
     Args:
-        units: the model's units, with costs, in the order that the mask has.
+        units: the model's units, with costs, in the same order as in the mask.
         mask: which of them are perturbed.
         selector: which samples are kept.
-        batch_size: b, for the exact shares k / b and n / b; default gamma and the part's share.
-        norm: "full" pays for the whole backward in the ascent.
-        ascend: where the direction comes from; default the whole batch.
+        batch_size: b, to use the exact shares k / b and n / b; default: gamma and the part's share.
+        norm: "full" needs the whole backward in the ascent pass.
+        ascend: the ascent direction; default the whole batch.
 
     Example:
         >>> from esam_core import Suffix, TopIncrease
@@ -155,7 +155,7 @@ def step_cost(
         return StepCost(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, base - 1.0, base)
     names = [unit.name for unit in units]
     if len(set(names)) != len(names):
-        raise ESAMValueError("`units` must have names of their own.")
+        raise ESAMValueError("`units` must have unique names.")
     ordered, shares = _shares(units)
     perturbed = {unit.name for unit, m in zip(units, mask.perturbed, strict=True) if m}
     full = norm == "full"
@@ -176,14 +176,14 @@ def step_cost(
 
 
 def _climbing(ascend: Direction, batch_size: int | None) -> float:
-    """Return the share of the batch that is climbed along."""
+    """Return the share of the batch in the ascent pass."""
     if isinstance(ascend, Part):
         return _exact(ascend.share, batch_size)
     return 1.0 if isinstance(ascend, Batch) else 0.0
 
 
 def _exact(share: float, batch_size: int | None) -> float:
-    """Return a share of the batch, in whole samples where its size is known."""
+    """Return a share of the batch, rounded up to whole samples if the batch size is known."""
     return share if batch_size is None else subset_size(share, batch_size) / batch_size
 
 
@@ -199,10 +199,10 @@ def expected_cost(
     steps: int = 400,
     seed: int = 0,
 ) -> StepCost:
-    """Return the mean cost of the steps `start`, ..., `start + steps - 1` of a sampler.
+    """Return the mean cost of steps `start`, ..., `start + steps - 1` with a sampler.
 
-    Samplers with one mask are exact. Schedules are exact over the range of steps asked for.
-    Random masks are averaged over the draws that these very steps would make.
+    The result is exact for samplers with one mask, and for schedules over the given range of steps.
+    For random masks it is the average over the masks that these steps draw.
 
     Args:
         sampler: any.
@@ -211,10 +211,10 @@ def expected_cost(
         batch_size: as in `step_cost`.
         norm: as in `step_cost`.
         ascend: as in `step_cost`. The first step of `Previous` and `Momentum`, which is a base
-            step, is taken for one like the others.
+            step, is counted like the others.
         start: the first step, >= 0.
         steps: how many, >= 1. Default 400.
-        seed: of the draws.
+        seed: the seed of the masks.
 
     Example:
         >>> from esam_core import Bernoulli, Every, All, TopIncrease

@@ -1,15 +1,15 @@
-"""Where the direction of the climb comes from: what `ascend=` takes.
+"""Ascent directions: the values of `ascend=`.
 
-SAM climbs along the gradient of the whole batch, which costs a forward and a backward. A part of
-the batch costs a part of that; a gradient or a momentum of earlier steps is there anyway.
+SAM perturbs along the gradient of the whole batch, which costs a forward and a backward. A part of
+the batch costs a part of that; a gradient or momentum kept from earlier steps costs no pass.
 
-Which of the passes is the one that leaves its traces (`records_at_theta`), and what has to be kept
-for the next step (`kept_units`), is said here once, for every backend.
+This module also defines, for all backends, which pass updates the BatchNorm statistics and the
+random state (`records_at_theta`), and which gradients are kept for the next step (`kept_units`).
 
 Sources. `Part`: used with 20 % of the batch by Brock et al. 2021 (NFNets, arXiv 2102.06171), with a
-quarter by Bahri et al. 2022 (T5, arXiv 2110.08529). `Previous`: the next step that Du et al., ICLR
-2022 (arXiv 2110.03141) name in their conclusion. `Momentum`: Becker, Altrock and Risse 2024 (MSAM,
-arXiv 2401.12033).
+quarter by Bahri et al. 2022 (T5, arXiv 2110.08529). `Previous`: proposed as future work in the
+conclusion of Du et al., ICLR 2022 (arXiv 2110.03141). `Momentum`: Becker, Altrock and Risse 2024
+(MSAM, arXiv 2401.12033).
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Batch:
-    """Climb along the gradient of the whole batch: SAM, the paper, the default.
+    """Perturb along the gradient of the whole batch, as SAM and the paper do. The default.
 
     Example:
         >>> climbing_indices(Batch(), 4, seed=0, count=0).tolist()
@@ -52,18 +52,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Climb along the gradient of a random part of the batch.
+    """Perturb along the gradient of a random part of the batch.
 
-    The part is drawn from (seed, count) with the numbers that `Random` draws from: a smaller part
-    lies within a larger one, and `Part(0.5)` with `Random(0.5)` climbs and descends on the same
-    samples. A selector that scores by loss pays a forward without a graph for the other samples.
+    The part is drawn from (seed, count), with the same random numbers as `Random`. A smaller part
+    is therefore a subset of a larger one, and `Part(0.5)` with `Random(0.5)` uses the same samples
+    in the ascent and the descent pass. A selector that scores by loss needs a forward without a
+    graph for the other samples.
 
-    BatchNorm: the part is normalised by its own statistics, and so are the other samples where a
-    selector needs their losses. As no pass at theta sees the whole batch, the descent updates the
-    running statistics.
+    BatchNorm normalises the part by the part's own statistics, and the other samples, if a selector
+    needs their losses, by theirs. Because no pass at theta sees the whole batch, the descent pass
+    updates the running statistics.
 
     Args:
-        share: of the batch, in (0, 1]; ceil(share b) samples, at least one. 1 is `Batch()`.
+        share: the share of the batch, in (0, 1]; ceil(share b) samples. 1 is the same as `Batch()`.
 
     Example:
         >>> climbing_indices(Part(0.25), 8, seed=0, count=0).tolist()
@@ -80,18 +81,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Previous:
-    """Climb along the gradient of the update before: the climb costs no pass.
+    """Perturb along the gradient of the previous update: there is no ascent pass.
 
-    That gradient is what the base optimizer's last update was given: the descent gradient, summed
-    over the batches that were accumulated, averaged over the ranks, unscaled, clipped. It is not
-    the gradient of the last `backward`: that differs from rank to rank, so that a checkpoint of one
-    rank could not resume the others, and with accumulation it would be of the same update.
+    This is the gradient that the base optimizer received at its last update: the descent gradient,
+    summed over the accumulated batches, averaged over the ranks, unscaled and clipped. It is not
+    the gradient of the last `backward`: that one differs between ranks, so one rank's checkpoint
+    could not resume the others, and with accumulation it would belong to the current update.
 
-    One copy of the gradient of the units that the sampler can perturb is kept, and saved in
-    checkpoints. Steps before the first update are base steps. A unit that had no gradient in the
-    last update is not perturbed; an update in which no unit had one is none.
+    One copy of the gradients of all units that the sampler can perturb is kept, and saved in
+    checkpoints. Steps before the first update are base steps. A unit without a gradient in the last
+    update is not perturbed. An update in which no unit had a gradient is ignored.
 
-    A selector that needs the losses at theta pays a forward without a graph for them.
+    A selector that needs the losses at theta needs a forward without a graph for them.
 
     Args:
         sign: 1 (default) along the gradient, -1 against it.
@@ -105,17 +106,17 @@ class Previous:
 
 @dataclass(frozen=True)
 class Momentum:
-    """Climb along the first moment that the base optimizer keeps: the climb costs no pass.
+    """Perturb along the base optimizer's first moment: there is no ascent pass.
 
-    The first moment is SGD's momentum buffer, Adam's running mean of the gradients (before its
-    bias is corrected), and their like: whatever the base has added to the gradient (weight decay)
-    is in it. Nothing is kept for it. A base without a first moment is refused. Steps until the
-    base has made its first update are base steps.
+    The first moment is SGD's momentum buffer, Adam's running mean of the gradients (before bias
+    correction), or the equivalent in other optimizers. It includes whatever the base optimizer adds
+    to the gradient, such as weight decay. It needs no extra memory. A base optimizer without a
+    first moment is an error. Steps before the first update are base steps.
 
-    A selector that needs the losses at theta pays a forward without a graph for them.
+    A selector that needs the losses at theta needs a forward without a graph for them.
 
     Args:
-        sign: -1 (default), to where the momentum carries the weights, as in MSAM; or 1.
+        sign: -1 (default), the direction in which momentum moves the weights, as in MSAM; or 1.
     """
 
     sign: int = -1
@@ -124,12 +125,12 @@ class Momentum:
         _check_sign(self)
 
 
-#: What `ascend=` takes.
+#: The values of `ascend=`.
 Direction = Batch | Part | Previous | Momentum
 
 
 def _check_sign(direction: Previous | Momentum) -> None:
-    """Refuse a sign that is neither 1 nor -1."""
+    """Raise ESAMValueError if the sign is neither 1 nor -1."""
     sign = direction.sign
     if isinstance(sign, bool) or sign not in (1, -1):
         raise ESAMValueError(f"`sign` must be 1 or -1. Received: sign={sign!r}.")
@@ -137,7 +138,7 @@ def _check_sign(direction: Previous | Momentum) -> None:
 
 
 def check_direction(name: str, value: Any) -> Direction:
-    """Return `value` if it is one of our directions, and not its class."""
+    """Return `value` if it is an instance of a direction class of this module."""
     if not isinstance(value, Batch | Part | Previous | Momentum):
         raise ESAMTypeError(
             f"`{name}` must be Batch(), Part(share), Previous() or Momentum(). "
@@ -149,13 +150,13 @@ def check_direction(name: str, value: Any) -> Direction:
 def climbing_indices(
     direction: Direction, batch_size: int, *, seed: int, count: int
 ) -> NDArray[np.intp]:
-    """Return the ascending indices of the samples whose gradient is climbed along.
+    """Return the indices of the samples in the ascent pass, in ascending order.
 
     Args:
         direction: any.
         batch_size: b >= 1.
         seed: in [0, 2**64).
-        count: the number of the ascent, >= 0.
+        count: the step count, >= 0.
 
     Returns:
         (n,) indices: all b with `Batch`, none with `Previous` and `Momentum`.
@@ -167,11 +168,12 @@ def climbing_indices(
 
 
 def records_at_theta(direction: Direction, selector: Selector, batch_size: int) -> bool:
-    """Return whether it is a pass at theta, and not the descent, that leaves its traces.
+    """Return whether a pass at theta, rather than the descent pass, updates the running state.
 
-    Each step updates BatchNorm's running statistics once, and leaves the random state as that one
-    pass does: the first that sees the whole batch at theta; where there is none, the descent. A
-    descent on one sample has no statistics of its own: then the part that climbs.
+    One pass per step updates BatchNorm's running statistics and determines the random state after
+    the step. It is the first pass at theta over the whole batch or, if there is none, the descent
+    pass. A descent pass on one sample has no batch statistics; the ascent pass on the part then
+    updates them.
 
     Args:
         direction: any.
@@ -196,13 +198,13 @@ def records_at_theta(direction: Direction, selector: Selector, batch_size: int) 
 def kept_units(
     sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool], *, norm: Norm
 ) -> tuple[bool, ...]:
-    """Return for each unit whether `Previous` keeps its gradient for the step after.
+    """Return, for each unit, whether `Previous` keeps its gradient for the next step.
 
     Args:
-        sampler: of the masks.
+        sampler: the sampler of the masks.
         units: T records.
         allowed: T booleans, whether the unit may be perturbed.
-        norm: with "full" all are kept, as all are in the norm.
+        norm: with "full" all gradients are kept, because all enter the norm.
 
     Example:
         >>> from esam_core import Suffix, Unit
@@ -221,21 +223,21 @@ def kept_units(
 def check_saved_direction(
     saved: Mapping[str, tuple[int, ...]], units: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse a saved direction that is not of this model.
+    """Raise ESAMValueError if a saved direction does not fit this model.
 
     Args:
         saved: the shapes of the gradients in a checkpoint, by name.
         units: the shapes of the model's trained parameters, by name.
 
     Raises:
-        ESAMValueError: a name is not the model's, or a shape is another.
+        ESAMValueError: the model has no parameter of that name, or its shape differs.
     """
     for name, shape in saved.items():
         if name not in units or tuple(units[name]) != tuple(shape):
             has = f"shape {tuple(units[name])}" if name in units else "no such parameter"
             raise ESAMValueError(
                 "The direction in a checkpoint must hold gradients of this model's parameters. "
-                f"Received: {name!r} of shape {tuple(shape)}, and the model has {has}. Load the "
+                f"Received: {name!r} of shape {tuple(shape)}, and the model has {has}. Load a "
                 "checkpoint of this model, or leave the direction out: the next step is then a "
                 "base step."
             )

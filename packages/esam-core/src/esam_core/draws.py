@@ -1,8 +1,9 @@
-"""Random numbers that depend on (seed, count, stream) alone.
+"""Random numbers that depend only on (seed, count, stream).
 
-Philox is a counter-based generator: its n-th word is a fixed function of a key and a counter, so
-a draw needs no state, is the same on every platform and rank, and can be made again after a
-resume. We take its raw words: NumPy promises those to be stable, and `Generator` methods not.
+Philox is a counter-based generator: its n-th word is a fixed function of a key and a counter. A
+draw therefore needs no state, is the same on every platform and rank, and can be repeated after a
+resume. We use the raw words: NumPy guarantees that they are stable across versions, but does not
+for `Generator` methods.
 """
 
 import numpy as np
@@ -12,15 +13,15 @@ from esam_core import validation
 
 __all__ = ["SELECTION_STREAM", "derived_seed", "uniforms"]
 
-#: Samplers use the streams 0, 1, 2, ... (one a nesting level); the selection has its own.
+#: Samplers use the streams 0, 1, 2, ... (one per nesting level); the selection has its own.
 SELECTION_STREAM = 1 << 32
 
-# The second key word sets our draws apart from another library's use of the same seed.
+# The second key word keeps our draws independent of another library's use of the same seed.
 _TAG = 0x4553414D  # "ESAM"
 
 
 def _words(n: int, seed: int, count: int, stream: int) -> NDArray[np.uint64]:
-    """Return n raw 64-bit Philox words; counts and streams can never overlap."""
+    """Return n raw 64-bit Philox words; different counts and streams never overlap."""
     for name, value in (("seed", seed), ("count", count), ("stream", stream)):
         validation.count_number(name, value, most=2**64 - 1)
     generator = np.random.Philox(
@@ -34,13 +35,13 @@ def uniforms(n: int, *, seed: int, count: int, stream: int = 0) -> NDArray[np.fl
     """Return n numbers drawn uniformly from [0, 1), on the grid of multiples of 2**-53.
 
     Args:
-        n: how many, >= 0.
+        n: how many numbers, >= 0.
         seed: in [0, 2**64).
-        count: the number of the ascent, in [0, 2**64).
-        stream: which of the independent sequences of this (seed, count), in [0, 2**64).
+        count: the step count, in [0, 2**64).
+        stream: selects one of the independent sequences of this (seed, count), in [0, 2**64).
 
     Raises:
-        ESAMValueError, ESAMTypeError: one of them is not an integer in its range.
+        ESAMValueError, ESAMTypeError: an argument is not an integer in its range.
 
     Example:
         >>> from esam_core.draws import uniforms

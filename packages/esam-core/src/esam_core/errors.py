@@ -1,7 +1,7 @@
 """Exceptions raised by every esam package.
 
-Each subclasses the matching built-in, so that `except ValueError` goes on working, and
-`ESAMError`, so that a program can tell ours from everybody else's.
+Each subclasses the matching built-in, so that `except ValueError` keeps working, and `ESAMError`,
+so that callers can catch esam's errors alone.
 """
 
 __all__ = [
@@ -18,16 +18,16 @@ class ESAMError(Exception):
 
 
 class ESAMValueError(ESAMError, ValueError):
-    """An argument has the right type and a value that cannot be used."""
+    """An argument has the right type but an invalid value."""
 
 
 class ESAMTypeError(ESAMError, TypeError):
-    """An argument has a type that cannot be used."""
+    """An argument has the wrong type."""
 
 
 class ESAMRuntimeError(ESAMError, RuntimeError):
-    """A call came at a moment, or in an environment, where it cannot do its work."""
+    """A call was made in a state or an environment in which it cannot work."""
 
 
 class NonFiniteError(ESAMError, FloatingPointError):
-    """A loss or a gradient was not finite and `on_nonfinite="raise"` was asked for."""
+    """A loss or a gradient was not finite, and `on_nonfinite="raise"` was set."""

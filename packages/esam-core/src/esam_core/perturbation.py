@@ -1,4 +1,4 @@
-"""The perturbation epsilon from the ascent gradient: the literal NumPy twin of the backends.
+"""The perturbation epsilon from the ascent gradient: the NumPy reference for all backends.
 
 Equations. SAM (Foret et al. 2021, eq. 2) with SWP (Du et al. 2022, eq. 6):
 
@@ -9,7 +9,7 @@ and, adaptive (Kwon et al. 2021, ASAM, with its eta = 0):
     eps_t = (m_t / p_t) rho |theta_t|^2 g_t / (|| |theta| g || + norm_eps)
 
 For complex weights g is the direction of steepest ascent, d/d(re) + i d/d(im), as in PyTorch.
-One norm runs over all units, accumulated in float64 here and in float32 or wider elsewhere.
+There is one norm over all units, accumulated in float64 here and in float32 or wider in backends.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from esam_core.errors import ESAMValueError
 
 __all__ = ["NORMS", "Norm", "perturbation_norm", "perturbations", "squared_norms"]
 
-#: "masked": norm of the gradient that was computed (the authors' code); the perturbation then
-#: has norm rho/p. "estimated": ||g||^2 ~ sum of m_t ||g_t||^2 / p_t, unbiased for the square and
-#: free. "full": the whole gradient's norm, at the price of the full backward. "none": Algorithm 1
-#: as printed, eps = (rho / p) g.
+#: "masked" (the authors' code): the norm of the gradient that was computed; the perturbation then
+#: has norm rho/p. "estimated": ||g||^2 ~ sum of m_t ||g_t||^2 / p_t, unbiased for the square, at no
+#: extra cost. "full": the whole gradient's norm, at the cost of the full backward. "none":
+#: Algorithm 1 as printed, eps = (rho / p) g.
 Norm = Literal["masked", "estimated", "full", "none"]
 
 #: The values of `Norm`.
@@ -61,7 +61,7 @@ def perturbation_norm(
     Args:
         gradients: T arrays, None for units whose gradient was not computed.
         parameters: T arrays theta_t.
-        scale: T factors m_t / p_t; an array of theta_t's shape where single weights are masked.
+        scale: T factors m_t / p_t; an array of theta_t's shape if weights are masked individually.
         norm: one of `NORMS`.
         adaptive: T booleans.
 
@@ -92,12 +92,12 @@ def perturbations(
     norm_eps: float = 1e-12,
     adaptive: Sequence[bool],
 ) -> list[Array]:
-    """Return the T perturbations eps_t; zeros for units left alone or if g is not finite.
+    """Return the T perturbations eps_t; zeros for units not perturbed, or if g is not finite.
 
     Args:
         gradients: T arrays, None where not computed.
         parameters: T arrays theta_t.
-        scale: T factors m_t / p_t; an array of theta_t's shape where single weights are masked.
+        scale: T factors m_t / p_t; an array of theta_t's shape if weights are masked individually.
         rho: T radii >= 0.
         norm: one of `NORMS`.
         norm_eps: added to the norm, > 0.

@@ -1,8 +1,8 @@
-"""The settings that the paper publishes, by name, and the one that we recommend.
+"""The paper's settings, by name, and the recommended one.
 
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.1 and tables 7 and 8. The authors'
-training script (`run.sh` at github.com/dydjw9/Efficient_SAM) trains the CIFAR networks; each
-preset says where it has other values than the paper.
+training script (`run.sh` at github.com/dydjw9/Efficient_SAM) trains the CIFAR networks; each preset
+notes where its values differ from the paper's.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Recommended(TypedDict):
     select: Proportional
 
 
-#: What we would begin with, as keyword arguments for `ESAM(...)`: perturb the last half of the
-#: network, by work, and take the descent on half of the samples, drawn in proportion to their loss
-#: and weighted back. Source: our own measurements on a subset of CIFAR-100 (the study page of the
-#: documentation), where it beat the paper's default on cost and on accuracy, at one batch size and
-#: one number of epochs. A better tuned SGD closes the gap there.
+#: The recommended starting point, as keyword arguments for `ESAM(...)`: perturb the last half of
+#: the network by cost, and run the descent pass on half of the samples, drawn in proportion to
+#: their loss and reweighted. Source: our own measurements on a subset of CIFAR-100 (the study page
+#: of the documentation), where it beat the paper's default in cost and accuracy, at one batch size
+#: and one number of epochs. A better tuned SGD closes the gap there.
 RECOMMENDED: Recommended = {"perturb": Suffix(0.5), "select": Proportional(0.5)}
 
 
@@ -35,12 +35,12 @@ class Preset:
     """ESAM's hyperparameters for one network.
 
     Args:
-        network: what it is for.
-        rho: radius of the perturbation.
+        network: the network and data set.
+        rho: the perturbation radius.
         beta: share of the parameter tensors perturbed.
         gamma: share of the samples kept.
-        rho_is_ours: whether the paper gives no rho for this network, and we chose one.
-        source: where the values are from, and who else has them.
+        rho_is_ours: True if the paper gives no rho for this network and we chose one.
+        source: where the values come from, and whether the authors' script agrees.
 
     Example:
         >>> PRESETS["imagenet-resnet50"].arguments()
@@ -52,7 +52,7 @@ class Preset:
     beta: float
     gamma: float
     rho_is_ours: bool = False
-    source: str = "the paper; the authors' script has the same"
+    source: str = "the paper; the authors' script agrees"
 
     def __post_init__(self) -> None:
         validation.nonnegative("rho", self.rho)
@@ -66,7 +66,7 @@ class Preset:
 
 _PAPER_ONLY = "the paper; not in the authors' script"
 
-#: Named after data set and network.
+#: Presets by name: data set and network.
 PRESETS: dict[str, Preset] = {
     "cifar-resnet18": Preset("ResNet-18 on CIFAR-10/100", rho=0.05, beta=0.6, gamma=0.5),
     "cifar-wrn28-10": Preset("WideResNet-28-10 on CIFAR-10/100", rho=0.1, beta=0.5, gamma=0.5),

@@ -1,4 +1,4 @@
-"""Small problems as data: layers, batches and base optimizers, for reference and kit alike.
+"""Small problems as data: layers, batches and base optimizers, used by the reference and the kit.
 
 Weights are float64 arrays with outputs on the last axis; every backend builds its native model from
 these records.
@@ -50,10 +50,10 @@ class Conv:
 class BatchNorm:
     """Normalise over every axis but the last, then scale by weight and shift by bias.
 
-    In training with the batch's mean and (biased) variance; `mean` and `variance` are the
-    running statistics to start from, updated as
-    `running = (1 - momentum) * running + momentum * batch`. Keras calls `1 - momentum` momentum.
-    Whether the batch variance that enters `running` is unbiased: see `Conventions`.
+    In training it uses the batch's mean and (biased) variance; `mean` and `variance` are the
+    initial running statistics, updated as `running = (1 - momentum) * running + momentum * batch`.
+    Keras calls `1 - momentum` momentum. See `Conventions` for whether `running` takes the unbiased
+    batch variance.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Dropout:
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Look integers up in weight (entries, features)."""
+    """Look up integers in weight (entries, features)."""
 
     name: str
     weight: Array
@@ -121,12 +121,12 @@ class Problem:
     """A model as data, with batches to train it on.
 
     The last layer's output (b, classes) are logits; the losses are the softmax cross-entropies,
-    one per sample. Adapters need `layers` only: batches come with each step.
+    one per sample. Adapters need only `layers`: each step is given its batch.
 
     Args:
-        name: of the problem.
+        name: the problem's name.
         layers: in order of execution. Weights are float64; the adapter casts them.
-        batches: what the kit trains on, in order. They need not be of equal size.
+        batches: the training batches, in order. Their sizes may differ.
     """
 
     name: str
@@ -157,12 +157,12 @@ class Base:
 
 @dataclass(frozen=True)
 class Conventions:
-    """Where frameworks differ lawfully. The kit's reference follows the adapter's; torch's here.
+    """Where frameworks differ. The reference follows the adapter; the defaults are torch's.
 
     Args:
         unbiased_running_variance: BatchNorm's running variance takes the unbiased batch variance
             (torch) or the biased one (Keras: False).
-        decoupled_sgd_decay: SGD's weight decay is theta -= lr * decay * theta beside the momentum
+        decoupled_sgd_decay: SGD's weight decay is theta -= lr * decay * theta, outside the momentum
             (Keras: True) or is added to the gradient (torch: False).
         adam_eps_in_corrected_root: Adam divides by sqrt(v / (1 - beta2^t)) + eps (torch), or by
             sqrt(v) + eps with the corrections in the learning rate (Keras: False).

@@ -1,8 +1,8 @@
-"""What a step reports, and running means of it.
+"""The report of a step, and running means over steps.
 
-A report holds the arrays that the step had in hand anyway, on their device. Its properties are
-computed when they are read: a report that nobody reads costs nothing, and none of them waits
-for the device until it is turned into a Python number.
+A report holds arrays that the step computed anyway, on their device. Its properties are computed
+when they are read, so an unread report costs nothing. Reading one does not wait for the device;
+converting it to a Python number does.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["REPORTED_MEANS", "RunningMeans", "StepReport"]
 
-#: The scalar properties of a report, in the order in which tables show them.
+#: The scalar properties of a report, in display order.
 REPORTED_MEANS = (
     "loss",
     "perturbed_loss",
@@ -28,26 +28,27 @@ REPORTED_MEANS = (
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one ESAM step saw. Fields that the step had no reason to compute are None.
+    """The report of one ESAM step. Fields that the step did not need to compute are None.
 
     Args:
-        count: the number of this ascent, from 0.
-        losses: losses at theta: (b,); with `Part`, where the selection does not need those of the
-            other samples, (n,) of the samples in `part`; None where no pass at theta was made
-            (`Previous` and `Momentum`).
-        perturbed_losses: (b,) losses at theta + epsilon; None without a selection pass. Where
-            `losses` are None, those of the descent: (b,), or (k,) of the samples in `indices`.
+        count: the step count, from 0.
+        losses: (b,) losses at theta. With `Part`, if the selection does not need the other samples,
+            (n,) losses of the samples in `part`. None if there was no pass at theta (`Previous` and
+            `Momentum`).
+        perturbed_losses: (b,) losses at theta + epsilon; None without a selection pass. If `losses`
+            is None, the losses of the descent pass: (b,), or (k,) of the samples in `indices`.
         indices: (k,) indices of the selected samples, ascending; None if all were selected.
-        sample_weights: (k,) their weights in the descent pass; None if all were selected.
+        sample_weights: (k,) weights of these samples in the descent pass; None if all were
+            selected.
         perturbation_norm: ||epsilon||, a scalar; 0.0 for a base step.
         gradient_norm: ||g|| of the ascent, as `norm` defines it; None for a base step.
         perturbed: names of the perturbed units.
         weight_share: share of the perturbable scalar weights that were perturbed, in [0, 1].
         sample_share: share of the batch in the descent pass, in (0, 1].
-        skipped: whether the step was left out because something in it was not finite.
-        outputs: whatever the user's function returned beside the losses.
-        part: (n,) indices of the samples that were climbed along, ascending; None if it was the
-            whole batch, or no sample of this step.
+        skipped: whether the step was skipped because a value in it was not finite.
+        outputs: whatever the user's function returned in addition to the losses.
+        part: (n,) indices of the samples in the ascent pass, ascending; None if these were all
+            samples of the batch, or none.
 
     Example:
         >>> import numpy as np
@@ -77,10 +78,11 @@ class StepReport:
 
     @property
     def loss(self) -> Any:
-        """The mean loss that the step saw first.
+        """The mean of the first losses that the step computed.
 
-        L_B, the mean of the losses at theta; with `Part`, where only the part's are known, theirs;
-        with `Previous` and `Momentum`, where none are, that of the descent, at theta + epsilon.
+        This is L_B, the mean of the losses at theta. With `Part` it is the mean over the part if
+        only those losses are known. With `Previous` and `Momentum`, if no losses at theta are
+        known, it is the mean loss of the descent pass, at theta + epsilon.
         """
         return self.perturbed_losses.mean() if self.losses is None else self.losses.mean()
 
@@ -91,7 +93,7 @@ class StepReport:
 
     @property
     def increases(self) -> Any:
-        """(b,) per-sample sharpness: the rise of each loss under the perturbation, or None."""
+        """(b,) per-sample sharpness: the increase of each loss under the perturbation, or None."""
         if self.losses is None or self.perturbed_losses is None:
             return None
         return self.perturbed_losses - self.losses
@@ -121,18 +123,18 @@ class StepReport:
 
     @property
     def threshold(self) -> Any:
-        """Alpha: the k-th largest sharpness, or None."""
+        """The threshold alpha, the k-th largest sharpness, or None."""
         increases = self.increases
         if increases is None or self.indices is None:
             return None
         place = len(self.losses) - len(self.indices)
-        # One index in an array: a lone one, torch would bring to the host, and wait for.
+        # Keep the index in an array: torch would copy a scalar index to the host and wait for it.
         return increases[increases.argsort()[place : place + 1]][0]
 
 
 @dataclass
 class RunningMeans:
-    """Means of report fields over steps, kept on the device: `update` never waits for it.
+    """Means of report fields over steps, kept on the device: `update` never synchronises.
 
     Args:
         fields: names of scalar report fields; default `REPORTED_MEANS`.
@@ -154,7 +156,7 @@ class RunningMeans:
         self.fields = tuple(self.fields)
 
     def update(self, report: StepReport) -> None:
-        """Add one step. Steps that did not compute a field do not count for it."""
+        """Add one step. A field that the step did not compute is left out of its mean."""
         for name in self.fields:
             value = getattr(report, name)
             if value is not None:
@@ -162,7 +164,7 @@ class RunningMeans:
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def result(self) -> dict[str, float]:
-        """Return the means as Python numbers; here, and only here, the device is waited for."""
+        """Return the means as Python numbers. Only this method waits for the device."""
         return {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
 
     def reset(self) -> None:

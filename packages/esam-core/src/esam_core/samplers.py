@@ -1,8 +1,8 @@
 """Stochastic weight perturbation (SWP): which units are perturbed in a step.
 
-A *sampler* maps (units, seed, count) to a `Mask`, and does so as a pure function: nothing is
-stored, so the masks of a resumed run are those of the run that was cut off, on every platform,
-backend and rank. `schedules` holds the samplers that say when to perturb.
+A *sampler* is a pure function from (units, seed, count) to a `Mask`. It stores no state, so a
+resumed run draws the same masks as the interrupted one would have, on every platform, backend and
+rank. The module `schedules` has the samplers that decide when to perturb.
 
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2, equation 6 and appendix A.4.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from esam_core import validation
 from esam_core.draws import derived_seed, uniforms
 from esam_core.errors import ESAMTypeError, ESAMValueError
-from esam_core.units import KINDS, Mask, Unit, block_order, kept_for_units
+from esam_core.units import KINDS, Mask, Unit, block_order, cache_for_units
 
 __all__ = [
     "Bernoulli",
@@ -30,44 +30,44 @@ __all__ = [
     "distinct",
 ]
 
-# The grid of single-precision uniform draws. With a smaller beta, backends that draw each weight
-# on its own would still hit one in 2**23, and 1/beta soon leaves float32: inf times a weight that
-# was not drawn is not a number.
+# The resolution of single-precision uniform draws. With a smaller beta, backends that draw each
+# weight individually would still select one in 2**23. In addition, 1/beta would soon overflow
+# float32, and inf times the 0 of a weight that was not drawn is NaN.
 _LEAST_BETA = 2.0**-23
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What `perturb=` takes. Implement it to bring a sampler of your own."""
+    """The type of `perturb=`. Implement it to write your own sampler."""
 
     @property
     def needs_blocks(self) -> bool:
-        """Whether `draw` looks at `Unit.block`, `cost` or `depth`, and not just at names."""
+        """Whether `draw` uses `Unit.block`, `cost` or `depth`, and not only names."""
         ...
 
     def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
-        """Return the mask of ascent number `count`: a pure function of its arguments."""
+        """Return the mask of step `count`. This must be a pure function of its arguments."""
         ...
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-        """Return every mask that `draw` can return where they are few enough to list, or None.
+        """Return all masks that `draw` can return, or None if there are too many to list.
 
-        Backends that compile make one function for each listed mask.
+        Backends that compile create one function for each listed mask.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Perturb each unit on its own with probability beta: the paper's SWP, and the default.
+    """Perturb each unit independently with probability beta: the paper's SWP. The default.
 
-    The inclusion probability is beta, also for the rare draw that is empty. `unit="weight"`
-    draws each scalar weight on its own (equation 6 as printed), which saves no time;
-    `unit="tensor"` is what the authors' code does and what appendix A.4 argues for.
+    The inclusion probability is beta; the rare draws without any unit are allowed. `unit="weight"`
+    draws each scalar weight independently (equation 6 as printed), which saves no time.
+    `unit="tensor"` follows the authors' code and appendix A.4.
 
     Args:
-        beta: in (0, 1], and at least 2**-23 (1.2e-07), the finest that backends can draw.
-            Default 0.6, the paper's for ResNet-18.
+        beta: in (0, 1], and at least 2**-23 (1.2e-07), the smallest that backends can draw. Default
+            0.6, the paper's for ResNet-18.
         unit: "tensor" (default) or "weight".
 
     Example:
@@ -83,7 +83,7 @@ class Bernoulli:
         object.__setattr__(self, "beta", validation.open_unit("beta", self.beta))
         if self.beta < _LEAST_BETA:
             raise ESAMValueError(
-                "`beta` must be at least 2**-23 (1.2e-07), the finest that backends can draw. "
+                "`beta` must be at least 2**-23 (1.2e-07), the smallest that backends can draw. "
                 f"Received: beta={self.beta!r}."
             )
         validation.choice("unit", self.unit, ("tensor", "weight"))
@@ -142,11 +142,11 @@ def _cut(start: str | float, units: Sequence[Unit]) -> int:
     total = sum(costs)
     if total == 0.0:
         raise ESAMValueError(
-            f"`start` as a share needs units with a known cost, and all are 0. "
+            "`start` as a share needs units with a known cost, but all costs are 0. "
             f"Received: start={start!r}. Name a block instead: {', '.join(map(repr, blocks))}."
         )
-    # The longest suffix that costs no more than the share asked for, and at least one block. The
-    # slack absorbs the rounding of the sum: a share computed from these costs keeps its block.
+    # The longest suffix that costs no more than the given share, and at least one block. The
+    # tolerance absorbs rounding in the sum: a share computed from these costs keeps its block.
     cut = len(blocks) - 1
     while cut > 0 and sum(costs[cut - 1 :]) <= start * total * (1.0 + 1e-9):
         cut -= 1
@@ -162,9 +162,9 @@ def _check_start(start: Any) -> str | float:
     return validation.open_unit("start", start)
 
 
-@kept_for_units
+@cache_for_units
 def _in_suffix(start: str | float, units: Sequence[Unit]) -> tuple[bool, ...]:
-    """Return for each unit whether its block is the first of the suffix or behind it."""
+    """Return, for each unit, whether its block is in the suffix."""
     cut = _cut(start, units)
     place = {block: index for index, block in enumerate(block_order(units))}
     return tuple(place[unit.block] >= cut for unit in units)
@@ -172,16 +172,16 @@ def _in_suffix(start: str | float, units: Sequence[Unit]) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class Suffix:
-    """Perturb the blocks from `start` to the output, always the same ones (p = 1).
+    """Perturb all blocks from `start` to the output, in every step (p = 1).
 
-    Back-propagation of the ascent pass stops at the cut: with a suffix of share s and half of the
-    samples in the descent a step costs (1 + 2 s + 1.5) / 3 base steps, and one third more where
+    Back-propagation in the ascent pass stops at the cut. With a suffix of share s and half of the
+    samples in the descent pass, a step costs (1 + 2 s + 1.5) / 3 base steps, and one third more if
     the selector needs the selection pass.
 
     Args:
-        start: the name of a block ("layer3"; a name before a dot names all inside it), or a share
-            of the forward cost in (0, 1]: the longest suffix that costs no more, and at least the
-            last block.
+        start: the name of a block ("layer3"; a name before a dot includes all blocks inside it), or
+            a share of the forward cost in (0, 1]: the longest suffix that costs no more, and at
+            least the last block.
 
     Example:
         >>> units = [Unit("a", (2,), block="stem"), Unit("b", (2,), block="head")]
@@ -207,14 +207,15 @@ class Suffix:
 
 @dataclass(frozen=True)
 class RandomSuffix:
-    """Perturb one of several suffixes, drawn anew for each step.
+    """Perturb one of several suffixes, drawn at random in each step.
 
-    A unit's inclusion probability is the summed probability of the suffixes that hold it, so
-    units near the output are perturbed often and little, deep ones seldom and much.
+    A unit's inclusion probability is the sum of the probabilities of the suffixes that contain it.
+    Units near the output are therefore perturbed often and slightly, units near the input rarely
+    and strongly.
 
     Args:
         starts: one or more starts, each as in `Suffix`.
-        probabilities: as many numbers in (0, 1] that add up to 1; default equal.
+        probabilities: one number in (0, 1] for each start; they add up to 1. Default: equal.
 
     Example:
         >>> units = [Unit("a", (2,), block="stem"), Unit("b", (2,), block="head")]
@@ -233,7 +234,7 @@ class RandomSuffix:
             )
         if isinstance(self.probabilities, str) or not isinstance(self.probabilities, Iterable):
             raise ESAMTypeError(
-                "`probabilities` must be a sequence of numbers in (0, 1], one a start, or () for "
+                "`probabilities` must be a sequence of numbers in (0, 1], one per start, or () for "
                 f"equal ones. Received: probabilities={self.probabilities!r}."
             )
         starts = tuple(_check_start(start) for start in self.starts)
@@ -241,7 +242,7 @@ class RandomSuffix:
         probabilities = tuple(validation.open_unit("probabilities", p) for p in given)
         if len(probabilities) != len(starts) or abs(sum(probabilities) - 1.0) > 1e-9:
             raise ESAMValueError(
-                f"`probabilities` must be {len(starts)} numbers (one a start) that add up to 1. "
+                f"`probabilities` must be {len(starts)} numbers (one per start) that add up to 1. "
                 f"Received: probabilities={self.probabilities!r}."
             )
         object.__setattr__(self, "starts", starts)
@@ -261,12 +262,12 @@ class RandomSuffix:
         return _suffix_masks(self, units)
 
 
-@kept_for_units
+@cache_for_units
 def _suffix_masks(sampler: RandomSuffix, units: Sequence[Unit]) -> tuple[Mask, ...]:
     """Return the masks of a `RandomSuffix`, one for each start."""
     suffixes = [_in_suffix(start, units) for start in sampler.starts]
     probability = tuple(
-        # Rounding may leave a hair over 1 where every suffix holds the unit.
+        # Rounding may give slightly more than 1 if every suffix contains the unit.
         min(1.0, sum(p for p, s in zip(sampler.probabilities, suffixes, strict=True) if s[t]))
         for t in range(len(units))
     )
@@ -275,18 +276,19 @@ def _suffix_masks(sampler: RandomSuffix, units: Sequence[Unit]) -> tuple[Mask, .
 
 @dataclass(frozen=True)
 class Only:
-    """Perturb, of what `inner` perturbs, only one kind of unit.
+    """Perturb only one kind of unit, out of those that `inner` perturbs.
 
-    `Only("norm")` is SAM-ON (Mueller et al. 2023): normalisation layers alone.
+    `Only("norm")` is SAM-ON (Mueller et al. 2023): only normalisation layers.
 
     Args:
         kind: one of `KINDS`, or a pattern over names with the wildcards of `fnmatch`
             ("*.attention.*"), or a function of a `Unit` that returns a bool. A pattern must match
-            a unit of the model; of a kind there may be none, and steps are then base steps.
+            at least one unit of the model. A kind may match none; all steps are then base steps.
         inner: any sampler; default `Everything()`. Its inclusion probabilities are kept.
 
     Raises:
-        ESAMValueError: when masks are drawn or listed, if the text is no kind and matches nothing.
+        ESAMValueError: when masks are drawn or listed, if the string is not a kind and matches no
+            unit.
 
     Example:
         >>> units = [Unit("conv.weight", (3,)), Unit("bn.weight", (3,), kind="norm")]
@@ -319,15 +321,15 @@ class Only:
         return None if inner is None else distinct(mask.within(allowed) for mask in inner)
 
 
-@kept_for_units
+@cache_for_units
 def _of_kind(kind: str | Callable[[Unit], bool], units: Sequence[Unit]) -> list[bool]:
-    """Return for each unit whether it is of a kind."""
+    """Return, for each unit, whether it is of a kind."""
     if callable(kind):
         return [bool(kind(unit)) for unit in units]
     if kind in KINDS:
         return [unit.kind == kind for unit in units]
     allowed = [fnmatch.fnmatchcase(unit.name, kind) for unit in units]
-    if not any(allowed):  # most likely misspelt, and every step would silently be a base step
+    if not any(allowed):  # probably a typo; every step would silently be a base step
         named = f", such as {units[0].name!r}" if units else ""
         raise ESAMValueError(
             f"`kind` must be one of {', '.join(map(repr, KINDS))}, or a pattern that matches "
@@ -337,12 +339,12 @@ def _of_kind(kind: str | Callable[[Unit], bool], units: Sequence[Unit]) -> list[
 
 
 def distinct(masks: Iterable[Mask]) -> tuple[Mask, ...]:
-    """Return the masks in order, each once."""
+    """Return the masks in order, without duplicates."""
     return tuple(dict.fromkeys(masks))
 
 
 def check_sampler(name: str, value: Any) -> Sampler:
-    """Return `value` if it is a sampler, and not its class."""
+    """Return `value` if it is a sampler instance."""
     if isinstance(value, type) or not isinstance(value, Sampler):
         raise ESAMTypeError(
             f"`{name}` must be a sampler such as Bernoulli(0.6) or Suffix('layer3'). "

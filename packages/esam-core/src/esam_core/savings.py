@@ -1,19 +1,19 @@
-r"""What SWP saves in the ascent's backward of a chain of layers, and its fit to timings.
+r"""What SWP saves in the ascent pass's backward of a chain of layers, and its fit to timings.
 
 The paper's appendix A.4 asks how much time Bernoulli(beta) masks over the N weight matrices of an
 MLP save, g(N, beta), and fits two constants to timings (its equations 11 and 12, tables 4 and 5).
-Two things are saved, and each has one constant:
+There are two savings, with one constant each:
 
-- weight gradients: a matrix that is not drawn, with probability 1 - beta, needs none. Their share
-  of the step is k1, so k1 (1 - beta);
-- activation gradients: back-propagation stops at the shallowest matrix drawn. It is spared the
-  j-th layer exactly if layers 1, ..., j are all not drawn, with probability (1 - beta)^j; their
-  share is k2, so k2 / N times the sum of these over j.
+- weight gradients: a matrix is not drawn with probability 1 - beta, and then needs none. Their
+  share of the step is k1, so this saves k1 (1 - beta);
+- activation gradients: back-propagation stops at the shallowest matrix drawn. It skips the j-th
+  layer exactly if none of layers 1, ..., j is drawn, with probability (1 - beta)^j. Their share is
+  k2, so this saves k2 / N times the sum of these probabilities over j.
 
 .. math:: g(N, \beta) = k_1 (1 - \beta) + \frac{k_2}{N} \sum_{j=1}^{N} (1 - \beta)^j
 
-The second term dies out with depth: this is why independent masks hardly ever stop a backward
-early, and why `Suffix` exists. The form is derived here from the two mechanisms, not copied.
+The second term vanishes with depth. This is why independent masks rarely stop a backward early, and
+why `Suffix` exists. The formula is derived here from the two mechanisms.
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ def savings(n: int, beta: float, k1: float, k2: float) -> float:
     Args:
         n: number of layers N, >= 1.
         beta: inclusion probability, in (0, 1].
-        k1: share of the weight gradients in the step's time.
-        k2: share of the activation gradients in the step's time.
+        k1: share of the step's time that weight gradients take.
+        k2: share of the step's time that activation gradients take.
 
     Example:
         >>> round(savings(4, 0.5, k1=0.32, k2=0.13), 4)
@@ -68,9 +68,9 @@ class SavingsFit:
     Args:
         k1: share of the weight gradients.
         k2: share of the activation gradients.
-        k1_error: its standard error.
-        k2_error: its standard error.
-        residual: root mean square of what the fit leaves, with two parameters taken off.
+        k1_error: standard error of k1.
+        k2_error: standard error of k2.
+        residual: root mean square of the residuals, with two degrees of freedom subtracted.
     """
 
     k1: float
@@ -81,16 +81,16 @@ class SavingsFit:
 
 
 def fit_savings(n: Sequence[int], beta: Sequence[float], saved: ArrayLike) -> SavingsFit:
-    """Return the constants that fit measured savings best, with standard errors.
+    """Return the constants that best fit measured savings, with standard errors.
 
     Args:
         n: layers N of each measurement.
-        beta: inclusion probability of each.
-        saved: share of the step's time saved in each; three or more measurements.
+        beta: inclusion probability of each measurement.
+        saved: share of the step's time saved in each measurement; three or more.
 
     Raises:
-        ESAMValueError: too few measurements, one that is not finite, or none that tells the two
-            constants apart.
+        ESAMValueError: there are too few measurements, one is not finite, or they do not determine
+            both constants.
 
     Example:
         >>> n, beta = [1, 2, 4, 8], [0.2, 0.4, 0.6, 0.8]
@@ -105,13 +105,13 @@ def fit_savings(n: Sequence[int], beta: Sequence[float], saved: ArrayLike) -> Sa
         )
     if len(n) != len(measured) or len(beta) != len(measured) or len(measured) < 3:
         raise ESAMValueError(
-            "`n`, `beta` and `saved` must be of one length, three or more. "
+            "`n`, `beta` and `saved` must have the same length, three or more. "
             f"Received: lengths {len(n)}, {len(beta)}, {len(measured)}."
         )
     design = np.array([[1.0 - b, early_stop(m, b)] for m, b in zip(n, beta, strict=True)])
     if np.linalg.matrix_rank(design) < 2:
         raise ESAMValueError(
-            "`n` and `beta` must vary: at N = 1 the two savings look alike. "
+            "`n` and `beta` must vary: at N = 1 the two savings cannot be distinguished. "
             f"Received: n={list(n)!r}, beta={list(beta)!r}."
         )
     (k1, k2), *_ = np.linalg.lstsq(design, measured, rcond=None)

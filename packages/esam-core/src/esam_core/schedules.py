@@ -1,4 +1,4 @@
-"""Samplers that say when to perturb: every n-th step, between two steps, sometimes.
+"""Samplers that decide when to perturb: every n-th step, between two steps, or at random.
 
 Source: `Every` is Composer's `interval`; `Between` is late-phase SAM (Zhou et al. 2025).
 """
@@ -23,21 +23,21 @@ def _empty(units: Sequence[Unit]) -> Mask:
 
 
 def _with_empty(inner: tuple[Mask, ...] | None, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
-    """Return the inner masks and the empty one, or None where those are too many."""
+    """Return the inner masks and the empty one, or None if there are too many to list."""
     return None if inner is None else distinct((*inner, _empty(units)))
 
 
 @dataclass(frozen=True)
 class Every:
-    """Perturb on every n-th ascent (0, n, 2n, ...), and take base steps between them.
+    """Perturb on every n-th step (0, n, 2n, ...), and take base steps in between.
 
-    A schedule: the inclusion probabilities stay the inner sampler's.
+    This is a schedule: the inclusion probabilities are the inner sampler's.
 
     Args:
         n: >= 1.
         inner: any sampler; default `Everything()`.
-        scale_rho: climb n times as far on the steps that climb, so that the mean over all steps
-            stays the same; Composer advises so. Default False.
+        scale_rho: multiply rho by n on the steps that perturb, so that its mean over all steps
+            stays the same, as Composer recommends. Default False.
 
     Example:
         >>> [Every(2).draw([Unit("w", (1,))], seed=0, count=c).active for c in range(4)]
@@ -59,33 +59,33 @@ class Every:
     def needs_blocks(self) -> bool:
         return self.inner.needs_blocks
 
-    def _stretched(self, mask: Mask) -> Mask:
-        """Return the mask with rho made n times as large where that is asked for."""
+    def _scaled(self, mask: Mask) -> Mask:
+        """Return the mask with rho multiplied by n if `scale_rho` is set."""
         factor = float(self.n) if self.scale_rho else 1.0
         return replace(mask, rho_factor=mask.rho_factor * factor)
 
     def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
         if count % self.n:
             return _empty(units)
-        return self._stretched(self.inner.draw(units, seed=seed, count=count, stream=stream))
+        return self._scaled(self.inner.draw(units, seed=seed, count=count, stream=stream))
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
         inner = self.inner.masks(units)
         if inner is None:
             return None
-        stretched = tuple(self._stretched(mask) for mask in inner)
-        return stretched if self.n == 1 else _with_empty(stretched, units)
+        scaled = tuple(self._scaled(mask) for mask in inner)
+        return scaled if self.n == 1 else _with_empty(scaled, units)
 
 
 @dataclass(frozen=True)
 class Between:
-    """Perturb on ascents start <= count < stop, and take base steps outside.
+    """Perturb on steps start <= count < stop, and take base steps outside this range.
 
-    `of_run` and `of_learning_rate` find the two numbers from shares of the run.
+    `of_run` and `of_learning_rate` compute the two numbers from shares of the run.
 
     Args:
-        start: the first ascent that perturbs, >= 0.
-        stop: the first that no longer does, >= start, or None (default) for never.
+        start: the first step that perturbs, >= 0.
+        stop: the first later step that does not, >= start, or None (default) for no end.
         inner: any sampler; default `Everything()`.
 
     Example:
@@ -109,13 +109,13 @@ class Between:
     def of_run(
         cls, start: float, stop: float = 1.0, *, steps: int, inner: Sampler | None = None
     ) -> "Between":
-        """Return the schedule that perturbs in a part of the run.
+        """Return the schedule that perturbs in one part of a run.
 
         Args:
-            start: the share of the steps, in [0, 1], before the first that perturbs.
-            stop: the share before the first that no longer does, in [start, 1]. Default 1: to the
-                end, and on if the run turns out longer.
-            steps: ascents in the run, >= 1: updates, times the batches that each accumulates.
+            start: the share of the steps, in [0, 1], before the first step that perturbs.
+            stop: the share of the steps before perturbing ends, in [start, 1]. Default 1: until the
+                end, and beyond it if the run turns out longer.
+            steps: steps in the run, >= 1: updates times batches accumulated per update.
             inner: any sampler; None (default) is `Everything()`.
 
         Example:
@@ -123,7 +123,7 @@ class Between:
             Between(start=880, stop=None, inner=Everything())
         """
         validation.count_number("steps", steps, least=1)
-        # The first step with at least that share of the steps behind it, in integers.
+        # The first step that has at least that share of the steps before it, in integers.
         first, last = (-(-s.numerator * steps // s.denominator) for s in _shares(start, stop))
         return cls(first, None if stop == 1 else last, Everything() if inner is None else inner)
 
@@ -139,28 +139,28 @@ class Between:
     ) -> "Between":
         """Return the schedule that perturbs between two shares of the sum of learning rates.
 
-        The sum says how far the weights can have come. So measured, "the last tenth" means the same
-        under any schedule of the learning rate; of the steps it does not: under a cosine the last
-        12 % of the steps hold 0.3 % of the sum.
+        The sum measures how far the weights can have moved. By this measure "the last tenth" means
+        the same for every learning rate schedule. A share of the steps does not: under a cosine
+        schedule the last 12 % of the steps contain 0.3 % of the sum.
 
         Args:
-            start: the share of the sum, in [0, 1], that lies behind the first step that perturbs.
-            stop: the share behind the first that no longer does, in [start, 1]. Default 1: to the
-                end, and on if the run turns out longer.
-            rates: the learning rate of each ascent, finite and >= 0, at least one > 0: a sequence,
-                or a function of the ascent's number.
-            steps: ascents in the run, >= 1; required where `rates` is a function.
+            start: the share of the sum, in [0, 1], before the first step that perturbs.
+            stop: the share of the sum before perturbing ends, in [start, 1]. Default 1: until the
+                end, and beyond it if the run turns out longer.
+            rates: the learning rate of each step, finite and >= 0, at least one > 0: a sequence, or
+                a function of the step count.
+            steps: steps in the run, >= 1; required if `rates` is a function.
             inner: any sampler; None (default) is `Everything()`.
 
         Raises:
-            ESAMValueError, ESAMTypeError: naming the argument.
+            ESAMValueError, ESAMTypeError: an argument is invalid; the message names it.
 
         Example:
             >>> Between.of_learning_rate(0.9, rates=[0.1] * 90 + [0.01] * 100).start
             90
         """
         sums = _running_sums(rates, steps)
-        # The sums are exact, so that half of a run of equal rates is half of its steps.
+        # The sums are exact, so that with equal rates half of the sum is half of the steps.
         first, last = (bisect.bisect_left(sums, s * sums[-1]) for s in _shares(start, stop))
         return cls(first, None if stop == 1 else last, Everything() if inner is None else inner)
 
@@ -178,7 +178,7 @@ class Between:
 
 
 def _shares(start: float, stop: float) -> tuple[Fraction, Fraction]:
-    """Return two shares as the fractions that were meant: 0.07 is 7 / 100."""
+    """Return two shares as the intended fractions: 0.07 is 7 / 100."""
     for name, value in (("start", start), ("stop", stop)):
         if validation.nonnegative(name, value) > 1.0:
             raise ESAMValueError(f"`{name}` must be in [0, 1]. Received: {name}={value!r}.")
@@ -197,13 +197,13 @@ def _running_sums(
     if callable(rates):
         if steps is None:
             raise ESAMTypeError(
-                "`steps` must be an integer >= 1 where `rates` is a function. Received: steps=None."
+                "`steps` must be an integer >= 1 if `rates` is a function. Received: steps=None."
             )
         rates = [rates(count) for count in range(validation.count_number("steps", steps, least=1))]
     elif isinstance(rates, str) or not isinstance(rates, Sequence):
         raise ESAMTypeError(
-            "`rates` must be a sequence of learning rates, one an ascent, or a function of the "
-            f"ascent's number. Received: rates={rates!r}."
+            "`rates` must be a sequence of learning rates, one per step, or a function of the "
+            f"step count. Received: rates={rates!r}."
         )
     elif steps is not None and steps != len(rates):
         raise ESAMValueError(
@@ -213,15 +213,15 @@ def _running_sums(
     for rate in rates:
         sums.append(sums[-1] + Fraction(validation.nonnegative("rates", rate)))
     if sums[-1] == 0:
-        raise ESAMValueError("`rates` must hold a number > 0. Received: none.")
+        raise ESAMValueError("`rates` must contain a number > 0. Received: none.")
     return sums
 
 
 @dataclass(frozen=True)
 class Sometimes:
-    """Perturb on a random share p of the ascents, and take base steps on the others.
+    """Perturb on a random share p of the steps, and take base steps on the others.
 
-    A schedule: never rescaled by 1/p.
+    This is a schedule: the perturbation is not rescaled by 1/p.
 
     Args:
         p: probability in (0, 1] that a step perturbs.

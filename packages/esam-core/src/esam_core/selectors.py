@@ -1,7 +1,7 @@
-"""Sharpness-sensitive data selection (SDS): on which samples the descent gradient is taken.
+"""Sharpness-sensitive data selection (SDS): which samples the descent pass uses.
 
-A *selector* says by what score samples are kept and how many. `select` is the literal NumPy
-twin of what every backend does on its own device.
+A *selector* defines the score by which samples are selected, and how many. `select` is the NumPy
+reference for what every backend does on its own device.
 
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.3, equations 7 to 10, appendix A.2.
 """
@@ -40,36 +40,36 @@ __all__ = [
 
 @runtime_checkable
 class Selector(Protocol):
-    """What `select=` takes: one of the classes below. Backends read these three fields.
+    """The type of `select=`: one of the classes below. Backends read these three attributes.
 
     Attributes:
-        gamma: share of the batch that is kept, in (0, 1].
+        gamma: share of the batch that is selected, in (0, 1].
         rule: "top" (largest scores), "random" (uniform), "proportional" (drawn by score) or "all".
         score: "increase" (perturbed minus unperturbed loss), "loss" (unperturbed) or None.
     """
 
     @property
     def gamma(self) -> float:
-        """Share of the batch that is kept."""
+        """Share of the batch that is selected."""
         ...
 
     @property
     def rule(self) -> str:
-        """How samples are kept."""
+        """How samples are selected."""
         ...
 
     @property
     def score(self) -> str | None:
-        """By what samples are kept."""
+        """The score by which samples are selected."""
         ...
 
 
 @dataclass(frozen=True)
 class TopIncrease:
-    """Keep the samples whose loss the perturbation raises most: the paper, the default.
+    """Select the samples whose loss the perturbation increases most, as in the paper. The default.
 
     Args:
-        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+        gamma: share of the batch that is selected, in (0, 1]. Default 0.5.
 
     Example:
         >>> import numpy as np
@@ -88,10 +88,10 @@ class TopIncrease:
 
 @dataclass(frozen=True)
 class TopLoss:
-    """Keep the samples of largest loss: no selection pass (appendix A.2: the two correlate).
+    """Select the samples with the largest loss: no selection pass (appendix A.2: they correlate).
 
     Args:
-        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+        gamma: share of the batch that is selected, in (0, 1]. Default 0.5.
 
     Example:
         >>> import numpy as np
@@ -110,10 +110,10 @@ class TopLoss:
 
 @dataclass(frozen=True)
 class Random:
-    """Keep a uniformly random subset, drawn on the host from (seed, count). The control.
+    """Select a uniformly random subset, drawn on the host from (seed, count): a baseline.
 
     Args:
-        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+        gamma: share of the batch that is selected, in (0, 1]. Default 0.5.
 
     Example:
         >>> import numpy as np
@@ -132,19 +132,19 @@ class Random:
 
 @dataclass(frozen=True)
 class Proportional:
-    """Keep exactly k samples drawn in proportion to a score, and weight them back.
+    """Select exactly k samples, drawn in proportion to a score, and reweight them.
 
-    Sample i is kept with probability pi_i proportional to its score plus a floor, and weighted
-    1 / (b pi_i): what 1/beta is for weights, so that the expected descent gradient is that of the
-    whole batch. Ours, not the paper's.
+    Sample i is selected with probability pi_i, proportional to its score plus a floor, and gets
+    the weight 1 / (b pi_i). This corresponds to 1/beta for weights: the expected descent gradient
+    is that of the whole batch. This selector is ours, not the paper's.
 
     Args:
-        gamma: share of the batch that is kept, in (0, 1]. Default 0.5.
+        gamma: share of the batch that is selected, in (0, 1]. Default 0.5.
         score: "loss" (default; free) or "increase" (costs the selection pass). Negative scores
             count as 0.
-        floor: what is added to each score, as a multiple of the mean score, > 0. Default 1.0: no
-            sample is less than half as likely as under uniform sampling, so no weight is more
-            than 2/k.
+        floor: added to each score, as a multiple of the mean score, > 0. With the default, 1.0,
+            every sample is at least half as likely as under uniform sampling, so that no weight
+            exceeds 2/k.
 
     Example:
         >>> import numpy as np
@@ -167,7 +167,7 @@ class Proportional:
 
 @dataclass(frozen=True)
 class All:
-    """Keep every sample: gamma = 1, no selection pass, no data selection.
+    """Select every sample: gamma = 1, no selection pass, no data selection.
 
     Example:
         >>> import numpy as np
@@ -182,12 +182,12 @@ class All:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a step keeps of its batch.
+    """The samples that a step selects.
 
     Args:
         indices: (k,) ascending indices into the batch.
         weights: (k,) factors w_i of the losses in the descent pass.
-        threshold: alpha, the k-th largest sharpness; None where no sharpness was computed.
+        threshold: alpha, the k-th largest sharpness; None if no sharpness was computed.
     """
 
     indices: NDArray[np.intp]
@@ -198,11 +198,11 @@ class Selection:
 def subset_size(gamma: float, batch_size: int) -> int:
     """Return k = max(1, ceil(gamma b)), by exact rational arithmetic.
 
-    In floats 0.07 * 100 is a hair over 7 and its ceiling 8; gamma is therefore read as the
-    nearest fraction with a denominator up to 10**6.
+    In floating point 0.07 * 100 is slightly more than 7 and its ceiling is 8. Therefore gamma is
+    read as the nearest fraction with a denominator up to 10**6.
 
     Args:
-        gamma: share, in (0, 1].
+        gamma: the share, in (0, 1].
         batch_size: b >= 1.
 
     Raises:
@@ -226,19 +226,19 @@ def _ceiling(gamma: float, batch_size: int) -> int:
 
 
 def needs_losses(selector: Selector, batch_size: int) -> bool:
-    """Return whether the selection hangs on the losses at theta: not if all b are kept anyway."""
+    """Return whether the selection needs the losses at theta: not if all b samples are selected."""
     return selector.score is not None and subset_size(selector.gamma, batch_size) < batch_size
 
 
 def needs_perturbed_losses(selector: Selector, batch_size: int) -> bool:
-    """Return whether the selection pass is worth its price: not if all b are kept anyway."""
+    """Return whether the selection pass is needed: not if all b samples are selected."""
     return selector.score == "increase" and needs_losses(selector, batch_size)
 
 
 def top_indices(scores: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
     """Return the indices of the k largest scores, ascending; ties go to the lower index.
 
-    NaN counts as the largest score: a sample that went wrong must not be selected away.
+    NaN counts as the largest score, so that a sample with a NaN loss is never rejected.
     """
     scores = np.asarray(scores)
     order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), kind="stable")
@@ -246,28 +246,29 @@ def top_indices(scores: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
 
 
 def random_indices(batch_size: int, k: int, *, seed: int, count: int) -> NDArray[np.intp]:
-    """Return k of b indices, uniformly drawn on the host, ascending: the same on every backend."""
+    """Return k of b indices, drawn uniformly on the host, ascending; the same on every backend."""
     keys = uniforms(batch_size, seed=seed, count=count, stream=SELECTION_STREAM)
     return top_indices(keys, k)
 
 
 def systematic_offset(*, seed: int, count: int) -> float:
-    """Return the one uniform number in [0, 1) that a systematic sample needs."""
+    """Return the uniform number in [0, 1) that systematic sampling needs."""
     return float(uniforms(1, seed=seed, count=count, stream=SELECTION_STREAM)[0])
 
 
 def inclusion_probabilities(
     scores: NDArray[np.floating[Any]], k: int, floor: float
 ) -> NDArray[np.float64]:
-    """Return pi_i in (0, 1], proportional to score plus floor where that is below 1, summing to k.
+    """Return the inclusion probabilities pi_i in (0, 1], which sum to k.
 
-    Where k q_i / sum(q) passes 1 the sample is certain, and the rest share what is left.
+    They are proportional to q_i = score + floor. If k q_i / sum(q) exceeds 1, the sample is
+    certain (pi_i = 1), and the other samples share the remainder.
 
     Args:
         scores: (b,); negative ones count as 0. If all are 0, or one is not finite, the draw is
             uniform.
-        k: how many are drawn, 1 <= k <= b.
-        floor: multiple of the mean score that each gets on top, > 0.
+        k: how many samples are drawn, 1 <= k <= b.
+        floor: added to each score, as a multiple of the mean score, > 0.
 
     Example:
         >>> inclusion_probabilities(np.array([0.0, 0.0, 8.0, 0.0]), 2, floor=0.5).tolist()
@@ -293,13 +294,13 @@ def inclusion_probabilities(
 def systematic_indices(pi: NDArray[np.floating[Any]], offset: float) -> NDArray[np.intp]:
     """Return exactly k = sum(pi) indices, i with probability pi_i, ascending.
 
-    Lay the samples end to end as intervals of length pi_i and keep those that hold one of the
-    points offset, offset + 1, ..., offset + k - 1.
+    Place the samples end to end as intervals of length pi_i, and select those that contain one of
+    the points offset, offset + 1, ..., offset + k - 1.
     """
     ends = np.cumsum(np.asarray(pi, dtype=np.float64))
     k = int(np.rint(ends[-1]))
     found = np.searchsorted(ends, offset + np.arange(k), side="right")
-    # A point that rounding puts behind the last end belongs to the last sample, once.
+    # A point that rounding places after the last interval belongs to the last sample, once.
     return np.minimum(found, np.arange(len(ends) - k, len(ends)))
 
 
@@ -311,18 +312,18 @@ def select(
     seed: int,
     count: int,
 ) -> Selection:
-    """Return what `selector` keeps of a batch: the literal twin of every backend's selection.
+    """Return the samples that `selector` selects: the reference for every backend's selection.
 
     Args:
         selector: one of this module's selectors.
         losses: (b,) losses at theta.
-        perturbed_losses: (b,) losses at theta + epsilon; None where the selector's score does
-            not need them, or where k = b.
+        perturbed_losses: (b,) losses at theta + epsilon; None if the selector's score does not need
+            them, or if k = b.
         seed: in [0, 2**64).
-        count: the number of the ascent, >= 0.
+        count: the step count, >= 0.
 
     Returns:
-        A `Selection`. With k = b everything is kept with weights 1/b, whatever the selector.
+        A `Selection`. With k = b all samples are selected with weights 1/b, for every selector.
     """
     b = len(losses)
     k = subset_size(selector.gamma, b)
@@ -335,17 +336,17 @@ def select(
         return Selection(indices, np.full(k, 1.0 / k), threshold)
     scores = increase if selector.score == "increase" else losses
     if scores is None:
-        raise ESAMValueError(f"{selector!r} must be given the perturbed losses. Received: None.")
+        raise ESAMValueError(f"{selector!r} needs the perturbed losses. Received: None.")
     if selector.rule == "top":
         return Selection(top_indices(scores, k), np.full(k, 1.0 / k), threshold)
-    floor = cast(Proportional, selector).floor  # the rules are these four
+    floor = cast(Proportional, selector).floor  # there are only these four rules
     pi = inclusion_probabilities(scores, k, floor)
     indices = systematic_indices(pi, systematic_offset(seed=seed, count=count))
     return Selection(indices, 1.0 / (b * pi[indices]), threshold)
 
 
 def check_selector(name: str, value: Any) -> Selector:
-    """Return `value` if it is one of our selectors, and not its class."""
+    """Return `value` if it is an instance of a selector class of this module."""
     if not isinstance(value, TopIncrease | TopLoss | Random | Proportional | All):
         raise ESAMTypeError(
             f"`{name}` must be a selector such as TopIncrease(0.5) or TopLoss(0.5). "

@@ -1,7 +1,7 @@
-"""What samplers see of a model, and what they return: units and masks.
+"""Units and masks: the inputs and outputs of samplers.
 
-A *unit* is one parameter tensor. A *mask* says which units a step perturbs, and with which
-probability each of them was drawn.
+A *unit* is one parameter tensor. A *mask* records which units a step perturbs, and the probability
+with which each was drawn.
 
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2 and equation 6.
 """
@@ -15,10 +15,10 @@ import numpy as np
 
 from esam_core import validation
 
-__all__ = ["KINDS", "Mask", "Unit", "block_order", "kept_for_units"]
+__all__ = ["KINDS", "Mask", "Unit", "block_order", "cache_for_units"]
 
-#: What a unit can be. "norm" is a scale or shift of a normalisation layer, "bias" any other
-#: bias, "embedding" a look-up table, "weight" everything else.
+#: The kinds of unit. "norm" is a scale or shift of a normalisation layer, "bias" any other bias,
+#: "embedding" a look-up table, "weight" everything else.
 KINDS = ("weight", "bias", "norm", "embedding")
 
 
@@ -31,12 +31,12 @@ class Unit:
         shape: its shape; () for a scalar.
         kind: one of `KINDS`.
         block: the name of the block that uses it, such as "layer3.0".
-        cost: forward cost of the layer that it drives, >= 0, in any unit common to the model
-            (multiply-adds, say). Only shares of the total matter.
-        depth: place of the block in the order of execution, >= 0. Blocks of equal depth keep the
-            order in which the units name them.
-        trained: whether a gradient is computed for it. What is frozen costs a forward only, and
-            is not perturbed.
+        cost: forward cost of its layer, >= 0, in any unit that is the same for the whole model
+            (such as multiply-adds). Only shares of the total matter.
+        depth: position of the block in the order of execution, >= 0. Blocks of equal depth keep the
+            order in which they first appear among the units.
+        trained: whether a gradient is computed for it. A frozen unit costs only a forward, and is
+            not perturbed.
 
     Example:
         >>> Unit("head.weight", (10, 64), kind="weight", block="head", cost=640.0, depth=2).size
@@ -64,17 +64,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Mask:
-    """Which units one step perturbs, and how likely that was. Hashable.
+    """Which units one step perturbs, and with which probability. Hashable.
 
     Args:
         perturbed: T booleans, m_t.
         probability: T inclusion probabilities p_t in [0, 1], conditional on the step being
-            active; p_t > 0 wherever m_t.
+            active; p_t > 0 wherever m_t is True.
         weight_beta: None, or the share in (0, 1] of the *scalar weights* of the perturbed units
-            that are perturbed; backends draw them natively from `weight_seed`, each on its own.
-        weight_seed: seed in [0, 2**63) of that native draw, else None.
-        rho_factor: what rho is multiplied by in this step, > 0. Default 1. It is apart from the
-            m_t / p_t, which enter the norm too.
+            that are perturbed; backends draw each weight independently, from `weight_seed`.
+        weight_seed: seed in [0, 2**63) of that draw, else None.
+        rho_factor: factor of rho in this step, > 0. Default 1. Unlike m_t / p_t, it does not enter
+            the norm.
 
     Example:
         >>> Mask((True, False), (0.5, 0.5)).scale
@@ -89,24 +89,24 @@ class Mask:
 
     @property
     def active(self) -> bool:
-        """Whether anything is perturbed. If not, the step is the base optimizer's own."""
+        """Whether anything is perturbed. If not, the step is a base step."""
         return any(self.perturbed)
 
     @property
     def scale(self) -> tuple[float, ...]:
-        """The T factors m_t / p_t of equation 6; 0 for units left alone."""
+        """The T factors m_t / p_t of equation 6; 0 for units not perturbed."""
         return tuple(
             1.0 / p if m else 0.0 for m, p in zip(self.perturbed, self.probability, strict=True)
         )
 
     def within(self, allowed: Iterable[bool]) -> "Mask":
-        """Return this mask with every unit left out whose `allowed` is false."""
+        """Return this mask without the units for which `allowed` is False."""
         kept = tuple(m and bool(a) for m, a in zip(self.perturbed, allowed, strict=True))
         return replace(self, perturbed=kept)
 
 
 def block_order(units: Sequence[Unit]) -> tuple[str, ...]:
-    """Return the names of the blocks in the order in which they run."""
+    """Return the names of the blocks in order of execution."""
     depths: dict[str, int] = {}
     for unit in units:
         depths[unit.block] = min(depths.get(unit.block, unit.depth), unit.depth)
@@ -116,22 +116,22 @@ def block_order(units: Sequence[Unit]) -> tuple[str, ...]:
 _Result = TypeVar("_Result")
 _What = TypeVar("_What", bound=Hashable)
 
-#: For how many pairs of something and a model's units a function keeps its result.
+#: How many results `cache_for_units` keeps for each function.
 _KEPT = 32
 
 
-def kept_for_units(
+def cache_for_units(
     function: Callable[[_What, Sequence[Unit]], _Result],
 ) -> Callable[[_What, Sequence[Unit]], _Result]:
-    """Return a function of something and units that keeps its results for tuples of units.
+    """Cache the results of a function of an object and a tuple of units.
 
-    A backend asks in every step, with the same tuple: that it is the same is seen without looking
-    at its units.
+    Backends call such functions in every step with the same tuple. The cache compares the tuple by
+    identity, which is faster than comparing its units.
     """
     kept: dict[tuple[_What, int], tuple[Sequence[Unit], _Result]] = {}
 
     @functools.wraps(function)
-    def called(what: _What, units: Sequence[Unit]) -> _Result:
+    def cached(what: _What, units: Sequence[Unit]) -> _Result:
         if not isinstance(units, tuple):
             return function(what, units)
         found = kept.get((what, id(units)))
@@ -143,4 +143,4 @@ def kept_for_units(
         kept[what, id(units)] = units, result
         return result
 
-    return called
+    return cached

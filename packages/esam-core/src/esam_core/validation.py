@@ -1,4 +1,4 @@
-"""Checks of single arguments, each with the house's error: what must hold, and what came."""
+"""Checks of single arguments. Errors name the requirement and the value received."""
 
 import math
 import numbers
@@ -11,7 +11,7 @@ __all__ = ["choice", "count_number", "flag", "nonnegative", "open_unit", "positi
 
 
 def _real(name: str, value: Any, must: str) -> float:
-    """Return `value` as a float, refusing booleans, text and NaN."""
+    """Return `value` as a float; raise for booleans, strings and NaN."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ESAMTypeError(f"`{name}` must be {must}. Received: {name}={value!r}.")
     number = float(value)

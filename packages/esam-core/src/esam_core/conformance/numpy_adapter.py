@@ -116,7 +116,7 @@ class NumpySession:
         """Make the base optimizer's own update."""
         self.base.update(self.network.parameters, self.left)
         if self.esam:
-            self.esam.memory.updated(self.left)
+            self.esam.memory.record_update(self.left)
         self.pending = False
 
     def weights(self) -> dict[str, Array]:

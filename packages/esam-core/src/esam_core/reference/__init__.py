@@ -1,4 +1,4 @@
-"""The reference: one ESAM step in NumPy, slow and literal, with models to take it on."""
+"""The reference: one ESAM step in NumPy, slow and literal, and a model to run it with."""
 
 from esam_core.reference.network import Evaluation, Model, Network
 from esam_core.reference.optimizers import BaseOptimizer

@@ -1,8 +1,8 @@
-"""A few layers, each with its derivative written by hand.
+"""A few layers with hand-written derivatives.
 
 A layer function returns its output and a function that takes dL/d(output) and returns
 dL/d(input) and dL/d(parameter) for each of its own parameters, by role ("weight", "bias").
-Arrays are channels last.
+Channels are the last axis.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def conv(x: Array, weight: Array, bias: Array | None) -> tuple[Array, Backward]:
 def batchnorm(
     x: Array, weight: Array, bias: Array, eps: float
 ) -> tuple[Array, Backward, Array, Array]:
-    """Normalise by the batch's own mean and biased variance, which are returned as well."""
+    """Normalise by the batch's mean and biased variance, and return these too."""
     axes = tuple(range(x.ndim - 1))
     mean, variance = x.mean(axis=axes), x.var(axis=axes)
     inverse = 1.0 / np.sqrt(variance + np.asarray(eps, x.dtype))
@@ -77,8 +77,8 @@ def batchnorm(
 
     def backward(dy: Array) -> tuple[Array, dict[str, Array]]:
         dnormal = dy * weight
-        # The mean and the variance depend on x too: the part of dnormal along 1 and along
-        # `normal` changes nothing.
+        # The mean and the variance depend on x too: the components of dnormal along 1 and along
+        # `normal` cancel.
         dx = inverse * (
             dnormal - dnormal.mean(axis=axes) - normal * (dnormal * normal).mean(axis=axes)
         )
@@ -103,7 +103,7 @@ def batchnorm_running(
 
 
 def dropout(x: Array, rate: float, noise: Array) -> tuple[Array, Backward]:
-    """Keep an element where its noise, uniform in [0, 1), is at least `rate`."""
+    """Keep the elements whose noise, uniform in [0, 1), is at least `rate`."""
     factor = np.asarray(noise >= rate, x.dtype) / np.asarray(1.0 - rate, x.dtype)
 
     def backward(dy: Array) -> tuple[Array, dict[str, Array]]:
@@ -113,7 +113,7 @@ def dropout(x: Array, rate: float, noise: Array) -> tuple[Array, Backward]:
 
 
 def embedding(x: Array, weight: Array) -> tuple[Array, Backward]:
-    """Look the integers x (b, length) up in W (entries, features)."""
+    """Look up the integers x (b, length) in W (entries, features)."""
 
     def backward(dy: Array) -> tuple[Array, dict[str, Array]]:
         dweight = np.zeros_like(weight)
@@ -124,7 +124,7 @@ def embedding(x: Array, weight: Array) -> tuple[Array, Backward]:
 
 
 def tanh(x: Array) -> tuple[Array, Backward]:
-    """The hyperbolic tangent, of derivative 1 - y^2."""
+    """The hyperbolic tangent, with derivative 1 - y^2."""
     y = np.tanh(x)
 
     def backward(dy: Array) -> tuple[Array, dict[str, Array]]:
@@ -134,7 +134,7 @@ def tanh(x: Array) -> tuple[Array, Backward]:
 
 
 def relu(x: Array) -> tuple[Array, Backward]:
-    """max(x, 0), of derivative 0 at 0. NaN stays NaN."""
+    """max(x, 0), with derivative 0 at 0. NaN stays NaN."""
     positive = x > 0
 
     def backward(dy: Array) -> tuple[Array, dict[str, Array]]:
@@ -156,7 +156,7 @@ def global_mean(x: Array) -> tuple[Array, Backward]:
 
 
 def softmax_cross_entropy(logits: Array, targets: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """The b losses l_i = log(sum of exp z_i) - z_i[y_i], and w -> d(sum of w_i l_i)/dz."""
+    """Return the b losses log(sum of exp z_i) - z_i[y_i], and the map w -> d(sum of w_i l_i)/dz."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     exponentials = np.exp(shifted)
     totals = exponentials.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What can be climbed along without a pass: what earlier steps have left."""
+"""Ascent directions that need no pass, because they come from earlier steps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,19 +17,19 @@ Array = NDArray[Any]
 
 
 class Memory:
-    """The direction of `Previous` and of `Momentum`.
+    """The ascent direction of `Previous` and `Momentum`.
 
     Args:
         config: hyperparameters.
         units: T records of the trained parameters.
         allowed: T booleans, whether the unit may be perturbed.
-        base: the optimizer that makes the updates, whose first moments `Momentum` reads.
+        base: the base optimizer, whose first moments `Momentum` reads.
 
     Attributes:
-        previous: the gradient of the last update, by name: all that `Previous` keeps.
+        previous: the gradient of the last update, by name; used by `Previous`.
 
     Raises:
-        ESAMValueError: `ascend=Momentum()`, and the base has no first moment.
+        ESAMValueError: `ascend=Momentum()`, and the base optimizer has no first moment.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Memory:
     ) -> None:
         if isinstance(config.ascend, directions.Momentum) and (base is None or not base.has_moment):
             raise ESAMValueError(
-                "`ascend=Momentum()` must have a base optimizer with a first moment, such as SGD "
+                "`ascend=Momentum()` needs a base optimizer with a first moment, such as SGD "
                 f"with momentum > 0. Received: {base.base if base else None}."
             )
         self.config = config
@@ -51,7 +51,7 @@ class Memory:
         self.previous: dict[str, Array] = {}
 
     def direction(self) -> dict[str, Array]:
-        """Return what to climb along, with its sign, by name: nothing before the first update."""
+        """Return the signed ascent direction, by name; empty before the first update."""
         ascend = self.config.ascend
         found: Mapping[str, Array] = {}
         if isinstance(ascend, directions.Previous):
@@ -61,10 +61,11 @@ class Memory:
         sign = getattr(ascend, "sign", 1)
         return {name: sign * g for name, g in found.items()}
 
-    def updated(self, gradient: Mapping[str, Array]) -> None:
-        """After an update: keep the gradient that the base optimizer was given, for `Previous`.
+    def record_update(self, gradient: Mapping[str, Array]) -> None:
+        """Keep the gradient that the base optimizer used in an update, for `Previous`.
 
-        Not of units that are never perturbed. If no unit had a gradient, it was no update.
+        Units that are never perturbed are left out. An update in which no unit had a gradient is
+        ignored.
         """
         if not isinstance(self.config.ascend, directions.Previous) or not gradient:
             return
@@ -78,7 +79,7 @@ class Memory:
         }
 
     def load(self, saved: Mapping[str, Array]) -> None:
-        """Go on with a saved `previous`, if it is of this model."""
+        """Load a saved `previous`, after checking that it fits this model."""
         shapes = {unit.name: unit.shape for unit in self.units}
         directions.check_saved_direction({n: g.shape for n, g in saved.items()}, shapes)
         self.previous = {name: g.copy() for name, g in saved.items()}

@@ -1,7 +1,7 @@
-"""A chain of layers with per-sample losses: the model that reference problems train.
+"""A chain of layers with one loss per sample: the model of the reference problems.
 
-`Model` is what the reference step asks of any model; `Network` is one, built from a problem's
-layer records.
+`Model` is the interface that the reference step needs; `Network` implements it, built from a
+problem's layer records.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ class Evaluation(Protocol):
     """One forward pass.
 
     Attributes:
-        losses: (b,) l_i, one per sample.
+        losses: (b,) losses l_i, one per sample.
     """
 
     losses: Array
@@ -45,14 +45,14 @@ class Evaluation(Protocol):
 
 
 class Model(Protocol):
-    """What the reference step needs of a model.
+    """The interface that the reference step needs.
 
     Attributes:
-        parameters: theta, by name, in the order of the units. The step changes the arrays in
-            place and puts them back.
+        parameters: theta, by name, in the order of the units. The step changes the arrays in place
+            and restores them.
         buffers: running statistics by name, changed in place.
-        units: a record for each trainable parameter, in that order.
-        random_state: all that the noise of `evaluate` depends on. Assignable.
+        units: a record for each trainable parameter, in the same order.
+        random_state: the complete random state that `evaluate` depends on. Assignable.
     """
 
     parameters: dict[str, Array]
@@ -69,14 +69,14 @@ class Model(Protocol):
 
         Args:
             batch: the samples.
-            statistics: "batch" or "running": by what BatchNorm normalises.
-            update: whether BatchNorm's running statistics take the batch's in.
+            statistics: "batch" or "running": the statistics that BatchNorm normalises by.
+            update: whether to update BatchNorm's running statistics.
         """
         ...
 
 
 class _Evaluated:
-    """An `Evaluation` that goes back through the layers when asked."""
+    """An `Evaluation` that back-propagates when `gradient` is called."""
 
     def __init__(self, losses: Array, gradient: Callable[[Array], dict[str, Array]]) -> None:
         self.losses = losses
@@ -97,9 +97,9 @@ class Network:
 
     Args:
         layers: the records, in order of execution; their arrays are copied.
-        dtype: of all arrays. Default float64.
-        seed: of the dropout noise. Default 0.
-        frozen: names of parameters that are not trained: they have no unit and no gradient.
+        dtype: the dtype of all arrays. Default float64.
+        seed: the seed of the dropout noise. Default 0.
+        frozen: names of parameters that are not trained; they have no unit and no gradient.
         unbiased_running_variance: see `esam_core.conformance.adapter.Conventions`.
 
     Example:
@@ -151,7 +151,7 @@ class Network:
 
     @property
     def random_state(self) -> Any:
-        """The state of the generator of the dropout noise."""
+        """The state of the dropout generator."""
         return self._generator.bit_generator.state
 
     @random_state.setter
@@ -161,7 +161,7 @@ class Network:
     def evaluate(
         self, batch: Batch, *, statistics: str = "batch", update: bool = False
     ) -> Evaluation:
-        """Return the losses of a batch, and the way back. See `Model.evaluate`."""
+        """Return an `Evaluation` of a batch. See `Model.evaluate`."""
         x = np.asarray(batch.inputs)
         if np.issubdtype(x.dtype, np.floating):
             x = x.astype(self.dtype)

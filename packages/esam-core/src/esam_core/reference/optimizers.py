@@ -1,4 +1,4 @@
-"""Base optimizers in NumPy: SGD, Adam and AdamW, as in torch or, by `Conventions`, as in Keras."""
+"""Base optimizers in NumPy: SGD, Adam and AdamW, as in torch or (see `Conventions`) Keras."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,11 @@ Array = NDArray[Any]
 
 
 class BaseOptimizer:
-    """The base optimizer's own update, theta <- theta - ... at the gradients given.
+    """A base optimizer, which updates the parameters with given gradients.
 
     Args:
         base: kind and settings.
-        conventions: where frameworks differ. Default torch's.
+        conventions: settings on which frameworks differ. Default: torch's.
 
     Example:
         >>> import numpy as np
@@ -36,7 +36,7 @@ class BaseOptimizer:
         self._steps: dict[str, int] = {}
 
     def update(self, parameters: Mapping[str, Array], gradients: Mapping[str, Array]) -> None:
-        """Change in place the parameters that have a gradient."""
+        """Update in place all parameters that have a gradient."""
         rule = self._sgd if self.base.kind == "sgd" else self._adam
         for name, g in gradients.items():
             theta = parameters[name]
@@ -58,7 +58,7 @@ class BaseOptimizer:
         theta -= base.lr * g
 
     def _adam(self, name: str, theta: Array, g: Array) -> None:
-        """Apply theta <- theta - lr m / (sqrt(v) + eps), m and v the running means of g and g^2."""
+        """Apply theta <- theta - lr m / (sqrt(v) + eps), with running means m of g and v of g^2."""
         base, t = self.base, self._steps[name]
         beta1, beta2 = base.betas
         if base.kind == "adamw":
@@ -75,11 +75,11 @@ class BaseOptimizer:
 
     @property
     def has_moment(self) -> bool:
-        """Whether the base keeps a first moment: SGD does with a momentum, Adam always."""
+        """Whether the optimizer keeps a first moment: SGD with momentum does, and Adam always."""
         return self.base.kind != "sgd" or self.base.momentum > 0.0
 
     def first_moments(self) -> dict[str, Array]:
-        """Return by name SGD's momentum buffers v or Adam's m: none before the first update."""
+        """Return SGD's momentum buffers v or Adam's m by name; empty before the first update."""
         return {name: moments[0] for name, moments in self._moments.items()}
 
     def state(self) -> dict[str, Any]:
@@ -88,6 +88,6 @@ class BaseOptimizer:
         return {"moments": moments, "steps": dict(self._steps)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore a state that `state` returned."""
         self._moments = {name: [a.copy() for a in old] for name, old in state["moments"].items()}
         self._steps = dict(state["steps"])

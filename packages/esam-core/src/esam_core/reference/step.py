@@ -1,10 +1,10 @@
-"""One ESAM step, slow and literal: the specification that every backend is checked against.
+"""One ESAM step, slow and literal: the specification against which backends are checked.
 
-`Step.backward` is the table of the phases; each phase is a method, and each equation a function
-of `perturbation`, `selectors`, `directions` or this module.
+`Step.backward` runs the phases in order. Each phase is a method, and each equation is a function in
+`perturbation`, `selectors`, `directions` or this module.
 
-Source: Du et al., ICLR 2022 (arXiv 2110.03141), algorithm 1 and equations 6 to 10. What the paper
-leaves open is decided here, a rule at a time, and said where it is decided.
+Source: Du et al., ICLR 2022 (arXiv 2110.03141), algorithm 1 and equations 6 to 10. Comments mark
+the rules that the paper leaves open.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,46 +31,48 @@ Array = NDArray[Any]
 
 
 def mean_weights(b: int) -> Array:
-    """Return the b weights 1/b: the sum of w_i l_i is then L_B, the mean loss."""
+    """Return the b weights 1/b, with which the sum of w_i l_i is the mean loss L_B."""
     return np.full(b, 1.0 / b)
 
 
 def subset(batch: Batch, indices: Array) -> Batch:
-    """Return the samples of a batch at these indices: B+ of equation 8."""
+    """Return the samples of a batch at these indices, such as B+ of equation 8."""
     return Batch(batch.inputs[indices], batch.targets[indices])
 
 
 def scales(mask: Mask, parameters: Sequence[Array]) -> list[float | Array]:
-    """Return m_t / p_t of equation 6 for each unit; of each scalar weight where those are drawn.
+    """Return m_t / p_t of equation 6 for each unit, or for each weight if weights are drawn.
 
-    Masks of single weights are every backend's own draw: only their law is shared.
+    Each backend draws masks of single weights with its own generator; only their distribution is
+    the same.
     """
     if mask.weight_beta is None or mask.weight_seed is None:
         return list(mask.scale)
     result: list[float | Array] = []
     for t, (scale, theta) in enumerate(zip(mask.scale, parameters, strict=True)):
         drawn = uniforms(theta.size, seed=mask.weight_seed, count=0, stream=t) < mask.weight_beta
-        # Chosen, not multiplied: a scale may be inf, and 0 * inf is not a number.
+        # Use `where`, not a product: a scale may be inf, and 0 * inf is NaN.
         chosen = np.where(drawn.reshape(theta.shape), scale, 0.0)
         result.append(np.asarray(chosen, dtype=theta.dtype))
     return result
 
 
 class Step:
-    """ESAM around a model in NumPy: everything but the base optimizer's update.
+    """ESAM for a NumPy model: everything except the base optimizer's update.
 
     Args:
         model: see `Model`.
         config: hyperparameters.
-        settings: parameter name -> its own "rho", "adaptive" or "perturb", where they differ.
-        base: the optimizer that makes the updates, whose first moments `Momentum` reads.
+        settings: parameter name -> "rho", "adaptive" or "perturb", where they differ from the
+            config.
+        base: the base optimizer, whose first moments `Momentum` reads.
 
     Attributes:
-        count: the number of the next ascent.
-        memory: what earlier steps have left to climb along.
+        count: the count of the next step.
+        memory: the ascent directions kept from earlier steps.
 
     Raises:
-        ESAMValueError: `ascend=Momentum()`, and the base has no first moment.
+        ESAMValueError: `ascend=Momentum()`, and the base optimizer has no first moment.
 
     Example:
         >>> import numpy as np
@@ -108,35 +110,35 @@ class Step:
         return [self.model.parameters[unit.name] for unit in self.model.units]
 
     def backward(self, batch: Batch) -> tuple[dict[str, Array], StepReport]:
-        """Return the descent gradient and the report; the parameters are as they were.
+        """Return the descent gradient and the report; the parameters are restored.
 
         Args:
             batch: b >= 1 samples.
 
         Returns:
-            The gradients by name, to be added to whatever is there (none with
-            `on_nonfinite="skip"` where something was not finite), and the report.
+            The gradients by name, to be added to existing gradients, and the report. The gradients
+            are empty if a value was not finite and `on_nonfinite="skip"`.
 
         Raises:
             ESAMValueError: the batch is empty.
-            NonFiniteError: with `on_nonfinite="raise"`.
-            BaseException: whatever the model raises. Parameters, random state and count are then
-                as they were on entry.
+            NonFiniteError: a value was not finite, and `on_nonfinite="raise"`.
+            BaseException: any exception from the model. Parameters, random state and count are then
+                restored.
         """
         if len(batch.targets) == 0:
             raise ESAMValueError("The batch must not be empty. Received: a batch of 0 samples.")
         entry = self.model.random_state
         buffers = {name: array.copy() for name, array in self.model.buffers.items()}
-        theta = [array.copy() for array in self.theta]  # restored from, bit for bit
+        theta = [array.copy() for array in self.theta]  # used to restore them bit for bit
         try:
-            with np.errstate(all="ignore"):  # values that are not finite have their own rules
+            with np.errstate(all="ignore"):  # `on_nonfinite` handles values that are not finite
                 mask = self.mask()
                 if mask.active and self.has_direction(mask):
                     gradient, report = self.perturbed_step(batch, mask, entry)
                 else:
                     gradient, report = self.base_step(batch)
             if self.config.on_nonfinite != "propagate" and not self.is_finite(gradient, report):
-                gradient, report = self.nonfinite(report)
+                gradient, report = self.nonfinite_result(report)
                 self.restore_buffers(buffers)
         except BaseException:
             self.model.random_state = entry
@@ -148,14 +150,14 @@ class Step:
         return gradient, report
 
     def mask(self) -> Mask:
-        """Phase 1: the mask of *this* step. Units that may not move, or not far, stay out."""
+        """Phase 1: the mask of *this* step, without units that are excluded or have rho = 0."""
         units = self.model.units
         mask = self.config.perturb.draw(units, seed=self.config.seed, count=self.count)
         allowed = [p and r > 0.0 for p, r in zip(self.perturb, self.rho, strict=True)]
         return mask.within(allowed)
 
     def base_step(self, batch: Batch) -> tuple[dict[str, Array], StepReport]:
-        """An empty mask, or rho = 0: the base optimizer's ordinary gradient, and nothing else."""
+        """Return the ordinary gradient: for an empty mask, for rho = 0, or without a direction."""
         evaluation = self.model.evaluate(batch, statistics="batch", update=True)
         gradient = evaluation.gradient(mean_weights(len(evaluation.losses)))
         return gradient, StepReport(count=self.count, losses=evaluation.losses)
@@ -163,9 +165,9 @@ class Step:
     def perturbed_step(
         self, batch: Batch, mask: Mask, entry: Any
     ) -> tuple[dict[str, Array], StepReport]:
-        """Phases 2 to 5. On return the random state is what the recording pass left."""
+        """Phases 2 to 5. The random state ends as the pass that updates statistics leaves it."""
         b = len(batch.targets)
-        part = self.climbing(b)
+        part = self.ascent_indices(b)
         losses: Array | None = None
         if len(part):
             ascent = self.ascent(batch, part)
@@ -173,29 +175,29 @@ class Step:
             g = self.ascent_gradient(ascent, mask)
         else:
             g = self.earlier_gradient(mask)
-        left = self.model.random_state
+        state = self.model.random_state
         if selectors.needs_losses(self.config.select, b) and len(part) < b:
             self.model.random_state = entry  # all passes see the same dropout noise
             losses = self.scoring_pass(batch, part, losses)
-            left = self.model.random_state
+            state = self.model.random_state
         scale = scales(mask, self.theta)
         length = self.norm(g, scale)
         epsilon = [mask.rho_factor * e for e in self.perturbation(g, scale)]
-        self.climb(epsilon)
+        self.apply_perturbation(epsilon)
 
         perturbed_losses = None
         if selectors.needs_perturbed_losses(self.config.select, b):
             self.model.random_state = entry
             perturbed_losses = self.selection_pass(batch)
-        # Where not all losses are known, the selection does not look at them.
+        # If not all losses are known, the selection does not use them.
         scores = losses if losses is not None and len(losses) == b else np.zeros(b)
         selection = self.selection(scores, perturbed_losses)
-        weights = self.poisoned(selection.weights, length, losses, perturbed_losses)
+        weights = self.weights_or_nan(selection.weights, length, losses, perturbed_losses)
 
         self.model.random_state = entry
         gradient, descent_losses = self.descent(batch, selection.indices, weights)
         if self.records_at_theta(b):
-            self.model.random_state = left
+            self.model.random_state = state
 
         everything = len(selection.indices) == b
         report = StepReport(
@@ -215,20 +217,21 @@ class Step:
         )
         return gradient, report
 
-    def climbing(self, b: int) -> Array:
-        """The samples that are climbed along: all, a part, or none with an earlier direction."""
+    def ascent_indices(self, b: int) -> Array:
+        """The samples in the ascent pass: all, a part, or none with `Previous` and `Momentum`."""
         return directions.climbing_indices(
             self.config.ascend, b, seed=self.config.seed, count=self.count
         )
 
     def records_at_theta(self, b: int) -> bool:
-        """Return whether a pass at theta leaves its statistics and random state, or the descent."""
+        """Return whether a pass at theta updates the running state, and not the descent pass."""
         return directions.records_at_theta(self.config.ascend, self.config.select, b)
 
     def ascent(self, batch: Batch, part: Array) -> Evaluation:
-        """Phase 2, forward: l_i(theta) of the samples that are climbed along.
+        """Phase 2, forward: l_i(theta) of the samples in the ascent pass.
 
-        One sample of several has no batch statistics: BatchNorm then uses the running ones.
+        A single sample of a larger batch has no batch statistics: BatchNorm then uses the running
+        statistics.
         """
         b = len(batch.targets)
         statistics = "running" if len(part) == 1 < b else "batch"
@@ -239,9 +242,9 @@ class Step:
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
         """Phase 2, backward: g = grad L, for the masked units only (for all, if norm="full")."""
         gradient = ascent.gradient(mean_weights(len(ascent.losses)))
-        return self.masked(gradient, mask)
+        return self.masked_gradients(gradient, mask)
 
-    def masked(self, gradient: Mapping[str, Array], mask: Mask) -> list[Array | None]:
+    def masked_gradients(self, gradient: Mapping[str, Array], mask: Mask) -> list[Array | None]:
         """Return the gradients of the masked units (of all, if norm="full"), else None."""
         return [
             gradient.get(unit.name) if m or self.config.norm == "full" else None
@@ -250,19 +253,19 @@ class Step:
 
     def earlier_gradient(self, mask: Mask) -> list[Array | None]:
         """Phase 2 without a pass: the direction of `Previous` or `Momentum`."""
-        return self.masked(self.memory.direction(), mask)
+        return self.masked_gradients(self.memory.direction(), mask)
 
     def has_direction(self, mask: Mask) -> bool:
-        """Return whether there is anything to climb along: not before the first update."""
+        """Return whether there is an ascent direction; there is none before the first update."""
         if isinstance(self.config.ascend, directions.Batch | directions.Part):
             return True
         found = zip(self.earlier_gradient(mask), mask.perturbed, strict=True)
         return any(m and g is not None for g, m in found)
 
     def scoring_pass(self, batch: Batch, part: Array, losses: Array | None) -> Array:
-        """Phase 2, forward, no graph: l_i(theta) of the samples that are not climbed along.
+        """Phase 2, forward, no graph: l_i(theta) of the samples outside the ascent pass.
 
-        Which are all, or with `Part` the rest, to be put between the losses of the part.
+        Returns the losses of all samples, in order: with `Part`, merged with those of the part.
         """
         b = len(batch.targets)
         rest = np.setdiff1d(np.arange(b), part)
@@ -278,7 +281,7 @@ class Step:
     def norm(self, g: Sequence[Array | None], scale: Sequence[float | Array]) -> float:
         """The denominator of phase 3 as `config.norm` defines it, one for all units.
 
-        With norm="none", where nothing is divided by, the report still shows that of "masked".
+        With norm="none" there is no denominator; the report then shows that of "masked".
         """
         norm: Norm = "masked" if self.config.norm == "none" else self.config.norm
         return perturbation_norm(g, self.theta, scale, norm=norm, adaptive=self.adaptive)
@@ -297,8 +300,8 @@ class Step:
             adaptive=self.adaptive,
         )
 
-    def climb(self, epsilon: Sequence[Array]) -> None:
-        """Go to theta + epsilon, in place."""
+    def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
+        """Add epsilon to theta, in place."""
         for theta, e in zip(self.theta, epsilon, strict=True):
             theta += e
 
@@ -312,11 +315,11 @@ class Step:
             self.config.select, losses, perturbed_losses, seed=self.config.seed, count=self.count
         )
 
-    def poisoned(self, weights: Array, length: float, *seen: Array | None) -> Array:
+    def weights_or_nan(self, weights: Array, length: float, *seen: Array | None) -> Array:
         """Return the weights, all NaN if the norm or any loss so far was not finite.
 
-        Non-finite values must reach the gradient, as they do in any ordinary backward pass: a
-        selection that left just the bad sample out would hide them.
+        Non-finite values must reach the gradient, as in any ordinary backward pass. A selection
+        that left out only the bad sample would hide them.
         """
         total = length + sum(float(np.sum(losses)) for losses in seen if losses is not None)
         return np.asarray(weights + 0.0 * total)
@@ -326,8 +329,8 @@ class Step:
     ) -> tuple[dict[str, Array], Array]:
         """Phase 5: the gradient of the sum of w_i l_i(theta + epsilon) over the selected samples.
 
-        And these losses. One sample has no batch statistics of its own: BatchNorm then uses the
-        running ones.
+        Returns these losses too. A single sample has no batch statistics: BatchNorm then uses the
+        running statistics.
         """
         statistics = "running" if len(indices) == 1 else "batch"
         update = not self.records_at_theta(len(batch.targets))
@@ -337,12 +340,12 @@ class Step:
         return evaluation.gradient(weights), evaluation.losses
 
     def restore(self, theta: Sequence[Array]) -> None:
-        """Phase 6: theta back from the copy, bit for bit."""
+        """Phase 6: restore theta from the copy, bit for bit."""
         for array, saved in zip(self.theta, theta, strict=True):
             array[...] = saved
 
     def restore_buffers(self, buffers: Mapping[str, Array]) -> None:
-        """Running statistics back: a step that failed or was left out has not been."""
+        """Restore the running statistics after a step that failed or was skipped."""
         for name, saved in buffers.items():
             self.model.buffers[name][...] = saved
 
@@ -351,8 +354,8 @@ class Step:
         seen = [report.losses, report.perturbed_losses, report.gradient_norm, *gradient.values()]
         return all(bool(np.isfinite(x).all()) for x in seen if x is not None)
 
-    def nonfinite(self, report: StepReport) -> tuple[dict[str, Array], StepReport]:
-        """Return no gradient at all with "skip"; raise with "raise"."""
+    def nonfinite_result(self, report: StepReport) -> tuple[dict[str, Array], StepReport]:
+        """Return an empty gradient for "skip"; raise NonFiniteError for "raise"."""
         if self.config.on_nonfinite == "raise":
             raise NonFiniteError(
                 "A loss or gradient is not finite, and on_nonfinite='raise'. Received: "
