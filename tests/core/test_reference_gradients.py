@@ -127,6 +127,7 @@ PROBLEMS = {
     "convolution": problems.convolution(),
     "embedding": problems.embedding(),
     "dropout": problems.dropout(),
+    "carry": problems.carry(),
 }
 
 
@@ -136,10 +137,10 @@ def test_gradients_of_whole_problems(name, statistics):
     problem = PROBLEMS[name]
     network, batch = Network(problem.layers), problem.batches[0]
     weights = np.linspace(0.5, 1.5, len(batch.targets))
-    state = network.random_state
+    state = network.forward_state
 
     def losses():
-        network.random_state = state  # the same dropout noise each time
+        network.forward_state = state  # the same noise, and the same numbers carried, each time
         return network.evaluate(batch, statistics=statistics)
 
     gradient = losses().gradient(weights)

@@ -31,7 +31,7 @@ def step_of(problem, settings=None, *, seed=0, **arguments):
 class Quadratic:
     """b losses l_i = a_i |theta|^2 / 2 in one unit: everything about it can be done in the head."""
 
-    random_state = None
+    forward_state = None
     units = (Unit("theta", (2,)),)
 
     def __init__(self, curvatures):

@@ -20,8 +20,10 @@ COMPILED = (
     "check_running_statistics_are_updated_once",
     "check_one_selected_sample_with_batchnorm",
     "check_descent_pass_sees_the_same_noise",
+    "check_passes_read_the_same",
     "check_overflow_at_the_peak",
     "check_nonfinite_steps_are_skipped",
+    "check_a_skipped_step_writes_nothing",
     "check_resuming",
 )
 

@@ -17,6 +17,7 @@ from esam_core.conformance.adapter import Observed
 from esam_core.directions import climbing_indices, records_at_theta
 from esam_core.problem import (
     BatchNorm,
+    Carry,
     Conv,
     Conventions,
     Dense,
@@ -46,10 +47,13 @@ class Model:
                     self.kinds[name] = {BatchNorm: "norm", Embedding: "embedding"}.get(
                         type(layer), role
                     )
+            if isinstance(layer, Carry):
+                self.buffers[f"{layer.name}.state"] = np.array(layer.state, dtype=float)
             if isinstance(layer, BatchNorm):
                 self.buffers[f"{layer.name}.mean"] = np.array(layer.mean, dtype=float)
                 self.buffers[f"{layer.name}.variance"] = np.array(layer.variance, dtype=float)
         self.noise = np.random.Generator(np.random.Philox(seed))
+        self.found = self.buffers  # what all forwards of a step read
 
     def units(self):
         """Return the records that samplers see."""
@@ -76,6 +80,11 @@ class Model:
                     x = np.einsum("bijcuv,uvco->bijo", windows, weight) + bias
                 case BatchNorm():
                     x = self.normalised(layer, x, update, running) * weight + bias
+                case Carry():
+                    name, mean = f"{layer.name}.state", x.mean(axis=tuple(range(x.ndim - 1)))
+                    x = x + self.found[name]
+                    if update:
+                        self.buffers[name] = (self.found[name] + mean) / 2
                 case Dropout():
                     x = x * (self.noise.random(x.shape) < 1 - layer.rate) / (1 - layer.rate)
                 case Embedding():
@@ -138,7 +147,7 @@ class Session:
             raise ESAMValueError("The batch must hold at least one sample. Received: 0.")
         model = self.model
         theta = dict(model.theta)  # arrays are replaced, never written to: the names suffice
-        buffers = {name: a.copy() for name, a in model.buffers.items()}
+        buffers = model.found = {name: a.copy() for name, a in model.buffers.items()}
         state = model.noise.bit_generator.state
         passes = []
 

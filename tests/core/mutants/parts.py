@@ -57,9 +57,9 @@ class PartReportedNotUsed(Step):
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Evaluate the part, and keep the whole batch's gradient for later."""
-        state = self.model.random_state
+        state = self.model.forward_state
         self.whole = super().ascent(batch, np.arange(len(batch.targets)))
-        self.model.random_state = state
+        self.model.forward_state = state
         return super().ascent(batch, part)
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
@@ -128,9 +128,9 @@ class StatisticsOfPartAndDescent(Step):
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Update here too."""
-        state = self.model.random_state
+        state = self.model.forward_state
         self.model.evaluate(subset(batch, part), statistics="batch", update=True)
-        self.model.random_state = state
+        self.model.forward_state = state
         return super().ascent(batch, part)
 
 

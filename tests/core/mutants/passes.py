@@ -51,9 +51,9 @@ class StatisticsUpdatedAtThePeak(Step):
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Update there."""
-        state = self.model.random_state
+        state = self.model.forward_state
         self.model.evaluate(batch, statistics="batch", update=True)
-        self.model.random_state = state
+        self.model.forward_state = state
         return super().descent(batch, indices, weights)
 
 
@@ -103,13 +103,13 @@ class SelectionWithOtherNoise(Step):
 
     def selection_pass(self, batch: Any) -> Array:
         """Draw on from where the ascent pass ended."""
-        self.model.random_state = self.after_ascent
+        self.model.forward_state = self.after_ascent
         return super().selection_pass(batch)
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Remember where the generator is."""
         evaluation = super().ascent(batch, part)
-        self.after_ascent = self.model.random_state
+        self.after_ascent = self.model.forward_state
         return evaluation
 
 
@@ -123,7 +123,7 @@ class DescentWithOtherNoise(SelectionWithOtherNoise):
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Draw on from where the ascent pass ended."""
-        self.model.random_state = self.after_ascent
+        self.model.forward_state = self.after_ascent
         return super().descent(batch, indices, weights)
 
 
@@ -135,14 +135,14 @@ class GeneratorLeftWhereTheDescentEnds(Step):
         """Leave the generator wherever it is."""
         self.left: Any = None
         result = super().perturbed_step(batch, mask, entry)
-        self.model.random_state = self.left
+        self.model.forward_state = self.left
         self.model.evaluate(batch, statistics="batch", update=False)
         return result
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Remember where this pass ends."""
         gradient = super().descent(batch, indices, weights)
-        self.left = self.model.random_state
+        self.left = self.model.forward_state
         return gradient
 
 
@@ -153,7 +153,7 @@ class NoiseNeverChanges(Step):
     def perturbed_step(self, batch: Any, mask: Mask, entry: Any) -> Any:
         """Put it back."""
         result = super().perturbed_step(batch, mask, entry)
-        self.model.random_state = entry
+        self.model.forward_state = entry
         return result
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "Base",
     "Batch",
     "BatchNorm",
+    "Carry",
     "Conv",
     "Conventions",
     "Dense",
@@ -66,6 +67,18 @@ class BatchNorm:
 
 
 @dataclass(frozen=True, eq=False)
+class Carry:
+    """Add what earlier forwards left, which is a constant for the derivative: `x + state`.
+
+    Each forward then writes `state = (state + mean of x over every axis but the last) / 2`, in
+    whatever way the framework's users keep numbers from forward to forward.
+    """
+
+    name: str
+    state: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Dropout:
     """Zero each element with probability `rate`, scale the others by 1 / (1 - rate).
 
@@ -105,7 +118,7 @@ class GlobalMean:
     name: str
 
 
-Layer = Dense | Conv | BatchNorm | Dropout | Embedding | Tanh | Relu | GlobalMean
+Layer = Dense | Conv | BatchNorm | Carry | Dropout | Embedding | Tanh | Relu | GlobalMean
 
 
 @dataclass(frozen=True, eq=False)

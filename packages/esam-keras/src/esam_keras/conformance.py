@@ -17,6 +17,7 @@ from esam_core.problem import (
     Base,
     Batch,
     BatchNorm,
+    Carry,
     Conv,
     Conventions,
     Dense,
@@ -43,6 +44,7 @@ _ROLES = {
     "beta": "bias",
     "moving_mean": "mean",
     "moving_variance": "variance",
+    "state": "state",
 }
 
 
@@ -51,6 +53,20 @@ class _GlobalMean(keras.layers.Layer):
 
     def call(self, x: Any) -> Any:
         return ops.mean(x, axis=tuple(range(1, len(x.shape) - 1)))
+
+
+class _Carry(keras.layers.Layer):
+    """Adds a variable that each call brings halfway to the mean of its input."""
+
+    def build(self, input_shape: Any) -> None:
+        self.state = self.add_weight(
+            shape=input_shape[-1:], initializer="zeros", trainable=False, name="state"
+        )
+
+    def call(self, x: Any) -> Any:
+        y = x + self.state
+        self.state.assign((self.state + ops.mean(x, axis=0)) / 2)
+        return y
 
 
 class _Watch(keras.layers.Layer):
@@ -100,6 +116,8 @@ def _layer(layer: Layer, dtype: str, seed: int) -> keras.layers.Layer:
         return keras.layers.BatchNormalization(
             momentum=1.0 - layer.momentum, epsilon=layer.eps, **common
         )
+    if isinstance(layer, Carry):
+        return _Carry(**common)
     if isinstance(layer, Embedding):
         return keras.layers.Embedding(*layer.weight.shape, **common)
     if isinstance(layer, Dropout):
@@ -232,8 +250,8 @@ class KerasSession:
         return self._arrays(("weight", "bias"))
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics."""
-        return self._arrays(("mean", "variance"))
+        """Return copies of all running statistics, and of what is carried."""
+        return self._arrays(("mean", "variance", "state"))
 
     def trainable(self) -> dict[str, bool]:
         """Return whether each parameter is trained."""

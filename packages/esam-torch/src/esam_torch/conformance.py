@@ -21,6 +21,7 @@ from esam_core.problem import (
     Base,
     Batch,
     BatchNorm,
+    Carry,
     Conv,
     Conventions,
     Dense,
@@ -37,8 +38,8 @@ __all__ = ["TorchAdapter", "TorchSession", "adapter"]
 
 Array = NDArray[Any]
 
-#: The kit's names of running statistics, by torch's.
-_STATISTICS = {"running_mean": "mean", "running_var": "variance"}
+#: The kit's names of what forwards write, by torch's.
+_WRITTEN = {"running_mean": "mean", "running_var": "variance", "state": "state"}
 
 
 class _GlobalMean(nn.Module):
@@ -46,6 +47,21 @@ class _GlobalMean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
+
+
+class _Carry(nn.Module):
+    """Adds a buffer that each forward brings halfway to the mean of its input."""
+
+    state: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("state", torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.state
+        self.state = (self.state + x.detach().mean(0)) / 2
+        return y
 
 
 def _module(layer: Layer, images: bool) -> nn.Module:
@@ -68,6 +84,8 @@ def _module(layer: Layer, images: bool) -> nn.Module:
             running_mean=layer.mean,
             running_var=layer.variance,
         )
+    if isinstance(layer, Carry):
+        return _filled(_Carry(len(layer.state)), state=layer.state)
     if isinstance(layer, Embedding):
         return _filled(nn.Embedding(*layer.weight.shape), weight=layer.weight)
     if isinstance(layer, Dropout):
@@ -225,12 +243,12 @@ class TorchSession:
         return _array(tensor.T if dense and tensor.dim() == 2 else tensor)
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics."""
+        """Return copies of all running statistics, and of what is carried."""
         found = {}
         for name, buffer in self.model.named_buffers():
             layer, _, leaf = name.rpartition(".")
-            if leaf in _STATISTICS:
-                found[f"{layer}.{_STATISTICS[leaf]}"] = _array(buffer)
+            if leaf in _WRITTEN:
+                found[f"{layer}.{_WRITTEN[leaf]}"] = _array(buffer)
         return found
 
     def trainable(self) -> dict[str, bool]:

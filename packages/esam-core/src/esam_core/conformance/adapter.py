@@ -27,9 +27,9 @@ Layouts. Problems are written channels last, and the adapter translates on the w
 - `GlobalMean` averages over every axis between the first and the last of that layout.
 
 Names. A parameter is "<layer's name>.weight" or "<layer's name>.bias" (in a `BatchNorm`: scale
-and shift), a running statistic "<layer's name>.mean" or "<layer's name>.variance", whatever the
-framework calls it. Where a sampler needs blocks, the block of a parameter is its layer's name,
-and the blocks run in the order of `Problem.layers`.
+and shift), a running statistic "<layer's name>.mean" or "<layer's name>.variance", what a `Carry`
+holds "<layer's name>.state", whatever the framework calls it. Where a sampler needs blocks, the
+block of a parameter is its layer's name, and the blocks run in the order of `Problem.layers`.
 
 What a backend cannot show, it declares in `gaps`, with the reason: no check is left out silently.
 """
@@ -63,6 +63,7 @@ CAPABILITIES: Mapping[str, str] = {
     "state": "`Session.state` and `load`: save and resume",
     "random": "`Session.random_probe`: the state of the native random generators",
     "dropout": "`Dropout` layers",
+    "carry": "`Carry` layers: forwards that write what later ones read",
     "groups": "`groups`: rho, adaptive and perturb of single parameters",
     "frozen": "`frozen`: parameters that are not trained",
     "ascend": "`ascend=`: directions other than `Batch()`, and `Observed.part`",
@@ -134,7 +135,7 @@ class Session(Protocol):
         ...
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics by name."""
+        """Return copies of all running statistics, and of what `Carry` layers hold, by name."""
         ...
 
     def trainable(self) -> dict[str, bool]:

@@ -124,7 +124,7 @@ class NumpySession:
         return {name: theta.copy() for name, theta in self.network.parameters.items()}
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics."""
+        """Return copies of all running statistics, and of what is carried."""
         return {name: values.copy() for name, values in self.network.buffers.items()}
 
     def trainable(self) -> dict[str, bool]:

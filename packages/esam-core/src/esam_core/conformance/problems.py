@@ -14,6 +14,7 @@ from esam_core.draws import uniforms
 from esam_core.problem import (
     Batch,
     BatchNorm,
+    Carry,
     Conv,
     Dense,
     Dropout,
@@ -27,6 +28,7 @@ from esam_core.problem import (
 __all__ = [
     "batches",
     "batchnorm",
+    "carry",
     "convolution",
     "dropout",
     "embedding",
@@ -134,6 +136,17 @@ def dropout() -> Problem:
         _dense("head", 32, 3, 510),
     )
     return Problem("dropout", layers, batches(3, 8, (5,), 3, 520))
+
+
+def carry() -> Problem:
+    """Return a hidden layer with what earlier forwards left added to it."""
+    layers = (
+        _dense("first", 5, 6, 900),
+        Carry("carry", numbers((6,), 1.0, 910)),
+        Tanh("tanh"),
+        _dense("head", 6, 3, 920),
+    )
+    return Problem("carry", layers, batches(4, 8, (5,), 3, 930))
 
 
 def embedding() -> Problem:

@@ -100,7 +100,7 @@ def compare_observed(
 def compare_state(
     where: str, actual: Session, expected: Session, dtype: str, kind: str = "weights"
 ) -> None:
-    """Require the weights and running statistics to be the reference's."""
+    """Require the weights, and what forwards have written, to be the reference's."""
     close_all(f"{where}: weights", actual.weights(), expected.weights(), kind=kind, dtype=dtype)
     close_all(
         f"{where}: buffers", actual.buffers(), expected.buffers(), kind="buffers", dtype=dtype

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 __all__ = [
     "batchnorm",
     "batchnorm_running",
+    "carry",
     "conv",
     "dense",
     "dropout",
@@ -100,6 +101,15 @@ def batchnorm_running(
         return dy * weight * inverse, gradients
 
     return normal * weight + bias, backward
+
+
+def carry(x: Array, state: Array) -> tuple[Array, Backward, Array]:
+    """Return x + state for a constant state, and the state for the next forward."""
+
+    def backward(dy: Array) -> tuple[Array, dict[str, Array]]:
+        return dy, {}
+
+    return x + state, backward, (state + x.mean(axis=tuple(range(x.ndim - 1)))) / 2
 
 
 def dropout(x: Array, rate: float, noise: Array) -> tuple[Array, Backward]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from esam_core.problem import (
     Batch,
     BatchNorm,
+    Carry,
     Conv,
     Dense,
     Dropout,
@@ -50,14 +51,15 @@ class Model(Protocol):
     Attributes:
         parameters: theta, by name, in the order of the units. The step changes the arrays in place
             and restores them.
-        buffers: running statistics by name, changed in place.
+        buffers: running statistics and what else `evaluate` writes, by name, changed in place.
         units: a record for each trainable parameter, in the same order.
-        random_state: the complete random state that `evaluate` depends on. Assignable.
+        forward_state: what one forward leaves to the next, beside running statistics: the random
+            state, and what `Carry` layers hold. A copy. Assignable.
     """
 
     parameters: dict[str, Array]
     buffers: dict[str, Array]
-    random_state: Any
+    forward_state: Any
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -139,6 +141,8 @@ class Network:
                     units.append(
                         Unit(name, value.shape, _kind(layer, role), layer.name, depth=depth)
                     )
+            if isinstance(layer, Carry):
+                self.buffers[f"{layer.name}.state"] = np.array(layer.state, dtype=self.dtype)
             if isinstance(layer, BatchNorm):
                 self.buffers[f"{layer.name}.mean"] = np.array(layer.mean, dtype=self.dtype)
                 self.buffers[f"{layer.name}.variance"] = np.array(layer.variance, dtype=self.dtype)
@@ -157,6 +161,18 @@ class Network:
     @random_state.setter
     def random_state(self, state: Mapping[str, Any]) -> None:
         self._generator.bit_generator.state = state
+
+    @property
+    def forward_state(self) -> tuple[Any, dict[str, Array]]:
+        """The random state, and what the `Carry` layers hold."""
+        names = [f"{layer.name}.state" for layer in self.layers if isinstance(layer, Carry)]
+        return self.random_state, {name: self.buffers[name].copy() for name in names}
+
+    @forward_state.setter
+    def forward_state(self, state: tuple[Any, Mapping[str, Array]]) -> None:
+        self.random_state, carried = state
+        for name, values in carried.items():
+            self.buffers[name][...] = values
 
     def evaluate(
         self, batch: Batch, *, statistics: str = "batch", update: bool = False
@@ -196,6 +212,11 @@ class Network:
                 return functions.embedding(x, theta[weight])
             case BatchNorm():
                 return self._batchnorm(layer, x, theta[weight], theta[bias], statistics, update)
+            case Carry():
+                state = self.buffers[f"{layer.name}.state"]
+                y, backward, new = functions.carry(x, state)
+                state[...] = new
+                return y, backward
             case Dropout():
                 noise = self._generator.random(x.shape)
                 return functions.dropout(x, layer.rate, noise)

@@ -127,7 +127,7 @@ class Step:
         """
         if len(batch.targets) == 0:
             raise ESAMValueError("The batch must not be empty. Received: a batch of 0 samples.")
-        entry = self.model.random_state
+        entry = self.model.forward_state
         buffers = {name: array.copy() for name, array in self.model.buffers.items()}
         theta = [array.copy() for array in self.theta]  # used to restore them bit for bit
         try:
@@ -141,7 +141,7 @@ class Step:
                 gradient, report = self.nonfinite_result(report)
                 self.restore_buffers(buffers)
         except BaseException:
-            self.model.random_state = entry
+            self.model.forward_state = entry
             self.restore_buffers(buffers)
             raise
         finally:
@@ -175,11 +175,12 @@ class Step:
             g = self.ascent_gradient(ascent, mask)
         else:
             g = self.earlier_gradient(mask)
-        state = self.model.random_state
+        left = self.model.forward_state
         if selectors.needs_losses(self.config.select, b) and len(part) < b:
-            self.model.random_state = entry  # all passes see the same dropout noise
+            self.model.forward_state = entry  # all passes see the same noise, and read the same
             losses = self.scoring_pass(batch, part, losses)
-            state = self.model.random_state
+            if not len(part):
+                left = self.model.forward_state
         scale = scales(mask, self.theta)
         length = self.norm(g, scale)
         epsilon = [mask.rho_factor * e for e in self.perturbation(g, scale)]
@@ -187,17 +188,17 @@ class Step:
 
         perturbed_losses = None
         if selectors.needs_perturbed_losses(self.config.select, b):
-            self.model.random_state = entry
+            self.model.forward_state = entry
             perturbed_losses = self.selection_pass(batch)
         # If not all losses are known, the selection does not use them.
         scores = losses if losses is not None and len(losses) == b else np.zeros(b)
         selection = self.selection(scores, perturbed_losses)
         weights = self.weights_or_nan(selection.weights, length, losses, perturbed_losses)
 
-        self.model.random_state = entry
+        self.model.forward_state = entry
         gradient, descent_losses = self.descent(batch, selection.indices, weights)
         if self.records_at_theta(b):
-            self.model.random_state = state
+            self.model.forward_state = left
 
         everything = len(selection.indices) == b
         report = StepReport(

@@ -13,6 +13,7 @@ from esam_core.conformance.checks import (
     selection,
     traces,
     updates,
+    written,
 )
 from esam_core.conformance.checks.registry import Check, check, missing, needs_of
 
@@ -27,6 +28,7 @@ CHECKS: dict[str, Check] = {
         perturbation,
         selection,
         passes,
+        written,
         restoring,
         updates,
         parts,
