@@ -178,7 +178,7 @@ def make(model=None, **options):
 
 def test_a_step_warns_once():
     model, optimizer = make()
-    with pytest.warns(UserWarning, match=r"the same loss whichever samples.*gamma=1\.0"):
+    with pytest.warns(UserWarning, match=r"the same loss whichever other samples.*gamma=1\.0"):
         optimizer.step(lambda a, b: info_nce(model, a, b), X, Z)
     optimizer.step(lambda a, b: info_nce(model, a, b), X, Z)  # warnings are errors here
 

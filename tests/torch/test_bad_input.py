@@ -425,8 +425,8 @@ def test_what_was_whole_is_told():
     with pytest.raises(ValueError, match="batch_size") as raised:
         optimizer.step(losses_of(model), x, Whole(y))
     assert "on 4 of 8 samples" in raised.value.__notes__[0]
-    assert "Taken apart: batch[0] (Tensor of" in raised.value.__notes__[0]
-    assert "Whole: batch[1] (Tensor of shape (8,), marked)" in raised.value.__notes__[0]
+    assert "Split by sample: batch[0] (Tensor of" in raised.value.__notes__[0]
+    assert "Passed whole: batch[1] (Tensor of shape (8,), marked)" in raised.value.__notes__[0]
 
 
 BAD_LOSSES = {

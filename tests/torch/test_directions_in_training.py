@@ -249,7 +249,7 @@ def test_a_distributed_state_holds_the_direction():
     same(fresh.state_dict()["esam"]["direction"], kept, "direction")
     wrong, without, _ = make(seed=9)
     del state["direction"]
-    with pytest.raises(ESAMValueError, match="must be made with the same `ascend`"):
+    with pytest.raises(ESAMValueError, match="must be created with the same `ascend`"):
         DistributedState(wrong, without).load_state_dict(state)
 
 
@@ -292,7 +292,7 @@ def test_a_part_of_a_batch_that_cannot_be_taken_apart_is_refused():
     model, optimizer, losses = make(ascend=Part(0.5))
     stored = batch()
     before = Snapshot(model, optimizer)
-    with pytest.raises(ESAMValueError, match="the batch must hold the samples"):
+    with pytest.raises(ESAMValueError, match="the batch must contain the samples"):
         optimizer.loss(lambda: losses(*stored))
     before.check(but=("random",))
 

@@ -176,13 +176,13 @@ def test_what_cannot_be_trained_is_refused():
         fit(torch.nn.Linear, esam, _losses, batches, epochs=1, progress=False)
     with pytest.raises(TypeError, match="`optimizer` must be"):
         fit(model, "sgd", _losses, batches, epochs=1, progress=False)
-    with pytest.raises(ValueError, match="one of another"):
+    with pytest.raises(ValueError, match="an ESAM of another model"):
         fit(_model(), esam, _losses, batches, epochs=1, progress=False)
     with pytest.raises(ValueError, match="`epochs` must be >= 1"):
         fit(model, esam, _losses, batches, epochs=0, progress=False)
     with pytest.raises(ValueError, match="`scheduler_step`"):
         fit(model, esam, _losses, batches, epochs=1, scheduler_step="step", progress=False)
-    with pytest.raises(ValueError, match="hold a batch"):
+    with pytest.raises(ValueError, match="yield a batch"):
         fit(model, esam, _losses, [], epochs=1, progress=False)
     with pytest.raises(ValueError, match="`progress`"):
         fit(model, esam, _losses, batches, epochs=1, progress="loud")

@@ -91,7 +91,7 @@ def test_what_holds_itself():
     assert args[0] is node and torch.equal(args[1], table(5))
     assert detached(node)["children"][0]["parent"] is not None
     with pytest.raises(
-        ESAMTypeError, match=r"must not hold itself.*take=.*Received: a (dict|list)"
+        ESAMTypeError, match=r"must not contain itself.*take=.*Received: a (dict|list)"
     ):
         Samples().check(((node,), {}), 5)
     samples = Samples()
@@ -106,8 +106,8 @@ def test_the_note_says_what_was_taken_apart():
     samples.check(batch, 5)
     note = samples.note(batch, 2, 5)
     assert "on 2 of 5 samples" in note
-    assert r"Taken apart: batch[0] (Tensor of shape (5,)), y (list of str, length 5)." in note
-    assert "Whole: batch[1] (str)." in note
+    assert r"Split by sample: batch[0] (Tensor of shape (5,)), y (list of str, length 5)." in note
+    assert "Passed whole: batch[1] (str)." in note
 
 
 # -- outputs -------------------------------------------------------------------------------------

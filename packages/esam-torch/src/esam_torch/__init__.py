@@ -1,10 +1,10 @@
 """esam-torch: efficient sharpness-aware minimisation for PyTorch.
 
-One line changes in a training script::
+In a training script, wrap the optimizer::
 
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05)
 
-and the loss is `optimizer.loss(losses, inputs, targets)`, whose `backward()` stays where it was.
+and compute the loss as `optimizer.loss(losses, inputs, targets)`. The call of `backward()` stays.
 """
 
 from esam_core import (

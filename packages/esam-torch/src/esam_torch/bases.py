@@ -1,4 +1,4 @@
-"""Which optimizers can make the update, and several of them side by side."""
+"""Checks of base optimizers, and `SideBySide`, which combines several."""
 
 import inspect
 from collections.abc import Callable
@@ -10,12 +10,14 @@ from esam_core import ESAMTypeError, ESAMValueError
 
 __all__ = ["SideBySide", "check_base", "refuse_a_class_in_second_place"]
 
-_CLOSURE = "evaluates the loss again within its step: it would leave the perturbed gradient"
-_SECOND = "needs second derivatives, and ESAM's gradient, taken at other weights, has no graph"
-_FUSED = "makes its update within the backward, at the perturbed weights"
-_SHARPNESS = "is sharpness-aware itself, and makes its own passes: give ESAM what it is wrapped on"
+_CLOSURE = "evaluates the loss again within its step, which would discard the perturbed gradient"
+_SECOND = "needs second derivatives, but ESAM's gradient, computed at other weights, has no graph"
+_FUSED = "updates within the backward, at the perturbed weights"
+_SHARPNESS = (
+    "is sharpness-aware itself and runs its own passes: pass ESAM the optimizer that it wraps"
+)
 
-#: Optimizers whose signature does not tell what they need, by the name of their class.
+#: Optimizers whose signature does not show what they need, by class name.
 _REFUSED = {
     "LBFGS": _CLOSURE,
     "AliG": "needs the value of the loss within its step",
@@ -32,10 +34,10 @@ _REFUSED = {
 
 
 def check_base(base: Any) -> None:
-    """Refuse what cannot be a base optimizer, with the reason.
+    """Raise if an object cannot be a base optimizer; the message gives the reason.
 
     Raises:
-        ESAMTypeError: not an optimizer, or one that needs more than gradients.
+        ESAMTypeError: it is not an optimizer, or it needs more than gradients.
     """
     if isinstance(base, type):
         raise ESAMTypeError(
@@ -48,29 +50,27 @@ def check_base(base: Any) -> None:
         )
     reason = _needs(base)
     if reason is not None:
-        raise ESAMTypeError(
-            f"`base_optimizer` must make its update from the gradients alone, and {reason}."
-        )
+        raise ESAMTypeError(f"`base_optimizer` must update from the gradients alone, but {reason}.")
 
 
 def refuse_a_class_in_second_place(first: Any, second: Any, options: dict[str, Any]) -> None:
-    """Refuse what other implementations of SAM are made from: parameters, and an optimizer's class.
+    """Raise for the arguments of other SAM implementations: parameters and an optimizer class.
 
     Raises:
-        ESAMTypeError: it says what to write instead.
+        ESAMTypeError: the message says what to write instead.
     """
     if isinstance(second, type) and issubclass(second, torch.optim.Optimizer):
         raise ESAMTypeError(
             "ESAM must be given an optimizer and the model: "
             f"base = torch.optim.{second.__name__}(model.parameters(), ...), "
-            "then ESAM(base, model, rho=...). Options of the optimizer, as `lr`, go to it. "
-            f"Received: ESAM({type(first).__name__}, {second.__name__}"
-            f"{''.join(f', {name}=...' for name in options)})."
+            "then ESAM(base, model, rho=...). Pass the optimizer's options, such as `lr`, to the "
+            f"optimizer. Received: ESAM({type(first).__name__}, "
+            f"{second.__name__}{''.join(f', {name}=...' for name in options)})."
         )
 
 
 def _needs(base: torch.optim.Optimizer) -> str | None:
-    """Return what an optimizer, or one inside it, needs beside gradients, in words; or None."""
+    """Return, in words, what an optimizer or one inside it needs besides gradients, or None."""
     waiting, seen = [base], {id(base)}
     for optimizer in waiting:
         reason = _needs_itself(optimizer)
@@ -86,7 +86,7 @@ def _needs(base: torch.optim.Optimizer) -> str | None:
 
 
 def _needs_itself(base: torch.optim.Optimizer) -> str | None:
-    """Return what an optimizer needs beside gradients, or None."""
+    """Return what an optimizer needs besides gradients, or None."""
     for cls in type(base).__mro__:
         if cls.__name__ in _REFUSED:
             return _REFUSED[cls.__name__]
@@ -94,7 +94,7 @@ def _needs_itself(base: torch.optim.Optimizer) -> str | None:
         return _SHARPNESS
     if hasattr(base, "fused_backward"):
         return _FUSED
-    # The class's own: a scheduler may have put a wrapper around the instance's.
+    # Look at the class's method: a scheduler may have wrapped the instance's.
     _, *parameters = inspect.signature(type(base).step).parameters.values()
     if any(p.name == "hessian" for p in parameters):
         return _SECOND
@@ -102,23 +102,23 @@ def _needs_itself(base: torch.optim.Optimizer) -> str | None:
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:
-    """Return whether a function cannot be called without this argument."""
+    """Return whether this argument is required."""
     variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     return parameter.default is parameter.empty and not variable
 
 
 class SideBySide(torch.optim.Optimizer):
-    """Several optimizers, each over its own parameters of one model, as a single one.
+    """Several optimizers as one, each with its own parameters of the same model.
 
-    Its parameter groups are theirs, the very dictionaries, in order: schedulers, `ESAM` and
+    Its parameter groups are the same dictionary objects as theirs, in order. Schedulers, `ESAM` and
     gradient scalers see one optimizer.
 
     Args:
         *optimizers: two or more, with no parameter in common.
 
     Raises:
-        ESAMTypeError: not optimizers, or one that could not be ESAM's base either.
-        ESAMValueError: fewer than two, or a parameter in two of them.
+        ESAMTypeError: an argument is not an optimizer, or cannot be ESAM's base optimizer.
+        ESAMValueError: there are fewer than two, or two have a parameter in common.
 
     Example:
         >>> import torch
@@ -136,7 +136,7 @@ class SideBySide(torch.optim.Optimizer):
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         if len(optimizers) < 2:
             raise ESAMValueError(
-                f"SideBySide must be given two or more optimizers. Received: {len(optimizers)}."
+                f"SideBySide needs two or more optimizers. Received: {len(optimizers)}."
             )
         for optimizer in optimizers:
             check_base(optimizer)
@@ -144,11 +144,11 @@ class SideBySide(torch.optim.Optimizer):
         if len(held) != len(set(held)):
             raise ESAMValueError(
                 "The optimizers must have no parameter in common. Received: "
-                f"{len(held) - len(set(held))} that two of them hold."
+                f"{len(held) - len(set(held))} shared parameters."
             )
         self._optimizers = optimizers
         defaults: dict[str, Any] = {}
-        for optimizer in reversed(optimizers):  # the first one's stand where they differ
+        for optimizer in reversed(optimizers):  # the first one's value wins where they differ
             defaults.update(optimizer.defaults)
         self.__setstate__({"defaults": defaults})
 
@@ -159,62 +159,62 @@ class SideBySide(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The groups of all, in order: the very dictionaries, in a list of their own."""
+        """The groups of all optimizers, in order: the same dictionary objects, in a new list."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @property
     def state(self) -> dict[Any, Any]:  # type: ignore[override]
-        """The state of every parameter: the very dictionaries, in one of their own."""
+        """The state of all parameters: the same dictionary objects, in a new dictionary."""
         return {p: s for optimizer in self._optimizers for p, s in optimizer.state.items()}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: only the user knows which of the optimizers a group is for."""
+        """Raise: only the user knows which optimizer a group belongs to."""
         raise ESAMTypeError(
             "A group must be added to one of the optimizers: "
             f"side_by_side.optimizers[0].add_param_group(...). Received: {sorted(param_group)}."
         )
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Make every optimizer's update."""
+        """Update with every optimizer."""
         if closure is not None:
             raise ESAMTypeError("SideBySide.step takes no closure.")
         for optimizer in self._optimizers:
             optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
+        """Reset all gradients."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none)
 
     def train(self) -> None:
-        """Call `train()` of those that have one."""
+        """Call `train()` of the optimizers that have it."""
         for optimizer in self._optimizers:
             if hasattr(optimizer, "train"):
                 optimizer.train()
 
     def eval(self) -> None:
-        """Call `eval()` of those that have one."""
+        """Call `eval()` of the optimizers that have it."""
         for optimizer in self._optimizers:
             if hasattr(optimizer, "eval"):
                 optimizer.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {"optimizers": [the state dict of each]}: each loads into its own kind alone."""
+        """Return {"optimizers": [the state dict of each optimizer]}."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self._optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load a state that `state_dict` returned."""
         states = state_dict.get("optimizers", ())
         if len(states) != len(self._optimizers):
             raise ESAMValueError(
-                f"`state_dict` must hold the states of {len(self._optimizers)} optimizers. "
+                f"`state_dict` must contain the states of {len(self._optimizers)} optimizers. "
                 f"Received: {len(states)}."
             )
         for optimizer, state in zip(self._optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy.deepcopy. A scheduler's wrapper around `step` belongs to the original.
+        # For copy.deepcopy: a scheduler's wrapper around `step` belongs to the original.
         state = self.__dict__.copy()
         state.pop("step", None)
         return state

@@ -1,4 +1,4 @@
-"""The samples of a batch: what `losses` is given, whole or in part."""
+"""Batches and their samples: the arguments of `losses`, whole or in part."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from esam_torch.reading import Reader, Reading
 
 __all__ = ["Batch", "Samples"]
 
-#: The arguments of `losses`: positional ones, and those by keyword.
+#: The arguments of `losses`: positional and keyword arguments.
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
@@ -23,13 +23,13 @@ class Samples:
     """Takes samples out of batches.
 
     Args:
-        take: the user's own function, or None (default). It is called as take(batch, indices) with
-            the tuple of positional arguments of `losses` and a (k,) tensor of indices, and returns
-            the tuple of arguments for those samples. Where `losses` has keyword arguments too, it
-            is called as take(batch, indices, **kwargs) and returns the tuple and a dictionary.
+        take: the user's own function, or None (default). It is called as take(batch, indices), with
+            the tuple of positional arguments of `losses` and a (k,) tensor of indices. It returns
+            the tuple of arguments for those samples. If `losses` has keyword arguments too, it is
+            called as take(batch, indices, **kwargs) and returns the tuple and a dictionary.
 
     Raises:
-        ESAMTypeError: `take` cannot be called.
+        ESAMTypeError: `take` is not callable.
 
     Example:
         >>> samples = Samples()
@@ -49,42 +49,42 @@ class Samples:
         self._readings: dict[tuple[str, str], Reading] = {}
 
     def bare(self, batch: Batch) -> Batch:
-        """Return the batch as `losses` gets it: `Rows` and `Whole` replaced by their values."""
+        """Return the batch as `losses` receives it, without `Rows` and `Whole`."""
         args, kwargs = batch
         if not kwargs and all(type(x) is Tensor for x in args):
             return batch
-        return _each(batch, _unmarked, endless=True)
+        return _each(batch, _unwrap, endless=True)
 
     def check(self, batch: Batch, b: int) -> None:
-        """Refuse a batch from which samples cannot be taken with certainty.
+        """Raise if it is not certain how to take samples from a batch.
 
-        To be called where fewer than b are selected. What is found out is remembered: a value that
-        can be read in two ways is read as in the batches before.
+        Called when fewer than b samples are selected. The findings are remembered: an ambiguous
+        value is read as in earlier batches.
 
         Args:
             batch: the arguments of `losses`.
             b: the number of losses, at least 2.
 
         Raises:
-            ESAMTypeError: a value that cannot be taken apart, or not with certainty.
-            ESAMValueError: nothing in the batch has an entry for each of the b samples, or what
-                must have has not.
+            ESAMTypeError: a value cannot be split by sample, or it is not certain how.
+            ESAMValueError: nothing in the batch has an entry for each of the b samples, or a value
+                that must have one per sample does not.
         """
         if self._take is not None:
             return
         reader = self._read(batch, b)
         if not reader.apart:
-            raise ESAMValueError(_nothing_to_take(reader))
-        if reader.learned:  # a new kind of batch: what cannot be done is refused before the descent
+            raise ESAMValueError(_no_samples_message(reader))
+        if reader.learned:  # a new kind of batch: find errors before the descent pass
             reader = Reader(b, {**self._readings, **reader.learned})
             _each(batch, functools.partial(_taken, reader, Index(torch.tensor([0, 1]))))
             self._readings = {**self._readings, **reader.before}
 
     def size(self, batch: Batch) -> int | None:
-        """Return how many samples a batch holds, where that is certain before `losses` is called.
+        """Return the number of samples in a batch, or None if it is not certain.
 
-        It is where a value is marked with `Rows`, and where values in the places that held the
-        samples of an earlier batch agree. Else None.
+        It is certain, before `losses` is called, if a value is marked with `Rows`, or if the values
+        in the places where an earlier batch had its samples agree.
         """
         found: set[int] = set()
 
@@ -112,22 +112,23 @@ class Samples:
             b: the number of samples in the batch.
 
         Raises:
-            ESAMTypeError: a value cannot be indexed, or the user's `take` returned something else
-                than arguments.
+            ESAMTypeError: a value cannot be indexed, or the user's `take` did not return arguments.
         """
         if self._take is not None:
-            return _taken_by(self._take, self.bare(batch), indices)
+            return _take_by(self._take, self.bare(batch), indices)
         reader = Reader(b, self._readings)
         return _each(batch, functools.partial(_taken, reader, Index(indices)))
 
     def note(self, batch: Batch, k: int, b: int) -> str:
-        """Return what to say beside an error that comes in the descent on k of b samples."""
+        """Return a note for errors raised in the descent pass on k of b samples."""
         start = f"This was ESAM's descent pass, on {k} of {b} samples. "
         if self._take is not None:
-            return start + "They were taken by your `take`."
+            return start + "They were selected by your `take`."
         reader = self._read(batch, b)
-        apart, whole = (_listed(values) for values in (reader.apart, reader.whole))
-        return f"{start}Taken apart: {apart}. Whole: {whole}. If that is wrong: {WAYS_OUT}"
+        apart, whole = (_list_values(values) for values in (reader.apart, reader.whole))
+        return (
+            f"{start}Split by sample: {apart}. Passed whole: {whole}. If that is wrong: {WAYS_OUT}"
+        )
 
     def _read(self, batch: Batch, b: int) -> Reader:
         """Return a reader that has read the whole batch."""
@@ -137,7 +138,7 @@ class Samples:
 
 
 def _lengths(x: Any, path: str) -> list[int]:
-    """Return the lengths of all that is in a value marked with `Rows`."""
+    """Return the lengths of all values inside one that is marked with `Rows`."""
     found: list[int] = []
 
     def visit(value: Any, _: str) -> Any:
@@ -153,12 +154,12 @@ def _lengths(x: Any, path: str) -> list[int]:
 
 
 def _each(batch: Batch, visit: Callable[[Any, str], Any], *, endless: bool = False) -> Batch:
-    """Return the arguments with what `visit` puts in the place of each value inside them.
+    """Return the arguments, with each value inside them replaced by the result of `visit`.
 
     Args:
         batch: the arguments.
         visit: as in `map_values`.
-        endless: whether an argument that holds itself stays as it is. If not, it is refused.
+        endless: whether an argument that contains itself is kept as it is. If not, it is an error.
     """
 
     def new(x: Any, path: str) -> Any:
@@ -176,20 +177,20 @@ def _each(batch: Batch, visit: Callable[[Any, str], Any], *, endless: bool = Fal
     )
 
 
-def _unmarked(x: Any, _: str) -> Any:
-    """Return the value of what is marked."""
+def _unwrap(x: Any, _: str) -> Any:
+    """Return the value inside `Rows` or `Whole`."""
     return x.value if isinstance(x, Rows | Whole) else INSIDE
 
 
 def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: bool = False) -> Any:
-    """Return what comes in the place of a value where samples are taken, or INSIDE.
+    """Return the selected samples of a value, or INSIDE to visit its parts.
 
     Args:
-        reader: says how the value is read.
-        index: which samples, or None to read only: the value itself is returned then.
+        reader: determines how the value is read.
+        index: which samples, or None to only read the value and return it unchanged.
         x: the value.
-        path: its place.
-        declared: whether `Rows` has been written around it.
+        path: its place in the batch.
+        declared: whether it is wrapped in `Rows`.
     """
     if isinstance(x, Whole):
         reader.whole.append((path, x))
@@ -205,15 +206,15 @@ def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: boo
         return items(x, index) if reading is Reading.ITEMS else entries(x, index)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever another library's object raises
+    except Exception as error:  # another library's object may raise anything
         raise ESAMTypeError(
-            f"`{path}` must be something that samples can be taken from. Received: {described(x)}, "
-            f"with which it was: {error} {WAYS_OUT}"
+            f"`{path}` must be a value that can be indexed by sample. Received: {described(x)}, "
+            f"which raised: {error} {WAYS_OUT}"
         ) from error
 
 
-def _taken_by(take: Callable[..., Any], batch: Batch, indices: Tensor) -> Batch:
-    """Return the samples that the user's own function takes."""
+def _take_by(take: Callable[..., Any], batch: Batch, indices: Tensor) -> Batch:
+    """Return the samples that the user's own function selects."""
     args, kwargs = batch
     found = take(args, indices, **kwargs)
     chosen, named = (
@@ -226,13 +227,13 @@ def _taken_by(take: Callable[..., Any], batch: Batch, indices: Tensor) -> Batch:
     return chosen, named
 
 
-def _listed(values: list[tuple[str, Any]]) -> str:
-    """Return places and kinds of values in one line."""
+def _list_values(values: list[tuple[str, Any]]) -> str:
+    """Return a list of places and kinds of values in one line."""
     return ", ".join(f"{path} ({described(x)})" for path, x in values[:12]) or "nothing"
 
 
-def _nothing_to_take(reader: Reader) -> str:
-    """Return the message for a batch without anything that has b entries."""
+def _no_samples_message(reader: Reader) -> str:
+    """Return the error message for a batch in which nothing has b entries."""
     sizes = {len(x) for _, x in reader.whole if isinstance(x, Tensor) and x.dim()}
     ratios = [(size, reader.b // size) for size in sizes if size > 1 and reader.b % size == 0]
     hint = ""
@@ -243,7 +244,7 @@ def _nothing_to_take(reader: Reader) -> str:
             f"`losses.reshape({size}, {times}).mean(1)`."
         )
     return (
-        "`losses` must return one loss per sample, and the batch must hold the samples, so that "
-        f"some can be selected.{hint} {WAYS_OUT} With gamma=1.0 nothing is selected. "
-        f"Received: {reader.b} losses, and in the batch: {_listed(reader.whole)}."
+        "`losses` must return one loss per sample, and the batch must contain the samples, so that "
+        f"some can be selected.{hint} {WAYS_OUT} With gamma=1.0 all samples are used. Received: "
+        f"{reader.b} losses, and in the batch: {_list_values(reader.whole)}."
     )

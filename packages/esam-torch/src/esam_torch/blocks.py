@@ -1,7 +1,7 @@
-"""The model's blocks in the order in which they run, and what each costs.
+"""The model's blocks in order of execution, and the cost of each.
 
-Found by watching one forward: which modules are called, in which order, with how many
-floating-point operations, and where each parameter is used first. Nothing is left on the model.
+They are found by watching one forward: which modules are called, in which order, with how many
+floating-point operations, and where each parameter is first used. The model is not changed.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ __all__ = ["Blocks", "find_blocks"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """What one forward showed.
+    """The blocks of a model, as found in one forward.
 
     Args:
         names: the blocks' names, such as "layer3", in the order of their first call.
-        block_of: place of the block in which, or before which, each parameter is used first, by
-            the parameter's id.
-        cost_of: floating-point operations of the forward that each parameter accounts for, by id.
+        block_of: index of the block in which, or before which, each parameter is first used, by the
+            parameter's id.
+        cost_of: floating-point operations of the forward attributed to each parameter, by id.
     """
 
     names: tuple[str, ...]
@@ -41,19 +41,19 @@ class Blocks:
 
 @dataclass
 class _Watch:
-    """Notes taken during one forward."""
+    """Observations during one forward."""
 
     entries: list[str] = field(default_factory=list)  # module names in the order of their calls
     flops: dict[str, int] = field(default_factory=dict)
     stack: list[tuple[str, int]] = field(default_factory=list)  # name, operations at its entry
-    # by parameter id: the modules open at its first use, and how many calls there had been
+    # by parameter id: the modules being called at its first use, and the number of calls before it
     first_use: dict[int, tuple[tuple[str, ...], int]] = field(default_factory=dict)
-    # the parameter's id, by its own and by that of what a sharded model gathers in its stead
+    # the parameter's id, by its own id and by that of the gathered weight of a sharded model
     identity: dict[int, int] = field(default_factory=dict)
 
 
 class _FirstUses(TorchFunctionMode):
-    """Notes where in the forward each parameter is used first."""
+    """Records where in the forward each parameter is first used."""
 
     def __init__(self, parameters: Iterable[Tensor], watch: _Watch) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _FirstUses(TorchFunctionMode):
         return result
 
 
-#: Methods that tell of a tensor's form and nothing of its values.
+#: Methods that depend on a tensor's metadata, but not on its values.
 _FORM = frozenset(
     (
         *("size", "dim", "ndimension", "numel", "nelement", "stride"),
@@ -83,22 +83,22 @@ _FORM = frozenset(
 
 
 def _is_about_form(func: Any, result: Any) -> bool:
-    """Return whether a call asked for a shape, a dtype, a gradient: that is not a use."""
+    """Return whether a call reads a shape, a dtype or a gradient, which does not count as a use."""
     name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__"):  # of a property: W.T and W.data are uses, W.shape is not
+    if name in ("__get__", "__set__"):  # a property: W.T and W.data are uses, W.shape is not
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         return not isinstance(result, Tensor) or attribute == "grad"
     return name in _FORM
 
 
 class _Untracked(contextlib.nullcontext[None]):
-    """Stands in for the counter's view of modules: there is one, and everything is in it."""
+    """Replaces the counter's module tracker: everything counts as one module."""
 
     parents = frozenset({"Global"})
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dictionaries."""
+    """Yield the tensors inside nested tuples, lists and dictionaries."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, tuple | list):
@@ -110,7 +110,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class _Hook:
-    """A hook that a copy of the model, made in the forward that is watched, does not keep."""
+    """A hook that copies of the model, made during the watched forward, do not keep."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
@@ -128,7 +128,7 @@ def _nothing(*_: Any) -> None:
 
 @contextlib.contextmanager
 def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterator[None]:
-    """Note every module's calls and operations while the context lasts."""
+    """Record every module's calls and operations inside the context."""
     handles: list[Any] = []
     known = {
         (name, leaf): id(parameter)
@@ -170,18 +170,17 @@ def find_blocks(
 ) -> Blocks:
     """Watch one forward and return the blocks of a model.
 
-    Without a choice the blocks are the modules that the model itself calls; where one of them
-    does more than half of the work, and most of it in the modules that it calls, those stand in
-    its place, and so on.
+    By default the blocks are the modules that the model itself calls. A block that does more than
+    half of the work, mostly in the modules that it calls, is replaced by these modules, and so on.
 
     Args:
-        model: what is trained; wrappers are looked through.
-        forward: runs the model once on a batch. It is called without a graph; the caller guards
+        model: the trained model; wrappers are unwrapped.
+        forward: runs the model once on a batch. It is called without a graph; the caller protects
             buffers and random state.
-        chosen: the blocks as modules of the model or their names, or None.
+        chosen: the blocks that the user chose, as modules of the model or their names, or None.
 
     Raises:
-        ESAMValueError: a chosen block is not a module of the model, holds another one, or does
+        ESAMValueError: a chosen block is not a module of the model, contains another one, or does
             not run in a forward.
     """
     inner = bare_model(model)
@@ -189,7 +188,7 @@ def find_blocks(
     if scripted:
         raise ESAMTypeError(
             "A sampler that needs the model's blocks must be able to watch its modules run. "
-            f"Received: {scripted[0]!r}, a module made by torch.jit. Use torch.compile instead, or "
+            f"Received: {scripted[0]!r}, a torch.jit module. Use torch.compile instead, or "
             "a sampler that needs no blocks, such as Bernoulli."
         )
     names = {id(module): name for name, module in inner.named_modules()}
@@ -197,12 +196,12 @@ def find_blocks(
     fixed = None if chosen is None else _chosen_names(chosen, names, modules)
     watch = _Watch()
     counter = FlopCounterMode(display=False)
-    # What tells the counter of modules hooks into every backward: a gradient taken within the
-    # losses would fail. Operations are told apart by our own hooks.
+    # The counter's module tracker hooks into every backward, so a gradient computed within `losses`
+    # would fail. Our own hooks attribute the operations to modules.
     counter.mod_tracker = _Untracked()  # type: ignore[assignment]
     with (
         torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),  # compiled code shows no modules
+        torch.compiler.set_stance("force_eager"),  # compiled code does not call modules
         counter,
         _FirstUses(inner.parameters(), watch),
         _hooks(inner, watch, counter),
@@ -211,15 +210,15 @@ def find_blocks(
     reshard(inner)
     order = tuple(dict.fromkeys(watch.entries))  # each module once, by first call
     if not order:
-        raise ESAMValueError("`losses` must call `model`. Received: a function that did not.")
-    blocks = _opened(order, watch, modules) if fixed is None else fixed
+        raise ESAMValueError("`losses` must call `model`. Received: a function that does not.")
+    blocks = _split_blocks(order, watch, modules) if fixed is None else fixed
     blocks = sorted(blocks, key=lambda name: order.index(name) if name in order else -1)
     if blocks[0] not in order:
         raise ESAMValueError(
-            f"`blocks` must run in a forward. Received: {blocks[0]!r}, which did not."
+            f"`blocks` must run in a forward. Received: {blocks[0]!r}, which does not."
         )
     place = {name: i for i, name in enumerate(blocks)}
-    # How many block calls there had been before each module call.
+    # The number of block calls before each module call.
     calls, seen = [], [0]
     for name in watch.entries:
         if name in place:
@@ -228,13 +227,13 @@ def find_blocks(
     block_of: dict[int, int] = {}
     for parameter_id, (stack, position) in watch.first_use.items():
         inside = [place[name] for name in stack if name in place]
-        # Used between blocks: it counts with the block that runs next.
+        # Used between blocks: it belongs to the block that runs next.
         following = calls[seen[position]] if seen[position] < len(calls) else len(blocks) - 1
         block_of[parameter_id] = inside[0] if inside else following
     here = 0
     for name, parameter in inner.named_parameters():
-        # Unused in this forward: it stays with the block that holds it, or else with the one
-        # whose parameters come before it in the model.
+        # Unused in this forward: it belongs to the block that contains it, or else to the one whose
+        # parameters come before it in the model.
         holders = [place[b] for b in blocks if name.startswith(b + ".")]
         here = block_of.setdefault(id(parameter), holders[0] if holders else here)
     _warn_of_early_uses(inner, watch, block_of, place)
@@ -246,7 +245,7 @@ def find_blocks(
 def _warn_of_early_uses(
     model: nn.Module, watch: _Watch, block_of: Mapping[int, int], place: Mapping[str, int]
 ) -> None:
-    """Say so where a script uses the weights of several blocks before those blocks run."""
+    """Warn if a script uses the weights of several blocks before those blocks run."""
     early = set()
     for name, parameter in model.named_parameters():
         stack, _ = watch.first_use.get(id(parameter), ((), 0))
@@ -258,10 +257,10 @@ def _warn_of_early_uses(
         }
     if len(early) > 1:
         warnings.warn(
-            f"`losses` uses weights of {len(early)} blocks, {min(early, key=place.__getitem__)!r} "
-            "among them, before these blocks run. Weights belong to the block that uses them "
-            "first, so a suffix begins there and saves nothing. If this is a penalty on the "
-            "weights, compute it after calling the model.",
+            f"`losses` uses weights of {len(early)} blocks, including "
+            f"{min(early, key=place.__getitem__)!r}, before these blocks run. Weights belong to "
+            "the block that uses them first, so a suffix starts there and saves nothing. If this "
+            "is a penalty on the weights, compute it after calling the model.",
             stacklevel=2,
         )
 
@@ -269,7 +268,7 @@ def _warn_of_early_uses(
 def _chosen_names(
     chosen: Sequence[nn.Module | str], names: dict[int, str], modules: dict[str, nn.Module]
 ) -> list[str]:
-    """Return the names of the user's blocks, checked."""
+    """Check the user's blocks and return their names."""
     found: list[str] = []
     for block in chosen:
         if isinstance(block, str):
@@ -292,12 +291,14 @@ def _chosen_names(
     for a in found:
         for b in found:
             if a != b and (b.startswith(a + ".") or a == ""):
-                raise ESAMValueError(f"`blocks` must not hold one another. Received: {a!r}, {b!r}.")
+                raise ESAMValueError(
+                    f"`blocks` must not contain one another. Received: {a!r}, {b!r}."
+                )
     return list(dict.fromkeys(found))
 
 
 def _called_below(parent: str, order: Sequence[str]) -> list[str]:
-    """Return the called modules below a parent that have no called module between."""
+    """Return the called modules inside a parent that are not inside another called module of it."""
     prefix = parent + "." if parent else ""
     below = [name for name in order if name != parent and name.startswith(prefix)]
     return [
@@ -307,14 +308,16 @@ def _called_below(parent: str, order: Sequence[str]) -> list[str]:
     ]
 
 
-def _opened(order: Sequence[str], watch: _Watch, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the called children of the model, opened where one does most of the work."""
-    # A container that is not called itself (a ModuleDict of two networks, say) is no block.
+def _split_blocks(
+    order: Sequence[str], watch: _Watch, modules: Mapping[str, nn.Module]
+) -> list[str]:
+    """Return the called children of the model; one that does most of the work is split further."""
+    # A container that is not called itself (such as a ModuleDict of two networks) is not a block.
     blocks = _called_below("", order) or [""]
     total = max(1, sum(watch.flops[name] for name in blocks))
     while True:
         for name in blocks:
-            # What is compiled runs in one piece.
+            # A compiled module is not split.
             children = [] if is_compiled(modules[name]) else _called_below(name, order)
             work = watch.flops.get(name, 0)
             below = sum(watch.flops.get(child, 0) for child in children)
@@ -329,10 +332,11 @@ def _opened(order: Sequence[str], watch: _Watch, modules: Mapping[str, nn.Module
 def _costs(
     model: nn.Module, watch: _Watch, block_of: dict[int, int], blocks: Sequence[str]
 ) -> dict[int, float]:
-    """Share out the operations of each block over its parameters.
+    """Distribute the operations of each block over its parameters.
 
-    A module's own operations go to the parameters used in it, by size, matrices before vectors;
-    what is left of a block (attention's products, say) is spread over its parameters likewise.
+    A module's own operations are distributed over the parameters used in it, by size, matrices
+    before vectors. The remaining operations of a block (such as attention's products) are
+    distributed over its parameters in the same way.
     """
     users: dict[str, list[Tensor]] = {}
     for parameter in model.parameters():
@@ -353,6 +357,6 @@ def _costs(
         if known > 0:
             for p in members:
                 costs[p] *= max(1.0, watch.flops.get(name, 0) / known)
-    if not any(costs.values()):  # nothing that is counted: size stands for work
+    if not any(costs.values()):  # no operation was counted: use the size instead
         costs = {id(p): float(p.numel()) for p in model.parameters()}
     return costs

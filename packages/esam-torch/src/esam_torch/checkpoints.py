@@ -1,4 +1,4 @@
-"""What is saved of a training run, and loaded."""
+"""Saving and loading the state of a training run."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["load_state", "state_of"]
 
 
 def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
-    """Return the base optimizer's state dict and ESAM's own entry; run the hooks of saving."""
+    """Return the base optimizer's state dict with ESAM's entry; run the state dict hooks."""
     hooks = saves_state_dict_hooks(optimizer)
     for before in hooks["before saving"]:
         before(optimizer)
@@ -23,7 +23,7 @@ def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
     state["esam"] = {
         "count": run.count,
         "config": run.config.to_dict(),
-        # A budget that has been spent is in the configuration, as its sampler and selector.
+        # A budget that was applied is in the configuration, as its sampler and selector.
         "budget": run.budget if run.plan is None else None,
     }
     if isinstance(run.config.ascend, Previous):
@@ -35,7 +35,7 @@ def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
 
 
 def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str, Any]) -> None:
-    """Load what `state_of` returned, or a bare base optimizer's; run the hooks of loading."""
+    """Load a state from `state_of` or from a bare base optimizer; run the load hooks."""
     hooks = saves_state_dict_hooks(optimizer)
     state = dict(state_dict)
     for before in hooks["before loading"]:
@@ -43,7 +43,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
         state = state if changed is None else dict(changed)
     own = state.pop("esam", None)
     config, count, budget, plan = run.config, run.count, run.budget, run.plan
-    if own is not None:  # all that can be refused comes first
+    if own is not None:  # check everything before changing anything
         config, count = _loaded(own["config"], config), int(own["count"])
         budget, plan = own.get("budget"), None
         run.memory.load(own.get("direction", {}), parameters_of(run.model, run.base.param_groups))
@@ -54,7 +54,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
 
 
 def _loaded(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:
-    """Return a saved configuration; a sampler that could not be saved is the one given."""
+    """Return a saved configuration; a sampler that could not be saved is taken from `given`."""
     if saved["perturb"] is not None:
         return ESAMConfig.from_dict(saved)
     stand_in = {**saved, "perturb": component_to_dict(Everything())}

@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that esam-torch leans on, and why. Each has a test of its own."""
+"""All private names of PyTorch that esam-torch uses, and why. Each has its own test."""
 
 import contextlib
 import sys
@@ -32,27 +32,27 @@ __all__ = [
 #: The common base of torch's BatchNorm layers.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
-#: The common base of torch's layers with running statistics. `batch_norm` counts no versions.
+#: The common base of torch's layers with running statistics. `batch_norm` does not count versions.
 NORM_LAYERS = nn.modules.batchnorm._NormBase
 
 
-#: Whether a compiled model notices that weights are no longer trained: before torch 2.13 its guards
-#: do not (2.6 and 2.8 raise an error of their own; what is between has not been tried).
+#: Whether a compiled model notices that weights are no longer trained. Before torch 2.13 its guards
+#: do not (2.6 and 2.8 raise an error; the versions in between have not been tested).
 COMPILED_MODELS_SEE_REQUIRES_GRAD = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return a module's own buffers by name, to be read and written: `named_buffers` copies."""
+    """Return a module's own dictionary of buffers, which can be changed; `named_buffers` copies."""
     return module._buffers
 
 
 def times_written(tensor: Tensor) -> int:
-    """Return how often a tensor has been written to in place; 0 where torch does not count."""
+    """Return how often a tensor has been written to in place; 0 if torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def compiled_original(module: Any) -> nn.Module | None:
-    """Return the module that torch.compile has wrapped in this one, or None."""
+    """Return the module that torch.compile wrapped in this one, or None."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
 
@@ -63,17 +63,17 @@ def compiled_call(module: nn.Module) -> bool:
 
 
 def is_compiled_function(function: Callable[..., Any]) -> bool:
-    """Return whether a function is what torch.compile returned."""
-    # torch marks what `torch.compiler.disable` returned as well.
+    """Return whether torch.compile returned this function."""
+    # torch also marks the functions that `torch.compiler.disable` returns.
     made = hasattr(function, "_torchdynamo_orig_callable")
     return made and not getattr(function, "_torchdynamo_disable", False)
 
 
 def untraced(function: Callable[..., Any], *args: Any) -> Any:
-    """Return what a function returns; torch.compile calls it and does not trace it.
+    """Call a function without letting torch.compile trace it, and return its result.
 
-    `torch.compiler.disable` imports the compiler at once, which takes seconds. Where nobody has
-    imported it, nothing is compiled.
+    `torch.compiler.disable` imports the compiler immediately, which takes seconds. If the compiler
+    has not been imported, nothing is compiled.
     """
     if torch.compiler.is_compiling() or "torch._dynamo.eval_frame" in sys.modules:
         return _call_untraced(function, *args)
@@ -82,19 +82,19 @@ def untraced(function: Callable[..., Any], *args: Any) -> Any:
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def _call_untraced(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function outside of what is compiled."""
+    """Call a function outside compiled code."""
     return function(*args)
 
 
 def active_replicas() -> DistributedDataParallel | None:
-    """Return the DistributedDataParallel in whose forward this is called, or None."""
+    """Return the DistributedDataParallel whose forward is running, or None."""
     found = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     return found if isinstance(found, DistributedDataParallel) else None
 
 
 @contextlib.contextmanager
 def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Leave the tensors' own hooks out of the backwards that run while the context lasts."""
+    """Disable the tensors' hooks inside the context."""
     own = [
         hooks
         for tensor in tensors
@@ -107,9 +107,9 @@ def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_global_step_hooks() -> Iterator[None]:
-    """Leave out the hooks that are registered for every optimizer's step.
+    """Disable the global optimizer step hooks inside the context.
 
-    They have run for ESAM's own step, within which the base optimizer's is made.
+    They have already run for ESAM's own step, which calls the base optimizer's.
     """
     with _emptied([_global_optimizer_pre_hooks, _global_optimizer_post_hooks]):
         yield
@@ -117,7 +117,7 @@ def without_global_step_hooks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _emptied(own: list[Any]) -> Iterator[None]:
-    """Empty dictionaries as long as the context lasts."""
+    """Empty dictionaries inside the context."""
     kept = [dict(hooks) for hooks in own]
     try:
         for hooks in own:
@@ -134,7 +134,7 @@ def parametrizations_are_cached() -> bool:
 
 
 def fsdp_parameter_groups(module: Any) -> list[Any]:
-    """Return FSDP2's own records of a module; they have moved between versions of torch."""
+    """Return FSDP2's parameter groups of a module; where they are depends on torch's version."""
     state = module._get_fsdp_state()
     several = getattr(state, "_fsdp_param_groups", None)
     groups = list(several) if several is not None else [getattr(state, "_fsdp_param_group", None)]
@@ -142,7 +142,7 @@ def fsdp_parameter_groups(module: Any) -> list[Any]:
 
 
 def saves_state_dict_hooks(optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
-    """Return the hooks around an optimizer's `state_dict` and `load_state_dict`, by name."""
+    """Return the hooks of an optimizer's `state_dict` and `load_state_dict`, by name."""
     return {
         "before saving": list(optimizer._optimizer_state_dict_pre_hooks.values()),
         "after saving": list(optimizer._optimizer_state_dict_post_hooks.values()),

@@ -1,4 +1,4 @@
-"""esam-torch behind the face that the conformance kit drives.
+"""The adapter of esam-torch for the conformance kit.
 
 python -m esam_core.conformance esam_torch.conformance:adapter
 """
@@ -38,12 +38,12 @@ __all__ = ["TorchAdapter", "TorchSession", "adapter"]
 
 Array = NDArray[Any]
 
-#: The kit's names of what forwards write, by torch's.
+#: The kit's names of the buffers that forwards write, by torch's names.
 _WRITTEN = {"running_mean": "mean", "running_var": "variance", "state": "state"}
 
 
 class _GlobalMean(nn.Module):
-    """Mean over every axis between the samples and the features, wherever torch has those."""
+    """Mean over every axis except those of the samples and the features, in torch's layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
@@ -65,19 +65,19 @@ class _Carry(nn.Module):
 
 
 def _module(layer: Layer, images: bool) -> nn.Module:
-    """Return a layer of the kit as a torch module, in float64 and with its weights."""
+    """Return a layer of the kit as a torch module in float64, with the layer's weights."""
     if isinstance(layer, Dense):
         fan_in, fan_out = layer.weight.shape
         dense = nn.Linear(fan_in, fan_out, bias=layer.bias is not None)
-        return _filled(dense, weight=layer.weight.T, bias=layer.bias)
+        return _fill(dense, weight=layer.weight.T, bias=layer.bias)
     if isinstance(layer, Conv):
         height, width, c_in, c_out = layer.weight.shape
         convolution = nn.Conv2d(c_in, c_out, (height, width), bias=layer.bias is not None)
-        return _filled(convolution, weight=layer.weight.transpose(3, 2, 0, 1), bias=layer.bias)
+        return _fill(convolution, weight=layer.weight.transpose(3, 2, 0, 1), bias=layer.bias)
     if isinstance(layer, BatchNorm):
         kind = nn.BatchNorm2d if images else nn.BatchNorm1d
         norm = kind(len(layer.weight), eps=layer.eps, momentum=layer.momentum)
-        return _filled(
+        return _fill(
             norm,
             weight=layer.weight,
             bias=layer.bias,
@@ -85,9 +85,9 @@ def _module(layer: Layer, images: bool) -> nn.Module:
             running_var=layer.variance,
         )
     if isinstance(layer, Carry):
-        return _filled(_Carry(len(layer.state)), state=layer.state)
+        return _fill(_Carry(len(layer.state)), state=layer.state)
     if isinstance(layer, Embedding):
-        return _filled(nn.Embedding(*layer.weight.shape), weight=layer.weight)
+        return _fill(nn.Embedding(*layer.weight.shape), weight=layer.weight)
     if isinstance(layer, Dropout):
         return nn.Dropout(layer.rate)
     if isinstance(layer, GlobalMean):
@@ -95,8 +95,8 @@ def _module(layer: Layer, images: bool) -> nn.Module:
     return nn.Tanh() if isinstance(layer, Tanh) else nn.ReLU()
 
 
-def _filled(module: nn.Module, **arrays: Array | None) -> nn.Module:
-    """Return the module in float64 with these values of its parameters and buffers."""
+def _fill(module: nn.Module, **arrays: Array | None) -> nn.Module:
+    """Convert a module to float64, set its parameters and buffers, and return it."""
     module.double()
     for name, array in arrays.items():
         if array is not None:
@@ -113,10 +113,10 @@ def _array(tensor: Tensor) -> Array:
 
 
 class TorchSession:
-    """A training run: see `esam_core.conformance.adapter.Session` for the methods.
+    """A training run; see `esam_core.conformance.adapter.Session` for the methods.
 
-    torch's random generators are global, and the kit steps several runs in turn: each run brings
-    the state of its own.
+    torch's random generators are global, and the kit alternates between several runs, so each run
+    keeps its own random state.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class TorchSession:
 
     @contextmanager
     def own_generators(self) -> Iterator[None]:
-        """Put this run's random state in place of the process's."""
+        """Use this run's random state inside the context."""
         outer = torch.get_rng_state()
         torch.set_rng_state(self.generators)
         module: Any = None
@@ -161,7 +161,7 @@ class TorchSession:
                 module.set_rng_state(outer_device, self.device)
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the losses, and raise where the kit wants something to go wrong."""
+        """Return the losses; raise or return bad values if the kit asks for a fault."""
         values = F.cross_entropy(self.model(inputs), targets, reduction="none")
         self.passes.append(len(targets))
         if self.fault is not None and self.fault.call == len(self.passes):
@@ -169,7 +169,7 @@ class TorchSession:
         return values
 
     def find_blocks(self, batch: Batch) -> None:
-        """Have the forwards made that find the blocks and the samples: no pass of any step."""
+        """Run the forwards that find the blocks and the samples, which are not passes of a step."""
         if self.esam is not None:
             self.fault = None
             run, given = self.esam._run, (self.tensors(batch), dict[str, Any]())
@@ -178,7 +178,7 @@ class TorchSession:
                 run.counter.count(self.model, layout, self.losses, given)
 
     def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return a batch as torch has it."""
+        """Return a batch as tensors in torch's layout."""
         inputs = torch.from_numpy(np.array(batch.inputs)).to(self.device)
         if inputs.dim() == 4:
             inputs = inputs.permute(0, 3, 1, 2).contiguous()
@@ -187,7 +187,7 @@ class TorchSession:
         return inputs, torch.from_numpy(np.array(batch.targets)).to(self.device)
 
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
-        """Make one whole training step."""
+        """Run one whole training step."""
         self.find_blocks(batch)
         self.passes, self.fault = [], fault
         with self.own_generators():
@@ -200,7 +200,7 @@ class TorchSession:
             return self.observed(StepReport(count=0, losses=values.detach()))
 
     def backward(self, batch: Batch) -> Observed:
-        """Make the passes of one step, adding to the gradients, without the update."""
+        """Run the passes of one step, adding to the gradients, without the update."""
         self.find_blocks(batch)
         self.passes, self.fault = [], None
         before = self.gradients()
@@ -214,7 +214,7 @@ class TorchSession:
         return self.observed(report, before)
 
     def observed(self, report: StepReport, before: Mapping[str, Array] | None = None) -> Observed:
-        """Return what a report and the gradients show, as arrays."""
+        """Return a report and the gradients as arrays."""
 
         def shown(tensor: Tensor | None) -> Array | None:
             return None if tensor is None else tensor.cpu().numpy().copy()
@@ -264,20 +264,20 @@ class TorchSession:
         }
 
     def zero_gradients(self) -> None:
-        """Forget all gradients."""
+        """Reset all gradients."""
         (self.esam or self.base).zero_grad()
 
     def apply(self) -> None:
-        """Make the base optimizer's own update."""
+        """Run the base optimizer's update."""
         (self.esam or self.base).step()
 
     def state(self) -> Any:
-        """Return all that a checkpoint holds."""
+        """Return the contents of a checkpoint."""
         optimizer = self.esam or self.base
         return copy.deepcopy((self.model.state_dict(), optimizer.state_dict(), self.generators))
 
     def load(self, state: Any) -> None:
-        """Go on from what `state` returned."""
+        """Restore a state that `state` returned."""
         weights, optimizer, self.generators = copy.deepcopy(state)
         self.model.load_state_dict(weights)
         (self.esam or self.base).load_state_dict(optimizer)

@@ -1,4 +1,4 @@
-"""Walking through containers: tuples, lists, mappings and records, of any library."""
+"""Traversal of containers of any library: tuples, lists, mappings and records."""
 
 import copy
 import dataclasses
@@ -23,13 +23,13 @@ __all__ = [
     "parts",
 ]
 
-#: What has no parts, and is seen most often.
+#: The most frequent types without parts.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 
-#: What a visitor returns to be asked for the parts of a container, one by one.
+#: A visitor returns this to visit the parts of a container, one by one.
 INSIDE: Any = object()
 
-#: How deep containers may stand in each other: one that holds itself has no end.
+#: How deep containers may be nested. One that contains itself has no end.
 _DEEPEST = 50
 
 
@@ -41,19 +41,19 @@ def map_values(
     strict: bool = True,
     depth: int = 0,
 ) -> Any:
-    """Return a nest of containers with other things in it; itself where nothing is changed.
+    """Return nested containers with new values; the same object if nothing changes.
 
     Args:
         tree: anything.
-        visit: gets each node and its place, such as `batch[0]['x']`; returns what comes there, or
-            INSIDE to be asked for the parts of the node. A node without parts then stays.
+        visit: is called with each node and its place, such as `batch[0]['x']`. It returns the new
+            value, or INSIDE to visit the parts of the node; a node without parts is then kept.
         path: the place of `tree`.
-        strict: whether to refuse a container that cannot be made anew. If not, it stays.
-        depth: how many containers `tree` stands in.
+        strict: whether a container that cannot be rebuilt is an error. If not, it is kept.
+        depth: how many containers `tree` is nested in.
 
     Raises:
-        ESAMTypeError: `strict`, and a container of another library cannot be made anew, or one
-            holds itself.
+        ESAMTypeError: `strict` is set, and a container of another library cannot be rebuilt or a
+            container contains itself.
     """
     found = visit(tree, path)
     if found is not INSIDE:
@@ -65,8 +65,8 @@ def map_values(
         if not strict:
             return tree
         raise NestedTooDeepError(
-            f"`{path[:60]}...` must not hold itself, nor containers in each other more than "
-            f"{_DEEPEST} deep. {WAYS_OUT} Received: a {type(tree).__name__}."
+            f"`{path[:60]}...` must not contain itself, nor nest containers more than {_DEEPEST} "
+            f"deep. {WAYS_OUT} Received: a {type(tree).__name__}."
         )
     values = [
         map_values(value, visit, path + place, strict=strict, depth=depth + 1)
@@ -74,23 +74,23 @@ def map_values(
     ]
     if all(new is old for new, (_, old) in zip(values, inside, strict=True)):
         return tree
-    twin = _rebuilt(tree, inside, values)
+    twin = _rebuild(tree, inside, values)
     if twin is not None:
         return twin
     if not strict:
         return tree
     raise ESAMTypeError(
-        f"`{path}` is a {type(tree).__name__}, of which no copy with other values can be made. "
-        f"Pass its values as arguments of their own. {WAYS_OUT}"
+        f"`{path}` is a {type(tree).__name__}, which cannot be rebuilt with other values. Pass its "
+        f"values as separate arguments. {WAYS_OUT}"
     )
 
 
 class NestedTooDeepError(ESAMTypeError):
-    """A container holds itself, or too many others in each other."""
+    """A container contains itself, or containers are nested too deep."""
 
 
 def detached(tree: Any) -> Any:
-    """Return the same nest with every tensor cut off from its graph; unknown things stay."""
+    """Return the same nested containers with every tensor detached; unknown types are kept."""
     if tree is None:
         return None
 
@@ -101,24 +101,24 @@ def detached(tree: Any) -> Any:
 
 
 def is_record(x: Any) -> bool:
-    """Return whether something is a tuple whose places have names."""
+    """Return whether a value is a named tuple or similar."""
     return isinstance(x, tuple) and (hasattr(x, "_fields") or hasattr(x, "n_sequence_fields"))
 
 
 def is_tensor_collection(x: Any) -> bool:
-    """Return whether something is a TensorDict or a tensorclass, with a batch size of its own."""
+    """Return whether a value is a TensorDict or a tensorclass, which have a batch size."""
     return (isinstance(x, Mapping) or _is_dataclass(x)) and isinstance(
         getattr(x, "batch_size", None), torch.Size
     )
 
 
 def _is_dataclass(x: Any) -> bool:
-    """Return whether something is an instance of a dataclass."""
+    """Return whether a value is an instance of a dataclass."""
     return dataclasses.is_dataclass(x) and not isinstance(x, type)
 
 
 def is_container(x: Any) -> bool:
-    """Return whether something has parts: a tuple, list, mapping or dataclass of any kind."""
+    """Return whether a value has parts: a tuple, list, mapping or dataclass of any kind."""
     if isinstance(x, PackedSequence | torch.Size | nn.Module) or is_tensor_collection(x):
         return False
     return isinstance(x, tuple | list | Mapping | UserDict) or _is_dataclass(x)
@@ -127,7 +127,7 @@ def is_container(x: Any) -> bool:
 def parts(tree: Any) -> list[tuple[str, Any]] | None:
     """Return the places and values inside a container, or None for anything else.
 
-    Containers are tuples, lists, mappings and dataclasses, and named or derived kinds of those.
+    Containers are tuples, lists, mappings and dataclasses, and their subclasses.
     """
     if type(tree) in _PLAIN or not is_container(tree):
         return None
@@ -136,21 +136,21 @@ def parts(tree: Any) -> list[tuple[str, Any]] | None:
     if isinstance(tree, tuple | list):
         return [(f"[{i}]", value) for i, value in enumerate(tree)]
     if _is_dataclass(tree):
-        # ModelOutput is a mapping as well, and keeps its items in step with its attributes.
+        # ModelOutput is also a mapping, and keeps its items and its attributes consistent.
         return [(f".{name}", getattr(tree, name)) for name in _attributes(tree)]
     if isinstance(tree, UserDict):
-        # Its items, and what else it carries (the encodings of a tokenizer, say).
+        # Its items and its other attributes (such as the encodings of a tokenizer).
         return [("" if name == "data" else f".{name}", x) for name, x in vars(tree).items()]
     return [(f"[{key!r}]", tree[key]) for key in tree]
 
 
 def _attributes(record: Any) -> list[str]:
-    """Return the names of a dataclass's fields and of whatever else it has been given."""
+    """Return the names of a dataclass's fields and of any further attributes."""
     fields = [f.name for f in dataclasses.fields(record) if hasattr(record, f.name)]
     return list(dict.fromkeys([*fields, *getattr(record, "__dict__", ())]))
 
 
-def _rebuilt(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
+def _rebuild(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
     """Return a container of the same type with other values, or None if that fails."""
     if type(tree) is tuple:
         return tuple(values)
@@ -159,12 +159,12 @@ def _rebuilt(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any
     if type(tree) is dict:
         return dict(zip(tree, values, strict=True))
     try:
-        twin = _rebuilt_other(tree, inside, values)
+        twin = _rebuild_other(tree, inside, values)
         found, kept = parts(twin), parts(tree)
-    except Exception:  # whatever a constructor or a setter of another library raises
+    except Exception:  # another library's constructor or setter may raise anything
         return None
     if kept is None or any(a is not b for (_, a), (_, b) in zip(kept, inside, strict=True)):
-        # The copy shares its store with the original, which must not change.
+        # The copy shares its storage with the original, which must not change.
         if hasattr(tree, "update"):
             tree.update({key: old for key, (_, old) in zip(list(tree), inside, strict=True)})
         return None
@@ -172,15 +172,15 @@ def _rebuilt(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any
     return twin if right else None
 
 
-def _rebuilt_other(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
-    """Return a container of a type of another's making with other values."""
+def _rebuild_other(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
+    """Return a container of another library's type with other values."""
     if isinstance(tree, tuple):
         return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)
     if isinstance(tree, Mapping) and not (_is_dataclass(tree) or isinstance(tree, UserDict)):
         items = dict(zip(tree, values, strict=True))
         if not hasattr(tree, "update"):  # a read-only mapping
             return type(tree)(items)  # type: ignore[call-arg]
-        same: Any = copy.copy(tree)  # keeps whatever else it carries
+        same: Any = copy.copy(tree)  # keeps its other attributes
         same.update(items)
         return same
     twin: Any = copy.copy(tree)
@@ -189,7 +189,7 @@ def _rebuilt_other(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) 
         return twin
     names = list(vars(tree)) if isinstance(tree, UserDict) else _attributes(tree)
     frozen = _is_dataclass(tree) and tree.__dataclass_params__.frozen
-    put = object.__setattr__ if frozen else setattr  # frozen ones too: the copy is nobody's yet
+    put = object.__setattr__ if frozen else setattr  # a frozen copy is not in use yet
     for name, (_, old), new in zip(names, inside, values, strict=True):
         if new is not old:
             put(twin, name, new)

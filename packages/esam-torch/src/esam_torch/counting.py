@@ -1,4 +1,4 @@
-"""How many samples a batch holds, where that has to be known before the first pass."""
+"""The number of samples in a batch, if it must be known before the first pass."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ __all__ = ["SampleCounter"]
 
 
 class SampleCounter:
-    """Counts the samples of batches: by what is known of them, else by their losses.
+    """Counts the samples of batches: from their values if possible, else from their losses.
 
     Args:
-        samples: takes samples out of batches, and remembers where they are.
-        note: takes the name and the text of a warning.
+        samples: selects samples from batches, and remembers where they are.
+        note: is called with the name and the text of a warning.
     """
 
     def __init__(self, samples: Samples, note: Callable[[str, str], None]) -> None:
@@ -29,14 +29,14 @@ class SampleCounter:
         """Return the number of samples of a batch.
 
         Args:
-            model: what `losses` calls.
-            layout: of the model.
-            losses: the user's function; called, without a graph and without a trace, only where the
-                batch does not tell its size.
-            batch: its arguments.
+            model: the model that `losses` calls.
+            layout: the model's layout.
+            losses: the user's function. It is called, without a graph or side effects, only if the
+                size cannot be read from the batch.
+            batch: the arguments of `losses`.
 
         Raises:
-            ESAMTypeError, ESAMValueError: samples cannot be taken from the batch.
+            ESAMTypeError, ESAMValueError: samples cannot be selected from the batch.
         """
         known = self._samples.size(batch)
         if known is not None:
@@ -53,7 +53,7 @@ class SampleCounter:
 
 
 _COUNTED = (
-    "A step whose climb does not see the whole batch must know the number of samples before its "
-    "first pass, and the batch does not tell it: one more forward counts the losses, in each step. "
-    "Write Rows(x) around a value with one entry per sample."
+    "A step whose ascent pass does not use the whole batch needs the number of samples before its "
+    "first pass. It cannot be read from the batch, so each step runs one more forward to count "
+    "the losses. Wrap a value with one entry per sample in Rows(x) to avoid this."
 )

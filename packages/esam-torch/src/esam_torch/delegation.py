@@ -1,4 +1,4 @@
-"""The part of ESAM that is its base optimizer's or its run's: groups, state, modes, checkpoints."""
+"""The part of ESAM that delegates to its base optimizer and its run."""
 
 from typing import Any
 
@@ -21,18 +21,19 @@ class DelegatingOptimizer(torch.optim.Optimizer):
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # torch's way to make an optimizer without parameter groups of its own: the groups and the
-        # state are the base's (see the properties), hooks and the profiler's wrapper are ours.
+        # torch's way to create an optimizer without its own parameter groups. The groups and the
+        # state are the base optimizer's (see the properties); hooks and the profiler's wrapper are
+        # ours.
         self.__setstate__({"defaults": dict(run.base.defaults)})
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that makes the update."""
+        """The base optimizer."""
         return self._run.base
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups: the very list."""
+        """The base optimizer's parameter groups: the same list object."""
         return self._run.base.param_groups
 
     @param_groups.setter
@@ -49,7 +50,7 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         self._run.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; its parameters must be the model's."""
+        """Add a group to the base optimizer; its parameters must belong to the model."""
         check_groups([param_group])
         self._run.base.add_param_group(param_group)
         try:
@@ -59,12 +60,12 @@ class DelegatingOptimizer(torch.optim.Optimizer):
             raise
 
     def train(self) -> None:
-        """Call the base optimizer's `train()` where it has one (schedule-free optimizers)."""
+        """Call the base optimizer's `train()` if it has one (schedule-free optimizers)."""
         if hasattr(self._run.base, "train"):
             self._run.base.train()
 
     def eval(self) -> None:
-        """Call the base optimizer's `eval()` where it has one (schedule-free optimizers)."""
+        """Call the base optimizer's `eval()` if it has one (schedule-free optimizers)."""
         if hasattr(self._run.base, "eval"):
             self._run.base.eval()
 
@@ -72,7 +73,7 @@ class DelegatingOptimizer(torch.optim.Optimizer):
 
     @property
     def report(self) -> StepReport | None:
-        """What the last step saw; None before the first."""
+        """The report of the last step; None before the first."""
         return self._run.report
 
     @property
@@ -82,12 +83,12 @@ class DelegatingOptimizer(torch.optim.Optimizer):
 
     @property
     def count(self) -> int:
-        """How many ascents there have been: what masks and schedules are drawn from."""
+        """The number of steps so far, from which masks and schedules are drawn."""
         return self._run.count
 
     @property
     def model(self) -> nn.Module:
-        """The model that `losses` calls. May be set to what wraps it (DistributedDataParallel)."""
+        """The model that `losses` calls. May be set to a wrapper (DistributedDataParallel)."""
         return self._run.model
 
     @model.setter
@@ -98,24 +99,24 @@ class DelegatingOptimizer(torch.optim.Optimizer):
     # -- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state dict and one more entry, "esam".
+        """Return the base optimizer's state dict with an additional entry, "esam".
 
-        It loads into the bare base optimizer too. Hooks registered on either optimizer run; torch
-        does not keep the entry in a `torch.distributed.checkpoint`: see `DistributedState`.
+        It also loads into the bare base optimizer. Hooks registered on either optimizer run. In a
+        `torch.distributed.checkpoint` torch drops the entry; use `DistributedState` there.
         """
         return state_of(self, self._run)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, or a bare base optimizer's.
+        """Load a state dict of an ESAM or of a bare base optimizer.
 
-        Hyperparameters, seed and count come from the checkpoint, as the learning rate does. A
-        sampler that holds a function cannot be saved, and stays the one given in code.
+        Hyperparameters, seed and count come from the checkpoint, as does the learning rate. A
+        sampler that holds a function cannot be saved; the one given in code is kept.
         """
         load_state(self, self._run, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy.deepcopy, which copies the model and the base optimizer along with this one. A
-        # scheduler's wrapper around `step` belongs to the original.
+        # For copy.deepcopy, which also copies the model and the base optimizer. A scheduler's
+        # wrapper around `step` belongs to the original.
         state = self.__dict__.copy()
         state.pop("step", None)
         return state

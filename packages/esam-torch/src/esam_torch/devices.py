@@ -7,13 +7,13 @@ __all__ = ["on_device", "on_host"]
 
 
 def on_host(device: torch.device) -> bool:
-    """Return whether a device is the host itself, which may look at values without waiting."""
+    """Return whether a device is the host itself, where reading values needs no waiting."""
     return device.type == "cpu"
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; the host waits only where it is itself the destination.
+    """Return a tensor on a device; the host waits only if it is itself the destination.
 
-    A copy *to* the host that nobody waits for would be read before it has arrived.
+    Without waiting, a copy *to* the host could be read before it has arrived.
     """
     return tensor.to(device, non_blocking=not on_host(device))

@@ -1,4 +1,4 @@
-"""Along what a step climbs: a part of its batch, or what earlier steps have left."""
+"""Ascent directions: from a part of the batch, or from earlier steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from esam_torch.targets import Options, Targets
 
 __all__ = ["Climb", "Memory", "check_moment", "find_climb"]
 
-#: What optimizers call their first moment.
+#: The names that optimizers use for their first moment.
 _MOMENTS = ("momentum_buffer", "exp_avg")
 
-#: torch's own optimizers that have none. RMSprop's buffer is of gradients already divided.
+#: torch's optimizers without one. RMSprop's buffer has gradients that are already divided.
 _WITHOUT = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "RMSprop", "Rprop")
 
 
 def check_moment(base: torch.optim.Optimizer) -> None:
-    """Refuse a base optimizer for `Momentum` that is known to have no first moment.
+    """Raise if a base optimizer is known to have no first moment, which `Momentum` needs.
 
     Raises:
-        ESAMValueError: naming the optimizer.
+        ESAMValueError: it has none; the message names the optimizer.
     """
     for optimizer in base.optimizers if isinstance(base, SideBySide) else (base,):
         name = type(optimizer).__name__
@@ -49,13 +49,13 @@ _NO_MOMENT = (
 
 @dataclass(frozen=True)
 class Climb:
-    """Along what one step climbs.
+    """The ascent direction of one step.
 
     Args:
-        batch_size: the number of samples, where it has to be known before the first pass.
-        part: (n,) indices of the samples to climb along, if it is a part of the batch.
-        direction: what earlier steps have left to climb along, of the perturbed parameters, and
-            with `norm="full"` of the idle ones behind them; None if passes of this step find it.
+        batch_size: the number of samples, if it must be known before the first pass.
+        part: (n,) indices of the samples in the ascent pass, if they are a part of the batch.
+        direction: the direction from earlier steps, for the perturbed parameters and, with
+            `norm="full"`, for the idle ones after them; None if this step has an ascent pass.
     """
 
     batch_size: int | None = None
@@ -73,16 +73,16 @@ def find_climb(
     count: int,
     size: Callable[[], int],
 ) -> Climb | None:
-    """Return along what a step climbs; None if there is nothing yet, before the first update.
+    """Return the ascent direction of a step; None if there is none, before the first update.
 
     Args:
         config: the hyperparameters.
-        targets: what the step perturbs.
+        targets: the parameters that the step perturbs.
         memory: the gradient of the last update.
         base: the base optimizer.
-        layout: of the model.
-        count: the number of the ascent.
-        size: returns the number of samples in the batch; called where it is needed.
+        layout: the model's layout.
+        count: the step count.
+        size: returns the number of samples in the batch; called only if it is needed.
     """
     ascend = config.ascend
     if isinstance(ascend, WholeBatch) or not targets.tensors:
@@ -99,10 +99,10 @@ def find_climb(
 
 
 class Memory:
-    """The gradient of the last update, which `Previous` climbs along.
+    """The gradient of the last update: the ascent direction of `Previous`.
 
     Attributes:
-        gradients: by the parameters' names: of those that the sampler can perturb.
+        gradients: by parameter name, for the parameters that the sampler can perturb.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Memory:
         self._kept: tuple[bool, ...] = ()
 
     def updated(self, layout: Layout, config: ESAMConfig) -> None:
-        """Keep what the base optimizer is about to be given, if it is given anything."""
+        """Keep the gradients that the base optimizer is about to use, if there are any."""
         if all(tensor.grad is None for tensor in layout.tensors):
             return
         rows = zip(layout.parameters, self._kept_of(layout, config), strict=True)
@@ -122,7 +122,7 @@ class Memory:
         )
 
     def _kept_of(self, layout: Layout, config: ESAMConfig) -> tuple[bool, ...]:
-        """Return of which parameters gradients are kept; found once for a layout."""
+        """Return, for each parameter, whether its gradient is kept; computed once per layout."""
         defaults = Options(config.rho, config.adaptive)
         perturbed = {id(group): defaults.of_group(group).perturb for group, _ in layout.groups}
         allowed = tuple(
@@ -134,10 +134,10 @@ class Memory:
         return self._kept
 
     def load(self, saved: Mapping[str, Tensor], parameters: Sequence[Parameter]) -> None:
-        """Go on with a saved direction, if it is of this model.
+        """Load a saved direction, after checking that it fits this model.
 
         Raises:
-            ESAMValueError: it is of another model.
+            ESAMValueError: it belongs to another model.
         """
         tensors = {p.unit.name: p.tensor for p in parameters}
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -156,15 +156,15 @@ class Memory:
         *,
         perturbed: int,
     ) -> list[Tensor] | None:
-        """Return what to climb along, zeros for parameters for which there is nothing.
+        """Return the ascent direction, with zeros for parameters without one.
 
         Args:
-            ascend: where from, and with which sign.
+            ascend: its source and its sign.
             base: the base optimizer.
-            layout: of the model.
+            layout: the model's layout.
             of: the parameters.
-            perturbed: how many of them, the first, are perturbed. If there is nothing for any of
-                these, None is returned.
+            perturbed: how many of them are perturbed; these come first. If none of these has a
+                direction, None is returned.
         """
         if isinstance(ascend, Momentum):
             state = base.state
@@ -179,7 +179,7 @@ class Memory:
 
 
 def _copied(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return dense copies of gradients, in the memory of the old ones where these fit."""
+    """Return dense copies of gradients, reusing the memory of the old ones if they fit."""
     copies: dict[str, Tensor] = {}
     places: list[Tensor] = []
     sources: list[Tensor] = []
@@ -197,7 +197,7 @@ def _copied(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[
 
 
 def _shard(direction: Tensor | None, parameter: Tensor) -> Tensor:
-    """Return this rank's part of a direction, zeros where there is none."""
+    """Return this rank's part of a direction, or zeros if there is none."""
     if direction is None:
         return torch.zeros_like(local(parameter.detach()))
     shard = local(direction)

@@ -1,4 +1,4 @@
-"""What `torch.distributed.checkpoint` saves: model, base optimizer, and ESAM's own entry."""
+"""State for `torch.distributed.checkpoint`: the model, the base optimizer and ESAM's entry."""
 
 import json
 from typing import Any
@@ -16,16 +16,16 @@ __all__ = ["DistributedState"]
 class DistributedState:
     """A model and its ESAM as one object that `torch.distributed.checkpoint` saves and loads.
 
-    torch's `get_optimizer_state_dict` keeps "state" and "param_groups" alone and drops every other
-    entry of an optimizer's state dict, ESAM's among them; this keeps it.
+    torch's `get_optimizer_state_dict` keeps only "state" and "param_groups", and drops all other
+    entries of an optimizer's state dict, including ESAM's. This class keeps ESAM's entry.
 
-    For models under FSDP2 and DistributedDataParallel alike: weights and the base optimizer's state
-    are saved by parameter names, as torch's `get_state_dict` has them, and may be loaded by another
+    It works with FSDP2 and DistributedDataParallel. Weights and the base optimizer's state are
+    saved by parameter name, as by torch's `get_state_dict`, and may be loaded with a different
     number of ranks. Hyperparameters, seed and count come from the checkpoint, so a resumed run
-    draws the masks that the uninterrupted one would have drawn.
+    draws the same masks as an uninterrupted one.
 
     Args:
-        model: what is trained, sharded or wrapped as it is in the step.
+        model: the trained model, sharded or wrapped as in the step.
         optimizer: its ESAM.
         options: torch's `StateDictOptions`. Default None: every rank saves its own shards.
 
@@ -59,25 +59,25 @@ class DistributedState:
         self._options = options
 
     def state_dict(self) -> dict[str, Any]:
-        """Return "model", "optim" (the base optimizer's), both as torch has them, and "esam".
+        """Return "model" and "optim" (the base optimizer's), in torch's format, and "esam".
 
-        With `ascend=Previous()` also "direction", by the parameters' names.
+        With `ascend=Previous()` there is also "direction", by parameter name.
         """
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
         model, optimizer = get_state_dict(
             self._model, self._optimizer.base_optimizer, options=self._options
         )
-        # One string, for torch loads into the entries that it finds in the fresh objects: another
-        # sampler has other options.
+        # One string, because torch loads into the entries of the new object, and another sampler
+        # has other options.
         own = self._optimizer.state_dict()["esam"]
         kept = own.pop("direction", None)
         if kept is not None:
             self._check_options()
         state = {"model": model, "optim": optimizer}
         if kept is not None:
-            # Of every parameter: a fresh run has to offer a place to load into, and does not know
-            # yet which of them its sampler can perturb.
+            # For every parameter: a new run must provide the tensors to load into, and does not
+            # know yet which parameters its sampler can perturb.
             own["direction"] = list(kept)
             state["direction"] = {
                 name: kept.get(name, torch.zeros_like(p.detach()))
@@ -91,18 +91,18 @@ class DistributedState:
         return [(p.unit.name, p.tensor) for p in found]
 
     def _check_options(self) -> None:
-        """Refuse options that torch has for the states that it knows alone."""
+        """Raise for options that torch applies only to its own state."""
         for name in ("full_state_dict", "broadcast_from_rank0"):
             if getattr(self._options, name, False):
                 raise ESAMTypeError(
-                    f"With `ascend=Previous()`, `options` must be without {name}: the direction is "
-                    f"saved as it is sharded. Received: {name}=True."
+                    f"With `ascend=Previous()`, `options` must not set {name}: the direction is "
+                    f"always saved as it is sharded. Received: {name}=True."
                 )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
+        """Load a state that `state_dict` returned.
 
-        With torch's `broadcast_from_rank0`, "esam" is rank 0's on every rank, as all the rest is.
+        With torch's `broadcast_from_rank0`, every rank gets rank 0's "esam", like everything else.
         """
         from torch.distributed.checkpoint import state_dict as torchs
 
@@ -112,8 +112,8 @@ class DistributedState:
             torch.distributed.broadcast_object_list(sent, src=0)
             own = sent[0]
         base = self._optimizer.base_optimizer
-        # One after the other: torch's `set_state_dict` leaves the model out where its part is
-        # empty, as it is on the ranks that are sent rank 0's.
+        # Load one after the other: torch's `set_state_dict` skips the model if its part is empty,
+        # as it is on the ranks that receive rank 0's state.
         torchs.set_model_state_dict(self._model, state_dict.get("model", {}), options=self._options)
         torchs.set_optimizer_state_dict(
             self._model, base, state_dict.get("optim", {}), options=self._options
@@ -124,9 +124,9 @@ class DistributedState:
             names = entry.pop("direction", [])
             if names and "direction" not in state_dict:
                 raise ESAMValueError(
-                    "The checkpoint holds a direction, and the ESAM to load it into must be made "
-                    "with the same `ascend`. Received: "
-                    f"{self._optimizer.config.ascend!r}, and Previous() in the checkpoint."
+                    "The checkpoint contains a direction, so the ESAM that loads it must be "
+                    f"created with the same `ascend`. Received: {self._optimizer.config.ascend!r}, "
+                    "and Previous() in the checkpoint."
                 )
             entry["direction"] = {name: state_dict["direction"][name] for name in names}
         self._optimizer.load_state_dict(loaded)

@@ -1,8 +1,8 @@
-"""A step that climbs along what earlier steps have left: no ascent, and one pass with a graph.
+"""A step with an ascent direction from earlier steps: no ascent pass, one pass with a graph.
 
-That pass is the descent's, at theta + epsilon, and is run where the loss is computed, so that its
-backward can be part of the user's. In between the weights are at theta: the backward goes to
-theta + epsilon once more, to the very same numbers, and comes back.
+The forward of the descent pass, at theta + epsilon, runs when the loss is computed, so that its
+backward can be part of the user's backward. In between the weights are at theta. The backward
+moves them to exactly the same theta + epsilon again, and restores them.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ __all__ = ["EarlierStep"]
 
 
 class EarlierStep(Step):
-    """A step whose task holds the direction."""
+    """A step whose task contains the ascent direction."""
 
     _at_the_descent: Kept | None = None
     _before: Tensor | None = None
@@ -36,11 +36,11 @@ class EarlierStep(Step):
 
     @property
     def value(self) -> Tensor:
-        """The mean loss at theta where the selection needs it, else that of the descent."""
+        """The mean loss at theta if the selection needs it, else that of the descent pass."""
         return self._mean.detach() if self._before is None else self._before.mean()
 
     def _first_pass(self) -> Tensor:
-        """Run all passes up to the descent's forward, and return the descent's loss."""
+        """Run all passes up to the forward of the descent pass, and return its loss."""
         task, b = self.task, self.task.climb.batch_size
         config = task.config
         if b is not None and needs_losses(config.select, b):
@@ -78,11 +78,11 @@ class EarlierStep(Step):
             self._at_the_descent = task.layout.writes.kept()
             self._written.restore()
             left.restore()
-        # What was not finite must be seen in the gradient, even if the selected samples are not it.
+        # Non-finite values must reach the gradient, even if all selected samples are finite.
         return poisoned(total, finite & torch.isfinite(total.detach()))
 
     def _direction(self) -> Ascent:
-        """Return epsilon, from the direction that earlier steps have left."""
+        """Return epsilon, computed from the direction of earlier steps."""
         task, targets = self.task, self.task.targets
         seen = self._seen()
         return perturb(
@@ -96,7 +96,7 @@ class EarlierStep(Step):
         )
 
     def _seen(self) -> Tensor:
-        """Return the losses at theta, or a finite number where there are none."""
+        """Return the losses at theta, or a finite number if there are none."""
         if self._before is not None:
             return self._before
         like = self.task.targets.tensors[0]
@@ -107,7 +107,7 @@ class EarlierStep(Step):
 
     @contextlib.contextmanager
     def _at_the_peak(self) -> Iterator[Weights]:
-        """Be at theta + epsilon as long as the context lasts."""
+        """Move the weights to theta + epsilon inside the context."""
         sharded = self.task.layout.shards is not None
         self._weights = weights = Weights(self.task.targets.tensors, sharded)
         try:
@@ -117,17 +117,17 @@ class EarlierStep(Step):
         finally:
             weights.restore()
             self._weights_changed()
-            self._weights = None  # the copies are not needed between the two times
+            self._weights = None  # the copies are not needed in between
 
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
-        """Run the backward of the pass that has been run, where it has been run."""
+        """Run the backward of the descent pass, at the weights of its forward."""
         if self.task.before_descent is not None:
             self.task.before_descent()
         at_the_descent = self._at_the_descent
         found = None if at_the_descent is None else self.task.layout.writes.kept()
         with self._at_the_peak():
             self._ascent_found.perturbations.clear()  # epsilon is in the weights
-            if at_the_descent is not None:  # the graph may read what its forward has written
+            if at_the_descent is not None:  # the graph may read buffers that its forward wrote
                 at_the_descent.restore()
             gradients = self._gradients(self._mean, scale, inputs)
         if found is not None:

@@ -1,4 +1,4 @@
-"""Picking the entries of the selected samples from tensors, arrays, lists and other sequences."""
+"""Selecting the samples' entries from tensors, arrays, lists and other sequences."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["Index", "described", "entries", "items"]
 
 
 class Index:
-    """The (k,) indices of the selected samples, as each kind of sequence wants them."""
+    """The (k,) indices of the selected samples, in the form that each kind of sequence needs."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -25,7 +25,7 @@ class Index:
 
     @functools.cached_property
     def host(self) -> list[int]:
-        """The indices as numbers. On another device than the CPU the host waits for them."""
+        """The indices as numbers. If they are not on the CPU, the host waits for them."""
         return list(map(int, self.tensor.tolist()))
 
     @property
@@ -35,7 +35,7 @@ class Index:
 
 
 def described(x: Any) -> str:
-    """Return a few words on a value: its type, and its shape or length."""
+    """Return a short description of a value: its type, and its shape or length."""
     if isinstance(x, Whole):
         return f"{described(x.value)}, marked"
     name = type(x).__name__
@@ -58,13 +58,13 @@ def entries(x: Any, index: Index) -> Any:
     """Return the selected rows of a tensor or array, or entries of another sequence.
 
     Raises:
-        ESAMTypeError: it cannot be indexed by a tensor, an array or a list.
+        ESAMTypeError: the value cannot be indexed by a tensor, an array or a list.
     """
     if isinstance(x, Tensor):
         return x.index_select(0, on_device(index.tensor, x.device))
     if isinstance(x, np.ndarray):
         return x[index.array]
-    if hasattr(x, "iloc"):  # a pandas object: its own [] looks for labels
+    if hasattr(x, "iloc"):  # a pandas object: its [] looks up labels
         return x.iloc[index.host]
     device = getattr(x, "device", None)
     tensor = index.tensor if isinstance(device, torch.device) else index.tensor.cpu()
@@ -78,7 +78,7 @@ def entries(x: Any, index: Index) -> Any:
                 part = x.from_data_list(part, [name for name in names if f"{name}_batch" in x])
             if isinstance(part, type(x)) and len(part) == len(index):
                 return part
-        except Exception:  # whatever an object raises that does not know this kind of index
+        except Exception:  # an object may raise anything for an index it does not support
             continue
     raise ESAMTypeError(
         f"{type(x).__name__} cannot be indexed by a tensor, an array or a list. {WAYS_OUT}"

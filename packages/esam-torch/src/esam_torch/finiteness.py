@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: found without waiting, or looked for once a step."""
+"""Non-finite losses and gradients: propagated without waiting, or checked once per step."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ __all__ = ["all_finite", "poisoned"]
 
 
 def poisoned(total: Tensor, finite: Tensor) -> Tensor:
-    """Return the loss, or NaN, which no gradient survives, where something was not finite."""
+    """Return the loss, or NaN, which makes all gradients NaN, if a value was not finite."""
     return total * torch.where(finite, 1.0, torch.nan)
 
 

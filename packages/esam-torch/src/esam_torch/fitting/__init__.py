@@ -1,4 +1,4 @@
-"""The training loop: `esam_torch.fit` and what it is made of."""
+"""The training loop: `esam_torch.fit` and its parts."""
 
 from esam_torch.fitting.history import History
 from esam_torch.fitting.loop import fit

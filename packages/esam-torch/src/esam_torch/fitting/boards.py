@@ -12,10 +12,10 @@ __all__ = ["board"]
 
 @contextlib.contextmanager
 def board(folder: str | Path | None) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Yield a function that writes an epoch's row to a folder for TensorBoard.
+    """Yield a function that writes an epoch's row for TensorBoard.
 
     Args:
-        folder: where to; None for nowhere.
+        folder: the folder to write to; None to write nothing.
 
     Raises:
         ESAMRuntimeError: TensorBoard is not installed.

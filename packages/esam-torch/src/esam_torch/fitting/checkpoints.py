@@ -1,4 +1,4 @@
-"""Checkpoints from which training goes on as if nothing had happened."""
+"""Checkpoints from which training resumes exactly."""
 
 import math
 import os
@@ -22,13 +22,13 @@ __all__ = ["Checkpoints", "Place"]
 
 @dataclass
 class Place:
-    """Where in the data training is.
+    """The position of training in the data.
 
     Args:
         epoch: from 1.
-        updates: how many updates of this epoch are done.
-        random: state of the random generators, the loader's among them, before this epoch; a
-            loader that starts from it yields the same batches again.
+        updates: the number of completed updates of this epoch.
+        random: state of the random generators, including the loader's, before this epoch; from this
+            state the loader yields the same batches again.
         rate: the learning rate at the start of this epoch.
     """
 
@@ -42,13 +42,13 @@ class Checkpoints:
     """Writes "last.pt" and "best.pt" to a folder, and reads the last one.
 
     Args:
-        folder: where they are; None for no checkpoints.
-        model: what is trained; wrappers are looked through.
-        parts: whatever else has a `state_dict`: optimizer, scheduler, scaler, by name.
+        folder: the folder of the checkpoints; None for no checkpoints.
+        model: the trained model; wrappers are unwrapped.
+        parts: other objects with a `state_dict`, by name: optimizer, scheduler, scaler.
         loader: the training data.
-        device: where the model is.
-        monitor: the column whose best value makes "best.pt"; less is better of a name that ends
-            with "loss", more of any other. An epoch without that number is passed over.
+        device: the model's device.
+        monitor: the column whose best value determines "best.pt". Less is better if its name ends
+            with "loss", else more is better. Epochs without this number are ignored.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class Checkpoints:
     # -- random state -----------------------------------------------------------------------------
 
     def random_state(self) -> dict[str, Any]:
-        """Return the state of every generator that data and training draw from."""
+        """Return the state of every random generator that data and training use."""
         loaders = [generator.get_state() for generator in generators_of(self._loader)]
         return {**random_state(self._device), "loader": loaders}
 
     def load_random_state(self, state: Mapping[str, Any]) -> None:
-        """Put every generator where it was."""
+        """Restore the state of every generator."""
         load_random_state(state, self._device)
         generators = generators_of(self._loader)
         if len(generators) != len(state["loader"]):
             raise ESAMValueError(
-                "`loader` must have the generators that it had when the checkpoint was written. "
+                "`loader` must have as many generators as when the checkpoint was written. "
                 f"Received: {len(generators)}, not {len(state['loader'])}."
             )
         for generator, saved in zip(generators, state["loader"], strict=True):
@@ -92,7 +92,7 @@ class Checkpoints:
     # -- files ------------------------------------------------------------------------------------
 
     def save(self, place: Place, means: Means) -> None:
-        """Write "last.pt" and the history. All ranks call this; the first one writes."""
+        """Write "last.pt" and the history. All ranks call this; only rank 0 writes."""
         if self._folder is None:
             return
         mine = {"start": place.random, "now": self.random_state(), "means": means.state_dict()}
@@ -116,7 +116,7 @@ class Checkpoints:
             self.history.to_json(self._folder / "history.json")
 
     def save_best(self) -> None:
-        """Write "best.pt", the model and its row, if the last epoch is the best so far."""
+        """Write "best.pt", with the model and its row, if the last epoch is the best so far."""
         if self._folder is None or world()[0] > 0:
             return
         rows = [row for row in self.history if not math.isnan(row.get(self._monitor, math.nan))]
@@ -127,7 +127,7 @@ class Checkpoints:
             self._write({"model": self._model.state_dict(), "row": self.history.last}, "best.pt")
 
     def _write(self, state: Mapping[str, Any], name: str) -> None:
-        """Write a file whole or not at all: whoever is killed meanwhile keeps the old one."""
+        """Write a file atomically: a process killed meanwhile keeps the old file."""
         if self._folder is None:
             return
         part = self._folder / (name + ".part")
@@ -138,10 +138,10 @@ class Checkpoints:
         part.replace(self._folder / name)
 
     def load(self, means: Means) -> tuple[Place, dict[str, Any]] | None:
-        """Go back to "last.pt" where there is one.
+        """Load "last.pt" if it exists.
 
         Returns:
-            Where in the data training was, and the random state there; None without a file.
+            The position in the data and the random state there; None without a file.
         """
         if self._folder is None or not (self._folder / "last.pt").exists():
             return None
@@ -149,13 +149,14 @@ class Checkpoints:
         rank, size = world()
         if len(state["ranks"]) != size:
             raise ESAMValueError(
-                "Training must go on with as many processes as the checkpoint was written by, "
+                "Training must resume with as many processes as wrote the checkpoint, "
                 f"{len(state['ranks'])}. Received: {size}."
             )
         missing = [name for name in self._parts if name not in state]
         if missing:
             raise ESAMValueError(
-                f"The checkpoint must hold what is to go on. It holds no {', '.join(missing)}."
+                "The checkpoint must contain the state of everything that is resumed. Missing: "
+                f"{', '.join(missing)}."
             )
         self._model.load_state_dict(state["model"])
         for name, part in self._parts.items():

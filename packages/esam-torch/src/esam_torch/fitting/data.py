@@ -1,4 +1,4 @@
-"""What a loader yields: onto the device, and into arguments."""
+"""Batches from a loader: moving them to a device and turning them into arguments."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -10,13 +10,13 @@ from torch import Tensor
 from esam_torch.containers import INSIDE, is_tensor_collection, map_values
 from esam_torch.marks import Rows, Whole
 
-__all__ = ["Arguments", "arguments", "chosen_device", "groups_of", "moved"]
+__all__ = ["Arguments", "arguments", "choose_device", "groups_of", "move_batch"]
 
 Arguments = tuple[Any, ...]
 
 
-def chosen_device(device: torch.device | str) -> torch.device:
-    """Return a device; "auto" is the accelerator where there is one, else the CPU."""
+def choose_device(device: torch.device | str) -> torch.device:
+    """Return a device; "auto" is the accelerator if there is one, else the CPU."""
     if device != "auto":
         return torch.device(device)
     for name in ("cuda", "xpu", "mps"):
@@ -26,12 +26,12 @@ def chosen_device(device: torch.device | str) -> torch.device:
     return torch.device("cpu")
 
 
-def moved(batch: Any, device: torch.device) -> Any:
-    """Return the batch with its tensors on a device; from pinned memory without waiting."""
+def move_batch(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on a device, copied from pinned memory without waiting."""
 
     def visit(x: Any, _: str) -> Any:
         if isinstance(x, Rows | Whole):
-            return type(x)(moved(x.value, device))
+            return type(x)(move_batch(x.value, device))
         if isinstance(x, Tensor):
             return x.to(device, non_blocking=True)
         return x.to(device) if is_tensor_collection(x) else INSIDE
@@ -40,12 +40,12 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def arguments(batch: Any) -> Arguments:
-    """Return a batch as arguments: a tuple or list is several, anything else is one."""
+    """Return a batch as arguments: several for a tuple or list, one for anything else."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 def groups_of(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield batches in groups of `size`, the last one of what is left."""
+    """Yield batches in groups of `size`; the last group may be smaller."""
     batches = iter(loader)
     while group := list(itertools.islice(batches, size)):
         yield group

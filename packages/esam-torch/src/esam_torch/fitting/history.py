@@ -1,4 +1,4 @@
-"""What training leaves behind: one row of numbers an epoch."""
+"""The history of a training run: one row of numbers per epoch."""
 
 import csv
 import json
@@ -13,10 +13,10 @@ __all__ = ["History"]
 
 @dataclass
 class History:
-    """A table of training: one row an epoch, numbers by name.
+    """A table with one row per epoch and one named column per number.
 
     Args:
-        rows: the rows, from the first epoch on. Default: none yet.
+        rows: the rows, starting with the first epoch. Default: no rows.
 
     Example:
         >>> rows = [{"epoch": 1, "eval_accuracy": 0.8}, {"epoch": 2, "eval_accuracy": 0.7}]
@@ -36,9 +36,11 @@ class History:
         return iter(self.rows)
 
     def __getitem__(self, name: str) -> list[float]:
-        """Return a column; NaN where an epoch did not measure it."""
+        """Return a column, with NaN for epochs that did not measure it."""
         if name not in self.columns:
-            raise KeyError(f"No {name!r} in this history; it holds {', '.join(self.columns)}.")
+            raise KeyError(
+                f"No {name!r} in this history; its columns are {', '.join(self.columns)}."
+            )
         return [row.get(name, float("nan")) for row in self.rows]
 
     @property
@@ -50,7 +52,7 @@ class History:
     def last(self) -> dict[str, float]:
         """The row of the last epoch."""
         if not self.rows:
-            raise ESAMValueError("The history must hold an epoch. Received: none.")
+            raise ESAMValueError("The history must contain an epoch. Received: none.")
         return self.rows[-1]
 
     def best(self, name: str, *, smallest: bool = False) -> dict[str, float]:
@@ -58,26 +60,28 @@ class History:
 
         Args:
             name: a column.
-            smallest: whether less is better, as of a loss. Default False.
+            smallest: whether less is better, as for a loss. Default False.
         """
         values = self[name]
         rows = [row for row, value in zip(self.rows, values, strict=True) if value == value]
         if not rows:
-            raise ESAMValueError(f"`{name}` must be a number in some epoch. Received: {values}.")
+            raise ESAMValueError(
+                f"`{name}` must be a number in at least one epoch. Received: {values}."
+            )
         return (min if smallest else max)(rows, key=lambda row: row[name])
 
     def to_csv(self, path: str | Path) -> None:
-        """Write a table with a header; empty where an epoch did not measure a number."""
+        """Write a table with a header; numbers that an epoch did not measure are empty."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
 
     def to_json(self, path: str | Path) -> None:
-        """Write a list of rows."""
+        """Write the list of rows."""
         Path(path).write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | Path) -> "History":
-        """Read what `to_json` wrote."""
+        """Read a file that `to_json` wrote."""
         return cls(json.loads(Path(path).read_text(encoding="utf-8")))

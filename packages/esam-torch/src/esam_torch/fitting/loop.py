@@ -14,12 +14,19 @@ from esam_core import ESAMTypeError, ESAMValueError
 from esam_core.validation import choice, count_number, positive
 from esam_torch.fitting.boards import board
 from esam_torch.fitting.checkpoints import Checkpoints, Place
-from esam_torch.fitting.data import arguments, chosen_device, groups_of, moved
+from esam_torch.fitting.data import arguments, choose_device, groups_of, move_batch
 from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import REPORTED, Means, Metric, ModelLosses, evaluate
-from esam_torch.fitting.progress import Silent, chosen_progress
-from esam_torch.fitting.ranks import joined, replicated, shared_buffers, split, summed, world
-from esam_torch.fitting.update import PRECISIONS, Update, in_precision
+from esam_torch.fitting.progress import Silent, choose_progress
+from esam_torch.fitting.ranks import (
+    broadcast_buffers,
+    join_processes,
+    replicate,
+    split,
+    sum_over_ranks,
+    world,
+)
+from esam_torch.fitting.update import PRECISIONS, Update, with_precision
 from esam_torch.optimizer import ESAM
 from esam_torch.wrappers import bare_model
 
@@ -56,52 +63,53 @@ def fit(
 ) -> History:
     """Train a model, with `ESAM` or with any other optimizer, through the same loop.
 
-    Started by torchrun, every process trains a replica under DistributedDataParallel, on its
-    share of `loader`, and the means are those of all of them.
+    Under torchrun, every process trains a replica with DistributedDataParallel on its share of
+    `loader`, and the means are over all processes.
 
     Args:
-        model: what is trained. It is moved to `device` and left there, in evaluation mode.
-        optimizer: an `ESAM` around a base optimizer, or a base optimizer alone.
+        model: the model to train. It is moved to `device` and left there, in evaluation mode.
+        optimizer: an `ESAM`, or any other optimizer.
         losses: a function of the model and a batch that returns one loss per sample, a tensor of
-            shape (b,), or (losses, outputs). A batch that is a tuple or a list comes as several
-            arguments, `losses(model, inputs, targets)`; any other as one.
-        loader: batches to train on; gone through once an epoch.
-        epochs: how many, >= 1.
-        eval_loader: batches to evaluate on after each epoch. Default none.
+            shape (b,), or (losses, outputs). A tuple or list is passed as several arguments,
+            `losses(model, inputs, targets)`; any other batch as one.
+        loader: the training batches; iterated over once per epoch.
+        epochs: the number of epochs, >= 1.
+        eval_loader: the batches to evaluate on after each epoch. Default none.
         metrics: functions of (outputs, *batch) that return one number per sample, by name, such as
             `{"accuracy": accuracy}`. They need `losses` to return (losses, outputs). Default none.
         scheduler: a learning rate scheduler of `optimizer`. Default none.
-        scheduler_step: whether it steps each "epoch" (default) or each "batch", that is, update.
-        device: default "auto": the accelerator where there is one.
-        precision: what `losses` is computed in, by autocast: "fp32" (default), "bf16", or "fp16",
-            which comes with a gradient scaler.
+        scheduler_step: whether it steps after each "epoch" (default) or each "batch" (update).
+        device: where to train. Default "auto": the accelerator if there is one, else the CPU.
+        precision: the autocast precision of `losses`: "fp32" (default), "bf16", or "fp16", which
+            uses a gradient scaler.
         scaler: the gradient scaler of "fp16". Default: a new one.
-        accumulate: batches whose gradients are averaged for one update, >= 1. One that ESAM skips
-            (`on_nonfinite="skip"`) is left out of that average, and of the epoch's means; where
-            all are skipped, no update is made. Default 1.
-        clip_norm: largest norm of the gradient, > 0. Default none.
-        clip_value: largest absolute value in the gradient, > 0. Default none.
+        accumulate: number of batches whose gradients are averaged for one update, >= 1. A batch
+            that ESAM skips (`on_nonfinite="skip"`) is left out of the average and of the epoch's
+            means; if all are skipped, there is no update. Default 1.
+        clip_norm: maximum norm of the gradient, > 0. Default none.
+        clip_value: maximum absolute value in the gradient, > 0. Default none.
         folder: where "last.pt", "best.pt", "history.csv" and "history.json" are written after each
             epoch. Default none.
-        resume: whether to go on from "last.pt" where `folder` has one: to the same weights, bit
-            for bit, as without the interruption. Default False.
-        monitor: the number whose best value makes "best.pt", the least of a name that ends with
-            "loss", else the largest; an epoch without that number, or with NaN, is passed over.
+        resume: whether to resume from "last.pt" if `folder` contains it. The weights end bit for
+            bit as without the interruption. Default False.
+        monitor: the number whose best value determines "best.pt": the smallest if its name ends
+            with "loss", else the largest. Epochs without this number, or with NaN, are ignored.
             Default "eval_loss", or "train_loss" without `eval_loader`.
-        save_every: updates between writes of "last.pt" within an epoch, >= 1. Default none.
+        save_every: write "last.pt" after every so many updates within an epoch, >= 1. Default none.
         tensorboard: folder for TensorBoard's scalars. Default none.
-        progress: True (default): bars with rich or tqdm, whichever is installed, else a line an
-            epoch; False: nothing; "rich", "tqdm", "plain": that one.
-        title: written before the bars. Default "".
-        on_epoch: called with each epoch's row, by every process. Default none.
+        progress: True (default): a progress bar by rich or tqdm if one is installed, else one line
+            per epoch. False: nothing. Or one of "rich", "tqdm" and "plain".
+        title: text before the progress bar. Default "".
+        on_epoch: called with each epoch's row, in every process. Default none.
 
     Returns:
-        A `History`: for each epoch "epoch" (from 1), "learning_rate", "train_loss", "train_" and
-        "eval_" of each metric, "eval_loss", "sharpness" and others of the step reports, "seconds"
-        of training alone and "samples_per_second".
+        A `History`: for each epoch "epoch" (from 1), "learning_rate", "train_loss", "train_..." and
+        "eval_..." for each metric, "eval_loss", "sharpness" and other fields of the step reports,
+        "seconds" (training only) and "samples_per_second".
 
     Raises:
-        ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
+        ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
+            and the value received.
 
     Example:
         >>> import torch
@@ -123,8 +131,8 @@ def fit(
     _check(model, optimizer, losses)
     if scheduler_step == "batch" and isinstance(scheduler, _Plateau):
         raise ESAMValueError(
-            '`scheduler_step` must be "epoch" for a ReduceLROnPlateau: the loss that it watches is '
-            'an epoch\'s. Received: "batch".'
+            '`scheduler_step` must be "epoch" for a ReduceLROnPlateau, which monitors the loss of '
+            'an epoch. Received: "batch".'
         )
     count_number("epochs", epochs, least=1)
     count_number("accumulate", accumulate, least=1)
@@ -138,24 +146,26 @@ def fit(
         count_number("save_every", save_every, least=1)
     if folder is None and (resume or save_every is not None or monitor is not None):
         raise ESAMValueError(
-            "`folder` must be given with `resume`, `save_every` and `monitor`: it is where "
-            "checkpoints are. Received: folder=None."
+            "`folder` must be given with `resume`, `save_every` and `monitor`: it is the folder "
+            "of the checkpoints. Received: folder=None."
         )
     with contextlib.ExitStack() as stack:
-        place = joined(chosen_device(device))
+        place = join_processes(choose_device(device))
         model.to(place)
-        called = stack.enter_context(_wrapped(model, optimizer, place))
+        called = stack.enter_context(_wrap(model, optimizer, place))
         if precision == "fp16" and scaler is None:
             scaler = torch.amp.GradScaler(place.type)
         first_rank = world()[0] == 0
         shown = stack.enter_context(
-            chosen_progress(progress if first_rank else False, epochs, title)
+            choose_progress(progress if first_rank else False, epochs, title)
         )
         write = stack.enter_context(board(tensorboard if first_rank else None))
         loader = split(loader, training=True)
         eval_loader = None if eval_loader is None else split(eval_loader, training=False)
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
-        watched = _monitored(monitor, optimizer, metrics or {}, evaluated=eval_loader is not None)
+        watched = _monitored_name(
+            monitor, optimizer, metrics or {}, evaluated=eval_loader is not None
+        )
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         checkpoints = Checkpoints(folder, model, parts, loader, place, watched)
         history = checkpoints.history
@@ -172,7 +182,7 @@ def fit(
         )
         resumed = checkpoints.load(training.means) if resume else None
         if resumed is not None and not resumed[0].updates:
-            checkpoints.save_best()  # the run may have ended between the two files
+            checkpoints.save_best()  # a kill may have come between the two files
         start, now = resumed if resumed is not None else (Place(), None)
         if now is not None:
             checkpoints.load_random_state(start.random)
@@ -183,10 +193,10 @@ def fit(
             row |= training.epoch(epoch, start.updates, now, rate)
             start, now = Place(), None
             _mode(called, optimizer, training=False)
-            shared_buffers(model)
+            broadcast_buffers(model)
             if eval_loader is not None:
                 measured = evaluate(
-                    *(model, in_precision(losses, update), eval_loader),
+                    *(model, with_precision(losses, update), eval_loader),
                     metrics=metrics,
                     device=place,
                     everywhere=True,
@@ -207,17 +217,17 @@ def fit(
 
 @dataclass
 class _Training:
-    """One epoch after another, without evaluation.
+    """The training part of the loop, epoch by epoch, without evaluation.
 
     Args:
-        update: makes an update from a group of batches.
+        update: runs an update on a group of batches.
         loader: this process's batches.
-        accumulate: how many batches are a group.
-        scheduler: what steps after each update, or None.
-        checkpoints: where the state goes.
-        shown: what shows the progress.
-        save_every: updates between writes within an epoch, or None.
-        means: what is measured.
+        accumulate: the number of batches in a group.
+        scheduler: the scheduler to step after each update, or None.
+        checkpoints: writes the state.
+        shown: shows the progress.
+        save_every: the number of updates between checkpoints within an epoch, or None.
+        means: collects the measurements.
     """
 
     update: Update
@@ -232,12 +242,12 @@ class _Training:
     def epoch(
         self, epoch: int, done: int, now: Mapping[str, Any] | None, rate: float
     ) -> dict[str, float]:
-        """Train for one epoch and return what was measured.
+        """Train for one epoch and return the measurements.
 
         Args:
             epoch: from 1.
-            done: updates of it that were made before an interruption.
-            now: the random state after them, or None where there were none.
+            done: the number of its updates that were completed before an interruption.
+            now: the random state after those updates, or None if there were none.
             rate: the learning rate at the start of the epoch.
         """
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
@@ -252,12 +262,12 @@ class _Training:
                 if number == done and now is not None:  # before the next batch is drawn
                     self.checkpoints.load_random_state(now)
                 continue
-            batches = [arguments(moved(batch, self.update.device)) for batch in group]
+            batches = [arguments(move_batch(batch, self.update.device)) for batch in group]
             reports, stepped = self.update(batches)
             if stepped and self.scheduler is not None:
                 self.scheduler.step()
             for report, batch in zip(reports, batches, strict=True):
-                if not report.skipped:  # one NaN would be the mean of the whole epoch
+                if not report.skipped:  # one NaN would make the mean of the epoch NaN
                     self.means.update(report.losses, report.outputs, batch)
                     self.means.report(report)
                 samples += len(report.losses)
@@ -265,24 +275,24 @@ class _Training:
             if self.save_every is not None and number % self.save_every == 0:
                 self.checkpoints.save(Place(epoch, number, random, rate), self.means)
         if number == 0:
-            raise ESAMValueError("`loader` must hold a batch in each epoch. Received: none.")
+            raise ESAMValueError("`loader` must yield a batch in each epoch. Received: none.")
         measured = self.means.result(everywhere=True)
         named = {
             name if name in REPORTED else f"train_{name}": value for name, value in measured.items()
         }
         self.means.reset()
         seconds = time.perf_counter() - started  # result() has waited for the device
-        total = summed([float(samples)], self.update.device)[0]
+        total = sum_over_ranks([float(samples)], self.update.device)[0]
         named.setdefault("train_loss", float("nan"))  # every step was skipped
         return {**named, "seconds": seconds, "samples_per_second": total / seconds}
 
 
 @contextlib.contextmanager
-def _wrapped(
+def _wrap(
     model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Iterator[nn.Module]:
-    """Yield the model as it is called, replicated where there are other ranks."""
-    called = replicated(model, device)
+    """Yield the model to call, replicated if there are other ranks."""
+    called = replicate(model, device)
     if not isinstance(optimizer, ESAM) or called is model:
         yield called
         return
@@ -294,7 +304,7 @@ def _wrapped(
 
 
 def _check(model: Any, optimizer: Any, losses: Any) -> None:
-    """Refuse what cannot be trained."""
+    """Raise if an argument cannot be used for training."""
     if not isinstance(model, nn.Module):
         raise ESAMTypeError(f"`model` must be a torch.nn.Module. Received: {model!r}.")
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -303,7 +313,9 @@ def _check(model: Any, optimizer: Any, losses: Any) -> None:
             f"Received: {optimizer!r}."
         )
     if isinstance(optimizer, ESAM) and bare_model(optimizer.model) is not bare_model(model):
-        raise ESAMValueError("`optimizer` must be an ESAM of `model`. Received: one of another.")
+        raise ESAMValueError(
+            "`optimizer` must be an ESAM of `model`. Received: an ESAM of another model."
+        )
     if not callable(losses):
         raise ESAMTypeError(
             "`losses` must be a function of the model and a batch that returns one loss per "
@@ -312,7 +324,7 @@ def _check(model: Any, optimizer: Any, losses: Any) -> None:
 
 
 def _check_scaler(optimizer: Any, precision: str, scaler: torch.amp.GradScaler | None) -> None:
-    """Refuse a scaler without fp16, and fp16 beside ESAM's own handling of what is not finite."""
+    """Raise for a scaler without fp16, and for fp16 together with `on_nonfinite`."""
     if scaler is not None and precision != "fp16":
         raise ESAMValueError(
             f'`precision` must be "fp16" with `scaler`. Received: precision={precision!r}.'
@@ -327,10 +339,10 @@ def _check_scaler(optimizer: Any, precision: str, scaler: torch.amp.GradScaler |
             )
 
 
-def _monitored(
+def _monitored_name(
     monitor: str | None, optimizer: Any, metrics: Mapping[str, Metric], *, evaluated: bool
 ) -> str:
-    """Return the name of what makes the best epoch, if an epoch can hold such a number."""
+    """Return the name of the monitored number, after checking that it can exist."""
     if monitor is None:
         return "eval_loss" if evaluated else "train_loss"
     kinds = ("train", "eval") if evaluated else ("train",)
@@ -341,7 +353,7 @@ def _monitored(
 
 
 def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
-    """Set the mode of the model, and of optimizers that have one (schedule-free ones)."""
+    """Set the mode of the model, and of the optimizer if it has one (schedule-free optimizers)."""
     model.train(training)
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
@@ -354,7 +366,7 @@ def _rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 def _length(loader: Any) -> int | None:
-    """Return the number of batches where the loader knows it."""
+    """Return the number of batches if the loader knows it, else None."""
     try:
         return len(loader)
     except TypeError:
@@ -362,7 +374,7 @@ def _length(loader: Any) -> int | None:
 
 
 def _step_scheduler(scheduler: Any, row: Mapping[str, float]) -> None:
-    """Step a scheduler after an epoch; one that watches a number gets the loss."""
+    """Step a scheduler after an epoch; pass the loss to one that monitors a number."""
     if isinstance(scheduler, _Plateau):
         scheduler.step(row.get("eval_loss", row["train_loss"]))
     else:

@@ -1,4 +1,4 @@
-"""Losses, metrics and report fields, summed up on the device."""
+"""Means of losses, metrics and report fields, summed on the device."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMTypeError, ESAMValueError, StepReport
-from esam_torch.fitting.data import Arguments, arguments, moved
-from esam_torch.fitting.ranks import summed
+from esam_torch.fitting.data import Arguments, arguments, move_batch
+from esam_torch.fitting.ranks import sum_over_ranks
 from esam_torch.losses import per_sample
 
 __all__ = ["Means", "Metric", "ModelLosses", "accuracy", "evaluate"]
@@ -16,7 +16,7 @@ __all__ = ["Means", "Metric", "ModelLosses", "accuracy", "evaluate"]
 ModelLosses = Callable[..., Any]
 Metric = Callable[..., Tensor]
 
-#: What a history shows of the steps' reports, beside losses and metrics.
+#: The report fields in a history, in addition to losses and metrics.
 REPORTED = (
     "sharpness",
     "selected_sharpness",
@@ -29,11 +29,11 @@ REPORTED = (
 
 
 def accuracy(outputs: Tensor, *batch: Any) -> Tensor:
-    """Return 1.0 for each sample whose class is the likeliest, else 0.0.
+    """Return 1.0 for each sample whose class has the highest score, else 0.0.
 
     Args:
         outputs: (b, classes) scores.
-        *batch: the batch, class numbers of shape (b,) last.
+        *batch: the batch; its last element is the (b,) class indices.
 
     Example:
         >>> accuracy(torch.eye(3), None, torch.tensor([0, 1, 0]))
@@ -46,11 +46,11 @@ def accuracy(outputs: Tensor, *batch: Any) -> Tensor:
 class Means:
     """Means of losses and metrics over samples, and of report fields over steps.
 
-    Sums stay on the device until they are asked for, so that no batch waits for it.
+    Sums stay on the device until `result` is called, so that no batch waits for it.
 
     Args:
         metrics: functions of (outputs, *batch) that return one number per sample, by name.
-        device: where the sums are kept.
+        device: the device of the sums.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], device: torch.device) -> None:
@@ -61,22 +61,22 @@ class Means:
 
     @property
     def samples(self) -> int:
-        """How many samples there have been."""
+        """The number of samples so far."""
         return self._counts.get("loss", 0)
 
     def _add(self, name: str, total: Any, count: int) -> None:
-        """Add a sum over `count` things."""
+        """Add a sum over `count` values."""
         total = torch.as_tensor(total, dtype=torch.float32, device=self._device)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + count
 
     def update(self, losses: Tensor, outputs: Any, batch: Arguments) -> None:
-        """Add a batch: its (b,) losses, what the model put out, and the batch itself."""
+        """Add a batch: its (b,) losses, the model's outputs, and the batch itself."""
         values = {"loss": losses}
         if self._metrics and outputs is None:
             raise ESAMValueError(
-                "`losses` must return (losses, outputs) where there are metrics. "
-                "Received: losses alone."
+                "`losses` must return (losses, outputs) if there are metrics. Received: only "
+                "losses."
             )
         for name, metric in self._metrics.items():
             value = metric(outputs, *batch)
@@ -91,18 +91,18 @@ class Means:
             self._add(name, value.detach().sum(dtype=torch.float32), len(losses))
 
     def report(self, report: StepReport) -> None:
-        """Add what a step reported. Fields that it did not compute do not count."""
+        """Add a step's report. Fields that the step did not compute are left out."""
         for name in REPORTED:
             value = getattr(report, name)
             if value is not None:
                 self._add(name, value, 1)
 
     def result(self, *, everywhere: bool = False) -> dict[str, float]:
-        """Return the means, of all ranks where asked; here the device is waited for."""
+        """Return the means, over all ranks if `everywhere`. This waits for the device."""
         sums = [float(total) for total in self._sums.values()]
         counts = [float(self._counts[name]) for name in self._sums]
         if everywhere:
-            sums, counts = summed(sums, self._device), summed(counts, self._device)
+            sums, counts = sum_over_ranks(sums, self._device), sum_over_ranks(counts, self._device)
         return {
             name: total / count
             for name, total, count in zip(self._sums, sums, counts, strict=True)
@@ -110,7 +110,7 @@ class Means:
         }
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all sums."""
         self._sums.clear()
         self._counts.clear()
 
@@ -119,7 +119,7 @@ class Means:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from saved sums."""
+        """Load saved sums."""
         self._sums = {name: total.to(self._device) for name, total in state["sums"].items()}
         self._counts = dict(state["counts"])
 
@@ -136,19 +136,19 @@ def evaluate(
     """Return the mean loss and metrics of a model in evaluation mode.
 
     Args:
-        model: any module; its mode is put back.
+        model: any module; its mode is restored.
         losses: a function of the model and the batch, as in `fit`.
         loader: batches.
         metrics: as in `fit`. Default none.
-        device: where the model is. Default the CPU.
-        everywhere: whether `loader` holds this rank's share of the samples, and the means are to
-            be those of all ranks. Default False.
+        device: the model's device. Default the CPU.
+        everywhere: whether `loader` yields only this rank's share of the samples, so that means are
+            computed over all ranks. Default False.
 
     Returns:
-        "loss" and the metrics' names, each with its mean over samples.
+        The means over samples, by name: "loss" and the metrics.
 
     Raises:
-        ESAMValueError: there is no batch.
+        ESAMValueError: the loader is empty.
     """
     modes = [(module, module.training) for module in model.modules()]
     means = Means(metrics or {}, torch.device(device))
@@ -156,12 +156,12 @@ def evaluate(
     try:
         with torch.no_grad():
             for batch in loader:
-                inputs = arguments(moved(batch, torch.device(device)))
+                inputs = arguments(move_batch(batch, torch.device(device)))
                 values, outputs = per_sample(losses(model, *inputs))
                 means.update(values, outputs, inputs)
     finally:
         for module, mode in modes:
             module.training = mode
     if not means.samples:
-        raise ESAMValueError("The evaluation loader must hold a batch. Received: none.")
+        raise ESAMValueError("The evaluation loader must yield a batch. Received: none.")
     return means.result(everywhere=everywhere)

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar with rich or tqdm where installed, else a line an epoch."""
+"""Progress on the terminal: a bar by rich or tqdm if installed, else one line per epoch."""
 
 import importlib
 import importlib.util
@@ -9,7 +9,7 @@ from typing import Any
 
 from esam_core import ESAMRuntimeError, ESAMValueError
 
-__all__ = ["Plain", "RichBar", "Silent", "TqdmBar", "chosen_progress", "line"]
+__all__ = ["Plain", "RichBar", "Silent", "TqdmBar", "choose_progress", "line"]
 
 _SHOWN = ("train_loss", "sharpness", "eval_loss")
 
@@ -24,14 +24,14 @@ def line(row: Mapping[str, float], epochs: int) -> str:
 
 
 class Silent:
-    """Shows nothing: the base of the others, and what they have in common.
+    """Shows nothing. The base class of the others.
 
     Args:
-        epochs: how many there will be.
-        title: what is written in front of the bar.
+        epochs: the number of epochs.
+        title: text before the bar.
     """
 
-    #: Seconds between looks at the loss, each of which waits for the device.
+    #: Seconds between updates of the loss, each of which waits for the device.
     interval = 0.5
 
     def __init__(self, epochs: int, title: str = "") -> None:
@@ -43,22 +43,22 @@ class Silent:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
     def start(self, epoch: int, batches: int | None) -> None:
-        """Begin an epoch, of so many batches where that is known."""
+        """Start an epoch with this many batches, or None if unknown."""
 
     def advance(self, batches: int) -> None:
-        """Count so many batches."""
+        """Advance by this many batches."""
 
     def loss(self, losses: Any) -> None:
-        """Show the mean of a batch's losses, a tensor."""
+        """Show the mean of a batch's losses."""
 
     def finish(self, row: Mapping[str, float]) -> None:
         """Show an epoch's row."""
 
     def _due(self) -> bool:
-        """Return whether it is time to look at the loss again."""
+        """Return whether it is time to update the loss."""
         now = time.monotonic()
         if now < self._next:
             return False
@@ -67,7 +67,7 @@ class Silent:
 
 
 class Plain(Silent):
-    """Writes a line an epoch to the standard output."""
+    """Writes one line per epoch to the standard output."""
 
     def finish(self, row: Mapping[str, float]) -> None:
         sys.stdout.write(self.title + line(row, self.epochs) + "\n")
@@ -75,7 +75,7 @@ class Plain(Silent):
 
 
 class RichBar(Silent):
-    """A bar for the batches of the running epoch, and a line for each one done."""
+    """A rich progress bar for the current epoch, and one line for each completed epoch."""
 
     def __init__(self, epochs: int, title: str = "") -> None:
         super().__init__(epochs, title)
@@ -119,7 +119,7 @@ class RichBar(Silent):
 
 
 class TqdmBar(Silent):
-    """The same with tqdm."""
+    """A tqdm progress bar for the current epoch, and one line for each completed epoch."""
 
     def __init__(self, epochs: int, title: str = "") -> None:
         super().__init__(epochs, title)
@@ -151,14 +151,14 @@ class TqdmBar(Silent):
 _BARS: dict[str, type[Silent]] = {"rich": RichBar, "tqdm": TqdmBar}
 
 
-def chosen_progress(progress: bool | str, epochs: int, title: str = "") -> Silent:
-    """Return what shows the progress.
+def choose_progress(progress: bool | str, epochs: int, title: str = "") -> Silent:
+    """Return the object that shows the progress.
 
     Args:
-        progress: True: rich, else tqdm, else plain lines, by what is installed; False: nothing;
-            "rich", "tqdm" or "plain": that one.
-        epochs: how many there will be.
-        title: written in front.
+        progress: True: rich, tqdm or plain lines, the first that is installed. False: nothing. Or
+            one of "rich", "tqdm" and "plain".
+        epochs: the number of epochs.
+        title: text before the bar.
     """
     if progress is False:
         return Silent(epochs, title)

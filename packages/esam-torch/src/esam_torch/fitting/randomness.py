@@ -1,4 +1,4 @@
-"""The random state of a training run: of torch, Python and NumPy, and of the loader."""
+"""The random state of a training run: torch, Python, NumPy and the loader."""
 
 import random
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ __all__ = ["generators_of", "load_random_state", "random_state"]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of the global generators, as data that a checkpoint can hold."""
+    """Return the state of the global generators, as data for a checkpoint."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     state = {
         "torch": torch.get_rng_state(),
@@ -24,7 +24,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def load_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the global generators where they were."""
+    """Restore the state of the global generators."""
     torch.set_rng_state(state["torch"].cpu())
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
@@ -35,7 +35,7 @@ def load_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators that a loader draws its order from, apart from the global ones."""
+    """Return the generators from which a loader draws its order, except the global ones."""
     sampler = getattr(loader, "sampler", None)
     batches = getattr(loader, "batch_sampler", None)
     holders = (loader, sampler, batches, getattr(batches, "sampler", None))

@@ -1,4 +1,4 @@
-"""One process of several, when torchrun has started them."""
+"""Training in several processes, started by torchrun."""
 
 import atexit
 import os
@@ -12,22 +12,22 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampl
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import Shards
 
-__all__ = ["joined", "replicated", "shared_buffers", "split", "summed", "world"]
+__all__ = ["broadcast_buffers", "join_processes", "replicate", "split", "sum_over_ranks", "world"]
 
 
 def world() -> tuple[int, int]:
-    """Return this process's rank and the number of processes; (0, 1) for one alone."""
+    """Return this process's rank and the number of processes; (0, 1) for a single process."""
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def joined(device: torch.device) -> torch.device:
-    """Join the other processes that torchrun has started, and return this one's device.
+def join_processes(device: torch.device) -> torch.device:
+    """Join the other processes that torchrun started, and return this one's device.
 
-    A process group that is there already is used. A new one lasts as long as the process: several
-    calls of `fit` share it, since ranks that leave and join again can miss each other.
+    An existing process group is used. A new one lasts as long as the process: all calls of `fit`
+    share it, because ranks that leave and join again can miss each other.
     """
     dist = torch.distributed
     if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -41,13 +41,13 @@ def joined(device: torch.device) -> torch.device:
 
 
 def _leave() -> None:
-    """Leave the process group, unless somebody has already."""
+    """Destroy the process group, unless it is already destroyed."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def replicated(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model in DistributedDataParallel where there are other ranks to train it with."""
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model, wrapped in DistributedDataParallel if there are other ranks."""
     if Shards.of(model) is not None:
         raise ESAMTypeError(
             "`model` must not be sharded: fit trains replicas. With fully_shard, write the loop "
@@ -60,7 +60,7 @@ def replicated(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Share(Sampler[int]):
-    """Every n-th sample from this rank's on; none twice, so that means are exact."""
+    """Every n-th sample, starting with this rank's; none twice, so that means are exact."""
 
     def __init__(self, size: int) -> None:
         self._places = range(world()[0], size, world()[1])
@@ -73,10 +73,10 @@ class _Share(Sampler[int]):
 
 
 def split(loader: Any, *, training: bool) -> Any:
-    """Return this rank's share of a loader, itself where there is one process.
+    """Return this rank's share of a loader, or the loader itself for a single process.
 
-    A `DataLoader` over a data set in random or sequential order is split; one with another
-    sampler (a DistributedSampler, say), and any other iterable, is this rank's share already.
+    A `DataLoader` over a data set in random or sequential order is split. One with another sampler
+    (such as a DistributedSampler), and any other iterable, is already this rank's share.
     """
     if world()[1] == 1 or not isinstance(loader, DataLoader):
         return loader
@@ -85,14 +85,14 @@ def split(loader: Any, *, training: bool) -> Any:
         return loader
     chosen: Any = _Share(len(loader.dataset))  # type: ignore[arg-type]
     if training:
-        # Every rank takes the same number of batches: the last ones repeat some samples.
+        # Every rank uses the same number of batches: the last ones repeat some samples.
         shuffle = isinstance(sampler, RandomSampler)
         seed = 0 if loader.generator is None else loader.generator.initial_seed()
         chosen = torch.utils.data.DistributedSampler(
             loader.dataset, shuffle=shuffle, seed=seed, drop_last=loader.drop_last
         )
     if training and len(chosen) == 0:
-        raise ESAMValueError(f"`loader` must hold a sample for each of {world()[1]} ranks.")
+        raise ESAMValueError(f"`loader` must contain a sample for each of {world()[1]} ranks.")
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size,
@@ -110,8 +110,8 @@ def split(loader: Any, *, training: bool) -> Any:
     )
 
 
-def summed(values: Sequence[float], device: torch.device) -> list[float]:
-    """Return numbers added up over all ranks."""
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return the sums of numbers over all ranks."""
     if world()[1] == 1:
         return list(values)
     wide = torch.float32 if device.type == "mps" else torch.float64
@@ -121,8 +121,8 @@ def summed(values: Sequence[float], device: torch.device) -> list[float]:
     return found
 
 
-def shared_buffers(model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0 (BatchNorm's statistics), as its checkpoint has."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Broadcast rank 0's buffers (BatchNorm's statistics), which its checkpoint contains."""
     if world()[1] > 1:
         for buffer in model.buffers():
             value: Tensor = buffer.data

@@ -1,4 +1,4 @@
-"""One update: a batch, or several whose gradients add up, and the base optimizer's step."""
+"""One update: gradients of one or several batches, and the base optimizer's step."""
 
 import contextlib
 import functools
@@ -18,23 +18,23 @@ from esam_torch.synchronisation import unsynchronised
 
 __all__ = ["Update"]
 
-#: What autocast computes in, by the name of the precision.
+#: The autocast dtype, by the name of the precision.
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Update:
-    """Makes updates of a model.
+    """Runs updates of a model.
 
     Args:
-        model: what is trained, wrapped as it is called.
+        model: the trained model, with its wrappers.
         optimizer: an `ESAM` or another optimizer.
         losses: a function of the model and a batch.
-        device: where the model is.
-        precision: "fp32", "bf16" or "fp16": what `losses` is computed in, by autocast.
+        device: the model's device.
+        precision: the autocast precision of `losses`: "fp32", "bf16" or "fp16".
         scaler: the gradient scaler of fp16, or None.
-        clip_norm: the largest norm of the gradient, or None.
-        clip_value: the largest absolute value in the gradient, or None.
+        clip_norm: the maximum norm of the gradient, or None.
+        clip_value: the maximum absolute value in the gradient, or None.
     """
 
     model: nn.Module
@@ -47,23 +47,24 @@ class Update:
     clip_value: float | None = None
 
     def __call__(self, group: Sequence[Arguments]) -> tuple[list[StepReport], bool]:
-        """Make one update with the mean gradient of a group of batches.
+        """Run one update with the mean gradient of a group of batches.
 
         Returns:
-            A report for each batch, and whether the optimizer made its step: a scaler leaves it
-            out where a gradient was not finite, and there is none where every batch was skipped.
+            A report for each batch, and whether the optimizer's step was run. It is not if a scaler
+            found a gradient that is not finite, or if every batch was skipped.
         """
         self.optimizer.zero_grad()
         reports = []
         for place, batch in enumerate(group, 1):
-            # Ranks add their gradients up once, with the last batch; with each where any may be
-            # skipped, the last one too: ranks would go on with gradients that they had never added.
+            # Ranks reduce their gradients once, with the last batch. If batches may be skipped,
+            # they reduce with each batch: the last one may be skipped too, and ranks would then
+            # continue with gradients that were never reduced.
             alone = place < len(group) and not self._skips
             with unsynchronised(self.model) if alone else contextlib.nullcontext():
                 reports.append(self._gradient(batch))
         kept = sum(not report.skipped for report in reports)
         if kept == 0:
-            self.optimizer.zero_grad()  # nothing waits for a step any more
+            self.optimizer.zero_grad()  # no gradients are pending any more
             return reports, False
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -93,12 +94,12 @@ class Update:
 
     @property
     def _skips(self) -> bool:
-        """Return whether a batch may be left out."""
+        """Return whether a batch may be skipped."""
         optimizer = self.optimizer
         return isinstance(optimizer, ESAM) and optimizer.config.on_nonfinite == "skip"
 
     def _losses(self, *batch: Any) -> Any:
-        """Return what the user's function returns for a batch."""
+        """Return the result of the user's function for a batch."""
         with self.autocast():
             return self.losses(self.model, *batch)
 
@@ -116,8 +117,8 @@ class Update:
         return StepReport(count=0, losses=values.detach(), outputs=outputs)
 
 
-def in_precision(losses: ModelLosses, update: Update) -> Callable[..., Any]:
-    """Return `losses` as the update computes them, for an evaluation."""
+def with_precision(losses: ModelLosses, update: Update) -> Callable[..., Any]:
+    """Return `losses` with the update's autocast precision, for an evaluation."""
 
     @functools.wraps(losses)
     def computed(model: nn.Module, *batch: Any) -> Any:
