@@ -53,20 +53,21 @@ PAGE = """# Losses per sample of transformers' models
 
 <!--- Written by tests/models/sweep.py. -->
 
-What `ESAMTrainer` and `per_sample_losses` make of {number} models of transformers {transformers},
-with torch {torch}, on a CPU: all that its mappings name for these tasks, and every other
+The results of `ESAMTrainer` and `per_sample_losses` for {number} models of
+transformers {transformers},
+with torch {torch}, on a CPU: all models in its mappings for these tasks, and every other
 `...ForConditionalGeneration`. Each is built from a tiny configuration, with random weights, and
-gets three samples of several lengths.
+gets three samples of different lengths.
 
-- *right*: each sample's loss is the model's own loss of a batch of that sample alone, to 2e-4, and
-  the mean, with samples weighted by their tokens, is its loss of the whole batch; a router's loss
-  of the whole batch is in each;
-- *refused*: an error says that the loss cannot be taken per sample, and what to override;
+- *right*: each sample's loss equals the model's own loss for a batch of only that sample, to 2e-4,
+  and the mean, with samples weighted by their tokens, equals its loss for the whole batch; each
+  sample's loss includes a router's loss for the whole batch;
+- *refused*: an error says that the loss cannot be computed per sample, and what to override;
 - *wrong*: anything else;
 - *not tried*: the model cannot be built or run here from a shrunken configuration and a simple
   batch, or returns no loss.
 
-`nox -s models` writes this page anew, in half an hour.
+`nox -s models` writes this page again, in half an hour.
 
 | task | right | refused | wrong | not tried |
 |---|---|---|---|---|

@@ -29,7 +29,7 @@ def test_losses_are_the_models_own_of_each_sample(transformers, kind):
     torch.testing.assert_close(
         found[1:3], per_sample_losses(model, {k: v[1:3] for k, v in batch.items()})
     )
-    with pytest.raises(ValueError, match=r"must hold labels.*\['labels'\]"):
+    with pytest.raises(ValueError, match=r"must contain labels.*\['labels'\]"):
         per_sample_losses(model, {"input_ids": batch["input_ids"]})
 
 

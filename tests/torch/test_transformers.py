@@ -146,8 +146,8 @@ def test_losses_that_cannot_be_taken_per_sample_are_refused(transformers):
         return loss if loss > 0 else 2 * loss
 
     for function, words in (
-        (loss_by_hand, "GPT2LMHeadModel cannot be taken per sample: it is not made of"),
-        (of_another_mean, "mean of the losses per sample must be the loss of GPT2LMHeadModel"),
+        (loss_by_hand, "GPT2LMHeadModel cannot be computed per sample: it does not use"),
+        (of_another_mean, "mean of the losses per sample must equal the loss of GPT2LMHeadModel"),
         (branching, "its code does not work with one loss per sample"),
     ):
         trainer = _trainer(transformers, "causal")
@@ -227,7 +227,7 @@ def test_tokens_are_weighted_where_they_are_counted(transformers):
         def compute_losses(self, model, inputs):
             return super().compute_losses(model, inputs)
 
-    with pytest.raises(ValueError, match="`token_weighted` must be False where `compute_losses`"):
+    with pytest.raises(ValueError, match="`token_weighted` must be False if `compute_losses`"):
         _trainer(transformers, cls=Own, more={"token_weighted": True})
     trainer = _trainer(transformers, more={"token_weighted": True})
     trainer.model_accepts_loss_kwargs = False
@@ -242,7 +242,7 @@ def test_losses_that_would_not_be_trained_with_are_refused(transformers):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs)
 
-    with pytest.raises(TypeError, match=r"in place of `compute_loss`.*Received: .* of Own"):
+    with pytest.raises(TypeError, match=r"instead of `compute_loss`.*Received: .* of Own"):
         _trainer(transformers, cls=Own)
 
 

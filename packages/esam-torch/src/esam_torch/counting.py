@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from esam_torch.batch import Batch, Samples
-from esam_torch.inspection import Layout, leaving_nothing
+from esam_torch.inspection import Layout, without_side_effects
 from esam_torch.losses import LossFunction, per_sample
 
 __all__ = ["SampleCounter"]
@@ -42,7 +42,7 @@ class SampleCounter:
         if known is not None:
             return known
         args, kwargs = self._samples.bare(batch)
-        with leaving_nothing(model, layout.devices, layout.writes), torch.no_grad():
+        with without_side_effects(model, layout.devices, layout.writes), torch.no_grad():
             values, _ = per_sample(losses(*args, **kwargs))
         if len(values) > 1:
             if self._counted:

@@ -1,7 +1,7 @@
-"""ESAM's own options of a parameter group: "esam_rho", "esam_adaptive", "esam_perturb".
+"""ESAM's options of parameter groups: "esam_rho", "esam_adaptive", "esam_perturb".
 
-Their prefix keeps them apart from the base optimizer's (Adadelta has a "rho" of its own). They may
-change at any time, as a learning rate does, so they are checked in every step.
+The prefix separates them from the base optimizer's options (Adadelta also has a "rho"). Like
+learning rates, they may change at any time, so they are checked in every step.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ from esam_core import ESAMTypeError, ESAMValueError, validation
 
 __all__ = ["OPTIONS", "check_groups"]
 
-#: What a group may set: the name, and the check of its value.
+#: The options that a group may set: the name, and the check of its value.
 OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "esam_rho": validation.nonnegative,
     "esam_adaptive": validation.flag,
@@ -20,16 +20,18 @@ OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse options that ESAM does not know, or whose value cannot be used.
+    """Raise for options that are unknown or have an invalid value.
 
     Raises:
-        ESAMTypeError, ESAMValueError: naming the option, what must hold, and what came.
+        ESAMTypeError, ESAMValueError: an option is invalid; the message names it, the requirement
+            and the value received.
     """
     for group in groups:
         if group.get("maximize"):
             raise ESAMValueError(
-                "`maximize` must be False: the perturbation climbs the losses, which are to be "
-                "small. Return the negative of what is to be large. Received: maximize=True."
+                "`maximize` must be False: ESAM perturbs in the direction that increases the "
+                "losses, and minimises them. To maximise a value, return its negative. Received: "
+                "maximize=True."
             )
         for name, value in group.items():
             if name in OPTIONS:

@@ -1,7 +1,7 @@
-"""What a step must leave as it found it: random state, buffers, weights, autocast, requires_grad.
+"""Guards for everything that a step must restore: random state, weights, autocast and others.
 
-Each guard takes what it needs when it is made and puts it back when told to. None of them waits
-for the device.
+Each guard saves the state when it is created, and restores it on request. None of them waits for
+the device.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ __all__ = ["Autocast", "RandomState", "Weights", "is_half", "without_gradients"]
 
 
 class RandomState:
-    """torch's global generators: the CPU's, and those of the devices that the model lives on."""
+    """torch's global generators: of the CPU, and of the model's devices."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
@@ -30,23 +30,23 @@ class RandomState:
         ]
 
     def moved(self) -> bool:
-        """Return whether a generator is not where it was."""
+        """Return whether the state of a generator has changed."""
         now = RandomState(device for device, _ in self._others)
         then = [self._cpu, *(state for _, state in self._others)]
         found = [now._cpu, *(state for _, state in now._others)]
         return not all(map(torch.equal, then, found))
 
     def restore(self) -> None:
-        """Put every generator back to where it was."""
+        """Restore the state of every generator."""
         torch.set_rng_state(self._cpu)
         for device, state in self._others:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
 class Autocast:
-    """How autocast is set, for the host and for the devices that the model lives on.
+    """The autocast settings of the host and of the model's devices.
 
-    A backward runs in a thread of its own where there is a device, with settings of its own.
+    On an accelerator, a backward runs in its own thread, which has its own settings.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -58,13 +58,13 @@ class Autocast:
         self._cached = torch.is_autocast_cache_enabled()
 
     def restored(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which autocast is set as it was."""
+        """Return a context with the saved autocast settings."""
         off = not any(e or torch.is_autocast_enabled(k) for k, e, _ in self._settings)
         return contextlib.nullcontext() if off else self._restored()
 
     @contextlib.contextmanager
     def _restored(self) -> Iterator[None]:
-        """Set autocast as it was, as long as the context lasts."""
+        """Use the saved autocast settings inside the context."""
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self._settings:
                 if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) != (
@@ -81,7 +81,7 @@ class Autocast:
 
 @contextlib.contextmanager
 def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Compute no gradient for these parameters, which have one, as long as the context lasts."""
+    """Compute no gradients for these parameters, which require them, inside the context."""
     try:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -92,10 +92,10 @@ def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 class Weights:
-    """Copies of the weights about to be perturbed.
+    """Copies of the weights that are perturbed.
 
-    Written through `.data`, so that the version counters of autograd stay: the values come back
-    bit for bit, and a graph that the user holds on to remains valid.
+    They are written through `.data`, so that autograd's version counters do not change. The values
+    are restored bit for bit, so a graph that the user still holds remains valid.
     """
 
     def __init__(self, parameters: Sequence[Tensor], sharded: bool = False) -> None:
@@ -106,13 +106,13 @@ class Weights:
         copy_values(self._copies, self._weights)
 
     def add(self, perturbations: Sequence[Tensor]) -> None:
-        """Go to theta + epsilon."""
+        """Add epsilon to the weights."""
         torch._foreach_add_(self._weights, list(perturbations))
 
     def rounded(self, perturbations: Sequence[Tensor]) -> Tensor:
-        """Return the share of epsilon's nonzero entries that moved no half-precision weight.
+        """Return the share of epsilon's nonzero entries that changed no half-precision weight.
 
-        A 0-d float32 tensor; 0 where there are no such weights.
+        A 0-d float32 tensor; 0 if there are no half-precision weights.
         """
         device = self._weights[0].device
         lost = torch.zeros((), device=device)
@@ -126,24 +126,24 @@ class Weights:
         return lost / all_.clamp_min(1.0)
 
     def restore(self) -> None:
-        """Go back to theta, bit for bit, also where a forward has assigned to `.data`."""
+        """Restore theta bit for bit, even if a forward has assigned to `.data`."""
         rows = zip(self._parameters, self._weights, strict=True)
         now = [w if self._sharded or p.data_ptr() == w.data_ptr() else p.data for p, w in rows]
         copy_values(now, self._copies)
 
 
 def is_half(tensor: Tensor) -> bool:
-    """Return whether a tensor holds floating numbers of less than 32 bits."""
+    """Return whether a tensor has a floating dtype of less than 32 bits."""
     return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
 
 
 @contextlib.contextmanager
 def running_statistics(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Let BatchNorm use its running statistics: one sample has none of its own.
+    """Let BatchNorm use its running statistics, because one sample has no batch statistics.
 
     Args:
-        model: what is trained.
-        others: layers that are not torch's, and do as BatchNorm does.
+        model: the trained model.
+        others: layers of other libraries that normalise by batch statistics.
     """
     layers = [*statistics_layers(model), *(layer for layer in others if layer.training)]
     try:
@@ -156,9 +156,10 @@ def running_statistics(model: nn.Module, others: Sequence[nn.Module] = ()) -> It
 
 
 def statistics_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the BatchNorm layers in training mode that use the statistics of this rank alone.
+    """Return the BatchNorm layers in training mode that use only this rank's statistics.
 
-    SyncBatchNorm is not one where there are several ranks: it has theirs, and waits for them.
+    With several ranks, SyncBatchNorm is not one of them: it uses the statistics of all ranks, and
+    waits for them.
     """
     return [
         module

@@ -1,4 +1,4 @@
-"""What is known of a model: its parameters, blocks, costs and buffers, found once and kept."""
+"""The layout of a model: its parameters, blocks, costs and buffers, found once and kept."""
 
 import contextlib
 import operator
@@ -19,12 +19,12 @@ from esam_torch.targets import Options, Targets, find_targets
 from esam_torch.wrappers import bare_model
 from esam_torch.written import Writes
 
-__all__ = ["Layout", "Parameter", "lay_out", "leaving_nothing", "parameters_of"]
+__all__ = ["Layout", "Parameter", "lay_out", "parameters_of", "without_side_effects"]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter with its record and the parameter group that holds it."""
+    """A parameter with its unit and its parameter group."""
 
     tensor: Tensor
     unit: Unit
@@ -33,16 +33,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layout:
-    """What is known of a model.
+    """The layout of a model.
 
     Args:
-        groups: the parameter groups, each with the parameters that it held.
-        parameters: all units in the model's order.
-        blocks: the model's blocks, or None if no use is made of them.
-        others: parameters of the model that the optimizer does not hold.
-        writes: what its forwards write.
-        devices: where the parameters are.
-        shards: what FSDP2 has made of the model, or None where nothing is sharded.
+        groups: the parameter groups, each with its parameters at that time.
+        parameters: all parameters in the model's order.
+        blocks: the model's blocks, or None if they are not used.
+        others: parameters of the model that are not in the optimizer.
+        writes: tracks what its forwards write.
+        devices: the devices of the parameters.
+        shards: the modules that FSDP2 shards, or None if nothing is sharded.
     """
 
     groups: Sequence[tuple[dict[str, Any], tuple[Any, ...]]]
@@ -70,7 +70,7 @@ class Layout:
         )
 
     def targets(self, mask: Mask, defaults: Options) -> Targets:
-        """Return what a mask perturbs under the options of the groups, which may change."""
+        """Return the targets of a mask under the current options of the groups."""
         trained = tuple([t.requires_grad for t in self.tensors])
         options = [defaults.of_group(group) for group, _ in self.groups]
         key = (mask, trained, defaults, *options)
@@ -89,12 +89,12 @@ class Layout:
         return found
 
 
-#: For how many masks a layout keeps what follows from them.
+#: For how many masks a layout caches the targets.
 _KEPT = 8
 
 
 def _kind(owner: nn.Module, leaf: str) -> str:
-    """Return which of the four kinds a parameter called `leaf` of module `owner` is."""
+    """Return the kind of the parameter `leaf` of module `owner`."""
     if "norm" in type(owner).__name__.lower():
         return "norm"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
@@ -107,29 +107,29 @@ def parameters_of(
 ) -> list[Parameter]:
     """Return the optimizer's parameters, in the model's order, with names and kinds.
 
-    The model's order and not that of the groups: how a user sorts parameters into groups does
-    not change which of them a mask hits.
+    The order is the model's, not that of the groups, so that a mask does not depend on how the
+    user sorts parameters into groups.
 
     Args:
-        model: what is trained; wrappers are looked through.
+        model: the trained model; wrappers are unwrapped.
         groups: the base optimizer's parameter groups.
-        blocks: the model's blocks, where they have been found.
+        blocks: the model's blocks, if they have been found.
 
     Raises:
-        ESAMValueError: the optimizer holds a parameter that is not the model's.
+        ESAMValueError: the optimizer has a parameter that does not belong to the model.
     """
     if not isinstance(model, nn.Module):
         raise ESAMTypeError(
-            "`model` must be a torch.nn.Module. Put tensors that are trained without one into "
+            "`model` must be a torch.nn.Module. Put trained tensors without a module into "
             f"torch.nn.ParameterList([...]). Received: {type(model).__name__}."
         )
     group_of = {id(p): group for group in groups for p in group["params"]}
     found: list[Parameter] = []
     inner = bare_model(model)
-    reshard(inner)  # what a forward of a sharded model has gathered are not its parameters
+    reshard(inner)  # the tensors that a forward of a sharded model gathers are not its parameters
     for prefix, module in inner.named_modules():
         for leaf, tensor in module.named_parameters(recurse=False):
-            group = group_of.pop(id(tensor), None)  # a tied parameter counts where it is first
+            group = group_of.pop(id(tensor), None)  # a tied parameter counts at its first place
             if group is not None:
                 name = (f"{prefix}.{leaf}" if prefix else leaf).replace("_orig_mod.", "")
                 place = 0 if blocks is None else blocks.block_of[id(tensor)]
@@ -147,22 +147,22 @@ def parameters_of(
         strangers = [p for group in groups for p in group["params"] if id(p) in group_of]
         shapes = ", ".join(str(tuple(p.shape)) for p in strangers[:3])
         raise ESAMValueError(
-            "The base optimizer must hold parameters of `model` only. Received: "
-            f"{len(strangers)} that are not the model's, of shapes {shapes}. If the loss has "
-            "parameters of its own (a temperature, a margin), give ESAM a container of both: "
+            "The base optimizer must contain only parameters of `model`. Received: "
+            f"{len(strangers)} not in the model, of shapes {shapes}. If the loss has parameters of "
+            "its own (a temperature, a margin), pass ESAM a container of both: "
             "torch.nn.ModuleList([model, loss]). If the parameters were replaced after the "
-            "optimizer was made, by a `.to(...)` or a wrapper, make it anew."
+            "optimizer was created, by `.to(...)` or a wrapper, create the optimizer again."
         )
     return found
 
 
 @contextlib.contextmanager
-def leaving_nothing(
+def without_side_effects(
     model: nn.Module,
     devices: Sequence[torch.device],
     writes: Writes,
 ) -> Iterator[None]:
-    """Run one more forward without a graph, as long as the context lasts, that leaves no traces."""
+    """Make a forward inside the context free of side effects and without a graph."""
     random = RandomState(devices)
     before = writes.before_forward()
     try:
@@ -186,15 +186,15 @@ def lay_out(
     chosen: Sequence[nn.Module | str] | None,
     watch: bool,
 ) -> Layout:
-    """Return what is known of a model, with blocks and costs where these are of use.
+    """Return the layout of a model, with blocks and costs if they are needed.
 
     Args:
-        model: what is trained.
+        model: the trained model.
         groups: the base optimizer's parameter groups.
-        sampler: what will draw the masks.
-        forward: runs the model once on a batch; called only to find blocks.
+        sampler: the sampler of the masks.
+        forward: runs the model once on a batch; called only to find the blocks.
         chosen: the user's blocks, or None.
-        watch: find the blocks even if the sampler has no use for them.
+        watch: find the blocks even if the sampler does not need them.
     """
     parameters = parameters_of(model, groups)
     held = {id(p.tensor) for p in parameters}
@@ -203,7 +203,7 @@ def lay_out(
     writes = Writes(model, [p.tensor for p in parameters], weights=shards is None)
     blocks = None
     if watch or chosen is not None or sampler.needs_blocks:
-        with leaving_nothing(model, devices, writes):
+        with without_side_effects(model, devices, writes):
             blocks = find_blocks(model, forward, chosen)
         parameters = parameters_of(model, groups, blocks)
     return Layout(

@@ -12,11 +12,11 @@ __all__ = ["ESAMMixin"]
 
 
 class ESAMMixin:
-    """Put before `LightningModule` in the bases: a `training_step` with ESAM, and its logging.
+    """A mixin with a `training_step` for ESAM and its logging. Put it before `LightningModule`.
 
-    Write `losses` in place of `training_step`, and return an `ESAM` from `configure_optimizers`.
-    "train_loss" and "sharpness" are logged. It saves four lines: a `training_step` of your own that
-    returns `self.optimizers().loss(self.losses, *batch)` trains the same.
+    Write `losses` instead of `training_step`, and return an `ESAM` from `configure_optimizers`.
+    "train_loss" and "sharpness" are logged. The mixin saves four lines: your own `training_step`
+    that returns `self.optimizers().loss(self.losses, *batch)` trains the same way.
 
     Example:
         >>> import lightning
@@ -36,19 +36,19 @@ class ESAMMixin:
     """
 
     def losses(self, *batch: Any) -> Any:
-        """Return one loss per sample, (b,), or (losses, outputs), of a batch.
+        """Return one loss per sample, (b,), or (losses, outputs), for a batch.
 
-        A batch that is a tuple or a list comes as several arguments, any other as one.
+        A tuple or list is passed as several arguments, any other batch as one.
         """
         raise ESAMTypeError(f"{type(self).__name__} must have a method `losses`.")
 
     @property
     def report(self) -> StepReport | None:
-        """The last step's report, None before the first."""
+        """The report of the last step; None before the first."""
         return self._esam().report
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return ESAM's loss of a batch."""
+        """Return ESAM's loss for a batch."""
         return self._esam().loss(self.losses, *arguments(batch))
 
     def on_after_backward(self) -> None:
@@ -62,7 +62,7 @@ class ESAMMixin:
                 log(name, value, prog_bar=True, batch_size=len(report.losses))
 
     def _esam(self) -> ESAM:
-        """Return the module's one optimizer."""
+        """Return the module's only optimizer."""
         optimizer = self.optimizers()  # type: ignore[attr-defined]
         if not isinstance(optimizer, ESAM):
             several = isinstance(optimizer, list)

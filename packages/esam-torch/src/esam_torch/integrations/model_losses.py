@@ -1,4 +1,4 @@
-"""One loss per sample of the models of Hugging Face's transformers, from their own loss."""
+"""One loss per sample for models of Hugging Face's transformers, from the model's own loss."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +13,10 @@ from esam_torch.wrappers import bare_model
 
 __all__ = ["MeanLoss", "labels_of", "losses_by_row", "per_sample_losses"]
 
-#: Returns the mean loss of a batch; while the `RowLosses` are active, where there are any.
+#: Returns the mean loss of a batch, under `RowLosses` if they are given.
 MeanLoss = Callable[[RowLosses | None], Any]
 
-#: The models whose losses have been compared with their own: once is enough.
+#: The models whose losses per sample have been compared with their own loss.
 _CHECKED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 _WAY_OUT = "Override `ESAMTrainer.compute_losses`: it must return one loss per sample, (b,)."
@@ -31,26 +31,26 @@ def per_sample_losses(
 ) -> Tensor:
     """Return the model's own loss of each sample, (b,).
 
-    The model is called once, with the batch, and computes its loss as ever: with its
-    `loss_function`, its labels shifted or not, its `config.problem_type`. Only the means that it
-    takes over the labels are taken per sample. What else it adds (a router's auxiliary loss) is
-    added to each sample's loss. The mean over the samples is the model's `.loss`, but each sample
-    counts the same, whatever the number of its tokens. Of a loss that is a sum over the batch
-    (CTC's, by default), it is that sum divided by b.
+    The model is called once with the batch and computes its loss as usual: with its
+    `loss_function`, shifted labels if it shifts them, and its `config.problem_type`. Only the means
+    over the labels are computed per sample. Anything else that it adds (a router's auxiliary loss)
+    is added to each sample's loss. The mean over the samples is the model's `.loss`, except that
+    each sample counts the same, whatever its number of tokens. For a loss that is a sum over the
+    batch (CTC's, by default), the mean is that sum divided by b.
 
-    In the first call for a model that mean is compared with the model's `.loss`.
+    In the first call for a model, the mean is compared with the model's `.loss`.
 
     Args:
-        model: a model of transformers, or what wraps one (PEFT, DistributedDataParallel).
-        inputs: the batch: keyword arguments of the model, among them the labels.
+        model: a model of transformers, or a wrapper of one (PEFT, DistributedDataParallel).
+        inputs: the batch: keyword arguments of the model, including the labels.
         items_per_sample: None (default): a sample's loss is the mean over its own tokens. A number:
-            it is the sum over them, divided by this number. With the batch's mean number of tokens
-            per sample, each token counts the same, as it does with Trainer.
-        label_names: which inputs are labels. Default: those that transformers takes for labels.
+            the sum over its tokens divided by this number. If it is the batch's mean number of
+            tokens per sample, each token counts the same, as with Trainer.
+        label_names: which inputs are labels. Default: as transformers determines them.
 
     Raises:
-        ESAMValueError: the batch has no labels, or the model's loss cannot be taken per sample, or
-            its mean is another one.
+        ESAMValueError: the batch has no labels, the model's loss cannot be computed per sample, or
+            its mean differs from the model's loss.
 
     Example:
         >>> import torch
@@ -88,28 +88,28 @@ def labels_of(inputs: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
     labels = [inputs[name] for name in names if isinstance(inputs.get(name), Tensor)]
     if not labels:
         raise ESAMValueError(
-            f"The batch must hold labels, as tensors, under one of the names {list(names)}. "
+            f"The batch must contain labels, as tensors, under one of the names {list(names)}. "
             f"{_WAY_OUT} Received: {sorted(inputs)}."
         )
     return labels
 
 
 def losses_by_row(mean_loss: MeanLoss, rows: RowLosses, model: nn.Module) -> Tensor:
-    """Return one loss per sample, (b,), from a function that returns the mean loss of a batch.
+    """Return one loss per sample, (b,), using a function that returns the mean loss of a batch.
 
     Raises:
-        ESAMValueError: it computes it in a way that cannot be taken per sample.
+        ESAMValueError: the loss cannot be computed per sample.
     """
     name = type(bare_model(model)).__name__
     try:
         with rows:
             found = mean_loss(rows)
-        return rows.checked(found, name)
+        return rows.check(found, name)
     except ESAMValueError as error:
         raise ESAMValueError(f"{error} {_WAY_OUT}") from error
     except Exception as error:
-        mean_loss(None)  # raises what is wrong with the batch or the model itself
+        mean_loss(None)  # raises if the batch or the model itself is invalid
         raise ESAMValueError(
-            f"The loss of {name} cannot be taken per sample: its code does not work with one loss "
-            f"per sample. Received: {type(error).__name__}: {error}. {_WAY_OUT}"
+            f"The loss of {name} cannot be computed per sample: its code does not work with one "
+            f"loss per sample. Received: {type(error).__name__}: {error}. {_WAY_OUT}"
         ) from error

@@ -23,7 +23,7 @@ _ELEMENTWISE = (
     F.smooth_l1_loss,
 )
 
-#: Functions that move, repeat or drop elements, and do nothing else.
+#: Functions that only move, repeat or drop elements.
 _MOVES = (
     *("__getitem__", "chunk", "expand", "expand_as", "flatten", "flip", "gather", "index_select"),
     *("masked_select", "movedim", "narrow", "permute", "ravel", "repeat", "repeat_interleave"),
@@ -31,10 +31,10 @@ _MOVES = (
     *("take_along_dim", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"),
 )
 
-#: Functions that put elements of several tensors together.
+#: Functions that combine elements of several tensors.
 _JOINS = ("cat", "concat", "hstack", "stack", "vstack")
 
-#: Functions that change each element for itself.
+#: Functions that change each element independently.
 _CHANGES = (
     *("add", "bfloat16", "bool", "clamp", "clamp_max", "clamp_min", "clip", "clone", "contiguous"),
     *("cpu", "cuda", "detach", "div", "double", "float", "half", "int", "long", "masked_fill"),
@@ -43,30 +43,30 @@ _CHANGES = (
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
-_NOBODY = -1  # the row of what does not come from the labels: padding
+_NO_SAMPLE = -1  # the row of elements that do not come from the labels: padding
 
 
 class RowLosses(TorchFunctionMode):
-    """While active, torch's loss functions return one mean per sample, not one per batch.
+    """While active, torch's loss functions return one mean per sample instead of one per batch.
 
-    Which sample an element of a loss belongs to is known from its target: targets are followed from
-    the labels through whatever reshapes, shifts, pads or selects them. A mean over a batch becomes
-    a tensor of one mean per sample, and what the code does with it (adds a router's loss,
-    averages the losses of start and end positions) is done to each sample's.
+    The target tells which sample an element of a loss belongs to: targets are tracked from the
+    labels through all operations that reshape, shift, pad or select them. A mean over a batch
+    becomes a tensor with one mean per sample. All later operations (adding a router's loss,
+    averaging the losses of start and end positions) apply to each sample's mean.
 
     Args:
-        labels: what the targets are made of: tensors with one row per sample.
+        labels: the tensors that the targets are made from, with one row per sample.
         items_per_sample: None (default): a sample's loss is the mean over its own elements. A
-            number: it is their sum divided by this number.
-        batch_size: None (default): a sum over the batch becomes the sum over each sample. The
-            number of samples of a batch that this is a part of: it becomes that times this number,
-            whose mean over the whole batch is the sum.
-        checking: return more than the samples' losses, so that `checked` can compare them with the
-            loss of the batch. Default False.
+            number: the sum over its elements divided by this number.
+        batch_size: None (default): a sum over the batch becomes the sum over each sample. A number,
+            the size of the whole batch if this is a part of it: the sum over each sample times this
+            number, whose mean over the whole batch is the sum.
+        checking: also return the numbers with which `check` compares the losses with the loss of
+            the batch. Default False.
 
     Raises:
-        ESAMValueError: labels do not have the same number of rows, or a loss function has a target
-            whose elements cannot be told apart by sample.
+        ESAMValueError: labels do not have the same number of rows, or it is unknown to which
+            samples the elements of a loss function's target belong.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class RowLosses(TorchFunctionMode):
         self._batch_size = batch_size or 1
         self._items = items_per_sample
         self._checking = checking
-        # Each tensor that is followed, with the rows of its elements. Tensors are kept, so that an
-        # identity stays that of the same tensor.
+        # Each tracked tensor, with the rows of its elements. The tensors are kept alive, so that no
+        # id is reused.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
         for x in tensors:
             rows = torch.arange(self.samples).view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
@@ -112,14 +112,14 @@ class RowLosses(TorchFunctionMode):
         if any(self._follows(x) for x in (*args, *kwargs.values())):
             results = result if isinstance(result, tuple | list) else [result]
             rows = self._rows_of_result(function, args, kwargs, result)
-            for x, its in zip(results, rows, strict=False):  # there are none if it is not known
+            for x, its in zip(results, rows, strict=False):  # empty if they are unknown
                 self._followed[id(x)] = (x, its)
         return result
 
     # -- targets ----------------------------------------------------------------------------------
 
     def _follows(self, x: Any) -> bool:
-        """Return whether something is, or holds, a tensor that is followed."""
+        """Return whether a value is or contains a tracked tensor."""
         if isinstance(x, list | tuple):
             return any(self._follows(item) for item in x)
         return id(x) in self._followed
@@ -127,12 +127,12 @@ class RowLosses(TorchFunctionMode):
     def _rows(self, x: Any) -> Tensor:
         """Return the rows of a tensor's elements."""
         found = self._followed.get(id(x))
-        return torch.full(x.shape, _NOBODY) if found is None else found[1]
+        return torch.full(x.shape, _NO_SAMPLE) if found is None else found[1]
 
     def _rows_of_result(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Sequence[Tensor]:
-        """Return the rows of what a function made of followed tensors; none if it is not known."""
+        """Return the rows of a function's result on tracked tensors; empty if they are unknown."""
         name = function.__name__
         if name in _CHANGES:
             rows = next(self._rows(x) for x in (*args, *kwargs.values()) if self._follows(x))
@@ -142,9 +142,11 @@ class RowLosses(TorchFunctionMode):
             tensors = args[0] if args else kwargs.pop("tensors")
             found = function([self._rows(x) for x in tensors], *args[1:], **kwargs)
         elif name == "pad" and (*args[2:], kwargs.get("mode", "constant"))[0] == "constant":
-            found = function(self._rows(args[0]), (*args[1:], kwargs.get("pad"))[0], value=_NOBODY)
+            found = function(
+                self._rows(args[0]), (*args[1:], kwargs.get("pad"))[0], value=_NO_SAMPLE
+            )
         elif name in _MOVES and self._follows(args[0]):
-            # Rows do not share the labels' strides, which only views ask for.
+            # Rows do not have the labels' strides, which only views need.
             function = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(name, function)
             others = [x.cpu() if isinstance(x, Tensor) else x for x in args[1:]]
             kwargs = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in kwargs.items()}
@@ -158,7 +160,7 @@ class RowLosses(TorchFunctionMode):
     def _by_row(self, function: Any, split: Any, args: Any, kwargs: Any) -> Tensor:
         """Return a loss function's value for each sample, (b,), or its own value.
 
-        Its own where it reduces nothing, or has nothing to do with the labels.
+        It is its own value if it has no reduction or does not depend on the labels.
         """
         call = inspect.signature(function).bind(*args, **kwargs)
         call.apply_defaults()
@@ -174,7 +176,7 @@ class RowLosses(TorchFunctionMode):
         values, counts, rows = split(values, self._rows(target), options, reduction)
         if values.shape != rows.shape:
             raise ESAMValueError(
-                f"A loss of {function.__name__} must have one value per label. Received: values of "
+                f"{function.__name__} must return one value per label. Received: values of "
                 f"shape {tuple(values.shape)} for labels of shape {tuple(target.shape)}."
             )
         sums, counts = self._summed(values, rows), self._summed(counts.expand_as(values), rows)
@@ -187,52 +189,52 @@ class RowLosses(TorchFunctionMode):
         own: Callable[[], Tensor],
         reduction: str = "mean",
     ) -> Tensor:
-        """Return what stands for a mean over a batch: (b,), or (2 b + 1,) while it is checked.
+        """Return the replacement of a mean over a batch: (b,), or (2 b + 1,) if `checking`.
 
         Args:
             sums: each sample's sum over its elements, (b,).
-            counts: how many elements it has, (b,).
-            own: returns the mean itself, or the sum.
+            counts: each sample's number of elements, (b,).
+            own: returns the original mean, or the sum.
             reduction: "mean" or "sum".
         """
         if reduction == "sum":
             each, parts = sums * self._batch_size, sums * self.samples
         else:
-            # A sample without any element that counts has the loss 0.
+            # A sample without any counted element has the loss 0.
             divisors = torch.where(counts == 0, 1, counts) if self._items is None else self._items
             each, parts = sums / divisors, sums * (self.samples / counts.sum())
         return torch.cat([each, parts, own()[None]]) if self._checking else each
 
-    def checked(self, found: Any, name: str) -> Tensor:
-        """Return one loss per sample, (b,), of what code returned while this was active.
+    def check(self, found: Any, name: str) -> Tensor:
+        """Check a loss computed while this was active, and return one loss per sample, (b,).
 
         Args:
-            found: the loss that it returned.
-            name: whose loss it is.
+            found: the returned loss.
+            name: the name of the model or function, for errors.
 
         Raises:
-            ESAMValueError: it is not one loss per sample, or the mean is not the loss of the batch.
+            ESAMValueError: it is not one loss per sample, or its mean is not the loss of the batch.
         """
         b = self.samples
         if isinstance(found, Tensor) and found.dim() == 0 and b == 1:
-            return found[None]  # one sample's loss, however it is computed
+            return found[None]  # the loss of a single sample
         if not isinstance(found, Tensor) or found.shape != (2 * b + 1 if self._checking else b,):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
             raise ESAMValueError(
-                f"The loss of {name} cannot be taken per sample: it is not made of torch's loss "
+                f"The loss of {name} cannot be computed per sample: it does not use torch's loss "
                 f"functions on the labels. Received: a loss of {what} for {b} samples."
             )
         if not self._checking:
             return found
-        # Whatever was done to the means was done to each of them, to their parts, which add up to
-        # the batch's own mean, and to that.
+        # All operations on the means were applied to each sample's mean, to the parts that add up
+        # to the batch's mean, and to the batch's mean itself.
         each, mean, own = found[:b], found[b : 2 * b].detach().mean(), found[2 * b].detach()
-        # The same numbers, added up in another order: 1e-4 holds for a million of them in float32,
-        # and a mean in half precision is rounded to its own spacing.
+        # The same numbers, added in another order: 1e-4 is enough for a million of them in float32.
+        # A mean in half precision is rounded to the dtype's spacing.
         tolerance = max(1e-4, 4 * torch.finfo(own.dtype).eps)
         if not torch.allclose(mean, own, rtol=tolerance, atol=1e-6, equal_nan=True):
             raise ESAMValueError(
-                f"The mean of the losses per sample must be the loss of {name}. "
+                f"The mean of the losses per sample must equal the loss of {name}. "
                 f"Received: {float(mean):.6g} and {float(own):.6g}."
             )
         return each
@@ -242,23 +244,23 @@ class RowLosses(TorchFunctionMode):
         b, values, rows = self.samples, values.reshape(-1), rows.reshape(-1)
         if len(rows) % b == 0:
             blocks = rows.view(b, -1)
-            in_order = (blocks == torch.arange(b)[:, None]) | (blocks == _NOBODY)
+            in_order = (blocks == torch.arange(b)[:, None]) | (blocks == _NO_SAMPLE)
             if bool(in_order.all()):
                 return values.view(b, -1).sum(1)
-        # Elements of nobody are padding, which counts for nothing: row b is dropped.
-        places = torch.where(rows == _NOBODY, b, rows).to(values.device)
+        # Elements that belong to no sample are padding: row b is dropped.
+        places = torch.where(rows == _NO_SAMPLE, b, rows).to(values.device)
         return values.new_zeros(b + 1).index_add(0, places, values)[:b]
 
 
 def _split_elements(values: Tensor, rows: Tensor, *_: Any) -> Parts:
-    """Return (values, how much each counts in the mean, rows): each counts the same."""
+    """Return (values, their weights in the mean, rows), with equal weights."""
     return values, values.new_ones(()), rows
 
 
 def _split_classes(values: Tensor, rows: Tensor, options: Any, *_: Any) -> Parts:
-    """Return the same of cross-entropy: classes count by their weights, some not at all."""
+    """Return the same for cross-entropy, with class weights and ignored classes."""
     target, weight = options["target"], options["weight"]
-    if target.is_floating_point():  # probabilities of the classes, which are in dimension 1
+    if target.is_floating_point():  # class probabilities, with classes in dimension 1
         return values, values.new_ones(()), rows.select(1 if rows.dim() > 1 else 0, 0)
     counted = target != options["ignore_index"]
     if weight is None:
@@ -267,7 +269,7 @@ def _split_classes(values: Tensor, rows: Tensor, options: Any, *_: Any) -> Parts
 
 
 def _split_sequences(values: Tensor, _: Tensor, options: Any, reduction: str) -> Parts:
-    """Return the same of CTC: a value per sequence; a mean is over values per label."""
+    """Return the same for CTC: one value per sequence; a mean is over values per label."""
     if reduction == "mean":
         lengths = torch.as_tensor(options["target_lengths"], device=values.device)
         values = values / lengths.clamp_min(1)

@@ -17,28 +17,28 @@ __all__ = ["ESAMTrainer", "per_sample_losses"]
 
 
 class ESAMTrainer(Trainer):
-    """`Trainer` with ESAM around whatever optimizer it makes or is given.
+    """`Trainer` with ESAM around the optimizer that it creates or is given.
 
-    Everything else is the Trainer's: arguments, accumulation, clipping, mixed precision,
-    schedules, several GPUs, checkpoints.
+    Everything else is Trainer's: arguments, accumulation, clipping, mixed precision, schedules,
+    several GPUs, checkpoints.
 
-    The losses per sample come from the loss that Trainer itself would compute: the model's `.loss`,
-    the one of smoothed labels, or `compute_loss_func`; see `per_sample_losses`. In the first
-    training step their mean is compared with that loss. Where it cannot be taken per sample,
+    The losses per sample are derived from the loss that Trainer would compute: the model's `.loss`,
+    the loss with label smoothing, or `compute_loss_func`; see `per_sample_losses`. In the first
+    training step their mean is compared with that loss. If it cannot be computed per sample,
     override `compute_losses`.
 
     Args:
         *args: as for `Trainer`.
         esam: keyword arguments of `ESAM`, such as `{"rho": 0.05, "gamma": 0.5}`. Default none.
         token_weighted: True: each token counts the same, as with `Trainer`. False (default): each
-            sample counts the same, and its loss is the mean over its own tokens.
+            sample counts the same, and its loss is the mean over its tokens.
         **kwargs: as for `Trainer`.
 
     Raises:
-        ESAMTypeError: with DeepSpeed. Or `compute_loss` is overridden in a subclass: override
-            `compute_losses`, or put the class that has it after `ESAMTrainer` in the bases.
-        ESAMValueError: `token_weighted` with a `compute_losses` of your own, or, in training, with
-            a model that does not take `num_items_in_batch`.
+        ESAMTypeError: DeepSpeed is used, or a subclass overrides `compute_loss`: override
+            `compute_losses` instead, or put the class that has it after `ESAMTrainer` in the bases.
+        ESAMValueError: `token_weighted` with an overridden `compute_losses` or, in training, with a
+            model that does not take `num_items_in_batch`.
 
     Example:
         `trainer = ESAMTrainer(model, arguments, train_dataset=data, esam={"rho": 0.05})`
@@ -54,30 +54,30 @@ class ESAMTrainer(Trainer):
         self._esam = dict(esam or {})
         self._token_weighted = token_weighted
         self._checked = False
-        self._means = RunningMeans(("sharpness",))  # since the last time that it was logged
+        self._means = RunningMeans(("sharpness",))  # since it was last logged
         self._reported: StepReport | None = None
         super().__init__(*args, **kwargs)
-        # Whether Trainer leaves the division by the number of accumulated batches to us.
+        # Whether we must divide by the number of accumulated batches, because Trainer does not.
         self.loss_is_scaled_for_ga = token_weighted
         if self.is_deepspeed_enabled:
             raise ESAMTypeError(
-                "`args.deepspeed` must be None: DeepSpeed makes the updates itself, without the "
+                "`args.deepspeed` must be None: DeepSpeed runs the updates itself, without the "
                 "optimizer's step. Use DistributedDataParallel or FSDP2. Received: DeepSpeed."
             )
         if token_weighted and not self._takes_own_losses():
             raise ESAMValueError(
-                "`token_weighted` must be False where `compute_losses` is overridden, which can "
+                "`token_weighted` must be False if `compute_losses` is overridden, which can "
                 "weight samples itself. Received: token_weighted=True."
             )
         if type(self).compute_loss is not ESAMTrainer.compute_loss:
             raise ESAMTypeError(
-                "`compute_losses` must be overridden in place of `compute_loss`: ESAM needs one "
+                "`compute_losses` must be overridden instead of `compute_loss`: ESAM needs one "
                 "loss per sample, (b,). Or derive from (ESAMTrainer, a Trainer with your "
                 f"`compute_loss`). Received: a `compute_loss` of {type(self).__name__}."
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the Trainer's optimizer in an `ESAM`, unless it holds one already."""
+        """Wrap Trainer's optimizer in an `ESAM`, unless it already is one."""
         super().create_optimizer(*args, **kwargs)
         if _esam_in(self.optimizer) is None:
             base: Any = self.optimizer
@@ -93,7 +93,7 @@ class ESAMTrainer(Trainer):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Return ESAM's loss of a batch in training; the Trainer's own in evaluation."""
+        """Return ESAM's loss for a batch in training, and Trainer's own loss in evaluation."""
         esam = _esam_in(self.optimizer)
         if esam is None or not (model.training and torch.is_grad_enabled()):
             return super().compute_loss(
@@ -113,20 +113,20 @@ class ESAMTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def compute_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """Return one loss per sample, (b,). Default: the Trainer's own loss, taken per sample.
+        """Return one loss per sample, (b,). Default: Trainer's own loss, computed per sample.
 
         Args:
-            model: the model, as the Trainer has wrapped it.
+            model: the model, as wrapped by Trainer.
             inputs: the batch, or a part of it.
         """
         return self._own_losses(model, inputs)
 
     def _takes_own_losses(self) -> bool:
-        """Return whether the losses are the Trainer's own: `compute_losses` is not overridden."""
+        """Return whether the losses are Trainer's own: `compute_losses` is not overridden."""
         return type(self).compute_losses is ESAMTrainer.compute_losses
 
     def _own_losses(self, model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Tensor:
-        """Return the Trainer's own loss, per sample, (b,). Options are those of `RowLosses`."""
+        """Return Trainer's own loss per sample, (b,). Options are those of `RowLosses`."""
         labels = labels_of(inputs, self.label_names)
         rows = RowLosses(labels, **options, checking=not self._checked)
         losses = losses_by_row(lambda rows: self._mean_loss(model, inputs, rows), rows, model)
@@ -136,7 +136,7 @@ class ESAMTrainer(Trainer):
     def _mean_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], rows: RowLosses | None
     ) -> Any:
-        """Return the Trainer's own loss of a batch; per sample while `rows` are active."""
+        """Return Trainer's own loss for a batch; per sample while `rows` are active."""
         smoother: Any = self.label_smoother
         if rows is not None and smoother is not None:
             rowwise: Any = _SmoothedRows(smoother, rows)
@@ -147,7 +147,7 @@ class ESAMTrainer(Trainer):
             self.label_smoother = smoother
 
     def _items_per_sample(self, samples: int, items: Any) -> Any:
-        """Return what a sample's sum over its tokens is divided by: None, its own number of tokens.
+        """Return the divisor of a sample's sum over its tokens; None for its own number of tokens.
 
         Args:
             samples: the number of samples in the batch.
@@ -157,21 +157,21 @@ class ESAMTrainer(Trainer):
             return None
         if items is None:
             raise ESAMValueError(
-                "`token_weighted` must be False for this model: Trainer counts tokens for models "
-                "alone that take `num_items_in_batch`. Received: token_weighted=True."
+                "`token_weighted` must be False for this model: Trainer counts tokens only for "
+                "models that take `num_items_in_batch`. Received: token_weighted=True."
             )
         if self.args.average_tokens_across_devices:
-            samples *= self.args.world_size  # as Trainer does: gradients are averaged over them
+            samples *= self.args.world_size  # like Trainer: gradients are averaged over processes
         return items / samples
 
     def _update_means(self, esam: ESAM) -> None:
-        """Take account of the last step's report, once."""
+        """Add the last step's report to the means, once."""
         if esam.report is not None and esam.report is not self._reported:
             self._reported = esam.report
             self._means.update(esam.report)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the mean sharpness since the last time, beside the loss."""
+        """Log the mean sharpness since the last call, in addition to the loss."""
         esam = _esam_in(self.optimizer)
         if "loss" in logs and esam is not None:
             self._update_means(esam)
@@ -181,18 +181,18 @@ class ESAMTrainer(Trainer):
 
 
 def _esam_in(optimizer: Any) -> ESAM | None:
-    """Return the `ESAM` that an optimizer is or, as Accelerate's wrappers do, holds."""
+    """Return the `ESAM` that an optimizer is or wraps, as Accelerate's wrappers do; else None."""
     while optimizer is not None and not isinstance(optimizer, ESAM):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
 class _SmoothedRows:
-    """The Trainer's `LabelSmoother`, called with each sample for itself.
+    """Trainer's `LabelSmoother`, applied to each sample separately.
 
     Args:
-        smoother: the Trainer's.
-        rows: says what a sample's sum is divided by.
+        smoother: Trainer's smoother.
+        rows: determines the divisor of a sample's sum.
     """
 
     def __init__(self, smoother: Any, rows: RowLosses) -> None:
