@@ -168,5 +168,7 @@ def test_a_spent_budget_from_a_checkpoint_has_no_plan():
     optimizer.step(losses_of(model), *images())
     other = optimizer_of(model, budget=1.15)
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ESAMRuntimeError, match=r"has been spent brings its choice instead: Suffix"):
+    with pytest.raises(
+        ESAMRuntimeError, match=r"already applied contains the choice instead: Suffix"
+    ):
         other.plan(losses_of(model), *images())

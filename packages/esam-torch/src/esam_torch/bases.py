@@ -8,7 +8,7 @@ import torch
 
 from esam_core import ESAMTypeError, ESAMValueError
 
-__all__ = ["SideBySide", "check_base", "refuse_a_class_in_second_place"]
+__all__ = ["SideBySide", "check_base", "refuse_optimizer_class"]
 
 _CLOSURE = "evaluates the loss again within its step, which would discard the perturbed gradient"
 _SECOND = "needs second derivatives, but ESAM's gradient, computed at other weights, has no graph"
@@ -53,7 +53,7 @@ def check_base(base: Any) -> None:
         raise ESAMTypeError(f"`base_optimizer` must update from the gradients alone, but {reason}.")
 
 
-def refuse_a_class_in_second_place(first: Any, second: Any, options: dict[str, Any]) -> None:
+def refuse_optimizer_class(first: Any, second: Any, options: dict[str, Any]) -> None:
     """Raise for the arguments of other SAM implementations: parameters and an optimizer class.
 
     Raises:

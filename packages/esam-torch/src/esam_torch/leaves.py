@@ -1,4 +1,4 @@
-"""Tensors of the batch that have a gradient: passes start from copies of them."""
+"""Tensors of the batch that require a gradient, which passes replace by leaves."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,13 +16,13 @@ __all__ = ["with_own_leaves"]
 def with_own_leaves(
     batch: Any, groups: Iterable[Mapping[str, Any]]
 ) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-    """Return the batch with leaves in place of tensors that have a gradient, and pairs of both.
+    """Replace tensors that require a gradient by leaves; return the batch and the pairs.
 
-    Every pass differentiates with respect to the leaf, and the step hands the descent's gradient on
-    to the tensor that was given.
+    Every pass differentiates with respect to the leaf. The step passes the gradient of the descent
+    pass on to the given tensor.
 
     Args:
-        batch: any nest of containers.
+        batch: any nested containers.
         groups: the base optimizer's parameter groups.
 
     Raises:
@@ -52,8 +52,8 @@ def with_own_leaves(
     for given, _ in found.values():
         if any(id(leaf) in trained for leaf in leaves_behind(given)):
             raise ESAMRuntimeError(
-                "`losses` must compute everything that depends on trained parameters: a step "
-                "evaluates it again at other weights. Received: a tensor of shape "
+                "`losses` must compute everything that depends on trained parameters, because a "
+                "step evaluates it again at other weights. Received: a tensor of shape "
                 f"{tuple(given.shape)} in the batch that was computed from them. Compute it inside "
                 "`losses`, or detach it."
             )

@@ -1,4 +1,4 @@
-"""What `losses` must return, checked."""
+"""Checks of `losses` and its results."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,16 +24,16 @@ _CLOSURE = (
 def per_sample(
     returned: Any, *, expected: int | None = None, closure: bool = False
 ) -> tuple[Tensor, Any]:
-    """Return (losses of shape (b,), everything else that the function returned).
+    """Return (losses of shape (b,), the function's other results).
 
     Args:
         returned: a tensor, or a tuple whose first entry is one.
-        expected: the number of samples that went in, where it is known.
-        closure: whether the function was called without a batch, as a closure of torch's is.
+        expected: the number of samples in the batch, if it is known.
+        closure: whether the function was called without a batch, like a torch closure.
 
     Raises:
-        ESAMTypeError: not a tensor, or not of a floating dtype.
-        ESAMValueError: not of shape (b,), empty, or of another length than expected.
+        ESAMTypeError: the losses are not a tensor of floating dtype.
+        ESAMValueError: the losses are not of shape (b,), are empty, or have an unexpected length.
     """
     losses, rest = returned, None
     if isinstance(returned, tuple):
@@ -42,52 +42,52 @@ def per_sample(
         losses, *others = returned
         rest = others[0] if len(others) == 1 else tuple(others)
     if not isinstance(losses, Tensor):
-        hint = _CLOSURE if closure and isinstance(losses, float) else _how_to_get_losses(losses)
+        hint = _CLOSURE if closure and isinstance(losses, float) else _type_hint(losses)
         raise ESAMTypeError(f"`losses` must {_HINT}{hint} Received: {type(losses).__name__}.")
     if losses.dim() != 1:
         raise ESAMValueError(
-            f"`losses` must be of shape (b,): {_how_to_get_one_each(losses, closure)} "
+            f"`losses` must be of shape (b,): {_shape_advice(losses, closure)} "
             f"Received: shape {tuple(losses.shape)}."
         )
     if not losses.dtype.is_floating_point:
-        raise ESAMTypeError(f"`losses` must be floating. Received: dtype {losses.dtype}.")
+        raise ESAMTypeError(f"`losses` must be of a floating dtype. Received: {losses.dtype}.")
     if len(losses) == 0:
         raise ESAMValueError("The batch must not be empty. Received: 0 losses.")
     if expected is not None and len(losses) != expected:
         raise ESAMValueError(
-            f"`losses` must return one loss per sample, each time that it is called. Received: "
+            f"`losses` must return one loss per sample in each call. Received: "
             f"{len(losses)} losses for {expected} samples."
         )
-    # Half-precision losses: the mean over the batch and the differences need more digits.
+    # The mean over the batch and the differences need more digits than half precision has.
     return losses.to(torch.promote_types(losses.dtype, torch.float32)), rest
 
 
-def _how_to_get_one_each(losses: Tensor, closure: bool) -> str:
-    """Return what to do with losses of another shape than (b,)."""
+def _shape_advice(losses: Tensor, closure: bool) -> str:
+    """Return advice for losses of a shape other than (b,)."""
     if losses.dim() == 0:
         return _HINT + (_CLOSURE if closure else "")
     if losses.dim() == 2 and losses.shape[0] == losses.shape[1] > 1:
         return (
-            "bring outputs of shape (b, 1) and targets of shape (b,) to one shape, with "
-            ".squeeze(1), before the loss makes a square of them; or, if these are the losses of "
+            "give outputs of shape (b, 1) and targets of shape (b,) the same shape with "
+            ".squeeze(1), before the loss broadcasts them to (b, b); or, if these are losses of "
             "parts of a sample, average them: .flatten(1).mean(1)."
         )
-    return "average the losses of the parts of each sample: .flatten(1).mean(1)."
+    return "average the losses over the parts of each sample: .flatten(1).mean(1)."
 
 
-def _how_to_get_losses(returned: Any) -> str:
-    """Return a hint for something that is no tensor of losses, but holds them."""
+def _type_hint(returned: Any) -> str:
+    """Return a hint for a value that is not a tensor of losses but contains them."""
     if isinstance(returned, list) and returned and isinstance(returned[0], Tensor):
-        return " Put the losses of a list into one tensor: torch.stack(losses)."
+        return " Stack a list of losses into one tensor: torch.stack(losses)."
     if isinstance(returned, Mapping):
         return " A model's own `loss` is a mean: compute the losses from its other outputs."
     return ""
 
 
 def check_losses(losses: Any) -> None:
-    """Refuse what cannot be called, a tensor of losses above all."""
+    """Raise if `losses` is not callable, such as a tensor of losses."""
     if not callable(losses):
         raise ESAMTypeError(
-            "`losses` must be a function of the batch that returns one loss per sample, so that it "
-            f"can be evaluated again at other weights. Received: {type(losses).__name__}."
+            "`losses` must be a function of the batch that returns one loss per sample, because "
+            f"it is evaluated again at other weights. Received: {type(losses).__name__}."
         )

@@ -1,26 +1,26 @@
-"""What a user writes around a value of the batch to say how it is to be read."""
+"""Wrappers that tell ESAM how to read a value of the batch."""
 
 from typing import Any
 
 __all__ = ["WAYS_OUT", "Rows", "Whole"]
 
-#: What to do where a batch is not read as meant.
+#: Advice if a batch is not read as intended.
 WAYS_OUT = (
-    "Write Rows(x) around a value with one entry per sample, Whole(x) around one that `losses` "
-    "needs whole, or give ESAM take=function(batch, indices), which returns the selected samples."
+    "Wrap a value with one entry per sample in Rows(x), wrap one that `losses` needs whole in "
+    "Whole(x), or pass take=function(batch, indices), which returns the selected samples, to ESAM."
 )
 
 
 class Rows:
     """Marks a value of the batch that has one entry per sample.
 
-    A list that can be read in two ways needs it: three images with three channels each, in a batch
-    of three, or three tensors with one row per sample. `losses` receives the bare value, and in
-    the descent pass the entries of the selected samples.
+    An ambiguous list needs it: in a batch of three, a list of three tensors with three rows each
+    may be one tensor per sample, or three tensors with one row per sample. `losses` receives the
+    value without the wrapper, and in the descent pass the entries of the selected samples.
 
     Args:
-        value: a tensor or array with b rows, a list or tuple of b entries, an object with a length
-            of b that can be indexed, or a mapping or dataclass of these.
+        value: a tensor or array with b rows, a list or tuple of b entries, an indexable object of
+            length b, or a mapping or dataclass of these.
 
     Example:
         >>> import torch
@@ -36,10 +36,10 @@ class Rows:
 
 
 class Whole:
-    """Marks a value of the batch that `losses` needs whole, never a part of it.
+    """Marks a value of the batch that is not split by sample, so that `losses` receives it whole.
 
-    A tensor whose first dimension happens to equal the batch size is taken for one row per sample.
-    Wrap it where that is wrong; `losses` receives the bare value.
+    A tensor whose first dimension equals the batch size is read as one row per sample. Wrap it if
+    that is wrong; `losses` receives the value without the wrapper.
 
     Args:
         value: anything.

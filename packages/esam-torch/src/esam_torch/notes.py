@@ -1,4 +1,4 @@
-"""Notes on errors of the user's own code: what ESAM was doing when they came."""
+"""Notes that explain errors in the user's code: what ESAM was doing when they occurred."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -16,24 +16,24 @@ __all__ = [
 ]
 
 WITHOUT_A_GRAPH = (
-    "ESAM calls `losses` under torch.no_grad() where only the losses are needed: to find the "
-    "model's blocks, and in the selection pass. Take gradients within `losses` (a penalty's, say) "
-    "under torch.enable_grad()."
+    "ESAM calls `losses` under torch.no_grad() if only the losses are needed: to find the model's "
+    "blocks, and in the selection pass. Compute gradients within `losses` (such as a gradient "
+    "penalty) under torch.enable_grad()."
 )
 
 
 PRUNED = (
-    "ESAM's ascent builds no graph for weights that this step does not perturb, nor for "
-    "activations that depend on such weights alone. To differentiate with respect to such an "
+    "ESAM's ascent pass builds no graph for weights that this step does not perturb, nor for "
+    "activations that depend only on such weights. To differentiate with respect to such an "
     "activation within `losses`, call `.requires_grad_()` on it first; with respect to weights, "
     'use `norm="full"`, which keeps the whole graph.'
 )
 
 
 LATE = (
-    "A forward has written a frozen weight or a buffer of which ESAM had made no copy, since it "
-    "was not written in the first steps or is larger than all trained weights. It is written once "
-    "a step, as without ESAM, but in this step the later passes read what the first had written."
+    "A forward wrote to a frozen weight or a buffer that ESAM had not copied, because it was not "
+    "written in the first steps or is larger than all trained weights. From now on it is written "
+    "once per step, as without ESAM; in this step, later passes read what the first one wrote."
 )
 
 
@@ -44,9 +44,9 @@ CLOSURE = (
 )
 
 WITHOUT_PARAMETERS = (
-    "`losses` must depend on the model's parameters. Received: losses without a graph. "
-    "Were they detached, computed under torch.no_grad(), or by a reentrant checkpoint "
-    "(give it use_reentrant=False)?"
+    "`losses` must depend on the model's parameters. Received: losses without a graph. Were they "
+    "detached, computed under torch.no_grad(), or computed by a reentrant checkpoint (use "
+    "use_reentrant=False)?"
 )
 
 
@@ -54,7 +54,7 @@ WITHOUT_PARAMETERS = (
 def note_errors(
     note: str | Callable[[], str], kind: type[Exception], words: str = ""
 ) -> Iterator[None]:
-    """Add a note to errors of a kind that pass by, if their message has the words."""
+    """Add a note to errors of a type raised inside the context, if their message has the words."""
     try:
         yield
     except kind as error:
@@ -67,10 +67,10 @@ def note_errors(
 
 @contextlib.contextmanager
 def own_backward() -> Iterator[None]:
-    """Say what to do if one of ESAM's backwards runs through a graph that is gone.
+    """Explain the error if one of ESAM's backwards needs a graph that has been freed.
 
     Raises:
-        ESAMRuntimeError: in the place of torch's error, which advises retain_graph=True.
+        ESAMRuntimeError: instead of torch's error, which advises retain_graph=True.
     """
     try:
         yield
@@ -78,8 +78,8 @@ def own_backward() -> Iterator[None]:
         if "backward through the graph a second time" not in str(error):
             raise
         raise ESAMRuntimeError(
-            "`losses` must compute everything that needs a gradient itself, in each call: ESAM "
-            "goes backward more than once, each time at other weights. Received: losses that "
-            "depend on something computed outside `losses`, or in an earlier call of it. Compute "
-            "it inside `losses`, or detach it."
+            "`losses` must itself compute everything that needs a gradient, in each call: ESAM "
+            "runs more than one backward, each at other weights. Received: losses that depend on "
+            "a value computed outside `losses`, or in an earlier call of it. Compute it inside "
+            "`losses`, or detach it."
         ) from error

@@ -1,4 +1,4 @@
-"""The optimizer that people use."""
+"""The optimizer `ESAM`."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ from esam_core.budget import Plan
 from esam_core.config import OnNonfinite
 from esam_core.perturbation import Norm
 from esam_core.presets import RECOMMENDED
-from esam_torch.bases import check_base, refuse_a_class_in_second_place
+from esam_torch.bases import check_base, refuse_optimizer_class
 from esam_torch.batch import Samples
 from esam_torch.compat import untraced
 from esam_torch.delegation import DelegatingOptimizer
@@ -31,7 +31,7 @@ from esam_torch.directions import check_moment
 from esam_torch.groups import check_groups
 from esam_torch.losses import LossFunction
 from esam_torch.run import Run
-from esam_torch.spending import checked_budget, every_parameter
+from esam_torch.spending import all_parameters, check_budget
 
 __all__ = ["ESAM"]
 
@@ -40,37 +40,40 @@ class ESAM(DelegatingOptimizer):
     """Efficient sharpness-aware minimisation around any optimizer.
 
     Args:
-        base_optimizer: an optimizer over parameters of `model`, such as
-            `torch.optim.SGD(model.parameters(), lr=0.1)`. Any whose `step` needs no closure.
+        base_optimizer: an optimizer of parameters of `model`, such as
+            `torch.optim.SGD(model.parameters(), lr=0.1)`. Any optimizer whose `step` needs no
+            closure.
         model: the module that `losses` calls; with DistributedDataParallel, that object.
-        rho: radius of the perturbation, finite, >= 0. Default 0.05. 0 is the base optimizer.
-        beta: share of the parameter tensors to perturb, in (0, 1]; short for `Bernoulli(beta)` as
-            `perturb`. Default 0.6.
+        rho: the perturbation radius, finite, >= 0. Default 0.05. With 0, steps are base steps.
+        beta: share of the parameter tensors to perturb, in (0, 1]; short for
+            `perturb=Bernoulli(beta)`. Default 0.6.
         gamma: share of the samples in the descent pass, in (0, 1]; short for
             `select=TopIncrease(gamma)`. Default 0.5.
-        perturb: a mask sampler in place of `beta`, such as `Suffix("layer3")`.
-        select: a data selector in place of `gamma`, such as `TopLoss(0.5)`.
-        adaptive: scale the perturbation with the weights (ASAM). Default False.
-        norm: what divides the ascent gradient: "masked" (default), "estimated", "full" or "none".
+        perturb: a mask sampler, such as `Suffix("layer3")`, instead of `beta`.
+        select: a data selector, such as `TopLoss(0.5)`, instead of `gamma`.
+        adaptive: scale the perturbation by the weights (ASAM). Default False.
+        norm: the norm that divides the ascent gradient: "masked" (default), "estimated", "full" or
+            "none".
         norm_eps: added to that norm, finite, > 0. Default 1e-12.
-        ascend: along what to climb: the gradient of the batch (`Batch()`, default) or of a part of
-            it (`Part(share)`); or, which costs no pass, the gradient of the update before
+        ascend: the ascent direction: the gradient of the batch (`Batch()`, default) or of a part of
+            it (`Part(share)`); or, without an ascent pass, the gradient of the previous update
             (`Previous()`) or the base optimizer's first moment (`Momentum()`).
         seed: of masks and random selections, in [0, 2**63). Default 0.
         on_nonfinite: "propagate" (default), "skip" or "raise".
-        blocks: the model's blocks in execution order, as modules or names, for samplers that cut
-            the model. Default: found by watching one forward.
-        budget: the most that a step may cost, in base steps (SAM costs 2), > 0, in place of `beta`,
+        blocks: the model's blocks in order of execution, as modules or names, for samplers that use
+            blocks. Default: found by watching one forward.
+        budget: the most that a step may cost, in base steps (SAM costs 2), > 0, instead of `beta`,
             `gamma`, `perturb` and `select`: the first step measures the blocks and chooses;
             `plan()` returns the choice. Default None.
         take: a function take(batch, indices) that returns the tuple of arguments of `losses` for
-            the selected samples, where the rules for samples do not fit. Default None.
+            the selected samples, if the built-in rules do not fit. Default None.
 
     Raises:
-        ESAMValueError, ESAMTypeError: naming the argument, what must hold, and what came.
+        ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
+            and the value received.
 
-    Differences from the paper: masks depend on (seed, count) alone; k = ceil(gamma b) samples are
-    kept, with ties to the lower index; see the documentation.
+    Differences from the paper: masks depend only on (seed, count); k = ceil(gamma b) samples are
+    selected, with ties going to the lower index. See the documentation.
 
     Example:
         >>> import torch
@@ -89,9 +92,9 @@ class ESAM(DelegatingOptimizer):
     """
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Refuse the arguments of other implementations before Python refuses their keywords."""
+        """Raise for arguments of other SAM implementations before Python rejects keywords."""
         first, second = (*args, None, None)[:2]
-        refuse_a_class_in_second_place(first, second, options)
+        refuse_optimizer_class(first, second, options)
         return super().__new__(cls)
 
     def __init__(
@@ -130,7 +133,7 @@ class ESAM(DelegatingOptimizer):
             seed=seed,
             on_nonfinite=on_nonfinite,
         )
-        budget = checked_budget(budget, beta=beta, gamma=gamma, perturb=perturb, select=select)
+        budget = check_budget(budget, beta=beta, gamma=gamma, perturb=perturb, select=select)
         if isinstance(config.ascend, Momentum):
             check_moment(base_optimizer)
         check_groups(base_optimizer.param_groups)
@@ -146,14 +149,14 @@ class ESAM(DelegatingOptimizer):
         rho: float = 0.05,
         **overrides: Any,
     ) -> "ESAM":
-        """Return an ESAM with the settings that our study supports, `RECOMMENDED`.
+        """Return an ESAM with the settings that our study supports (`RECOMMENDED`).
 
         Args:
             base_optimizer: as for `ESAM`.
             model: as for `ESAM`.
-            rho: radius of the perturbation, finite, >= 0. Default 0.05.
-            **overrides: any other argument of `ESAM`; `beta` stands in for `perturb`, `gamma` for
-                `select`, and `budget` for both.
+            rho: the perturbation radius, finite, >= 0. Default 0.05.
+            **overrides: any other argument of `ESAM`; `beta` replaces `perturb`, `gamma` replaces
+                `select`, and `budget` replaces both.
 
         Example:
             >>> import torch
@@ -171,30 +174,31 @@ class ESAM(DelegatingOptimizer):
     # -- the step ---------------------------------------------------------------------------------
 
     def loss(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> Tensor:
-        """Return the mean loss of a batch; its backward leaves ESAM's gradient in `.grad`.
+        """Return the mean loss of a batch; its backward adds ESAM's gradient to `.grad`.
 
-        An ordinary differentiable tensor: scale it, divide it for accumulation, add other losses to
-        it. Computing it runs the forward of the ascent pass; its backward runs the rest of the step
-        (Du et al. 2022, algorithm 1). Weights are then bit for bit what they were, and `report`
-        tells what the step saw. If the backward is never called, or gradients are off, it was an
-        ordinary forward. Losses that are alive at once draw the same mask.
+        It is an ordinary differentiable tensor: scale it, divide it for accumulation, add other
+        losses to it. Computing it runs the forward of the ascent pass; its backward runs the rest
+        of the step (Du et al. 2022, algorithm 1). The weights are then bit for bit what they were,
+        and `report` describes the step. If the backward is never called, or gradients are
+        disabled, this is an ordinary forward. Losses that exist at the same time draw the same
+        mask.
 
         Args:
             losses: a function of the batch that calls the model and returns one loss per sample,
-                floating and of shape (b,), or a tuple of that and anything else, which comes back
-                as `report.outputs`.
+                floating and of shape (b,), or a tuple of these losses and other outputs, which are
+                returned as `report.outputs`.
             *batch: its arguments, with one entry per sample: tensors, arrays, lists, and containers
-                of them. The descent gets those of the selected samples; `Rows(x)` and `Whole(x)`
-                say what has such entries, where that is not certain.
-            **kwargs: its keyword arguments, likewise.
+                of them. The descent pass gets the entries of the selected samples. Use `Rows(x)`
+                and `Whole(x)` if it is ambiguous which values have such entries.
+            **kwargs: its keyword arguments, handled in the same way.
 
         Returns:
-            The mean loss at the weights as they are, shape ().
+            The mean loss at the current weights, of shape ().
 
         Raises:
             ESAMValueError, ESAMTypeError: `losses` did not return one floating loss per sample.
-            ESAMRuntimeError: in a second backward.
-            NonFiniteError: in the backward, if something is not finite and `on_nonfinite="raise"`.
+            ESAMRuntimeError: in the backward, if it is called a second time.
+            NonFiniteError: in the backward, if a value is not finite and `on_nonfinite="raise"`.
 
         Example:
             >>> import torch
@@ -219,19 +223,20 @@ class ESAM(DelegatingOptimizer):
         return report
 
     def step(self, closure: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Any:
-        """Make the base optimizer's update; with `losses` and a batch, the whole step.
+        """Run the base optimizer's update or, with `losses` and a batch, the whole step.
 
         Args:
-            closure: None (default): update with the gradients that a backward has left. With a
-                batch: `losses`, as in `loss`. Without: a function that goes backward itself.
+            closure: None (default): update with the gradients that a backward computed. With a
+                batch: `losses`, as in `loss`. Without a batch: a function that runs the backward
+                itself.
             *batch: arguments of `losses`.
             **kwargs: keyword arguments of `losses`.
 
         Returns:
-            What the base optimizer's `step` returns; the `StepReport` where `losses` is given.
+            The result of the base optimizer's `step`, or the `StepReport` if `losses` is given.
 
         Raises:
-            ESAMRuntimeError: `losses` is given while gradients of a backward wait for a step.
+            ESAMRuntimeError: `losses` is given, but gradients of an earlier backward are pending.
         """
         run = self._run
         if closure is None and (batch or kwargs):
@@ -244,13 +249,13 @@ class ESAM(DelegatingOptimizer):
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Reset the gradients."""
         self._run.zero_grad(set_to_none)
 
     def _warn(self) -> None:
-        """Issue the warnings that have come up, at the line of the user's call."""
+        """Issue the pending warnings, at the line of the user's call."""
         for text in self._run.notices.take():
-            warnings.warn(text, stacklevel=4)  # the user, torch's wrapper or none, a method, this
+            warnings.warn(text, stacklevel=4)  # the user, possibly torch's wrapper, a method, this
 
     # -- what is known ----------------------------------------------------------------------------
 
@@ -258,24 +263,24 @@ class ESAM(DelegatingOptimizer):
         """Return the model's units with their blocks and costs, for `esam_core.cost`.
 
         Args:
-            losses: as in `loss`; called once, without a graph. Nothing is changed by it.
+            losses: as in `loss`; called once, without a graph or side effects.
             *batch: its arguments.
             **kwargs: its keyword arguments.
 
         Returns:
-            One `Unit` for each parameter tensor of the model, in its order, those included that the
-            optimizer does not hold; costs are the floating-point operations of a forward on this
-            batch.
+            One `Unit` for each parameter tensor of the model, in the model's order, including those
+            that are not in the optimizer. Costs are the floating-point operations of a forward on
+            this batch.
         """
         layout = self._run.lay_out(losses, (batch, kwargs), watch=True)
-        return tuple(p.unit for p in every_parameter(layout, self.model))
+        return tuple(p.unit for p in all_parameters(layout, self.model))
 
     def plan(self, losses: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Plan:
-        """Return what `budget` buys on this model; its `str` is a table of options.
+        """Return the options within `budget` for this model, and the choice; its `str` is a table.
 
         Args:
-            losses: None after the first step; before it, what `loss` will be given.
-            *batch: arguments of `losses`; it is called once, without a graph.
+            losses: as in `loss`; may be None after the first step.
+            *batch: arguments of `losses`, which is called once, without a graph.
             **kwargs: keyword arguments of `losses`.
 
         Raises:
@@ -285,9 +290,9 @@ class ESAM(DelegatingOptimizer):
             self._run.layout(losses, (batch, kwargs))
         if self._run.plan is None:
             raise ESAMRuntimeError(
-                "plan() needs `budget` and a measured model: make ESAM(..., budget=1.15), and call "
-                "plan(losses, *batch) or, after the first step, plan(). A checkpoint in which the "
-                f"budget has been spent brings its choice instead: {self.config.perturb!r}, "
+                "plan() needs `budget` and a measured model: create ESAM(..., budget=1.15), and "
+                "call plan(losses, *batch) or, after the first step, plan(). A checkpoint whose "
+                f"budget was already applied contains the choice instead: {self.config.perturb!r}, "
                 f"{self.config.select!r}."
             )
         return self._run.plan

@@ -1,11 +1,11 @@
 """Models whose weights are sharded over ranks, by FSDP2's `fully_shard`.
 
-All ranks share one theta, so there is one epsilon, from the global gradient: each rank perturbs
-its own shards, by a norm that is summed up over all of them. Selection stays per rank.
+All ranks share one theta, so there is one epsilon, from the global gradient. Each rank perturbs its
+own shards, with a norm that is summed over all ranks. Selection is per rank.
 
-What FSDP2 asks for: the gradients of its parameters exist only in `.grad`, after a backward that
-reduces them; and a forward reads gathered copies of the weights, which must be dropped
-(`reshard`) whenever the shards change, because a forward without a graph leaves the root's behind.
+FSDP2 has two requirements. The gradients of its parameters exist only in `.grad`, after a backward
+that reduces them. And a forward reads gathered copies of the weights, which must be dropped
+(`reshard`) when the shards change, because a forward without a graph keeps the root's copies.
 """
 
 import sys
@@ -22,13 +22,13 @@ __all__ = ["Shards", "local", "local_part", "mesh_groups", "reshard", "total_nor
 
 
 def _is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor; their module is loaded where one exists."""
+    """Return whether a tensor is a DTensor, without importing their module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that is on this rank: the same memory; else the tensor."""
+    """Return this rank's shard of a tensor (the same memory), or an unsharded tensor itself."""
     if not _is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -37,20 +37,20 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part of an unsharded tensor that this rank holds of `like`."""
+    """Return the part of an unsharded tensor that corresponds to this rank's shard of `like`."""
     if not _is_sharded(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = like
-    # src_data_rank=None: every rank has the whole, and nothing is sent.
+    # src_data_rank=None: every rank has the whole tensor, and nothing is sent.
     return local(
         distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     )
 
 
 def mesh_groups(tensor: Tensor, *, shards_only: bool = False) -> list[Any]:
-    """Return the process groups over which a tensor is spread; none for a plain tensor.
+    """Return the process groups over which a tensor is sharded; none for a plain tensor.
 
     Args:
         tensor: a parameter.
@@ -67,9 +67,9 @@ def mesh_groups(tensor: Tensor, *, shards_only: bool = False) -> list[Any]:
 
 
 def total_norms(norms: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Turn (T,) norms of shards into the norms of the whole tensors.
+    """Convert (T,) norms of shards to the norms of the whole tensors.
 
-    One reduction for all parameters that are sharded over the same ranks.
+    There is one reduction for all parameters that are sharded over the same ranks.
     """
     places: dict[tuple[Any, ...], list[int]] = {}
     for i, parameter in enumerate(parameters):
@@ -106,7 +106,7 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
 
 
 class Shards:
-    """What a step does differently on a sharded model.
+    """The parts of a step that differ for a sharded model.
 
     Args:
         modules: the modules that `fully_shard` was called on.
@@ -116,20 +116,20 @@ class Shards:
         self._modules = modules
 
     def check_reducing(self) -> None:
-        """Refuse gradients that stay on their rank: epsilon comes from the global gradient."""
+        """Raise if gradients are not reduced: epsilon is computed from the global gradient."""
         for module in self._modules:
             for group in fsdp_parameter_groups(module):
                 if not getattr(group, "reduce_grads", True):
                     raise ESAMRuntimeError(
-                        "With fully_shard, a step must reduce gradients: epsilon comes from the "
-                        "global gradient. Received: a module with "
+                        "With fully_shard, a step must reduce gradients: epsilon is computed from "
+                        "the global gradient. Received: a module with "
                         "set_requires_gradient_sync(False). Accumulate without it: reduced "
-                        "gradients add up in `.grad` just as well."
+                        "gradients also add up in `.grad`."
                     )
 
     @classmethod
     def of(cls, model: nn.Module) -> "Shards | None":
-        """Return the shards of a model, or None where nothing is sharded."""
+        """Return the shards of a model, or None if nothing is sharded."""
         modules = _fsdp_modules(model)
         return cls(modules) if modules else None
 

@@ -1,4 +1,4 @@
-"""From a budget and a measured model to a plan of what to perturb and select."""
+"""Choosing what to perturb and select, from a budget and a measured model."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ from esam_core.budget import Plan, make_plan
 from esam_torch.inspection import Layout, Parameter, parameters_of
 from esam_torch.targets import Options
 
-__all__ = ["checked_budget", "every_parameter", "spend"]
+__all__ = ["all_parameters", "check_budget", "spend"]
 
 
-def every_parameter(layout: Layout, model: nn.Module) -> list[Parameter]:
-    """Return all parameters of a model: what the optimizer does not hold costs as well."""
+def all_parameters(layout: Layout, model: nn.Module) -> list[Parameter]:
+    """Return all parameters of a model: those outside the optimizer also add to the cost."""
     return parameters_of(model, [{"params": list(model.parameters())}], layout.blocks)
 
 
 def spend(budget: float, layout: Layout, model: nn.Module, config: ESAMConfig) -> Plan:
-    """Return what a budget buys, from the costs that have been measured.
+    """Return a plan for a budget, based on measured costs.
 
     Args:
         budget: the most that a step may cost, in base steps.
-        layout: with blocks and costs.
-        model: what is trained.
+        layout: the model's layout, with blocks and costs.
+        model: the trained model.
         config: the hyperparameters.
     """
     defaults = Options(config.rho, config.adaptive)
@@ -34,7 +34,7 @@ def spend(budget: float, layout: Layout, model: nn.Module, config: ESAMConfig) -
         trained = parameter.tensor.requires_grad
         return trained and own is not None and own.perturb and own.rho > 0.0
 
-    every = every_parameter(layout, model)
+    every = all_parameters(layout, model)
     return make_plan(
         [p.unit for p in every],
         budget,
@@ -44,15 +44,15 @@ def spend(budget: float, layout: Layout, model: nn.Module, config: ESAMConfig) -
     )
 
 
-def checked_budget(budget: float | None, **instead: Any) -> float | None:
-    """Return the budget, if nothing else says what it should decide."""
+def check_budget(budget: float | None, **instead: Any) -> float | None:
+    """Return the budget, after checking that nothing else sets what it chooses."""
     if budget is None:
         return None
     given = {name: value for name, value in instead.items() if value is not None}
     if given:
         listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ESAMValueError(
-            "`budget` chooses the sampler and the selector: give it, or them. "
+            "`budget` chooses the sampler and the selector: pass either it or them. "
             f"Received: budget={budget!r}, {listed}."
         )
     return validation.positive("budget", budget)

@@ -1,4 +1,4 @@
-"""Passes that ranks run on their own, and what they must agree on."""
+"""Passes without synchronisation between ranks, and values on which ranks must agree."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,20 +19,21 @@ __all__ = ["Ranks", "unsynchronised"]
 def unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which DistributedDataParallel reduces nothing.
 
-    Forward *and* backward of a pass must run inside: the forward already arms the reduction. Each
-    rank climbs on its own shard of the batch (m-sharpness); ranks meet in the descent gradient.
+    Forward *and* backward of a pass must run inside: the forward already prepares the reduction.
+    Each rank runs the ascent pass on its own shard of the batch (m-sharpness); only the descent
+    gradient is reduced.
     """
     replicas = replicas_of(model)
     return contextlib.nullcontext() if replicas is None else _no_sync(replicas)
 
 
 def _no_sync(replicas: DistributedDataParallel) -> contextlib.AbstractContextManager[Any]:
-    """Return torch's own context for it, where the wrapper supports that."""
+    """Return torch's own context for this, after checking that the wrapper supports it."""
     if replicas.static_graph:
         raise ESAMRuntimeError(
             "`model` must be a DistributedDataParallel with static_graph=False: a step has passes "
-            "that are synchronised and passes that are not. Received: static_graph=True. Where a "
-            "static graph was chosen for unused parameters, use find_unused_parameters=True."
+            "that are synchronised and passes that are not. Received: static_graph=True. If it "
+            "was set because of unused parameters, use find_unused_parameters=True instead."
         )
     return replicas.no_sync()
 
@@ -41,7 +42,7 @@ class Ranks:
     """The ranks that train a model together, by DistributedDataParallel or FSDP2.
 
     Args:
-        model: what ESAM was given: the DistributedDataParallel, or what it was made of.
+        model: the model that ESAM was given: the DistributedDataParallel, or the module inside it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,17 +53,17 @@ class Ranks:
 
     @property
     def synchronised(self) -> bool:
-        """Whether a backward reduces gradients: not within the user's own `no_sync`."""
+        """Whether a backward reduces gradients: not within the user's `no_sync`."""
         return self._replicas is None or bool(self._replicas.require_backward_grad_sync)
 
     @property
     def looks_for_unused(self) -> bool:
-        """Whether the forwards that `losses` runs find the parameters that they do not use."""
+        """Whether DistributedDataParallel looks for unused parameters."""
         found = self._replicas
         return found is not None and not self._outside and bool(found.find_unused_parameters)
 
     def note_forward(self) -> None:
-        """Find the wrapper in whose forward this is called, as trainers call it."""
+        """Find the wrapper whose forward is running, since trainers call ESAM within it."""
         if _several_ranks():
             found = active_replicas()
             self._outside = found is not None and self._is_around_model(found)
@@ -76,7 +77,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
-        """Let no rank wait for another as long as the context lasts."""
+        """Disable waiting for other ranks inside the context."""
         with contextlib.ExitStack() as stack:
             if self._replicas is not None and not self._outside:
                 stack.enter_context(_no_sync(self._replicas))
@@ -87,7 +88,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _watching(self, stack: contextlib.ExitStack) -> Iterator[None]:
-        """Find a DistributedDataParallel that was made of the model after ESAM, when it runs."""
+        """Find, when it runs, a DistributedDataParallel that was created after ESAM."""
 
         def found(module: nn.Module, args: Any) -> None:  # noqa: ARG001
             if (
@@ -105,7 +106,7 @@ class Ranks:
             handle.remove()
 
     def _is_around_model(self, replicas: DistributedDataParallel) -> bool:
-        """Return whether a wrapper trains the model that ESAM was given."""
+        """Return whether a wrapper contains the model that ESAM was given."""
         mine = bare_model(self._model)
         return any(module is mine for module in replicas.modules())
 
@@ -113,8 +114,8 @@ class Ranks:
         """Return whether a flag is set on every rank that trains the model: one small reduction.
 
         Args:
-            flag: this rank's.
-            parameters: the model's, for where they are and whom they are shared with.
+            flag: this rank's flag.
+            parameters: the model's parameters, for their devices and process groups.
         """
         if self._replicas is not None:
             groups = [self._replicas.process_group]
@@ -128,10 +129,10 @@ class Ranks:
         return bool(shared)
 
 
-#: In how many ascents a wrapper is looked for that ESAM was not told of.
+#: In how many steps to look for a wrapper that was created after ESAM.
 _WATCHED = 2
 
 
 def _several_ranks() -> bool:
-    """Return whether this process is one of several that talk to each other."""
+    """Return whether this process is one of several in a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

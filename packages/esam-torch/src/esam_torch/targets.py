@@ -1,4 +1,4 @@
-"""What a mask perturbs, and how: what follows from a mask and the options of parameter groups."""
+"""Targets: what a mask perturbs, and how, given the options of the parameter groups."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ __all__ = ["Options", "Targets", "find_targets"]
 
 @dataclass(frozen=True)
 class Options:
-    """What a parameter group may say for itself."""
+    """The options that a parameter group may set."""
 
     rho: float
     adaptive: bool
@@ -27,16 +27,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Targets:
-    """What one step perturbs.
+    """The parameters that one step perturbs, and how.
 
     Args:
         tensors: the perturbed parameters.
         names: their names.
         scales: m_t / p_t of each.
-        factors: (m_t / p_t) rho of each, rho as the schedule scales it.
-        adaptive: whether each is perturbed in proportion to its weights.
-        idle: parameters that are trained and not perturbed in this step.
-        idle_adaptive: whether each of these would be perturbed in proportion to its weights.
+        factors: (m_t / p_t) rho of each, with rho as scaled by the schedule.
+        adaptive: whether the perturbation of each is scaled by its weights.
+        idle: trained parameters that are not perturbed in this step.
+        idle_adaptive: whether the perturbation of each of these would be scaled by its weights.
         weight_share: share of the perturbable scalar weights that is perturbed, in [0, 1].
     """
 
@@ -53,13 +53,13 @@ class Targets:
 def find_targets(
     tensors: Sequence[Tensor], units: Sequence[Unit], mask: Mask, options: Sequence[Options]
 ) -> Targets:
-    """Return what a mask perturbs of what is trained and may be perturbed.
+    """Return the targets of a mask among the parameters that are trained and may be perturbed.
 
     Args:
         tensors: T parameters.
         units: T records.
-        mask: of T units.
-        options: T options, of the groups that hold the parameters.
+        mask: a mask of T units.
+        options: T options, from the parameters' groups.
     """
     perturbed, idle, size, whole = [], [], 0, 0
     for t, (tensor, unit, o, hit) in enumerate(

@@ -1,4 +1,4 @@
-"""What a step works on, and what it finds."""
+"""The inputs and the result of a step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ WHOLE = Climb()
 
 @dataclass(frozen=True)
 class Task:
-    """What a step works on.
+    """The inputs of a step.
 
     Args:
-        model: what `losses` calls.
+        model: the model that `losses` calls.
         config: the hyperparameters.
-        layout: what is known of the model.
-        ranks: who else trains it.
-        samples: takes samples out of batches.
+        layout: the model's layout.
+        ranks: the ranks that train it.
+        samples: selects samples from batches.
         mask: the units that this step perturbs.
-        targets: what follows from it; nothing perturbed means an ordinary base step.
-        count: the number of this ascent.
-        prune: whether to compute no gradients of what is not perturbed, in the ascent.
-        watch_rounding: whether to measure how much of the perturbation rounds away.
-        compare: whether to compare the selected samples' losses in the descent with those before.
-        before_descent: called when only the last backward is left to be run.
-        climb: along what the step climbs.
+        targets: the targets of the mask; without any, the step is a base step.
+        count: the step count.
+        prune: whether to skip the gradients of unperturbed parameters in the ascent pass.
+        watch_rounding: whether to measure how much of the perturbation is rounded away.
+        compare: whether to compare the selected samples' losses between the last two passes.
+        before_descent: called when only the last backward remains.
+        climb: the ascent direction.
     """
 
     model: nn.Module
@@ -55,7 +55,7 @@ class Task:
 
     @property
     def records_at_theta(self) -> bool:
-        """Whether buffers and random state are left as a pass at theta does, or as the descent."""
+        """Whether a pass at theta, rather than the descent pass, updates the running state."""
         b, config = self.climb.batch_size, self.config
         if b is None:
             return self.climb.direction is None
@@ -69,14 +69,14 @@ class Task:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found.
+    """The result of a step.
 
     Args:
         gradients: ESAM's gradient of each input; None where the loss does not depend on it, and
             everywhere if the step is skipped.
-        report: what the step saw.
-        rounded: the share of the perturbation that rounded away, 0-d, if it was asked for.
-        disagreement: what the comparison says against `losses`, if it was asked for.
+        report: the step's report.
+        rounded: the share of the perturbation that was rounded away, 0-d, if `watch_rounding`.
+        disagreement: a warning about `losses` from the comparison, if `compare`.
     """
 
     gradients: Sequence[Tensor | None]

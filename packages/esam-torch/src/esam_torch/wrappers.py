@@ -1,4 +1,4 @@
-"""What may be around a model: DistributedDataParallel, DataParallel, torch.compile."""
+"""Wrappers of models: DistributedDataParallel, DataParallel, torch.compile."""
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -16,7 +16,7 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    """Return the module that a wrapper is around, or None where the model is no wrapper."""
+    """Return the module inside a wrapper, or None if the model is not a wrapper."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         module: nn.Module = model.module
         return module
@@ -24,7 +24,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 
 def replicas_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """Return the DistributedDataParallel that a model is, or that torch.compile has wrapped."""
+    """Return the DistributedDataParallel that a model is or that torch.compile wrapped, or None."""
     inner = compiled_original(model)
     if inner is not None:
         return replicas_of(inner)
@@ -32,12 +32,12 @@ def replicas_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Return whether a call of the module runs what torch.compile has made of it."""
+    """Return whether a call of the module runs compiled code."""
     return compiled_call(module) or compiled_original(module) is not None
 
 
 def refuse_cached(model: nn.Module) -> None:
-    """Refuse a model whose parametrized weights are cached: they would not follow a perturbation.
+    """Raise if a model's parametrized weights are cached: perturbations would not reach them.
 
     Raises:
         ESAMRuntimeError: a module of the model is parametrized.
@@ -45,8 +45,8 @@ def refuse_cached(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if is_parametrized(module):
             raise ESAMRuntimeError(
-                "`torch.nn.utils.parametrize.cached()` must not be open around a step: weights "
-                "that are parametrized are computed anew from perturbed ones. Open it in `losses`. "
+                "`torch.nn.utils.parametrize.cached()` must not be active around a step: "
+                "parametrized weights are recomputed from perturbed ones. Use it inside `losses`. "
                 f"Received: a cache around a step, and the parametrized module {name!r}."
             )
 
