@@ -149,7 +149,8 @@ def test_while_the_weights_are_half_perturbed(monkeypatch):
 
     def half(self, perturbations):
         half_way = len(self._weights) // 2
-        torch._foreach_add_(self._weights[:half_way], list(perturbations)[:half_way])
+        with torch.no_grad():
+            torch._foreach_add_(self._weights[:half_way], list(perturbations)[:half_way])
         raise torch.OutOfMemoryError("simulated")
 
     before = Snapshot(model, optimizer)

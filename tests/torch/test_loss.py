@@ -331,6 +331,33 @@ def test_autocast_around_the_loss_alone():
     assert kinds[3:] == [torch.float32] * 4
 
 
+def test_a_graph_from_before_the_step_stays_valid():
+    """It has saved weights that the step writes and puts back: autograd must not count that."""
+    model, optimizer, losses = make(beta=1.0)
+    model.eval()
+    x, _ = batch()
+    held = model(x).sum()
+    wanted = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    versions = [p._version for p in model.parameters()]
+    optimizer.loss(losses, *batch(seed=1)).backward()
+    assert [p._version for p in model.parameters()] == versions
+    found = torch.autograd.grad(held, list(model.parameters()))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def test_a_forward_that_gives_a_weight_other_memory_leaves_it_at_theta():
+    model, optimizer, _ = make(beta=1.0, gamma=1.0)
+    plain = losses_of(model)
+
+    def losses(*arguments):
+        model.head.weight.data = model.head.weight.data.clone()
+        return plain(*arguments)
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.loss(losses, *batch()).backward()
+    same(dict(model.named_parameters()), before, "after the step")
+
+
 def test_a_checkpointed_model():
     model, optimizer, _ = make()
 

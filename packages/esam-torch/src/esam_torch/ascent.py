@@ -28,15 +28,15 @@ def gradients_of(
         every: None, or, on a sharded model, all parameters that have a gradient. Those of FSDP2 get
             theirs only from a whole backward, reduced over the ranks and in `.grad`.
     """
-    hooked = tensors if every is None else every
-    with without_hooks(hooked), own_backward():
-        if every is None:
+    if every is None:
+        with without_hooks(tensors), own_backward():
             try:
                 found = torch.autograd.grad(loss, tensors, grad_outputs=scale, allow_unused=True)
             except RuntimeError as error:
                 _refuse_reentrant(loss, error)
                 raise
             return list(found)
+    with without_hooks(every, accumulating=True), own_backward():
         aside = [p.grad for p in every]
         for parameter in every:
             parameter.grad = None

@@ -2,11 +2,12 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -17,6 +18,7 @@ __all__ = [
     "NORM_LAYERS",
     "active_replicas",
     "buffers_by_name",
+    "cloned",
     "compiled_call",
     "compiled_original",
     "fsdp_parameter_groups",
@@ -24,6 +26,7 @@ __all__ = [
     "parametrizations_are_cached",
     "saves_state_dict_hooks",
     "times_written",
+    "uncounted",
     "untraced",
     "without_global_step_hooks",
     "without_hooks",
@@ -31,6 +34,11 @@ __all__ = [
 
 #: The common base of torch's BatchNorm layers.
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+#: Copies a list of tensors; older versions of torch have no single call for it.
+_CLONE: Callable[[Sequence[Tensor]], Iterable[Tensor]] = getattr(
+    torch, "_foreach_clone", lambda tensors: [tensor.clone() for tensor in tensors]
+)
 
 #: The common base of torch's layers with running statistics. `batch_norm` does not count versions.
 NORM_LAYERS = nn.modules.batchnorm._NormBase
@@ -92,17 +100,33 @@ def active_replicas() -> DistributedDataParallel | None:
     return found if isinstance(found, DistributedDataParallel) else None
 
 
-@contextlib.contextmanager
-def without_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Disable the tensors' hooks inside the context."""
-    own = [
-        hooks
-        for tensor in tensors
-        for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
-        if hooks
-    ]
-    with _emptied(own):
-        yield
+def uncounted(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which writes do not change these tensors' version counters.
+
+    Graphs that have saved the tensors stay valid: the caller must restore the values.
+    """
+    return _unsafe_preserve_version_counter(tuple(tensors))
+
+
+def cloned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, in one call where torch has it."""
+    with torch.no_grad():
+        return list(_CLONE(tensors))
+
+
+def without_hooks(
+    tensors: Iterable[Tensor], *, accumulating: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context that disables the tensors' hooks.
+
+    Args:
+        tensors: leaves.
+        accumulating: whether gradients are accumulated into `.grad`, which runs more hooks.
+    """
+    own = [hooks for tensor in tensors if (hooks := tensor._backward_hooks)]
+    if accumulating:
+        own += [hooks for tensor in tensors if (hooks := tensor._post_accumulate_grad_hooks)]
+    return _emptied(own) if own else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

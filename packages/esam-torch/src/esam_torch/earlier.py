@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import disagreement
-from esam_torch.finiteness import poisoned
+from esam_torch.finiteness import flaw_in, poisoned
 from esam_torch.guards import RandomState, Weights
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
@@ -49,7 +49,7 @@ class EarlierStep(Step):
             self._first.note()
         left, self._written = RandomState(task.layout.devices), task.layout.writes.kept()
         self._ascent_found = ascent = self._direction()
-        finite = ascent.finite
+        flaw = ascent.flaw
         with self._at_the_peak() as weights:
             if task.watch_rounding:
                 self._rounded = weights.rounded(ascent.perturbations)
@@ -59,7 +59,7 @@ class EarlierStep(Step):
                     self._random.restore()
                     self._after = self._without_a_graph(b)
                     self._first.note()
-                    finite = finite & torch.isfinite(self._after).all()
+                    flaw = flaw + flaw_in(self._after)
                 self._selected_samples = select(
                     config.select,
                     b,
@@ -79,7 +79,7 @@ class EarlierStep(Step):
             self._written.restore()
             left.restore()
         # Non-finite values must reach the gradient, even if all selected samples are finite.
-        return poisoned(total, finite & torch.isfinite(total.detach()))
+        return poisoned(total, flaw)
 
     def _direction(self) -> Ascent:
         """Return epsilon, computed from the direction of earlier steps."""
@@ -109,7 +109,7 @@ class EarlierStep(Step):
     def _at_the_peak(self) -> Iterator[Weights]:
         """Move the weights to theta + epsilon inside the context."""
         sharded = self.task.layout.shards is not None
-        self._weights = weights = Weights(self.task.targets.tensors, sharded)
+        self._weights = weights = Weights(self.task.targets, sharded)
         try:
             weights.add(self._ascent_found.perturbations)
             self._weights_changed()

@@ -8,12 +8,17 @@ from torch import Tensor
 from esam_torch.devices import on_device
 from esam_torch.sharded import local
 
-__all__ = ["all_finite", "poisoned"]
+__all__ = ["all_finite", "flaw_in", "poisoned"]
 
 
-def poisoned(total: Tensor, finite: Tensor) -> Tensor:
-    """Return the loss, or NaN, which makes all gradients NaN, if a value was not finite."""
-    return total * torch.where(finite, 1.0, torch.nan)
+def flaw_in(values: Tensor) -> Tensor:
+    """Return 0 if all values are finite, else NaN: 0-d, of float32."""
+    return (values.detach() * 0.0).sum(dtype=torch.float32)
+
+
+def poisoned(total: Tensor, flaw: Tensor) -> Tensor:
+    """Return the loss, times NaN if it is not finite or a flaw is given: all gradients are NaN."""
+    return total * (flaw + total.detach() * 0.0 + 1.0)
 
 
 def all_finite(gradients: Sequence[Tensor | None]) -> bool:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from esam_torch.compat import BATCH_NORM
+from esam_torch.compat import BATCH_NORM, cloned, uncounted
 from esam_torch.devices import on_device
 from esam_torch.sharded import local
-from esam_torch.values import copy_values
+from esam_torch.targets import Targets
+from esam_torch.values import is_half
 
-__all__ = ["Autocast", "RandomState", "Weights", "is_half", "without_gradients"]
+__all__ = ["Autocast", "RandomState", "Weights", "without_gradients"]
 
 
 class RandomState:
@@ -94,22 +95,31 @@ def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
 class Weights:
     """Copies of the weights that are perturbed.
 
-    They are written through `.data`, so that autograd's version counters do not change. The values
-    are restored bit for bit, so a graph that the user still holds remains valid.
+    Writes do not change autograd's version counters: the values are restored bit for bit, so a
+    graph that the user still holds remains valid. Of sharded parameters, this rank's shards are
+    written.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], sharded: bool = False) -> None:
-        self._parameters, self._sharded = parameters, sharded
-        values = [p.data for p in parameters]
-        self._weights = [local(v) for v in values] if sharded else values
-        self._copies = [torch.empty_like(weight) for weight in self._weights]
-        copy_values(self._copies, self._weights)
+    def __init__(self, targets: Targets, sharded: bool = False) -> None:
+        tensors = targets.tensors
+        self._weights = [local(p.data) for p in tensors] if sharded else list(tensors)
+        self._kinds = targets.kinds
+        self._copies = [cloned(weights) for weights in self._by_kind(self._weights)]
 
-    def add(self, perturbations: Sequence[Tensor]) -> None:
+    def _by_kind(self, tensors: list[Tensor]) -> list[list[Tensor]]:
+        """Return lists of tensors of one device and type, which one kernel can write."""
+        if len(self._kinds) == 1:
+            return [tensors]
+        return [[tensors[i] for i in places] for places in self._kinds]
+
+    def add(self, perturbations: list[Tensor]) -> None:
         """Add epsilon to the weights."""
-        torch._foreach_add_(self._weights, list(perturbations))
+        with torch.no_grad(), uncounted(self._weights):
+            kinds = zip(self._by_kind(self._weights), self._by_kind(perturbations), strict=True)
+            for weights, epsilons in kinds:
+                torch._foreach_add_(weights, epsilons)
 
-    def rounded(self, perturbations: Sequence[Tensor]) -> Tensor:
+    def rounded(self, perturbations: list[Tensor]) -> Tensor:
         """Return the share of epsilon's nonzero entries that changed no half-precision weight.
 
         A 0-d float32 tensor; 0 if there are no half-precision weights.
@@ -117,8 +127,10 @@ class Weights:
         device = self._weights[0].device
         lost = torch.zeros((), device=device)
         all_ = torch.zeros((), device=device)
-        rows = zip(self._weights, self._copies, perturbations, strict=True)
-        for weight, before, epsilon in rows:
+        kinds = zip(
+            self._by_kind(self._weights), self._copies, self._by_kind(perturbations), strict=True
+        )
+        for weight, before, epsilon in (row for kind in kinds for row in zip(*kind, strict=True)):
             if is_half(weight):
                 nonzero = epsilon != 0
                 lost += on_device((nonzero & (weight == before)).sum(), device)
@@ -127,14 +139,9 @@ class Weights:
 
     def restore(self) -> None:
         """Restore theta bit for bit, even if a forward has assigned to `.data`."""
-        rows = zip(self._parameters, self._weights, strict=True)
-        now = [w if self._sharded or p.data_ptr() == w.data_ptr() else p.data for p, w in rows]
-        copy_values(now, self._copies)
-
-
-def is_half(tensor: Tensor) -> bool:
-    """Return whether a tensor has a floating dtype of less than 32 bits."""
-    return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
+        with torch.no_grad(), uncounted(self._weights):
+            for weights, copies in zip(self._by_kind(self._weights), self._copies, strict=True):
+                torch._foreach_copy_(weights, copies)
 
 
 @contextlib.contextmanager

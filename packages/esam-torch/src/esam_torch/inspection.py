@@ -71,7 +71,7 @@ class Layout:
 
     def targets(self, mask: Mask, defaults: Options) -> Targets:
         """Return the targets of a mask under the current options of the groups."""
-        trained = tuple([t.requires_grad for t in self.tensors])
+        trained = tuple([t.dtype if t.requires_grad else None for t in self.tensors])
         options = [defaults.of_group(group) for group, _ in self.groups]
         key = (mask, trained, defaults, *options)
         found = self._targets.get(key)

@@ -3,6 +3,7 @@
 No value leaves the device, so that the host never waits.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from esam_core import Mask
 from esam_core.perturbation import Norm
 from esam_torch.devices import on_device, on_host
+from esam_torch.finiteness import flaw_in
 from esam_torch.sharded import local, local_part, total_norms
 from esam_torch.targets import Targets
 
@@ -28,13 +30,13 @@ class Ascent:
         gradient_norm: 0-d, the ||g|| of equation 2 as `norm` defines it; that of "masked" with
             norm="none".
         perturbation_norm: 0-d, ||epsilon||.
-        finite: 0-d bool, whether every loss and gradient was.
+        flaw: 0-d, 0 if every loss and gradient was finite, else NaN.
     """
 
     perturbations: list[Tensor]
     gradient_norm: Tensor
     perturbation_norm: Tensor
-    finite: Tensor
+    flaw: Tensor
 
 
 def perturb(
@@ -66,51 +68,56 @@ def perturb(
             Emptied as well.
     """
     device = losses.device
-    parameters, adaptive = targets.tensors, targets.adaptive
+    parameters = targets.tensors
     with torch.no_grad():
         idle = gradients[len(parameters) :]
-        directions = _stretched(gradients[: len(parameters)], parameters, adaptive)  # |theta| g
+        directions = gradients[: len(parameters)]
         gradients.clear()
-        whole = total_norms(_norms(directions, device), parameters)
+        if targets.any_adaptive:
+            directions = _stretched(directions, parameters, targets.adaptive)  # |theta| g
+        whole = total_norms(_norms(directions, device), targets.spread)
         masked = whole
         if weight_masks is not None:
             for i, mask in enumerate(weight_masks):
                 directions[i] = directions[i] * mask
             weight_masks.clear()
-            masked = total_norms(_norms(directions, device), parameters)
+            masked = total_norms(_norms(directions, device), targets.spread)
         if norm == "estimated":
             scales = torch.tensor(targets.scales, dtype=masked.dtype)
             length = torch.linalg.vector_norm(masked * on_device(scales.sqrt(), device))
         elif norm == "full":
             rest = _stretched(idle, targets.idle, targets.idle_adaptive)
-            lengths = total_norms(_norms(rest, device), targets.idle)
+            lengths = total_norms(_norms(rest, device), targets.idle_spread)
             length = torch.linalg.vector_norm(torch.cat([whole, lengths]))
             del rest
             idle.clear()
         else:
             length = torch.linalg.vector_norm(masked)
         # The norm is finite only if every gradient is.
-        finite = torch.isfinite(length) & torch.isfinite(losses).all()
+        flaw = flaw_in(losses) + length * 0.0
         magnitude = on_device(scale, device).to(length.dtype).abs()
         length = length / magnitude
         divisor = torch.ones_like(length) if norm == "none" else length + norm_eps
-        # A tiny norm_eps may vanish in float32: a gradient of zero must give zero, not 0 * inf.
-        divisor = divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
-        usable = finite & (magnitude > 0.0)
-        common = torch.where(usable, 1.0 / divisor / magnitude, torch.zeros_like(divisor))
-        if on_host(device) and not bool(finite):  # 0 * inf is not a number; looking is free here
+        tiny = torch.finfo(divisor.dtype).tiny
+        if norm_eps < tiny:  # it vanishes: a gradient of zero must give zero, not 0 * inf
+            divisor = divisor.clamp_min(tiny)
+        usable = magnitude + flaw > 0.0
+        common = torch.where(usable, divisor.reciprocal() / magnitude, 0.0)
+        if on_host(device) and flaw.item() != 0.0:  # 0 * inf is not a number; looking is free here
             directions = [torch.zeros_like(d) for d in directions]
             masked = torch.zeros_like(masked)
-        directions = _stretched(directions, parameters, adaptive)  # |theta|^2 g
-        perturbations = _scaled(directions, targets.factors, common)
-        if any(adaptive):
-            size = torch.linalg.vector_norm(total_norms(_norms(perturbations, device), parameters))
-        elif len(set(targets.factors)) == 1:
-            size = torch.linalg.vector_norm(masked) * (common * targets.factors[0])
+        if targets.any_adaptive:
+            directions = _stretched(directions, parameters, targets.adaptive)  # |theta|^2 g
+        perturbations = _scaled(directions, targets, common)
+        if targets.any_adaptive:
+            lengths = total_norms(_norms(perturbations, device), targets.spread)
+            size = torch.linalg.vector_norm(lengths)
+        elif targets.factor is not None:
+            size = torch.linalg.vector_norm(masked) * (common * targets.factor)
         else:
             factors = torch.tensor(targets.factors, dtype=masked.dtype)
             size = torch.linalg.vector_norm(masked * on_device(factors, device)) * common
-        return Ascent(perturbations, length, size, finite)
+        return Ascent(perturbations, length, size, flaw)
 
 
 def draw_weight_masks(mask: Mask, like: Sequence[Tensor]) -> list[Tensor] | None:
@@ -149,6 +156,7 @@ def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack([norm.to(widest) for norm in found])
 
 
+@functools.cache
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which norms are accumulated."""
     return torch.promote_types(dtype, torch.float32)
@@ -167,15 +175,19 @@ def _stretched(
     return [next(products) if a else g for g, a in zip(gradients, adaptive, strict=True)]
 
 
-def _scaled(directions: list[Tensor], factors: Sequence[float], common: Tensor) -> list[Tensor]:
+def _scaled(directions: list[Tensor], targets: Targets, common: Tensor) -> list[Tensor]:
     """Return each direction times its factor and the common 0-d tensor."""
-    if len({d.device for d in directions}) > 1:
-        return [
-            d * (on_device(common, d.device) * f) for d, f in zip(directions, factors, strict=True)
-        ]
-    common = on_device(common, directions[0].device)
-    if len(set(factors)) == 1:
-        return list(torch._foreach_mul(directions, common * factors[0]))
-    scaled = torch._foreach_mul(directions, list(factors))
-    torch._foreach_mul_(scaled, common)
-    return list(scaled)
+    scaled = [torch.empty(0)] * len(directions)
+    for places in targets.kinds:
+        some = directions if len(targets.kinds) == 1 else [directions[i] for i in places]
+        here = on_device(common, some[0].device)
+        if targets.factor is not None:
+            products = torch._foreach_mul(some, here * targets.factor)
+        else:
+            products = torch._foreach_mul(some, [targets.factors[i] for i in places])
+            torch._foreach_mul_(products, here)
+        if len(targets.kinds) == 1:
+            return list(products)
+        for i, product in zip(places, products, strict=True):
+            scaled[i] = product
+    return scaled

@@ -31,7 +31,6 @@ from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
 from esam_torch.earlier import EarlierStep
 from esam_torch.groups import check_groups
-from esam_torch.guards import is_half
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
@@ -302,8 +301,7 @@ class Run:
             targets=targets,
             count=self.count,
             prune=self._prunes(losses, layout, targets),
-            watch_rounding="rounding" not in self.notices
-            and any(is_half(t) for t in targets.tensors),
+            watch_rounding="rounding" not in self.notices and targets.any_half,
             compare="agreement" not in self.notices
             and config.select.score == "increase"
             and config.select.gamma < 1.0,

@@ -33,25 +33,22 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
 def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
     """Return (b,) probabilities proportional to score plus floor, at most 1, that sum to k.
 
-    The reference finds the certain samples in a loop, which would wait for the device. In
-    descending order they are the first c, where c is the first place at which the next one
-    would get no more than probability 1.
+    The reference finds the certain samples in a loop, which would wait for the device. Without
+    one: with the scores in ascending order, of which the first m are shared out, each of those gets
+    (k - (b - m)) score / (the sum of the first m), which is at most 1 for the largest such m.
     """
     # Wide, where the device has it: the probabilities are summed up and compared with integers.
     wide = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
     clipped = wide.clamp_min(0.0)
     mean = clipped.mean()
-    usable = (mean > 0.0) & torch.isfinite(mean)
-    q = torch.where(usable, clipped + floor * mean, torch.ones_like(clipped))
-    descending, order = torch.sort(q, descending=True, stable=True)
-    tails = descending.flip(0).cumsum(0).flip(0)  # sum of q from each place on
-    left = k - torch.arange(len(q), device=q.device, dtype=q.dtype)
-    fits = left * descending <= tails
-    certain = torch.argmax(fits.to(torch.uint8), dim=0, keepdim=True)  # the first place that fits
-    share = left.gather(0, certain) / tails.gather(0, certain)  # no indexing: it would wait
-    places = torch.arange(len(q), device=q.device)
-    pi = torch.where(places < certain, torch.ones_like(q), share * descending)
-    return torch.empty_like(pi).scatter_(0, order, pi)
+    usable = (mean > 0.0) & (mean < torch.inf)
+    q = torch.where(usable, clipped + floor * mean, 1.0)
+    ascending = torch.sort(q).values
+    sums = ascending.cumsum(0)
+    left = torch.arange(k - len(q) + 1, k + 1, device=q.device, dtype=q.dtype)
+    last = (left * ascending <= sums).sum(0, keepdim=True) - 1  # they are the first m
+    share = left.gather(0, last) / sums.gather(0, last)  # no indexing: it would wait
+    return (share * q).clamp_max(1.0)
 
 
 def systematic_indices(pi: Tensor, k: int, offset: float) -> Tensor:
@@ -84,13 +81,17 @@ def select(
     """
     device = losses.device
     k = selectors.subset_size(selector.gamma, b)
-    even = torch.full((k,), 1.0 / k, device=device, dtype=losses.dtype)
     if selector.rule == "random":
         drawn = torch.from_numpy(selectors.random_indices(b, k, seed=seed, count=count))
-        return Selected(on_device(drawn, device), even)
+        return Selected(on_device(drawn, device), _even(k, losses))
     scores = losses if selector.score == "loss" else cast(Tensor, perturbed_losses) - losses
     if selector.rule == "top":
-        return Selected(top_indices(scores, k), even)
+        return Selected(top_indices(scores, k), _even(k, losses))
     pi = inclusion_probabilities(scores, k, cast(selectors.Proportional, selector).floor)
     indices = systematic_indices(pi, k, selectors.systematic_offset(seed=seed, count=count))
     return Selected(indices, (1.0 / (b * pi[indices])).to(losses.dtype))
+
+
+def _even(k: int, like: Tensor) -> Tensor:
+    """Return k equal weights that sum to 1."""
+    return torch.full((k,), 1.0 / k, device=like.device, dtype=like.dtype)

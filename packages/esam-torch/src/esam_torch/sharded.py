@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_torch.compat import fsdp_parameter_groups
 
-__all__ = ["Shards", "local", "local_part", "mesh_groups", "reshard", "total_norms"]
+__all__ = [
+    "Shards",
+    "Spread",
+    "local",
+    "local_part",
+    "mesh_groups",
+    "reshard",
+    "spread_of",
+    "total_norms",
+]
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -66,17 +75,26 @@ def mesh_groups(tensor: Tensor, *, shards_only: bool = False) -> list[Any]:
     ]
 
 
-def total_norms(norms: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Convert (T,) norms of shards to the norms of the whole tensors.
+#: Process groups, and which of some parameters are sharded over them.
+Spread = dict[tuple[Any, ...], list[int]]
 
-    There is one reduction for all parameters that are sharded over the same ranks.
-    """
-    places: dict[tuple[Any, ...], list[int]] = {}
+
+def spread_of(parameters: Sequence[Tensor]) -> Spread:
+    """Return which parameters are sharded over which ranks; empty if none is."""
+    places: Spread = {}
     for i, parameter in enumerate(parameters):
         groups = tuple(mesh_groups(parameter, shards_only=True))
         if groups:
             places.setdefault(groups, []).append(i)
-    for groups, found in places.items():
+    return places
+
+
+def total_norms(norms: Tensor, spread: Spread) -> Tensor:
+    """Convert (T,) norms of shards to the norms of the whole tensors.
+
+    There is one reduction for all parameters that are sharded over the same ranks.
+    """
+    for groups, found in spread.items():
         index = torch.tensor(found, device=norms.device)
         squares = norms.index_select(0, index).double().square()
         for group in groups:

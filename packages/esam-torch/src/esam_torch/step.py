@@ -22,7 +22,7 @@ from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.batch import Batch
 from esam_torch.containers import detached
 from esam_torch.devices import on_device
-from esam_torch.finiteness import all_finite, poisoned
+from esam_torch.finiteness import all_finite, flaw_in, poisoned
 from esam_torch.guards import (
     Autocast,
     RandomState,
@@ -157,7 +157,7 @@ class Step:
         """Nothing is perturbed: the backward of the pass that has been run, and no more."""
         if self.task.before_descent is not None:
             self.task.before_descent()
-        total = poisoned(self._mean, torch.isfinite(self._values.detach()).all())
+        total = poisoned(self._mean, flaw_in(self._values))
         return StepResult(self._gradients(total, scale, inputs), self._base_report())
 
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
@@ -171,12 +171,12 @@ class Step:
         # A clone: where a compiled model replays CUDA graphs, the next pass writes over the losses.
         before = self._values.detach().clone()
         del self._values, self._mean
-        finite = ascent.finite
+        flaw = ascent.flaw
         if task.climb.part is not None and needs_losses(task.config.select, b):
             self._random.restore()
             before = self._scored(before, task.climb.part)
-            finite = finite & torch.isfinite(before).all()
-        self._weights = weights = Weights(task.targets.tensors, task.layout.shards is not None)
+            flaw = flaw + flaw_in(before)
+        self._weights = weights = Weights(task.targets, task.layout.shards is not None)
         after: Tensor | None = None
         selected: Selected | None = None
         rounded: Tensor | None = None
@@ -190,11 +190,11 @@ class Step:
                 if needs_perturbed_losses(task.config.select, b):
                     self._random.restore()
                     after = self._without_a_graph(b)
-                    finite = finite & torch.isfinite(after).all()
+                    flaw = flaw + flaw_in(after)
                 config, seed = task.config.select, task.config.seed
                 selected = select(config, b, before, after, seed=seed, count=task.count)
             self._random.restore()
-            gradients = self._descent(selected, finite, scale, inputs, after)
+            gradients = self._descent(selected, flaw, scale, inputs, after)
         finally:
             weights.restore()
             self._weights_changed()
@@ -214,7 +214,7 @@ class Step:
         loss = self._mean
         if task.layout.shards is not None:
             # Ranks share one epsilon, so all must see a loss that is not finite on one of them.
-            loss = poisoned(loss, torch.isfinite(self._values.detach()).all())
+            loss = poisoned(loss, flaw_in(self._values))
         found = ascent_gradients(loss, wanted, scale, every=self._every())
         return perturb(
             found,
@@ -245,7 +245,7 @@ class Step:
     def _descent(
         self,
         selected: Selected | None,
-        finite: Tensor,
+        flaw: Tensor,
         scale: Tensor,
         inputs: Sequence[Tensor],
         after: Tensor | None,
@@ -259,8 +259,7 @@ class Step:
         if self.task.before_descent is not None:
             self.task.before_descent()
         # What was not finite must be seen in the gradient, even if the selected samples are not it.
-        total = poisoned(total, finite & torch.isfinite(total.detach()))
-        return self._gradients(total, scale, inputs)
+        return self._gradients(poisoned(total, flaw), scale, inputs)
 
     def _descent_loss(self, selected: Selected | None) -> tuple[Tensor, Tensor, Any]:
         """Return the weighted loss of the selected samples, their losses, and other outputs."""
@@ -294,7 +293,7 @@ class Step:
         """How many samples the batch holds."""
         return len(self._values) if self._expected is None else self._expected
 
-    @property
+    @functools.cached_property
     def _selected(self) -> int:
         """How many samples the descent takes."""
         return subset_size(self.task.config.select.gamma, self._b)

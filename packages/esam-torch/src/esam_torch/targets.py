@@ -1,12 +1,16 @@
 """Targets: what a mask perturbs, and how, given the options of the parameter groups."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from esam_core import Mask, Unit
+from esam_torch.sharded import Spread, spread_of
+from esam_torch.values import is_half
 
 __all__ = ["Options", "Targets", "find_targets"]
 
@@ -48,6 +52,41 @@ class Targets:
     idle: Sequence[Tensor]
     idle_adaptive: Sequence[bool]
     weight_share: float
+
+    # -- what follows from these, found once -------------------------------------------------------
+
+    @functools.cached_property
+    def factor(self) -> float | None:
+        """The factor of all parameters, or None if they have different ones."""
+        return self.factors[0] if len(set(self.factors)) == 1 else None
+
+    @functools.cached_property
+    def any_adaptive(self) -> bool:
+        """Whether any is perturbed in proportion to its weights."""
+        return any(self.adaptive)
+
+    @functools.cached_property
+    def any_half(self) -> bool:
+        """Whether any is of less than 32 bits."""
+        return any(map(is_half, self.tensors))
+
+    @functools.cached_property
+    def kinds(self) -> Sequence[Sequence[int]]:
+        """The places of those of each device and type."""
+        found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, tensor in enumerate(self.tensors):
+            found.setdefault((tensor.device, tensor.dtype), []).append(i)
+        return list(found.values())
+
+    @functools.cached_property
+    def spread(self) -> Spread:
+        """Which are sharded over which ranks."""
+        return spread_of(self.tensors)
+
+    @functools.cached_property
+    def idle_spread(self) -> Spread:
+        """Which of the idle ones are sharded over which ranks."""
+        return spread_of(self.idle)
 
 
 def find_targets(

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MISSING", "Place", "State", "copy_values", "is_expanded", "is_plain", "tensors_in"]
+__all__ = [
+    *("MISSING", "Place", "State", "copy_values", "is_expanded", "is_half", "is_plain"),
+    "tensors_in",
+]
 
 #: A place that holds a value: a dictionary of a module, and a name in it.
 Place = tuple[dict[str, Any], str]
@@ -26,6 +29,11 @@ def copy_values(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         kinds.setdefault((target.device, target.dtype), []).append(i)
     for places in kinds.values():
         torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Return whether a tensor has a floating dtype of less than 32 bits."""
+    return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
 
 
 def is_expanded(tensor: Tensor) -> bool:
