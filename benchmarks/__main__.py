@@ -1,9 +1,9 @@
-"""Run a benchmark by its name: `python -m benchmarks speed --batch 64`, `... all --quick`."""
+"""Run a benchmark by name: `python -m benchmarks speed --batch 64`, `... all --quick`."""
 
 import importlib
 import sys
 
-#: The function that runs each benchmark on the other arguments, as module:function.
+#: The function that runs each benchmark with the remaining arguments, as module:function.
 BENCHMARKS = {
     "accuracy": "benchmarks.accuracy:main",
     "host": "benchmarks.host:main",
@@ -32,7 +32,7 @@ def run(name: str, arguments: list[str]) -> None:
 
 
 def main() -> int:
-    """Run the benchmark that the first argument names, with the others."""
+    """Run the benchmark that the first argument names, with the remaining arguments."""
     name, *arguments = sys.argv[1:] or [""]
     if name == "all":
         for each in BENCHMARKS:

@@ -1,7 +1,7 @@
-"""Train methods with the same schedule over several seeds; a JSON line a run, and a table.
+"""Train methods with the same schedule over several seeds; write JSON lines and a table.
 
-Runs that are done are not run again, and a killed one goes on from its last checkpoint: the same
-command finishes the job. NAME@RHO gives a method a radius of its own.
+Finished runs are not repeated, and a killed run resumes from its last checkpoint: the same command
+finishes the job. NAME@RHO sets a method's own radius.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from benchmarks.train import train
 
 __all__ = ["accuracy_rows", "add_run_options", "main", "runs_of", "write_accuracy_table"]
 
-# No times: runs follow each other, and the machine may have other work. `speed` takes them in turn.
+# No times: runs are sequential, and the machine may have other work. `speed` interleaves methods.
 COLUMNS = ("method", "rho", "norm", "final %", "best %", "FLOPs / SGD")
 
 
@@ -49,10 +49,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "$ESAM_DATA or ./data, or a folder (default: digits)",
     )
     add("--model", default="resnet20", choices=list(MODELS), help="(default: resnet20)")
-    add("--width", type=count_number, help="of the model (default: the published one)")
+    add("--width", type=count_number, help="width of the model (default: the published one)")
     add("--epochs", type=count_number, default=run.epochs, help=f"(default: {run.epochs})")
     add("--batch", type=count_number, default=run.batch, help=f"(default: {run.batch})")
-    add("--lr", type=positive, default=run.lr, help=f"peak (default: {run.lr})")
+    add("--lr", type=positive, default=run.lr, help=f"peak learning rate (default: {run.lr})")
     add("--warmup", type=at_least(0), default=0, help="epochs of linear warm-up (default: 0)")
     add(
         "--weight-decay",
@@ -63,23 +63,30 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--sharp-weight-decay",
         type=not_negative,
-        help="of all methods but SGD; the paper doubles it (default: the same)",
+        help="weight decay of all methods except SGD; the paper doubles it (default: the same)",
     )
-    add("--optimizer", default="sgd", choices=["sgd", "adamw"], help="the base (default: sgd)")
-    add("--m", type=count_number, help="samples a perturbation is for (default: the batch)")
-    add("--smoothing", type=partial_share, default=0.0, help="of the labels (default: 0)")
+    add(
+        "--optimizer", default="sgd", choices=["sgd", "adamw"], help="base optimizer (default: sgd)"
+    )
+    add("--m", type=count_number, help="samples per perturbation (default: the batch)")
+    add("--smoothing", type=partial_share, default=0.0, help="label smoothing (default: 0)")
     add("--rho", type=not_negative, default=run.rho, help=f"(default: {run.rho})")
     add("--beta", type=whole_share, default=run.beta, help=f"(default: {run.beta})")
     add("--gamma", type=whole_share, default=run.gamma, help=f"(default: {run.gamma})")
-    add("--ema", type=whole_share, default=run.ema, help=f"of sgd-ema (default: {run.ema})")
-    add("--images", type=count_number, help="training images, as many of each class (default: all)")
-    add("--classes", type=at_least(2), help="the first so many (default: all)")
-    add("--spare", action="store_true", help="test on the training images left out as well")
-    add("--test-every", type=count_number, default=1, help="epochs (default: 1)")
+    add(
+        "--ema",
+        type=whole_share,
+        default=run.ema,
+        help=f"averaging rate of sgd-ema (default: {run.ema})",
+    )
+    add("--images", type=count_number, help="training images, balanced by class (default: all)")
+    add("--classes", type=at_least(2), help="use only the first classes (default: all)")
+    add("--spare", action="store_true", help="also test on the unused training images")
+    add("--test-every", type=count_number, default=1, help="epochs between tests (default: 1)")
     add(
         "--size",
         type=count_number,
-        help="average the images down to this size (default: as they are)",
+        help="downscale the images to this size by averaging (default: no)",
     )
     add(
         "--noise",
@@ -91,7 +98,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: cuda where there is one)",
+        help="(default: cuda if available)",
     )
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--channels-last", action="store_true", help="memory format")
@@ -99,7 +106,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
-    """Return the runs that a command asks for, method by method."""
+    """Return the runs of a command, method by method."""
     fields = set(Run.__dataclass_fields__) - {"method", "seed"}
     shared = {name: value for name, value in vars(options).items() if name in fields}
     return [
@@ -110,7 +117,7 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
 
 
 def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the table's rows: a row for each method, over its seeds."""
+    """Return the table's rows: one per method, over its seeds."""
     groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for record in records:
         key = (record["run"]["method"], record["rho"], record["norm"] or "")
@@ -131,7 +138,7 @@ def accuracy_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def comparable(records: Iterable[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
-    """Return the records of runs that differ from one in method, rho and seed at most."""
+    """Return the records of runs that differ from `run` only in method, rho or seed."""
 
     def options(other: Run) -> Run:
         return dataclasses.replace(other, method="", rho=0.0, seed=0)
@@ -143,9 +150,9 @@ def write_accuracy_table(folder: Path, run: Run, name: str = "accuracy") -> list
     """Print and write the table of a folder's runs; return their records.
 
     Args:
-        folder: of the runs.
-        run: those that are comparable with it are shown.
-        name: of the table's file.
+        folder: the folder of the runs.
+        run: only runs that are comparable with it are shown.
+        name: the name of the table's file.
     """
     records = comparable(Store(folder).records(), run)
     order = {method: i for i, method in enumerate(METHODS)}
@@ -167,7 +174,7 @@ def write_accuracy_table(folder: Path, run: Run, name: str = "accuracy") -> list
 
 
 def _draw(path: Path, title: str, records: Sequence[dict[str, Any]]) -> None:
-    """Draw accuracy against cost, a mark a method."""
+    """Draw accuracy against cost, one marker per method."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         rho = f", rho = {record['rho']:g}" if record["rho"] else ""
@@ -185,7 +192,7 @@ def _draw(path: Path, title: str, records: Sequence[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Train what the arguments ask for and print the table."""
+    """Train the runs that the arguments specify, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks accuracy",
         description=__doc__,
@@ -198,10 +205,17 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/accuracy"))
     parser.add_argument(
-        "--checkpoint-every", type=count_number, default=5, help="epochs (default: 5)"
+        "--checkpoint-every",
+        type=count_number,
+        default=5,
+        help="epochs between checkpoints (default: 5)",
     )
-    parser.add_argument("--threads", type=count_number, help="of the CPU (default: torch's choice)")
-    parser.add_argument("--quick", action="store_true", help="a few epochs on the digits")
+    parser.add_argument(
+        "--threads", type=count_number, help="CPU threads (default: torch's choice)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="train only a few epochs on the digits"
+    )
     add_run_options(parser)
     options = parser.parse_args(arguments)
     if options.quick:

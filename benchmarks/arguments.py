@@ -1,7 +1,7 @@
-"""What a command line may say: types for argparse that refuse a value before anything is trained.
+"""Argparse types that check values before anything is trained.
 
-An argparse type turns the text of an option into its value; what it raises becomes the parser's
-own error, with the option's name before it.
+An argparse type converts the text of an option to its value. The parser reports its errors together
+with the option's name.
 """
 
 import argparse
@@ -17,7 +17,7 @@ __all__ = [
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """Return the type of whole numbers from a lowest one on."""
+    """Return the type of whole numbers >= `lowest`."""
 
     def whole(text: str) -> int:
         try:
@@ -40,7 +40,7 @@ def _wrong(must: str, text: str) -> argparse.ArgumentTypeError:
 
 
 def _number(text: str, must: str, holds: Callable[[float], bool]) -> float:
-    """Return the number that a text means, if it is what it must be."""
+    """Return the number in a text, after checking it."""
     try:
         value = float(text)
     except ValueError:
@@ -76,7 +76,7 @@ def partial_share(text: str) -> float:
 
 
 def method_name(text: str) -> str:
-    """Return the name of a method, "NAME" or "NAME@RHO", if there is one."""
+    """Return a method's name, "NAME" or "NAME@RHO", after checking that it exists."""
     try:
         parse_method(text)
     except ValueError as error:

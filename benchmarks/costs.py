@@ -1,8 +1,8 @@
-"""Counted floating-point operations of a method's steps, against the base optimizer's.
+"""Counted floating-point operations of a method's steps, relative to the base optimizer's.
 
-Counted are the multiplications and additions of convolutions, matrix products and attention, in
-all passes of a step, by `torch.utils.flop_counter`. The steps are taken on torch's meta device,
-which computes shapes and nothing else: the counts are those of a real step, at any size.
+`torch.utils.flop_counter` counts the multiplications and additions of convolutions, matrix products
+and attention in all passes of a step. The steps run on torch's meta device, which computes only
+shapes: the counts are those of a real step, at any size.
 """
 
 import functools
@@ -42,15 +42,15 @@ def counted_steps(
     gamma: float = 0.5,
     repeats: int = 1,
 ) -> tuple[int, ...]:
-    """Return the FLOPs of each of `repeats` steps of a method, its schedule left out.
+    """Return the FLOPs of each of `repeats` steps of a method, without its schedule.
 
     Args:
-        method: which one.
+        method: the method.
         model: a key of `MODELS`.
-        width: of the model.
+        width: the model's width.
         classes: number of classes.
-        shape: of an image.
-        batch: samples a step.
+        shape: the shape of an image.
+        batch: samples per step.
         beta: for random masks.
         gamma: for selectors.
         repeats: how many steps; random masks differ from step to step.
@@ -70,8 +70,8 @@ def counted_steps(
         gamma=gamma,
         steps=1,
     )
-    # Not counted: the first step may run the model to find its blocks or its samples, and is a base
-    # step where there is nothing to climb along yet.
+    # Not counted: the first step may run the model to find its blocks or the number of samples, and
+    # is a base step if there is no ascent direction yet.
     stepper.step(losses, x, y)
     counted = []
     for _ in range(repeats):
@@ -84,7 +84,7 @@ def counted_steps(
 def _on_meta(
     model: str, width: int | None, classes: int, shape: tuple[int, int, int], batch: int
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a network and a batch without contents."""
+    """Return a network and a batch without values."""
     with torch.device("meta"):
         network = build(model, classes=classes, channels=shape[0], size=shape[1], width=width)
         if model in TEXT_MODELS:
@@ -115,15 +115,15 @@ def predicted_ratio(
     beta: float = 0.6,
     gamma: float = 0.5,
 ) -> float:
-    """Return what `esam_core.cost` says a step costs against the base optimizer's.
+    """Return the cost of a step, relative to a base step, according to `esam_core.cost`.
 
     Args:
-        method: which one, its schedule left out.
+        method: the method, without its schedule.
         model: a key of `MODELS`.
-        width: of the model.
+        width: the model's width.
         classes: number of classes.
-        shape: of an image.
-        batch: samples a step.
+        shape: the shape of an image.
+        batch: samples per step.
         beta: for random masks.
         gamma: for selectors.
     """
@@ -144,14 +144,14 @@ def predicted_ratio(
 
 
 def flops_ratio(run: "Run", source: "Source", steps: int, tensors: int) -> float:
-    """Return the FLOPs of a whole run over those of the base optimizer's.
+    """Return the FLOPs of a whole run divided by those of the base optimizer's run.
 
     Args:
-        run: the options; its schedule's share of perturbed steps is counted exactly.
+        run: the run's options; its schedule's share of perturbed steps is exact.
         source: the data, for the shape of an image.
-        steps: of the run.
-        tensors: number of the model's parameter tensors. The more there are, the less random
-            masks differ in cost, and the fewer steps tell their mean to about a percent.
+        steps: the number of steps in the run.
+        tensors: number of the model's parameter tensors. The more there are, the less random masks
+            differ in cost, and the fewer steps are needed for a mean to about a percent.
     """
     method = parse_method(run.method)
     if method.family in ("base", "average"):
@@ -167,7 +167,7 @@ def flops_ratio(run: "Run", source: "Source", steps: int, tensors: int) -> float
     }
     (base,) = counted_steps(METHODS["sgd"], **arguments)
     if method.random and method.perturb is not METHODS["esam"].perturb:
-        # Suffixes of different lengths differ too much in cost for a mean over a few.
+        # Suffixes of different lengths differ too much in cost for a mean over few steps.
         average = predicted_ratio(method, **arguments)
     else:
         repeats = max(3, 300 // tensors) if method.random else 1

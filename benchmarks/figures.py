@@ -1,4 +1,4 @@
-"""Figures: every one with labelled axes and a legend."""
+"""Figures with labelled axes and a legend."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 __all__ = ["curves", "panels", "save", "scatter"]
 
-#: Colours that people with any colour vision tell apart (Okabe and Ito), then shades of them.
+#: Colours for all kinds of colour vision (Okabe and Ito), then shades of them.
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6BB1"),
     *("#005080", "#8F3F00", "#00664A", "#8A4F70", "#9C6B00", "#2B7BA8", "#777777", "#4D3B80"),
@@ -21,7 +21,7 @@ MARKERS = "osD^v<>pP*XhH8d."
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure and let go of it."""
+    """Write a figure and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -37,16 +37,16 @@ def scatter(
     spread: Sequence[tuple[float, float]] | None = None,
     diagonal: str | None = None,
 ) -> None:
-    """Draw one marker for each label, numbered, for many colours are hard to tell apart.
+    """Draw one numbered marker per label, since many colours are hard to distinguish.
 
     Args:
-        path: of the PNG.
-        title: above it.
-        x: label of the axis and values.
-        y: likewise.
-        labels: one a point, for the legend.
+        path: the path of the PNG.
+        title: the title.
+        x: label and values of the x axis.
+        y: label and values of the y axis.
+        labels: one label per point, for the legend.
         spread: lower and upper ends of y.
-        diagonal: what the line x = y is called in the legend; None draws none.
+        diagonal: label of the line x = y in the legend; None draws no line.
     """
     figure, axes = plt.subplots(figsize=(8.5, 5))
     for i, label in enumerate(labels):
@@ -57,7 +57,9 @@ def scatter(
             x[1][i],
             y[1][i],
             yerr=error,
-            fmt=MARKERS[(i + i // len(MARKERS)) % len(MARKERS)],  # with another colour each round
+            fmt=MARKERS[
+                (i + i // len(MARKERS)) % len(MARKERS)
+            ],  # with a different colour in each round
             color=COLOURS[i % len(COLOURS)],
             label=f"{i + 1}  {label}",
             capsize=3,
@@ -90,10 +92,10 @@ def curves(
     """Draw one line for each name.
 
     Args:
-        path: of the PNG.
-        title: above it.
-        x: label of the axis and values.
-        y: label of the axis.
+        path: the path of the PNG.
+        title: the title.
+        x: label and values of the x axis.
+        y: label of the y axis.
         lines: values by name.
         log: whether y is logarithmic.
     """
@@ -111,7 +113,7 @@ def draw_curves(
     lines: Mapping[str, Sequence[float]],
     log: bool = False,
 ) -> None:
-    """Draw one line for each name into given axes."""
+    """Draw one line for each name into the given axes."""
     for i, (name, values) in enumerate(lines.items()):
         axes.plot(
             x[1],
@@ -129,6 +131,6 @@ def draw_curves(
 
 
 def panels(count: int, width: float = 5.0, height: float = 4.2) -> tuple[Any, Sequence[Any]]:
-    """Return a figure with so many axes side by side."""
+    """Return a figure with `count` axes side by side."""
     figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
     return figure, list(axes[0])

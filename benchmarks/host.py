@@ -1,8 +1,9 @@
-"""What a step costs the host: `python -m benchmarks host`.
+"""The host time of a step: `python -m benchmarks host`.
 
-Networks of many tiny layers, whose kernels take no time, so that what is measured is Python and the
-dispatch of operations: what a GPU waits for. Processor time, in interleaved rounds, against a step
-of SGD; beside ESAM the same steps written by hand, and another library's SAM.
+The networks have many tiny layers, whose kernels take almost no time. The measurement is therefore
+of Python and the dispatch of operations, which a GPU waits for. It is processor time, in
+interleaved rounds, relative to a step of SGD, for ESAM, for the same steps written by hand, and for
+another library's SAM.
 """
 
 import argparse
@@ -33,7 +34,7 @@ class Scene:
     """A network of tiny layers, its optimizer and a batch.
 
     Args:
-        tensors: the number of parameter tensors, two a layer.
+        tensors: the number of parameter tensors, two per layer.
     """
 
     tensors: int
@@ -42,7 +43,7 @@ class Scene:
         torch.manual_seed(0)
         layers = [nn.Linear(WIDTH, WIDTH) for _ in range(self.tensors // 2)]
         self.model = nn.Sequential(*layers)
-        # As on a GPU, where torch's own default is one call for all tensors.
+        # As on a GPU, where torch by default updates all tensors in one call.
         self.base = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
         self.batch = torch.randn(BATCH, WIDTH), torch.arange(BATCH) % WIDTH
 
@@ -66,7 +67,7 @@ def sgd(scene: Scene) -> Step:
 
 
 def _climbed(gradients: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    """Move weights up their gradients; return copies of what they were."""
+    """Move weights along their gradients; return copies of the original weights."""
     with torch.no_grad():
         norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
         epsilon = torch._foreach_mul(list(gradients), RHO / (norm + 1e-12))
@@ -76,7 +77,7 @@ def _climbed(gradients: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]
 
 
 def sam_by_hand(scene: Scene) -> Step:
-    """Return a step of SAM as one would write it, with operations on lists of tensors."""
+    """Return a hand-written step of SAM with operations on lists of tensors."""
     weights = list(scene.model.parameters())
 
     def step() -> None:
@@ -92,7 +93,8 @@ def sam_by_hand(scene: Scene) -> Step:
 
 
 def recommended_by_hand(scene: Scene) -> Step:
-    """Return a step that climbs with half of the layers and descends on half of the samples."""
+    """Return a hand-written step that perturbs half of the layers and descends on half of the
+    samples."""
     weights = list(scene.model.parameters())
     idle, late = weights[: len(weights) // 2], weights[len(weights) // 2 :]
 
@@ -141,7 +143,7 @@ def peer_sam(scene: Scene) -> Step:
 
 
 def ours(**options: Any) -> Callable[[Scene], Step]:
-    """Return what makes a step of ESAM with these options."""
+    """Return a function that creates a step of ESAM with these options."""
 
     def make(scene: Scene) -> Step:
         if options.get("recommended"):
@@ -159,7 +161,7 @@ def ours(**options: Any) -> Callable[[Scene], Step]:
     return make
 
 
-#: Every kind of step, by name; the first is what the others are compared with.
+#: All kinds of step, by name; the others are compared with the first.
 STEPS: dict[str, Callable[[Scene], Step]] = {
     "SGD": sgd,
     "SAM by hand": sam_by_hand,
@@ -173,7 +175,7 @@ STEPS: dict[str, Callable[[Scene], Step]] = {
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the operations that are dispatched."""
+    """Counts dispatched operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +187,7 @@ class _Counter(TorchDispatchMode):
 
 
 def operations(step: Step, *, warmup: int = 4) -> int:
-    """Return how many operations a step dispatches, once it knows the model."""
+    """Return how many operations a step dispatches, after the warm-up steps."""
     for _ in range(warmup):
         step()
     with _Counter() as counter:
@@ -194,7 +196,7 @@ def operations(step: Step, *, warmup: int = 4) -> int:
 
 
 def measure(tensors: int, repeats: int) -> list[dict[str, Any]]:
-    """Return a row for each kind of step on a network of so many tensors."""
+    """Return a row for each kind of step on a network with this many tensors."""
     steps = {name: make(Scene(tensors)) for name, make in STEPS.items()}
     counts = {name: operations(step) for name, step in steps.items()}
     _, ratios = interleaved(
@@ -229,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tensors", type=count_number, nargs="+", default=[60, 240, 960])
     parser.add_argument("--repeats", type=count_number, default=31, help="rounds")
     parser.add_argument("--threads", type=count_number, default=1, help="of the CPU (1)")
-    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/host)")
+    parser.add_argument("--out", type=Path, help="output folder (default: benchmarks/results/host)")
     parser.add_argument("--quick", action="store_true", help="a short network, two rounds")
     options = parser.parse_args(arguments)
     root = Path("benchmarks/out" if options.quick else "benchmarks/results")
@@ -249,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         for row in rows
     ]
-    title = "What a step costs the host: processor time with tiny kernels, and operations"
+    title = "The host time of a step: processor time with tiny kernels, and operations"
     write_tables(out, "host", title, COLUMNS, shown)
     write_json(out / "host.json", {"rows": rows, **provenance()})
 

@@ -1,4 +1,4 @@
-"""The loss of each sample, whatever a network predicts."""
+"""One loss per sample, for any network."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +12,7 @@ def sample_losses(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0) ->
     Args:
         logits: (b, classes, ...).
         targets: (b, ...), whole numbers.
-        smoothing: of the labels.
+        smoothing: label smoothing.
     """
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
     return losses if losses.dim() == 1 else losses.flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made."""
+"""The machine, versions and command of a measurement."""
 
 import platform
 import shlex
@@ -18,7 +18,7 @@ __all__ = ["provenance"]
 
 
 def _processor() -> str:
-    """Return the processor's name, and how many of its cores may be used."""
+    """Return the processor's name and the number of usable cores."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -28,7 +28,7 @@ def _processor() -> str:
 
 
 def _revision() -> str:
-    """Return the git revision that ran, with a + where the measured code differs from it."""
+    """Return the git revision, with a + if the measured code differs from it."""
     root = Path(__file__).parent.parent
     measured = ["packages", "benchmarks/*.py", "benchmarks/*/*.py"]
     try:
@@ -52,7 +52,7 @@ def _revision() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Return machine, versions, command, revision and time, as plain data for a JSON."""
+    """Return machine, versions, command, revision and time, as plain data for JSON."""
     cuda = torch.cuda.is_available()
     return {
         "machine": {

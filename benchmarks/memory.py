@@ -1,7 +1,7 @@
-"""What a step of each method needs in memory beside the weights, against SAM's.
+"""The memory that a step of each method needs in addition to the weights, relative to SAM's.
 
-On a GPU its allocator tells. On a CPU every tensor that an operation makes is followed from its
-making to its end, so that the figure is that of the tensors, not of the process, and exact.
+On a GPU it is measured by the allocator. On a CPU every tensor that an operation creates is tracked
+until it is freed. The result is exact, and counts tensors, not the process.
 """
 
 import argparse
@@ -34,11 +34,11 @@ COLUMNS = (
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors made while it is on.
+    """Tracks the bytes of all tensors created while it is active.
 
     Attributes:
-        now: bytes of those that live.
-        peak: the most that there were.
+        now: bytes of the live tensors.
+        peak: the maximum so far.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it goes."""
+        """Count a storage until it is freed."""
         key, size = id(storage), storage.nbytes()
         if key in self._known:
             return
@@ -71,15 +71,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _plain(x: Any) -> bool:
-    """Return whether something is a tensor with a storage of its own kind."""
+    """Return whether a value is a tensor with an ordinary storage."""
     return isinstance(x, Tensor) and x.layout is torch.strided
 
 
 class Meter:
-    """Bytes in use beside those that were when it was made.
+    """Bytes in use in addition to those at the meter's creation.
 
     Args:
-        device: whose.
+        device: the device to measure.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -95,7 +95,7 @@ class Meter:
         return torch.cuda.memory_allocated(self._device) - self._before
 
     def peak(self, work: Callable[[], object]) -> int:
-        """Do some work, and return the most bytes that were in use meanwhile."""
+        """Run some work, and return the maximum number of bytes in use during it."""
         if self._live is not None:
             self._live.peak = self._live.now
             with self._live:
@@ -111,12 +111,12 @@ class Meter:
 def measure(
     method: str, model: nn.Module, model_name: str, x: Tensor, y: Tensor
 ) -> dict[str, float]:
-    """Return bytes beside the weights: the peak, what is kept, the peak when accumulating.
+    """Return bytes in addition to the weights: the peak, those kept, the peak when accumulating.
 
     Args:
-        method: its name.
-        model: to train.
-        model_name: for the blocks to cut at.
+        method: the method's name.
+        model: the model to train.
+        model_name: its name, for the blocks to cut at.
         x: inputs.
         y: targets.
     """
@@ -134,7 +134,7 @@ def measure(
         base.zero_grad()
 
     meter = Meter(x.device)
-    meter.peak(step)  # blocks are found, momenta are made
+    meter.peak(step)  # finds blocks and creates momenta
     result = {"kept": float(meter.now), "peak": float(meter.peak(step))}
     optimizer = getattr(stepper, "optimizer", None)
     if isinstance(optimizer, ESAM):
@@ -155,12 +155,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", default="resnet18", choices=list(MODELS))
     parser.add_argument("--width", type=count_number, default=None)
-    parser.add_argument("--batch", type=count_number, default=4, help="small: the weights show")
+    parser.add_argument(
+        "--batch", type=count_number, default=4, help="small, so that the weights dominate"
+    )
     parser.add_argument("--size", type=count_number, default=32)
     parser.add_argument("--classes", type=at_least(2), default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=count_number, help="of the CPU (default: torch's choice)")
-    parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/memory)")
+    parser.add_argument(
+        "--threads", type=count_number, help="CPU threads (default: torch's choice)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="output folder (default: benchmarks/results/memory)"
+    )
     parser.add_argument("--quick", action="store_true", help="a narrow network")
     options = parser.parse_args(arguments)
     out = (
@@ -195,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, need in found.items()
     ]
     title = (
-        f"Memory of a step beside the weights: {options.model}, batch {options.batch}, "
+        f"Memory of a step in addition to the weights: {options.model}, batch {options.batch}, "
         f"weights of {weights / 2**20:.2f} MiB"
     )
     write_tables(out, "memory", title, COLUMNS, rows)

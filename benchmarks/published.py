@@ -1,7 +1,7 @@
-"""The figures that the paper prints (Du et al., ICLR 2022), to stand beside ours.
+"""The numbers printed in the paper (Du et al., ICLR 2022), for comparison with ours.
 
-Accuracies are in percent, with the errors that are printed; speeds in images a second, on the
-authors' machines.
+Accuracies are in percent, with the printed errors; speeds are in images per second, on the authors'
+machines.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ __all__ = ["PUBLISHED", "SAVINGS", "SAVINGS_CONSTANTS", "Published", "published"
 
 @dataclass(frozen=True)
 class Published:
-    """What the paper prints for one cell.
+    """The paper's numbers for one cell.
 
     Args:
         accuracy: percent.
-        images_per_second: on the authors' machine.
-        error: of the accuracy, or None where none is printed.
+        images_per_second: the speed on the authors' machine.
+        error: the error of the accuracy, or None if not printed.
     """
 
     accuracy: float
@@ -52,7 +52,7 @@ _TABLE1: _Cells = {
     ("cifar100", "pyramidnet110", "esam"): Published(85.56, 381, 0.05),
 }
 
-#: The paper's tables by the command of that name; cells by (data, model, method).
+#: The paper's tables by the name of the command; cells by (data, model, method).
 PUBLISHED: dict[str, _Cells] = {
     "table1": _TABLE1,
     "table2": {  # the accuracies of SGD and SAM are those of Chen et al. 2021
@@ -63,7 +63,7 @@ PUBLISHED: dict[str, _Cells] = {
         ("imagenet", "resnet101", "sam"): Published(78.60, 438),
         ("imagenet", "resnet101", "esam"): Published(79.09, 564),
     },
-    "table3": {  # SGD and SAM stand in table 1
+    "table3": {  # SGD and SAM are in table 1
         **{k: v for k, v in _TABLE1.items() if k[1] != "pyramidnet110" and k[2] != "esam"},
         ("cifar10", "resnet18", "swp"): Published(96.74, 1896),
         ("cifar100", "resnet18", "swp"): Published(80.53, 1887),
@@ -87,8 +87,8 @@ PUBLISHED: dict[str, _Cells] = {
     },
 }
 
-#: g(N, beta), the share of SAM's time that SWP saves, as far as tables 4 and 5 print it: by table,
-#: N and beta. Their fits were made on more rows. Where table 5 has 25, its text has 35.
+#: g(N, beta), the share of SAM's time that SWP saves, by table, N and beta, as printed in tables 4
+#: and 5. The paper's fits use more rows. Where table 5 has 25, the text has 35.
 SAVINGS: dict[str, dict[int, dict[float, float]]] = {
     "table4": {
         50: {0.9: 0.0342, 0.5: 0.1628, 0.1: 0.3008},
@@ -104,7 +104,7 @@ SAVINGS: dict[str, dict[int, dict[float, float]]] = {
     },
 }
 
-#: k1 and k2 as tables 4 and 5 print them.
+#: k1 and k2 as printed in tables 4 and 5.
 SAVINGS_CONSTANTS: dict[str, tuple[float, float]] = {
     "table4": (0.3185, 0.1310),
     "table5": (0.3143, 0.0737),
@@ -112,12 +112,12 @@ SAVINGS_CONSTANTS: dict[str, tuple[float, float]] = {
 
 
 def published(table: str, data: str, model: str, method: str) -> Published | None:
-    """Return what the paper prints in a cell of a table, or None.
+    """Return the paper's numbers for a cell of a table, or None.
 
     Args:
         table: the command's name, such as "table1".
         data: "cifar10", "cifar100" or "imagenet".
         model: a key of `MODELS`.
-        method: a name of a method; with a radius of its own it is no longer the paper's.
+        method: a method's name; with its own radius it is not in the paper.
     """
     return PUBLISHED.get(table, {}).get((data, model, method))

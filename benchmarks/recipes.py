@@ -1,7 +1,7 @@
 """The paper's training recipes (its tables 7 and 8).
 
-rho, beta and gamma are `esam_core.presets`'. On ResNet-18 and WideResNet the paper gives SAM and
-ESAM twice SGD's weight decay; `sharp_weight_decay=None` is the other choice, one for all.
+rho, beta and gamma are from `esam_core.presets`. On ResNet-18 and WideResNet the paper uses twice
+SGD's weight decay for SAM and ESAM; `sharp_weight_decay=None` uses the same for all.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ __all__ = ["RECIPES", "Recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one network is trained; cosine decay, crop and mirror, in all of them.
+    """How one network is trained, always with cosine decay, random crops and mirroring.
 
     Args:
         preset: key of `esam_core.presets.PRESETS`.
         epochs: passes over the data.
-        batch: samples a step.
+        batch: samples per step.
         lr: peak learning rate.
-        weight_decay: of the base optimizer alone.
-        sharp_weight_decay: of SAM and ESAM.
-        warmup: epochs.
-        m: samples that one perturbation is for (m-sharpness); None is the batch.
-        optimizer: the base.
+        weight_decay: weight decay of the base optimizer alone.
+        sharp_weight_decay: weight decay of SAM and ESAM.
+        warmup: epochs of warm-up.
+        m: samples per perturbation (m-sharpness); None is the batch.
+        optimizer: the base optimizer.
     """
 
     preset: str
@@ -39,10 +39,10 @@ class Recipe:
     optimizer: str = "sgd"
 
     def fields(self, *, same_weight_decay: bool = False) -> dict[str, Any]:
-        """Return the fields of a `Run` that the recipe settles.
+        """Return the fields of a `Run` that the recipe sets.
 
         Args:
-            same_weight_decay: give SAM and ESAM the base optimizer's.
+            same_weight_decay: use the base optimizer's for SAM and ESAM too.
         """
         values = {name: value for name, value in vars(self).items() if name != "preset"}
         if same_weight_decay:
@@ -50,7 +50,7 @@ class Recipe:
         return {**values, **PRESETS[self.preset].arguments()}
 
 
-#: By the name of the model in `benchmarks.models`.
+#: Recipes by the name of the model in `benchmarks.models`.
 RECIPES: dict[str, Recipe] = {
     "resnet18": Recipe("cifar-resnet18", 200, 128, 0.05, 5e-4, 1e-3),
     "wrn28-10": Recipe("cifar-wrn28-10", 200, 256, 0.05, 5e-4, 1e-3),

@@ -13,7 +13,7 @@ __all__ = ["markdown", "mean_and_error", "show", "summary_text", "write_json", "
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """Return "mean ± standard error (n)", the error only where there are two values or more."""
+    """Return "mean ± standard error (n)", the error only if there are two values or more."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.2f} (1)"
@@ -29,7 +29,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     for row in rows:
         table.add_row(*row)
     console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width of its own
+    if not console.is_terminal:  # a file or a pipe has no width
         console = Console(width=140)
     console.print(table)
 
@@ -48,7 +48,7 @@ def summary_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, its folder made if need be."""
+    """Write a JSON file, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 

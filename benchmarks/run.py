@@ -1,4 +1,4 @@
-"""What a training run depends on, and the name that tells it from every other run."""
+"""The options of a training run, and a unique name for them."""
 
 import dataclasses
 import hashlib
@@ -14,38 +14,38 @@ __all__ = ["Run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that a run depends on.
+    """All options of a run.
 
     Args:
         method: "NAME" or "NAME@RHO".
         data: as in `load_source`.
         model: a key of `MODELS`.
-        width: of the model; None is the published one.
+        width: width of the model; None is the published one.
         epochs: passes over the training images.
-        batch: samples a step.
-        lr: peak learning rate; a cosine takes it to 0 over the run.
+        batch: samples per step.
+        lr: peak learning rate; a cosine decreases it to 0 over the run.
         warmup: epochs in which the learning rate rises linearly from 0.
         optimizer: the base optimizer, "sgd" (momentum .9) or "adamw".
-        m: samples that one perturbation is for, as with a shard a device; None is the batch.
-        weight_decay: of the base optimizer.
-        sharp_weight_decay: in its place for all methods but the base; None is the same.
-        smoothing: of the labels.
-        rho: radius where the method names none.
+        m: samples per perturbation, as with one shard per device; None is the batch.
+        weight_decay: weight decay of the base optimizer.
+        sharp_weight_decay: weight decay of all other methods; None is the same.
+        smoothing: label smoothing.
+        rho: the radius if the method names none.
         beta: for random masks.
         gamma: for selectors.
-        ema: share of the new weights in the average that "sgd-ema" is tested with.
-        seed: of weights, order, augmentation, masks and selections.
-        images: training images in all; None is all.
-        classes: how many; None is all.
-        spare: test on the training images that are left out as well.
-        size: to average the images down to; None leaves them.
+        ema: share of the new weights in the average with which "sgd-ema" is tested.
+        seed: the seed of weights, order, augmentation, masks and selections.
+        images: number of training images; None is all.
+        classes: number of classes; None is all.
+        spare: also test on the unused training images.
+        size: size to downscale the images to; None keeps them.
         noise: share of wrong training labels.
         augment: crop and mirror the training images.
-        device: where it runs.
+        device: the device of the run.
         bf16: autocast to bfloat16.
         channels_last: memory format.
         compile: compile the model's blocks.
-        test_every: epochs between tests; there is always one behind the last.
+        test_every: epochs between tests; there is always one after the last.
     """
 
     method: str
@@ -80,21 +80,21 @@ class Run:
 
     @property
     def effective_rho(self) -> float:
-        """The radius that the method runs with; 0 for the base optimizer."""
+        """The method's radius; 0 for the base optimizer."""
         method = parse_method(self.method)
         if method.family in ("base", "average"):
             return 0.0
         return self.rho if method.rho is None else method.rho
 
     def key(self, probe: Mapping[str, Any] | None = None) -> str:
-        """Return a short name that no run of other options, or with another probe, has.
+        """Return a short name that is unique to these options and this probe.
 
         Args:
-            probe: the options of the probe that looks on, or None.
+            probe: the options of the run's probe, or None.
         """
         whole = json.dumps([dataclasses.asdict(self), probe], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     def file_name(self, probe: Mapping[str, Any] | None = None) -> str:
-        """Return the stem of the run's files: what one looks for, and its key."""
+        """Return the stem of the run's files: a readable name and its key."""
         return f"{self.model}-{self.method}-seed{self.seed}-{self.key(probe)}"

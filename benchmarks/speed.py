@@ -1,8 +1,8 @@
-"""What a step of each method costs: counted FLOPs, times, memory, against the base optimizer's.
+"""The cost of each method's step relative to the base optimizer's: FLOPs, time and memory.
 
-Steps are timed in rounds of one step a method, so that a slow moment of the machine hits all
-alike; a time against SGD is the median of the rounds' own ratios. FLOPs are counted, not timed,
-and random masks averaged.
+Steps are timed in rounds of one step per method, so that slow moments of the machine affect all
+equally. A time relative to SGD is the median of the ratios within rounds. FLOPs are counted, and
+averaged over random masks.
 """
 
 import argparse
@@ -44,10 +44,10 @@ DEFAULT = (
     ),
 )
 
-#: Widths of the models on a CPU, where the published ones take minutes a round.
+#: Widths of the models on a CPU, where the published ones take minutes per round.
 NARROW = {"resnet18": 16, "wrn16-4": 1, "vit-small-cifar": 96, "wrn28-10": 1, "pyramidnet110": 48}
 
-#: The most that a step may cost in FLOPs against SGD's, on CIFAR ResNet-18 of full width.
+#: The maximum cost of a step in FLOPs relative to SGD's, on CIFAR ResNet-18 of full width.
 BARS = {
     "esam": 1.72,
     "suffix-sds": 1.49,
@@ -75,7 +75,7 @@ def _step(
     x: Tensor,
     y: Tensor,
 ) -> Callable[[], object]:
-    """Return a function that takes one step of a method, its schedule left out."""
+    """Return a function that runs one step of a method, without its schedule."""
     torch.manual_seed(0)
     model = build(
         model_name, classes=options.classes, channels=x.shape[1], size=x.shape[2], width=width
@@ -102,7 +102,7 @@ def _step(
 
 
 def _mixed(timing: Timing, base: Timing, share: float) -> Timing:
-    """Return the timing of a run of which a share of the steps is perturbed."""
+    """Return the timing of a run in which a share of the steps is perturbed."""
     return Timing(
         *(
             share * a + (1 - share) * b
@@ -117,11 +117,11 @@ def _mixed(timing: Timing, base: Timing, share: float) -> Timing:
 
 
 def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every method on one model; return a record for each.
+    """Measure all methods on one model; return one record per method.
 
     Args:
         name: a key of `MODELS`.
-        options: of the command.
+        options: the command's options.
     """
     width = _width(name, options)
     device = torch.device(options.device)
@@ -157,7 +157,7 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
     steps = {m: _step(method, name, width, options, x, y) for m, method in methods.items()}
     memory = {}
     for m, step in steps.items():
-        step()  # blocks are found, optimizer state is made
+        step()  # finds blocks and creates optimizer state
         memory[m] = peak_memory(step, device)
     times, ratios = interleaved(
         steps,
@@ -191,7 +191,7 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
 
 
 def _width(name: str, options: argparse.Namespace) -> int | None:
-    """Return the width to build a model with; None is the published one."""
+    """Return the width of a model; None is the published one."""
     if options.width is None and options.narrow:
         return NARROW.get(name)
     return options.width
@@ -218,10 +218,10 @@ def _rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def flops_bars(masks: int) -> list[dict[str, Any]]:
-    """Return the FLOPs of every method that has a bar, on CIFAR ResNet-18 of full width.
+    """Return the FLOPs of all methods with a bar, on CIFAR ResNet-18 of full width.
 
     Args:
-        masks: random masks whose FLOPs are averaged.
+        masks: number of random masks to average over.
     """
     (base,) = counted_steps(METHODS["sgd"], model="resnet18")
     records = []
@@ -250,7 +250,8 @@ def _verdict(got: float, bar: float) -> str:
 
 
 def _time_bar_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return what the clock is held to: the FLOPs' promise to a tenth, and the peer's SAM."""
+    """Return the bars for times: within a tenth of the FLOPs, and not slower than the peer's
+    SAM."""
     by_method = {r["method"]: r["time_ratio"]["median"] for r in records}
     rows = []
     for r in records:
@@ -267,7 +268,7 @@ def _time_bar_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure what the arguments ask for; print tables, write JSON, tables and plots."""
+    """Measure according to the arguments; print tables, write JSON, tables and plots."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks speed",
         description=__doc__,
@@ -283,22 +284,22 @@ def main(arguments: Sequence[str] = ()) -> None:
         metavar="MODEL",
     )
     add("--methods", nargs="+", type=method_name, default=list(DEFAULT), metavar="NAME")
-    add("--batch", type=count_number, default=128, help="samples a step (default: 128)")
-    add("--size", type=count_number, default=32, help="of the images (default: 32)")
+    add("--batch", type=count_number, default=128, help="samples per step (default: 128)")
+    add("--size", type=count_number, default=32, help="image size (default: 32)")
     add("--classes", type=at_least(2), default=10, help="(default: 10)")
-    add("--width", type=count_number, help="of the model (default: the published one)")
+    add("--width", type=count_number, help="model width (default: the published one)")
     add(
         "--narrow",
         action=argparse.BooleanOptionalAction,
-        help="narrow models (default: on a CPU); FLOPs are held to their bars at full width",
+        help="narrow models (default: on a CPU); FLOP bars are checked at full width",
     )
-    add("--repeats", type=count_number, default=9, help="rounds that count (default: 9)")
-    add("--warmup", type=at_least(0), default=2, help="rounds that do not (default: 2)")
+    add("--repeats", type=count_number, default=9, help="measured rounds (default: 9)")
+    add("--warmup", type=at_least(0), default=2, help="warm-up rounds (default: 2)")
     add(
         "--masks",
         type=count_number,
         default=100,
-        help="random masks whose FLOPs are averaged (100)",
+        help="random masks to average FLOPs over (100)",
     )
     add(
         "--clock",
@@ -306,11 +307,11 @@ def main(arguments: Sequence[str] = ()) -> None:
         default="wall",
         help="cpu: the process's own time, for a machine with other work (default: wall)",
     )
-    add("--threads", type=count_number, help="of the CPU (default: torch's choice)")
+    add("--threads", type=count_number, help="CPU threads (default: torch's choice)")
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: cuda where there is one)",
+        help="(default: cuda if available)",
     )
     add("--bf16", action="store_true", help="autocast to bfloat16")
     add("--channels-last", action="store_true", help="memory format")

@@ -1,8 +1,7 @@
 """The finished runs of a folder: one JSON line each, in one file.
 
-Several processes may add lines at once, and any of them may be killed at any time. A line is
-written under a lock; what a kill left of a line is removed by the next one that writes, and was
-never read.
+Several processes may add lines at the same time, and may be killed at any time. Lines are written
+under a lock. A line that a kill left incomplete is never read, and is removed by the next write.
 """
 
 import fcntl
@@ -19,7 +18,7 @@ __all__ = ["Store", "key_of"]
 
 
 def key_of(record: Mapping[str, Any]) -> str:
-    """Return the key of a record: that of its run with its probe."""
+    """Return the key of a record: the key of its run and probe."""
     return Run(**record["run"]).key(record.get("probe"))
 
 
@@ -27,14 +26,14 @@ class Store:
     """The records in a folder's runs.jsonl.
 
     Args:
-        folder: is made when the first record is added.
+        folder: the folder; created when the first record is added.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "runs.jsonl"
 
     def records(self) -> list[dict[str, Any]]:
-        """Return all records, in the order in which the runs ended."""
+        """Return all records, in the order in which the runs finished."""
         if not self.path.exists():
             return []
         return [json.loads(line) for line in _whole_lines(self.path.read_bytes())]
@@ -47,13 +46,13 @@ class Store:
         """Return the record of a run, or None.
 
         Args:
-            run: its options.
+            run: the run's options.
             probe: the options of its probe, or None.
         """
         return self.by_key().get(run.key(probe))
 
     def add(self, record: Mapping[str, Any]) -> bool:
-        """Append a record, and return True; return False if there is one of the same key."""
+        """Append a record and return True, or return False if its key is already there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path) as file:
             lines = list(_whole_lines(file.read()))
@@ -68,13 +67,13 @@ class Store:
 
 
 def _whole_lines(content: bytes) -> Iterator[bytes]:
-    """Yield the lines that were written to their end."""
+    """Yield the lines that are complete."""
     return (line for line in content.splitlines(keepends=True) if line.endswith(b"\n"))
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read and write, which nobody else has open in this way at the same time."""
+    """Open a file to read and write, with an exclusive lock."""
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Times of steps, taken in turn, and the memory that they need."""
+"""Interleaved times of steps, and the memory that they need."""
 
 import contextlib
 import os
@@ -16,13 +16,13 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """What repeated steps took, in seconds.
+    """Times of repeated steps, in seconds.
 
     Args:
-        median: the middle one.
+        median: the median.
         low: the first quartile.
         high: the third quartile.
-        repeats: how many there were.
+        repeats: the number of repeats.
     """
 
     median: float
@@ -40,19 +40,19 @@ def interleaved(
     clock: Callable[[], float] = time.perf_counter,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Time steps in rounds of one each, so that a slow moment of the machine hits all alike.
+    """Time steps in rounds of one each, so that slow moments of the machine affect all equally.
 
     Args:
-        steps: by name; the first is what the others are compared with.
-        repeats: rounds that count.
-        warmup: rounds before them that do not.
-        device: waited for around each step.
-        clock: seconds; `time.process_time` leaves out what else the machine does.
-        tell: told of each round.
+        steps: the steps by name; the others are compared with the first.
+        repeats: measured rounds.
+        warmup: warm-up rounds before them.
+        device: the device to wait for before and after each step.
+        clock: returns seconds; `time.process_time` excludes other work on the machine.
+        tell: called with a message for each round.
 
     Returns:
-        Seconds of each step, and their ratios to the first step *of the same round*, whose
-        median is steadier than a ratio of medians on a machine with other work.
+        Seconds of each step, and their ratios to the first step *of the same round*. On a machine
+        with other work, their median varies less than a ratio of medians.
     """
 
     def seconds(step: Step) -> float:
@@ -67,7 +67,7 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for i in range(-warmup, repeats):
-        # Each round begins with another step: what ran before one leaves its mark on caches.
+        # Each round starts with a different step, because the previous step affects the caches.
         turned = names[i % len(names) :] + names[: i % len(names)]
         for name in turned:
             value = seconds(steps[name])
@@ -91,10 +91,10 @@ def _timing(values: list[float]) -> Timing:
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Return the most bytes that were allocated at once during a step, beyond those before it.
+    """Return the maximum number of bytes allocated during a step, beyond those before it.
 
-    On CUDA by the allocator's own count; on a CPU by torch's profiler, which sees each
-    allocation that a tensor makes.
+    It is counted on CUDA by the allocator, and on a CPU by torch's profiler, which sees each
+    allocation of a tensor.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -120,7 +120,7 @@ def peak_memory(step: Step, device: torch.device) -> int:
 
 @contextlib.contextmanager
 def _silent_errors() -> Iterator[None]:
-    """Send the process's standard error nowhere: torch's profiler announces itself there."""
+    """Discard the process's standard error, where torch's profiler prints messages."""
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

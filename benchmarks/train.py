@@ -1,4 +1,4 @@
-"""Train a run to its end, from where it was left, and keep its record."""
+"""Train a run to its end, resuming from its checkpoint, and store its record."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ __all__ = ["train", "weights_path"]
 
 
 def weights_path(run: Run, folder: Path) -> Path:
-    """Return where the trained weights of a run without a probe are kept."""
+    """Return the path of the trained weights of a run without a probe."""
     return folder / "weights" / f"{run.file_name()}.pt"
 
 
@@ -33,23 +33,23 @@ def train(
     keep_weights: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train a run to its end, from its checkpoint where there is one, and store its record.
+    """Train a run to its end, from its checkpoint if there is one, and store its record.
 
-    A run whose record is in the folder is not trained again. The same method with any other
-    option, or with another probe, is another run.
+    A run whose record is in the folder is not repeated. The same method with a different option or
+    probe is a different run.
 
     Args:
         run: the options.
-        folder: gets a line in runs.jsonl when the run is done; checkpoints/NAME.pt while it is not.
+        folder: where runs.jsonl gets a line at the end, and checkpoints/NAME.pt is kept until then.
         checkpoint_every: epochs between checkpoints.
-        stop_after: epochs in this call, as if killed behind them; None goes on to the end.
-        probe: told of each step, and asked behind each epoch for what to add to its row.
-        keep_weights: write the trained weights to weights/NAME.pt. A run whose weights are not
-            there, as where its record alone was kept, is trained again.
-        say: told of each epoch.
+        stop_after: epochs in this call, as if killed after them; None trains to the end.
+        probe: observes each step, and adds measurements to each epoch's row.
+        keep_weights: write the trained weights to weights/NAME.pt. A run whose weights are missing,
+            because only its record was kept, is trained again.
+        say: called with a message for each epoch.
 
     Returns:
-        The run's record; its last epochs missing if it was stopped.
+        The run's record, without the last epochs if it was stopped.
     """
     options = None if probe is None else probe.options
     stem = run.file_name(options)
@@ -58,9 +58,9 @@ def train(
     done = store.find(run, options)
     if done is not None:
         if weights.exists() or not keep_weights:
-            say(f"{stem}: done before")
+            say(f"{stem}: already done")
             return done
-        say(f"{stem}: done before, but its weights are not here: trained again")
+        say(f"{stem}: already done, but its weights are missing: training again")
     trainer = Trainer(run, observe=None if probe is None else probe.observe)
     history: list[dict[str, Any]] = []
     if saved.exists():
@@ -69,7 +69,7 @@ def train(
         history = state["history"]
         if probe is not None:
             probe.load(state["probe"])
-        say(f"{stem}: resumed behind epoch {len(history)}")
+        say(f"{stem}: resumed after epoch {len(history)}")
     first = len(history)
     for epoch in range(first, run.epochs):
         row: dict[str, Any] = {"epoch": epoch + 1, **trainer.train_epoch(epoch)}
@@ -101,9 +101,9 @@ def train(
 def _record(
     trainer: Trainer, history: list[dict[str, Any]], probe: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return what is kept of a run."""
+    """Return the record of a run."""
     run, source = trainer.run, trainer.source
-    # The median: compilation and other work on the machine fall into single epochs.
+    # The median: compilation and other work on the machine affect single epochs.
     epoch_seconds = statistics.median(row["seconds"] for row in history)
     images = source.steps * source.batch
     ratio = flops_ratio(run, source, trainer.steps, len(list(trainer.model.parameters())))
@@ -131,7 +131,7 @@ def _record(
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that a kill leaves the old one or the new one, never half of it."""
+    """Write a checkpoint atomically: a kill leaves either the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".half")
     torch.save(state, half)

@@ -1,4 +1,4 @@
-"""One training run: the same schedule for each method, and all that it needs to be resumed."""
+"""One training run, with the same schedule for all methods, that can be resumed."""
 
 import math
 import time
@@ -22,7 +22,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
     Args:
         step: in [0, steps).
-        steps: of the whole run.
+        steps: number of steps of the whole run.
         warmup: steps of the warm-up.
         peak: the largest value.
     """
@@ -79,7 +79,7 @@ class Trainer:
         return sample_losses(logits.float(), y, smoothing=self.run.smoothing)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train for one epoch; return its mean loss (at theta) and the seconds it took."""
+        """Train for one epoch; return its mean loss (at theta) and its duration in seconds."""
         self.model.train()
         total = torch.zeros((), device=self.device)
         warmup = self.run.warmup * self.source.steps
@@ -98,7 +98,7 @@ class Trainer:
             for group in self.stepper.base.param_groups:
                 group["lr"] = lr
             report = self.stepper.step(losses, x, y)
-            total += seen[0].mean()  # the first pass is the one at theta
+            total += seen[0].mean()  # the first pass is at theta
             if self.observe is not None:
                 self.observe(epoch, report)
         self._synchronise()
@@ -117,7 +117,7 @@ class Trainer:
 
     @torch.no_grad()
     def outcomes(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return the loss of each sample, and the share of its targets that is predicted."""
+        """Return the loss of each sample, and the share of its targets predicted correctly."""
         model = self.tested
         model.eval()
         losses, right = [], []
@@ -135,7 +135,7 @@ class Trainer:
     # -- checkpoints ------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return all that a resumed run needs to go on as if never interrupted."""
+        """Return everything that a run needs to resume exactly."""
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -146,7 +146,7 @@ class Trainer:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(state["stepper"])
         torch.set_rng_state(state["random"]["cpu"].cpu())
@@ -155,28 +155,28 @@ class Trainer:
 
 
 class Probe:
-    """Something that looks on while a run trains.
+    """An observer of a training run.
 
     Attributes:
-        options: its name, and all that its values depend on beside the run, as plain data: kept in
-            the run's record, so that what another probe measured is not taken for this one's.
+        options: its name and its own options, as plain data. They are kept in the run's record, so
+            that measurements of different probes are not confused.
     """
 
     options: dict[str, Any]
 
     def observe(self, epoch: int, report: Any) -> None:
-        """See the report of a step; None where the method has none."""
+        """Observe the report of a step; None if the method has none."""
 
     def measure(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
-        """Return what to add to the row of an epoch that has ended; leave the trainer as it is."""
+        """Return values to add to the row of a finished epoch, without changing the trainer."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Return what it holds between epochs, for a checkpoint."""
+        """Return its state between epochs, for a checkpoint."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Load a state."""
 
 
 def new_model(run: Run, source: Source) -> nn.Module:
@@ -186,7 +186,7 @@ def new_model(run: Run, source: Source) -> nn.Module:
 
 
 def new_stepper(run: Run, model: nn.Module, steps: int) -> Stepper:
-    """Return what takes the run's steps."""
+    """Return the object that runs the run's steps."""
     method = parse_method(run.method)
     decay = run.weight_decay
     if method.family not in ("base", "average") and run.sharp_weight_decay is not None:
@@ -215,5 +215,5 @@ def new_stepper(run: Run, model: nn.Module, steps: int) -> Stepper:
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Return what times an epoch: on a CPU the process's own time, which leaves out other work."""
+    """Return the clock for epochs: on a CPU the process's own time, which excludes other work."""
     return time.process_time if device.type == "cpu" else time.perf_counter

@@ -1,4 +1,4 @@
-"""Sets of small images in memory, and what can be cut from them."""
+"""Sets of small images in memory, and subsets of them."""
 
 from dataclasses import dataclass, replace
 
@@ -24,22 +24,22 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> "Split":
-        """Return the chosen images, in the order given."""
+        """Return the images with these indices, in this order."""
         return Split(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What is trained on and what is tested on.
+    """Training and test images.
 
     Args:
         name: such as "cifar100".
         classes: number of classes.
         train: the training images.
         test: the test images.
-        padding: pixels on each side that a random crop may move by.
-        flip: whether a mirrored image is of the same class.
-        note: what was cut from it, for reports.
+        padding: pixels by which a random crop may move to each side.
+        flip: whether a mirrored image has the same class.
+        note: how the set was reduced, for reports.
     """
 
     name: str
@@ -65,15 +65,15 @@ def balanced_subset(
     spare: bool = False,
     seed: int = 0,
 ) -> ImageSet:
-    """Return fewer training images, as many of each class, of fewer classes.
+    """Return a subset with fewer training images, balanced by class, and fewer classes.
 
     Args:
         data: the whole set.
-        images: training images in all, >= classes; None keeps all. The first `images % classes`
+        images: number of training images, >= classes; None keeps all. The first `images % classes`
             classes get one more.
-        classes: the first so many classes are kept, in training and test; None keeps all.
-        spare: test on the training images that are left out as well: a larger test is a surer one.
-        seed: of the choice of images.
+        classes: number of classes kept (the first ones), in training and test; None keeps all.
+        spare: also test on the unused training images, for a more precise test.
+        seed: the seed of the choice of images.
     """
     kept = data.classes if classes is None else classes
     if not 2 <= kept <= data.classes:
@@ -91,8 +91,8 @@ def balanced_subset(
             members = order[train.labels[order] == label]
             if len(members) < count:
                 raise ValueError(
-                    f"`images` must leave each class as many as it has: class {label} has "
-                    f"{len(members)}. Received: {images}, which asks for {count}."
+                    f"`images` must not exceed any class's images: class {label} has "
+                    f"{len(members)}. Received: {images}, which needs {count}."
                 )
             chosen.append(members[:count])
         taken = np.sort(np.concatenate(chosen))
@@ -116,8 +116,8 @@ def noisy_labels(data: ImageSet, share: float, seed: int = 0) -> ImageSet:
 
     Args:
         data: any set.
-        share: in [0, 1).
-        seed: of the choice of images and of their new classes.
+        share: the share of labels, in [0, 1).
+        seed: the seed of the choice of images and of their new classes.
     """
     if not 0.0 <= share < 1.0:
         raise ValueError(f"`noise` must be in [0, 1). Received: {share}.")
@@ -132,7 +132,7 @@ def noisy_labels(data: ImageSet, share: float, seed: int = 0) -> ImageSet:
 
 
 def shrunk(data: ImageSet, size: int | None) -> ImageSet:
-    """Return the set with images averaged down to size x size, a divisor of their height."""
+    """Return the set with images downscaled to size x size by averaging."""
     _, height, width = data.shape
     if size is None or size == height:
         return data

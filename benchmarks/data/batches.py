@@ -1,4 +1,4 @@
-"""Batches on the device: the whole set lies there, and is cropped and mirrored there."""
+"""Batches on the device, where the whole set is stored, cropped and mirrored."""
 
 from collections.abc import Iterator
 
@@ -12,13 +12,13 @@ __all__ = ["Batches", "crop_and_flip"]
 
 
 def crop_and_flip(images: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad: int) -> Tensor:
-    """Return each image moved by its own offset within a border of zeros, mirrored if told so.
+    """Return the images, each shifted by its own offset in a border of zeros and maybe mirrored.
 
     Args:
         images: (b, c, h, w).
-        down: (b,) integers in [0, 2 pad]; `pad` leaves the image where it is.
-        right: (b,) likewise.
-        flip: (b,) booleans.
+        down: (b,) integers in [0, 2 pad]; `pad` is no shift.
+        right: (b,) integers in [0, 2 pad].
+        flip: (b,) booleans, whether to mirror.
         pad: width of the border.
     """
     b, c, h, w = images.shape
@@ -38,14 +38,14 @@ def crop_and_flip(images: Tensor, down: Tensor, right: Tensor, flip: Tensor, pad
 class Batches:
     """Training and test batches of an `ImageSet`.
 
-    Order, offsets and mirroring of an epoch depend on (seed, epoch) alone and are drawn on the
-    host: a resumed run sees what the interrupted one would have seen, on every device.
+    Order, offsets and mirroring of an epoch depend only on (seed, epoch) and are drawn on the host.
+    A resumed run therefore gets the same batches as an uninterrupted one, on every device.
 
     Args:
         data: the images.
-        batch: samples a step. A last, smaller batch is left out unless it is the only one.
-        seed: of order and augmentation.
-        device: where everything lies.
+        batch: samples per step. A smaller last batch is dropped unless it is the only one.
+        seed: the seed of order and augmentation.
+        device: the device of images and batches.
         augment: crop and mirror the training images.
         channels_last: memory format of the images.
     """
@@ -100,14 +100,14 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """The number of batches per epoch."""
         return len(self.data.train) // self.batch
 
     def _generator(self, epoch: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, (epoch << 8) + 4]))
 
     def order(self, epoch: int) -> Tensor:
-        """Return the numbers of the training images in the order of an epoch."""
+        """Return the indices of the training images in the order of an epoch."""
         return torch.from_numpy(self._generator(epoch).permutation(len(self.data.train)))
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -127,11 +127,11 @@ class Batches:
             yield x.contiguous(memory_format=self.format), labels[chosen]
 
     def test(self, batch: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the test images, all of them, in order."""
+        """Yield all test images in order."""
         return self._in_order(self._test, batch)
 
     def training(self, batch: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the training images, all of them, in order and as they are."""
+        """Yield all training images in order, without augmentation."""
         return self._in_order(self._train, batch)
 
     def _in_order(

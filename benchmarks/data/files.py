@@ -27,21 +27,21 @@ def _cifar_split(paths: list[Path], key: bytes) -> Split:
 
 
 def cifar10(folder: Path) -> ImageSet:
-    """Return CIFAR-10 from a folder that holds cifar-10-batches-py."""
+    """Return CIFAR-10 from a folder that contains cifar-10-batches-py."""
     inner = folder / "cifar-10-batches-py"
     train = _cifar_split([inner / f"data_batch_{i}" for i in range(1, 6)], b"labels")
     return ImageSet("cifar10", 10, train, _cifar_split([inner / "test_batch"], b"labels"))
 
 
 def cifar100(folder: Path) -> ImageSet:
-    """Return CIFAR-100, fine labels, from a folder that holds cifar-100-python."""
+    """Return CIFAR-100 with fine labels from a folder that contains cifar-100-python."""
     inner = folder / "cifar-100-python"
     train = _cifar_split([inner / "train"], b"fine_labels")
     return ImageSet("cifar100", 100, train, _cifar_split([inner / "test"], b"fine_labels"))
 
 
 def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
-    """Return an array from an IDX file of bytes, packed by gzip or not."""
+    """Return an array from an IDX file of bytes, gzipped or not."""
     plain, packed = folder / name, folder / f"{name}.gz"
     data = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
@@ -61,7 +61,7 @@ def fashion(folder: Path) -> ImageSet:
 
 
 def digits() -> ImageSet:
-    """Return scikit-learn's 1,797 handwritten digits, 8 x 8; the last 500 are for testing."""
+    """Return scikit-learn's 1,797 handwritten digits, 8 x 8; the last 500 are the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -72,7 +72,7 @@ def digits() -> ImageSet:
 
 
 def synthetic(classes: int = 10, train: int = 512, test: int = 256, size: int = 32) -> ImageSet:
-    """Return images of noise around a smooth pattern for each class: nothing to learn from."""
+    """Return noisy images of one smooth pattern per class, for tests only."""
     generator = np.random.Generator(np.random.Philox(key=[0, 3]))
     patterns = generator.uniform(0, 255, (classes, 3, 4, 4)).repeat(size // 4, 2)
     patterns = patterns.repeat(size // 4, 3)
@@ -85,7 +85,7 @@ def synthetic(classes: int = 10, train: int = 512, test: int = 256, size: int = 
     return ImageSet("synthetic", classes, split(train), split(test))
 
 
-#: Readers of folders, with the file by which each knows its own.
+#: Readers of folders, with the file by which each recognises its data set.
 READERS = {
     "cifar100": (cifar100, ("cifar-100-python/train",)),
     "cifar10": (cifar10, ("cifar-10-batches-py/data_batch_1",)),
@@ -94,7 +94,7 @@ READERS = {
 
 
 def detect(folder: Path, wanted: str | None = None) -> ImageSet | None:
-    """Return the set that a folder holds, the wanted one where it holds several, or None."""
+    """Return the data set in a folder (`wanted` if there are several), or None."""
     for name, (reader, files) in READERS.items():
         if wanted in (None, name) and any((folder / file).exists() for file in files):
             return reader(folder)

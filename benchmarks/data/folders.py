@@ -18,18 +18,18 @@ _SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 class ImageFolder:
-    """Batches from an ImageNet-like folder, read by threads, with `Batches`' face.
+    """Batches from an ImageNet-like folder, read by threads, with the interface of `Batches`.
 
-    Training images are cropped at random, an area of 8% to 100% at a ratio of 3:4 to 4:3, and
-    mirrored; test images are the centre of the image at 8/7 of the size.
+    Training images are random crops with 8% to 100% of the area and a ratio of 3:4 to 4:3, and
+    mirrored at random. Test images are the centre of the image, resized to 8/7 of the size.
 
     Args:
-        folder: holds train/ and val/, each with one folder a class.
-        batch: samples a step.
-        seed: of order and augmentation.
-        device: where the batches go.
-        size: height and width of what the network sees.
-        threads: that decode images.
+        folder: contains train/ and val/, each with one folder per class.
+        batch: samples per step.
+        seed: the seed of order and augmentation.
+        device: the device of the batches.
+        size: height and width of the network's input.
+        threads: number of threads that decode images.
         channels_last: memory format of the batches.
     """
 
@@ -46,7 +46,7 @@ class ImageFolder:
     ) -> None:
         for part in ("train", "val"):
             if not (folder / part).is_dir():
-                raise ValueError(f"{folder} must hold a folder {part!r}. Received: none.")
+                raise ValueError(f"{folder} must contain a folder {part!r}. Received: none.")
         self._names = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
         self._train = self._listed(folder / "train")
         self._test = self._listed(folder / "val")
@@ -68,7 +68,9 @@ class ImageFolder:
             if path.suffix.lower() in _SUFFIXES
         ]
         if not found:
-            raise ValueError(f"{folder} must hold images in folders, one a class. Received: none.")
+            raise ValueError(
+                f"{folder} must contain images in one folder per class. Received: none."
+            )
         return found
 
     @property
@@ -85,7 +87,7 @@ class ImageFolder:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """The number of batches per epoch."""
         return len(self._train) // self.batch
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -100,7 +102,7 @@ class ImageFolder:
                 yield self._moved(x, [self._train[j][1] for j in chosen])
 
     def test(self, batch: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the test images, all of them, in order."""
+        """Yield all test images in order."""
         with ThreadPoolExecutor(self.threads) as pool:
             for start in range(0, len(self._test), batch):
                 part = self._test[start : start + batch]
@@ -112,7 +114,7 @@ class ImageFolder:
         return x, torch.tensor(labels, device=self.device)
 
     def _cropped(self, path: Path, draws: NDArray[np.float64]) -> Tensor:
-        """Return a random part of an image."""
+        """Return a random crop of an image."""
         with Image.open(path) as file:
             image = file.convert("RGB")
         area = image.width * image.height * (0.08 + 0.92 * draws[0])
@@ -131,7 +133,7 @@ class ImageFolder:
         return _normalised(part)
 
     def _centre(self, path: Path) -> Tensor:
-        """Return the middle of an image."""
+        """Return the centre crop of an image."""
         with Image.open(path) as file:
             image = file.convert("RGB")
         side = min(image.size) * 7 / 8
@@ -151,13 +153,13 @@ def _normalised(image: Image.Image) -> Tensor:
 
 
 def write_small_folder(folder: Path, *, classes: int = 4, train: int = 16, test: int = 8) -> Path:
-    """Write a folder in ImageNet's layout, of generated images with a colour for each class.
+    """Write a folder in ImageNet's layout, of generated images with one colour per class.
 
     Args:
-        folder: where; made if it is not there.
+        folder: the folder; created if it does not exist.
         classes: number of classes.
-        train: training images a class.
-        test: test images a class.
+        train: training images per class.
+        test: test images per class.
 
     Returns:
         The folder.

@@ -1,4 +1,4 @@
-"""Find the data that a command names."""
+"""Find the data set that a command names."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ __all__ = ["Source", "load_images", "load_source"]
 
 
 class Source(Protocol):
-    """What a training loop asks of data."""
+    """The interface of data in the training loop."""
 
     name: str
     note: str
@@ -42,12 +42,11 @@ class Source(Protocol):
 
 
 def load_images(name: str) -> ImageSet:
-    """Return the set of images that `name` means.
+    """Return the set of images with this name.
 
     Args:
-        name: "digits", "synthetic", a folder, "cifar10:FOLDER" and the like where a folder
-            holds several sets, or "cifar10" and the like for one in the folder that the
-            environment variable ESAM_DATA names, or else in ./data.
+        name: "digits", "synthetic", a folder, "cifar10:FOLDER" and the like if a folder contains
+            several sets, or "cifar10" and the like for a set in $ESAM_DATA, or else in ./data.
     """
     if name == "digits":
         return digits()
@@ -62,7 +61,7 @@ def load_images(name: str) -> ImageSet:
             f"  {known}: {' or '.join(files)}" for known, (_, files) in READERS.items()
         )
         raise ValueError(
-            f"`data` must be digits, synthetic, or a folder that holds one of\n{expected}\n"
+            f"`data` must be digits, synthetic, or a folder that contains one of\n{expected}\n"
             f"  imagenet: train/ and val/ with one folder a class\nReceived: {name!r}."
         )
     return found
@@ -85,15 +84,15 @@ def load_source(
     """Return batches of the named data.
 
     Args:
-        name: as in `load_images`, a folder in ImageNet's layout, or "pydoc", a text: there `images`
-            is its bytes and `size` the length of a passage.
-        batch: samples a step.
-        seed: of order and augmentation; which images a subset holds does not depend on it.
-        device: where the batches are.
-        images: training images in all; None is all.
-        classes: how many classes; None is all.
-        spare: test on the training images that are left out as well.
-        size: height and width to average the images down to; None leaves them.
+        name: as in `load_images`, a folder in ImageNet's layout, or "pydoc", a text, for which
+            `images` is the number of bytes and `size` the length of a passage.
+        batch: samples per step.
+        seed: the seed of order and augmentation; it does not affect which images are in a subset.
+        device: the device of the batches.
+        images: number of training images; None is all.
+        classes: number of classes; None is all.
+        spare: also test on the unused training images.
+        size: height and width to downscale the images to; None keeps them.
         noise: share of wrong training labels.
         augment: crop and mirror.
         channels_last: memory format of the images.

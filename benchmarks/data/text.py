@@ -1,4 +1,4 @@
-"""Text to predict the next byte of: the language reference that CPython ships as `pydoc_data`."""
+"""A text for next-byte prediction: the language reference that CPython ships as `pydoc_data`."""
 
 import hashlib
 import importlib
@@ -11,15 +11,15 @@ from torch import Tensor
 
 __all__ = ["Passages", "reference_text"]
 
-#: Bytes to test on, behind those to train on.
+#: Bytes of the test text, which follows the training text.
 TESTED = 65536
 
 
 def reference_text() -> str:
     """Return Python's language reference in English, each paragraph once.
 
-    It is what `help("topics")` shows. Topics share paragraphs: without the repetitions no passage
-    of the test is one of the training.
+    This is the text of `help("topics")`. Topics share paragraphs; without the repetitions, no test
+    passage occurs in the training text.
     """
     topics = importlib.import_module("pydoc_data.topics").topics
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
@@ -27,18 +27,18 @@ def reference_text() -> str:
 
 
 class Passages:
-    """Training and test batches of passages of a text, with the next byte of each place.
+    """Training and test batches of passages of a text, with the next byte at each position.
 
-    In each epoch the training text is cut anew, from an offset that depends on (seed, epoch) alone,
-    as does the order of the passages.
+    Each epoch cuts the training text into passages, starting at an offset that depends only on
+    (seed, epoch), as does the order of the passages.
 
     Args:
         text: training text, then `TESTED` bytes to test on.
-        batch: passages a step. A last, smaller batch is left out.
-        seed: of offset and order.
-        size: bytes to train on, from the beginning of the text.
-        length: of a passage, in bytes.
-        device: where everything lies.
+        batch: passages per step. A smaller last batch is dropped.
+        seed: the seed of offset and order.
+        size: bytes of the training text, from the beginning of the text.
+        length: length of a passage, in bytes.
+        device: the device of text and batches.
     """
 
     classes = 256
@@ -72,16 +72,16 @@ class Passages:
 
     @property
     def training_images(self) -> int:
-        """Passages an epoch."""
+        """Passages per epoch."""
         return (len(self._train) - 1) // self.length - 1
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return self.training_images // self.batch
 
     def _pairs(self, starts: NDArray[np.int64], content: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Return the passages from given places, and the bytes behind each of their places."""
+        """Return the passages at given positions, and the next byte after each of their bytes."""
         rows = starts[:, None] + np.arange(self.length + 1)
         passages = torch.from_numpy(content[rows]).to(self.device)
         return passages[:, :-1].contiguous(), passages[:, 1:].contiguous()
@@ -97,11 +97,11 @@ class Passages:
             yield x, y
 
     def test(self, batch: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the passages of the test text, all of them, in order."""
+        """Yield all passages of the test text in order."""
         return self._in_order(self._test, batch)
 
     def training(self, batch: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the passages of the training text, cut from its first byte on, in order."""
+        """Yield all passages of the training text in order, cut from its first byte."""
         return self._in_order(self._train, batch)
 
     def _in_order(self, content: NDArray[np.int64], batch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""What is compared: a step of each method behind one face, and a table of the methods."""
+"""The compared methods: a table of them, and one interface for their steps."""
 
 from benchmarks.methods.registry import METHODS, Method, Schedule, parse_method
 from benchmarks.methods.steppers import Losses, Stepper, make_stepper

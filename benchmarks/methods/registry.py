@@ -1,4 +1,4 @@
-"""The methods by name: which sampler, selector, norm and schedule each of them is."""
+"""The methods by name, each with its sampler, selector, norm and schedule."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,24 +26,24 @@ from esam_torch import (
 
 __all__ = ["METHODS", "Method", "Schedule", "parse_method"]
 
-#: Makes a sampler from the name of the model, whose blocks it may cut at, and beta.
+#: Creates a sampler from beta and the name of the model, whose blocks it may cut at.
 SamplerMaker = Callable[[str, float], object]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """On which steps a method perturbs; the others are the base optimizer's.
+    """On which steps a method perturbs; the others are base steps.
 
     Args:
         every: perturb on every n-th step.
-        last: perturb in the last so much of the run, in (0, 1].
+        last: perturb in this last share of the run, in (0, 1].
     """
 
     every: int = 1
     last: float = 1.0
 
     def wrap(self, sampler: object, steps: int) -> object:
-        """Return the sampler restricted to this schedule, in a run of so many steps."""
+        """Return the sampler restricted to this schedule, in a run of `steps` steps."""
         if self.every > 1:
             return Every(self.every, sampler)  # type: ignore[arg-type]
         if self.last < 1.0:
@@ -51,7 +51,7 @@ class Schedule:
         return sampler
 
     def share(self, steps: int) -> float:
-        """Return the share of the steps that perturb."""
+        """Return the share of steps that perturb."""
         if self.every > 1:
             return -(-steps // self.every) / steps
         return round(self.last * steps) / steps
@@ -62,18 +62,18 @@ class Method:
     """One row of a comparison.
 
     Args:
-        name: as on the command line.
-        title: as in tables.
-        family: "base", "average" (the base, tested with averaged weights), "esam" (anything that
-            esam-torch does) or "peer".
-        perturb: makes the sampler; for "esam".
-        select: makes the selector from gamma; for "esam".
-        ascend: along what to climb; for "esam".
-        norm: which norm; "masked" enlarges the radius to rho / beta under random masks.
-        schedule: on which steps.
-        adaptive: scale the perturbation with the weights.
-        budget: let the cost model choose sampler and selector at this cost; None does not.
-        rho: the radius where the command line gives none; None takes the recipe's.
+        name: the name on the command line.
+        title: the title in tables.
+        family: "base", "average" (the base, tested with averaged weights), "esam" (any
+            configuration of esam-torch) or "peer".
+        perturb: creates the sampler; for "esam".
+        select: creates the selector from gamma; for "esam".
+        ascend: the ascent direction; for "esam".
+        norm: the norm; "masked" enlarges the radius to rho / beta under random masks.
+        schedule: on which steps to perturb.
+        adaptive: scale the perturbation by the weights.
+        budget: let the cost model choose sampler and selector for this cost; None to not do so.
+        rho: the radius if the command line sets none; None uses the recipe's.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Method:
 
     @property
     def random(self) -> bool:
-        """Whether masks differ from step to step, and the cost of a step with them."""
+        """Whether masks, and with them the cost of a step, differ from step to step."""
         return self.perturb in (_bernoulli, _random_suffix)
 
 
@@ -199,20 +199,20 @@ _ALL = (
     Method("previous", "all weights along the previous gradient", ascend=Previous()),
     _MOMENTUM,
     replace(_MOMENTUM, name="momentum-adaptive", title="adaptive momentum-SAM", adaptive=True),
-    # The names under which runs of both have been recorded, with a radius of its authors' size.
+    # Former names, under which runs have been recorded, with a radius of the authors' size.
     replace(_MOMENTUM, name="msam", rho=3.0),
     replace(_MOMENTUM, name="msam-adaptive", title="adaptive momentum-SAM", adaptive=True, rho=3.0),
 )
 
-#: Every method by its name.
+#: All methods by name.
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def parse_method(text: str) -> Method:
-    """Return the method that "NAME" or "NAME@RHO" means.
+    """Return the method named "NAME" or "NAME@RHO".
 
     Raises:
-        ValueError: there is none of that name, or rho is not a number >= 0.
+        ValueError: the name is unknown, or rho is not a number >= 0.
     """
     name, _, rho = text.partition("@")
     if name not in METHODS:
@@ -224,5 +224,5 @@ def parse_method(text: str) -> Method:
     except ValueError:
         value = -1.0
     if value < 0.0:
-        raise ValueError(f"rho, behind the @, must be a number >= 0. Received: {text!r}.")
+        raise ValueError(f"rho, after the @, must be a number >= 0. Received: {text!r}.")
     return replace(METHODS[name], rho=value)

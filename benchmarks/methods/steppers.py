@@ -1,4 +1,4 @@
-"""One training step of each family of methods, behind one face."""
+"""Training steps of each family of methods, with one interface."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,16 +12,16 @@ from esam_torch import ESAM, Rows, StepReport
 
 __all__ = ["Losses", "Stepper", "make_stepper"]
 
-#: One loss a sample: shape (b,).
+#: One loss per sample: shape (b,).
 Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 class Stepper(Protocol):
-    """Takes steps.
+    """Runs training steps.
 
     Attributes:
         base: the optimizer whose learning rate is set.
-        averaged: the model to test in place of the trained one, or None.
+        averaged: the model to test instead of the trained one, or None.
     """
 
     base: torch.optim.Optimizer
@@ -57,8 +57,8 @@ class _BaseStepper:
 class _AveragingStepper(_BaseStepper):
     """The base optimizer, with an exponential moving average of the weights to test.
 
-    BatchNorm's running statistics are averaged with the weights (`use_buffers`): another pass
-    over the data, to compute them again, would cost a third of an epoch.
+    BatchNorm's running statistics are averaged with the weights (`use_buffers`), because
+    recomputing them in another pass over the data would cost a third of an epoch.
     """
 
     averaged: AveragedModel
@@ -82,7 +82,7 @@ class _AveragingStepper(_BaseStepper):
 
 
 class _ESAMStepper:
-    """Everything that esam-torch does, SAM among it."""
+    """All configurations of esam-torch, including SAM."""
 
     averaged: nn.Module | None = None
 
@@ -93,9 +93,9 @@ class _ESAMStepper:
 
     def step(self, losses: Losses, x: Tensor, y: Tensor) -> StepReport:
         if self._m is None or self._m >= len(y):
-            # Marked, so that no step has to find out where the samples are.
+            # Marked, so that no step has to find where the samples are.
             return self.optimizer.step(losses, Rows(x), Rows(y))
-        # m-sharpness: each part of the batch climbs by itself, and their gradients are averaged.
+        # m-sharpness: each part of the batch has its own perturbation; gradients are averaged.
         self.optimizer.zero_grad()
         for part_x, part_y in zip(x.split(self._m), y.split(self._m), strict=True):
             share = len(part_y) / len(y)
@@ -113,12 +113,12 @@ class _ESAMStepper:
 
 
 class _PeerStepper:
-    """SAM of the package pytorch-optimizer, the most used of its kind that pip installs."""
+    """SAM of pytorch-optimizer, the most widely used pip-installable implementation."""
 
     averaged: nn.Module | None = None
 
     def __init__(self, base: torch.optim.SGD, rho: float, *, adaptive: bool) -> None:
-        from pytorch_optimizer import SAM  # optional: only this method needs it
+        from pytorch_optimizer import SAM  # optional: needed only by this method
 
         group = {k: v for k, v in base.param_groups[0].items() if k != "params"}
         options = {k: group[k] for k in ("lr", "momentum", "weight_decay", "nesterov")}
@@ -156,21 +156,21 @@ def make_stepper(
     m: int | None = None,
     parts: int = 1,
 ) -> Stepper:
-    """Return what takes the steps of a method.
+    """Return the object that runs the steps of a method.
 
     Args:
-        method: which one.
-        base: the base optimizer over the model's parameters; SGD for "peer".
-        model: what `losses` calls.
-        model_name: its key in `MODELS`, for the blocks at which suffixes begin.
-        rho: the radius; the method's own takes precedence.
+        method: the method.
+        base: the base optimizer of the model's parameters; SGD for "peer".
+        model: the model that `losses` calls.
+        model_name: its key in `MODELS`, for the blocks at which suffixes start.
+        rho: the radius; the method's own radius takes precedence.
         beta: for random masks.
         gamma: for selectors.
         ema: share of the new weights in the average, in (0, 1]; for "average".
-        steps: of the whole run, for schedules.
-        seed: of masks and selections.
-        m: samples that one perturbation is for; None is the batch. For "esam".
-        parts: how many such there are in a batch: each of them counts as an ascent.
+        steps: number of steps of the whole run, for schedules.
+        seed: the seed of masks and selections.
+        m: samples per perturbation; None is the batch. For "esam".
+        parts: number of such parts in a batch; each of them counts as a step.
     """
     radius = rho if method.rho is None else method.rho
     if method.family == "base":

@@ -1,4 +1,4 @@
-"""The networks of the paper, and smaller ones of the same make. Written from the papers' text."""
+"""The networks of the paper and smaller variants, written from the text of the papers."""
 
 from benchmarks.models.registry import MODELS, TEXT_MODELS, build
 

@@ -9,7 +9,7 @@ __all__ = ["imagenet_resnet"]
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolutions beside a shortcut; the 3 x 3 one strides."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions with a shortcut; the 3 x 3 one has the stride."""
 
     def __init__(self, inside: int, width: int, stride: int) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ def imagenet_resnet(
 
     Args:
         blocks: number of bottlenecks of each of the stages layer1, layer2, ...
-        width: of the first stage.
+        width: width of the first stage.
         classes: number of logits.
-        channels: of the images.
+        channels: channels of the images.
     """
     model = nn.Sequential()
     model.add_module(

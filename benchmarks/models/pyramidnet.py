@@ -32,9 +32,9 @@ class PyramidNet(nn.Module):
 
     Args:
         depth: 6 n + 2 layers, in three stages of n blocks, layer1 to layer3.
-        alpha: what the width grows by in all.
+        alpha: the total growth of the width.
         classes: number of logits.
-        channels: of the images.
+        channels: channels of the images.
     """
 
     def __init__(self, depth: int, alpha: int, classes: int = 10, channels: int = 3) -> None:

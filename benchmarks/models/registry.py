@@ -17,11 +17,11 @@ __all__ = ["MODELS", "TEXT_MODELS", "Model", "build"]
 
 @dataclass(frozen=True)
 class Model:
-    """How a network is made, and which of its blocks are its last ones.
+    """How to create a network, and the names of its last blocks.
 
     Args:
         make: called with (classes, channels, size, width); a width of None is the published one.
-        late: name of the block at which the deepest third or so of the network begins.
+        late: name of the block at which about the last third of the network starts.
         last: name of the last block before the head.
     """
 
@@ -76,7 +76,7 @@ MODELS: dict[str, Model] = {
     ),
 }
 
-#: Networks that take whole numbers, the symbols of a text, and give logits at every place.
+#: Networks whose inputs are the symbols of a text, with logits at every position.
 TEXT_MODELS: dict[str, Model] = {
     "bytes-transformer": Model(
         lambda k, _c, s, w: TextTransformer(symbols=k, length=s, width=w or 64, depth=4, heads=4),
@@ -89,12 +89,12 @@ TEXT_MODELS: dict[str, Model] = {
 def build(
     name: str, *, classes: int, channels: int = 3, size: int = 32, width: int | None = None
 ) -> nn.Module:
-    """Return a network by its name, with freshly drawn weights.
+    """Return a network by its name, with new random weights.
 
     Args:
         name: a key of `MODELS` or `TEXT_MODELS`.
         classes: number of logits.
-        channels: of the images.
+        channels: channels of the images.
         size: height and width of the images, or length of the passages.
         width: channels of the first stage (ResNets), the widening factor (WRN), alpha
             (PyramidNet) or the embedding (ViT); None is the published one.

@@ -10,7 +10,7 @@ __all__ = ["ResNet"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, which is projected where the shape changes."""
+    """Two 3 x 3 convolutions with a shortcut, which is projected if the shape changes."""
 
     def __init__(self, inside: int, width: int, stride: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ResNet(nn.Module):
         blocks: number of blocks of each stage; the stages are called layer1, layer2, ...
         width: channels of the first stage.
         classes: number of logits.
-        channels: of the images.
+        channels: channels of the images.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A small causal transformer that predicts the next symbol of a text at every place."""
+"""A small causal transformer that predicts the next symbol at every position of a text."""
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ class TextTransformer(nn.Module):
     """Embedded symbols, learned positions, `depth` causal layers, a norm and a linear head.
 
     Args:
-        symbols: how many there are.
-        length: of a passage.
-        width: of the embedding, a multiple of `heads`.
+        symbols: number of symbols.
+        length: length of a passage.
+        width: width of the embedding, a multiple of `heads`.
         depth: number of layers, layers.0 to layers.{depth - 1}.
-        heads: of the attention.
+        heads: number of attention heads.
     """
 
     def __init__(self, *, symbols: int, length: int, width: int, depth: int, heads: int) -> None:
@@ -34,6 +34,6 @@ class TextTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of the symbol behind each place: (b, symbols, length)."""
+        """Return the logits of the next symbol at each position: (b, symbols, length)."""
         x = self.embedding(x) + self.positions
         return self.head(self.norm(self.layers(x))).transpose(1, 2)

@@ -8,7 +8,7 @@ __all__ = ["Layer", "ViT"]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; causal attention looks at no later place."""
+    """Multi-head self-attention; causal attention ignores later positions."""
 
     def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a two-layer perceptron, each behind a norm and beside a shortcut."""
+    """Attention and a two-layer perceptron, each after a norm and with a shortcut."""
 
     def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class ViT(nn.Module):
     Args:
         size: height and width of the images, a multiple of `patch`.
         patch: height and width of a patch.
-        channels: of the images.
+        channels: channels of the images.
         classes: number of logits.
-        width: of the embedding, a multiple of `heads`.
+        width: width of the embedding, a multiple of `heads`.
         depth: number of layers, layers.0 to layers.{depth - 1}.
-        heads: of the attention.
+        heads: number of attention heads.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class WideResNet(nn.Module):
         depth: 6 n + 4 layers, in three stages of n blocks, layer1 to layer3.
         widen: factor on the widths 16, 32, 64.
         classes: number of logits.
-        channels: of the images.
+        channels: channels of the images.
     """
 
     def __init__(self, depth: int, widen: int, classes: int = 10, channels: int = 3) -> None:

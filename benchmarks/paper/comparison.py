@@ -1,4 +1,4 @@
-"""Train methods over data sets, models and seeds, and lay the results beside the paper's."""
+"""Train methods over data sets, models and seeds, and compare the results with the paper's."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -21,10 +21,10 @@ COLUMNS = (
 
 
 def steadily_timed(records: Iterable[dict[str, Any]]) -> bool:
-    """Return whether the images a second of runs that followed each other can be compared.
+    """Return whether the images per second of sequential runs can be compared.
 
-    On a GPU lent to one process they can, and on a CPU by the process's own time, which leaves
-    out what else the machine does. Older records have a CPU's wall time, which does not.
+    They can on a GPU used by one process, and on a CPU if measured in the process's own time, which
+    excludes other work on the machine. Older records have a CPU's wall time, which does not.
     """
     return all(
         record["machine"]["accelerator"] is not None or record.get("clock") == "processor time"
@@ -33,13 +33,13 @@ def steadily_timed(records: Iterable[dict[str, Any]]) -> bool:
 
 
 def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namespace) -> None:
-    """Train the runs; write a JSON each and one in all, the table and the figure.
+    """Train the runs; write a JSON for each and one for all, the table and the figure.
 
     Args:
-        name: of the benchmark.
-        title: of its table and figure.
-        runs: what to train; those that are done are read.
-        options: of the command.
+        name: the benchmark's name.
+        title: the title of its table and figure.
+        runs: the runs to train; finished ones are read.
+        options: the command's options.
     """
     records = [train(run, options.out, checkpoint_every=5) for run in runs]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -93,7 +93,7 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
 def _draw(
     options: argparse.Namespace, name: str, title: str, cells: Sequence[dict[str, Any]]
 ) -> None:
-    """Draw accuracy against speed, or FLOPs, one panel for each data set and model."""
+    """Draw accuracy against speed or FLOPs, one panel per data set and model."""
     timed = all(c["images_per_second"] is not None for c in cells)
     x = "images_per_second" if timed else "flops_ratio"
     places = list(dict.fromkeys((c["data"], c["model"]) for c in cells))
@@ -117,9 +117,9 @@ def _draw(
                     linestyle=":",
                     label=f"{cell['title']}: the paper's accuracy",
                 )
-        label = "training images a second" if timed else "FLOPs of the run / SGD's"
+        label = "training images per second" if timed else "FLOPs of the run / SGD's"
         axis.set(title=f"{data}, {model}", xlabel=label)
-        axis.set_ylabel("final test accuracy (%), a mark a seed")
+        axis.set_ylabel("final test accuracy (%), one marker per seed")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(title)

@@ -1,4 +1,4 @@
-"""Figure 3: accuracy against speed of SWP alone by beta, and of SDS alone by gamma, .3 to .9."""
+"""Figure 3: accuracy against speed of SWP alone by beta, and SDS alone by gamma, .3 to .9."""
 
 import argparse
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     write_tables(options.out, "fig3", title, COLUMNS, rows)
     write_json(options.out / "fig3.json", {"title": title, "points": points, **provenance()})
     across = [("flops_ratio", "FLOPs of a step / SGD's")]
-    across += [("images_per_second", "training images a second")] if sam else []
+    across += [("images_per_second", "training images per second")] if sam else []
     figure, axes = panels(len(across), width=5.5)
     for axis, (field, label) in zip(axes, across, strict=True):
         for method, mark, colour, name in (

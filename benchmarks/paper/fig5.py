@@ -1,7 +1,7 @@
 """Figure 5: losses of the selected and rejected samples, before and after the perturbation.
 
-Every step of a training run with ESAM is looked at, and averaged by epoch. Equations 8 to 10 of
-the paper say that the selected samples' losses rise most, and that they bound the batch's.
+All steps of a training run with ESAM are measured, and averaged by epoch. Equations 8 to 10 of the
+paper state that the selected samples' losses increase most, and that they bound the batch's.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NAMES = (
 
 
 class Splits(Probe):
-    """Means over an epoch's steps of the losses of both parts of the batch."""
+    """Means, over an epoch's steps, of the losses of both parts of the batch."""
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {"name": "fig5"}
@@ -49,7 +49,7 @@ class Splits(Probe):
 
 
 def _runs(options: argparse.Namespace, arguments: Sequence[str]) -> list[Run]:
-    """Return the runs, if their batches are whole and some of their samples are rejected."""
+    """Return the runs, after checking that batches are not split and some samples are rejected."""
     runs = perturbing_runs(options, "esam", arguments)
     run = runs[0]
     if run.m is not None and run.m < run.batch:
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     figure, (left, right) = panels(2, width=5.5)
     draw_curves(left, title="losses", x=epochs, y="mean loss", lines=values)
     lines = {f"{part} samples": v for part, v in rise.items()}
-    draw_curves(right, title="sharpness", x=epochs, y="rise of the mean loss", lines=lines)
+    draw_curves(right, title="sharpness", x=epochs, y="increase of the mean loss", lines=lines)
     figure.suptitle(title)
     figure.tight_layout()
     save(figure, options.out / "fig5.png")

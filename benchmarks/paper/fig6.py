@@ -1,8 +1,9 @@
-"""Figure 6: how well subsets stand for the whole batch: cosines of their gradients with its own.
+"""Figure 6: cosines of subset gradients with the whole batch's gradient.
 
-Behind each epoch of a run, on a few batches, at SAM's perturbed weights: the selected samples
-(largest increase), the rejected ones, a random subset, and, which the paper does not show, the
-samples of largest loss. Each subset has its own BatchNorm statistics, as in the descent pass.
+They are measured after each epoch of a run, on a few batches, at SAM's perturbed weights, for the
+selected samples (largest increase), the rejected ones, a random subset and, in addition to the
+paper, the samples with the largest loss. Each subset has its own BatchNorm statistics, as in the
+descent pass.
 """
 
 import argparse
@@ -32,7 +33,7 @@ NAMES = ("largest increase", "smallest increase", "random", "largest loss")
 def _subsets(
     losses: Tensor, increase: Tensor, drawn: NDArray[np.integer[Any]]
 ) -> dict[str, Tensor]:
-    """Return the indices of each subset, all as many as were drawn at random."""
+    """Return the indices of each subset, all of the same size as the random one."""
     k = len(drawn)
     order = torch.argsort(increase, descending=True, stable=True)
     return {
@@ -51,7 +52,7 @@ class Cosines(Probe):
         self._batches = batches
 
     def observe(self, epoch: int, report: object) -> None:
-        """Nothing of the steps themselves is needed."""
+        """Do nothing: the steps are not needed."""
 
     def measure(self, trainer: Trainer, epoch: int) -> dict[str, float]:
         run = trainer.run
@@ -74,9 +75,11 @@ class Cosines(Probe):
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batches", type=count_number, default=4, help="an epoch (default: 4)")
     parser.add_argument(
-        "--method", type=method_name, default="sam", help="that trains (default: sam)"
+        "--batches", type=count_number, default=4, help="batches per epoch (default: 4)"
+    )
+    parser.add_argument(
+        "--method", type=method_name, default="sam", help="method that trains (default: sam)"
     )
 
 

@@ -1,9 +1,9 @@
 """Figure 7: how linear the loss is along the perturbation, by beta, against SAM.
 
 zeta(epsilon, B) = |L_B(theta + epsilon) - L_B(theta) - <epsilon, grad L_B(theta)>|, the measure of
-Qin et al. 2019 for weights in place of inputs; 0 where the loss is linear. Behind each epoch of a
-run, on a few batches, with masks drawn as in training. Two lengths of epsilon are looked at: as
-the step takes it, rho / beta under "masked", and brought to SAM's length, rho, for all.
+Qin et al. 2019, applied to weights instead of inputs. It is 0 if the loss is linear. It is measured
+after each epoch of a run, on a few batches, with masks drawn as in training, for two lengths of
+epsilon: the length in the step, rho / beta under "masked", and SAM's length, rho, for all.
 """
 
 import argparse
@@ -29,7 +29,7 @@ __all__ = ["main"]
 def _zeta(
     point: Point, x: Tensor, y: Tensor, gradient: Sequence[Tensor], epsilon: Sequence[Tensor]
 ) -> float:
-    """Return zeta(epsilon, B), in double precision as far as the losses go."""
+    """Return zeta(epsilon, B), summing the losses in double precision."""
     with torch.no_grad():
         before = point.losses(x, y).double().mean()
         with shifted(point, epsilon):
@@ -46,7 +46,7 @@ class Linearity(Probe):
         self._betas, self._batches, self._draws = betas, batches, draws
 
     def observe(self, epoch: int, report: object) -> None:
-        """Nothing of the steps themselves is needed."""
+        """Do nothing: the steps are not needed."""
 
     def measure(self, trainer: Trainer, epoch: int) -> dict[str, float]:
         rho = trainer.run.effective_rho
@@ -84,8 +84,12 @@ def _sam(beta: float) -> str:
 def _add(parser: argparse.ArgumentParser) -> None:
     betas = [0.3, 0.5, 0.6, 0.7, 0.9]
     parser.add_argument("--betas", nargs="+", type=open_share, default=betas, metavar="BETA")
-    parser.add_argument("--batches", type=count_number, default=4, help="an epoch (default: 4)")
-    parser.add_argument("--draws", type=count_number, default=5, help="masks a batch (default: 5)")
+    parser.add_argument(
+        "--batches", type=count_number, default=4, help="batches per epoch (default: 4)"
+    )
+    parser.add_argument(
+        "--draws", type=count_number, default=5, help="masks per batch (default: 5)"
+    )
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -123,8 +127,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     epochs = ("epoch", list(range(1, len(values[names[0]]) + 1)))
     figure, axes = panels(2, width=5.5)
     for axis, name, what in (
-        (axes[0], _step, "epsilon as the step takes it: length rho / beta"),
-        (axes[1], _sam, "epsilon of SAM's length rho"),
+        (axes[0], _step, "epsilon with the step's length rho / beta"),
+        (axes[1], _sam, "epsilon with SAM's length rho"),
     ):
         lines = {_label(beta): values[name(beta)] for beta in betas}
         draw_curves(axis, title=what, x=epochs, y="zeta (smaller: more linear)", lines=lines)

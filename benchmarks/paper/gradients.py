@@ -1,4 +1,4 @@
-"""Gradients, perturbations and what lies between them, on a copy of a model that trains on."""
+"""Gradients and perturbations on a copy of a model that is being trained."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ __all__ = ["Point", "cosine", "inner", "length", "point_of", "shifted"]
 class Point:
     """A copy of a model in training mode, and its loss.
 
-    BatchNorm normalises by the batch that it is given, as in the passes of a step; its running
-    statistics are the copy's own and disturb nobody.
+    BatchNorm normalises by batch statistics, as in the passes of a step; its running statistics
+    belong to the copy.
 
     Args:
         model: the copy.
@@ -39,14 +39,14 @@ class Point:
 
 
 def point_of(trainer: Trainer) -> Point:
-    """Return where a run is now."""
+    """Return the point that a run has reached."""
     model = copy.deepcopy(trainer.model).train()
     return Point(model, [p for p in model.parameters() if p.requires_grad])
 
 
 @contextmanager
 def shifted(point: Point, by: Sequence[Tensor]) -> Iterator[None]:
-    """Move the parameters for the length of the context."""
+    """Move the parameters inside the context."""
     copies = [p.detach().clone() for p in point.parameters]
     with torch.no_grad():
         torch._foreach_add_(point.parameters, list(by))

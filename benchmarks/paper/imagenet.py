@@ -1,8 +1,8 @@
 """Tables 2 and 6: ImageNet's layout, m-sharpness 128: ResNet-50, ResNet-101 and ViT-S/16.
 
-Without a folder in ImageNet's layout (train/ and val/, one folder a class), a small one is
-generated beside the results: then the loader, the networks and the steps are the real ones, and
-the accuracies mean nothing.
+Without a folder in ImageNet's layout (train/ and val/, one folder per class), a small one is
+generated next to the results. The loader, the networks and the steps are then real, but the
+accuracies are meaningless.
 """
 
 import argparse
@@ -43,13 +43,13 @@ def _table(
         full={"size": 224},
         quick={**small, "models": list(models)[:1], "epochs": 1, "lr": 0.01},
     )
-    # A place of its own for what is generated, and always the same images: the name of the data is
-    # part of a run, and the same command must find its runs again.
+    # A fixed folder for the generated images: the name of the data is part of a run, and the same
+    # command must find its runs again.
     folder = options.folder or write_small_folder(options.out / "generated", train=12, test=6)
     runs = recipe_runs(options, options.models, [str(folder)], options.methods, arguments)
     sizes = sorted({run.m or run.batch for run in runs})
     sharpness = f"m-sharpness {' and '.join(str(size) for size in sizes)}"
-    suffix = "" if options.folder else " (generated images: it runs, no more)"
+    suffix = "" if options.folder else " (generated images: a test of the code only)"
     compare(name, f"{title}, {sharpness}{suffix}", runs, options)
 
 

@@ -1,9 +1,9 @@
 """Loss landscapes: figure 4 (random directions) and figure 8 (adversarial directions).
 
 Figure 4: two Gaussian directions, each filter rescaled to the norm of the network's own filter
-(Li et al. 2018), and the losses averaged over several pairs. Figure 8: the two directions are the
-gradients of the loss on either half of a batch, brought to the length of the perturbation, along
-which the loss rises fastest. Networks are in evaluation mode; the loss is that of training images.
+(Li et al. 2018), and the losses averaged over several pairs. Figure 8: the two directions, along
+which the loss increases fastest, are the gradients of the loss on the two halves of a batch, scaled
+to the length of the perturbation. Networks are in evaluation mode; the loss is on training images.
 """
 
 import argparse
@@ -31,14 +31,14 @@ __all__ = ["fig4", "fig8", "filter_normalised"]
 
 
 def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Return a Gaussian direction in which each filter is as long as the network's own.
+    """Return a Gaussian direction in which each filter has the norm of the network's filter.
 
-    A filter is what feeds one output of a matrix or convolution. Vectors (norms, biases) are not
-    moved, as in Li et al.
+    A filter is the weights of one output of a matrix or convolution. Vectors (norms, biases) are
+    not moved, as in Li et al.
 
     Args:
-        parameters: the network's.
-        generator: on the CPU.
+        parameters: the network's parameters.
+        generator: a generator on the CPU.
     """
     direction = []
     for parameter in parameters:
@@ -69,7 +69,7 @@ def _adversarial(trainer: Trainer, x: Tensor, y: Tensor, radius: float) -> list[
 def _grid(
     trainer: Trainer, directions: Sequence[Sequence[Tensor]], ends: Tensor, x: Tensor, y: Tensor
 ) -> list[list[float]]:
-    """Return the loss at theta + a d1 + b d2, a row for each a."""
+    """Return the loss at theta + a d1 + b d2, one row per a."""
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
     copies = [p.detach().clone() for p in parameters]
     rows = []
@@ -89,7 +89,7 @@ def _grid(
 
 
 def _trained(run: Run, options: argparse.Namespace) -> Trainer:
-    """Return a run's trainer with its final weights, trained or read."""
+    """Return a run's trainer with its final weights, after training or loading it."""
     train(run, options.out, checkpoint_every=5, keep_weights=True)
     trainer = Trainer(run)
     path = weights_path(run, options.out)
@@ -100,7 +100,7 @@ def _trained(run: Run, options: argparse.Namespace) -> Trainer:
 
 
 def _images(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Return the training images that the loss is taken on, unaugmented."""
+    """Return the training images for the loss, without augmentation."""
     source = load_source(
         options.data,
         batch=options.samples,
@@ -118,10 +118,10 @@ def _images(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 def _add(parser: argparse.ArgumentParser) -> None:
     add, methods = parser.add_argument, ["sgd", "sam", "esam"]
     add("--methods", nargs="+", type=method_name, default=methods, metavar="NAME")
-    add("--points", type=at_least(2), default=25, help="a side (default: 25)")
-    add("--samples", type=at_least(2), default=2000, help="for the loss (default: 2000)")
+    add("--points", type=at_least(2), default=25, help="points per side (default: 25)")
+    add("--samples", type=at_least(2), default=2000, help="images for the loss (default: 2000)")
     add("--groups", type=count_number, default=3, help="pairs of directions (default: 3)")
-    add("--reach", type=positive, help="of both axes (fig4: 0.5; fig8: 3 rho)")
+    add("--reach", type=positive, help="range of both axes (fig4: 0.5; fig8: 3 rho)")
 
 
 def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor, out: Any) -> None:
@@ -130,7 +130,7 @@ def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor,
     figure, axes = plt.subplots(
         1, count + 1, figsize=(4.0 * (count + 1), 4), squeeze=False, layout="constrained"
     )
-    # A colour for each sixteenth of all values: the basin is not lost beside the walls.
+    # One colour per sixteenth of all values, so that the basin stays visible next to the walls.
     values = np.array(list(grids.values()))
     levels = np.unique(np.round(np.quantile(values, np.linspace(0, 1, 17)), 6))
     shades = BoundaryNorm(levels, 256)
@@ -146,7 +146,7 @@ def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor,
     for i, (method, grid) in enumerate(grids.items()):
         middle = np.array(grid)[:, len(ends) // 2]
         cut.plot(ends, middle - middle[len(ends) // 2], color=COLOURS[i], label=method)
-    cut.set(title="cut along the first", xlabel=f"first {axis}", ylabel="rise of the loss")
+    cut.set(title="cut along the first", xlabel=f"first {axis}", ylabel="increase of the loss")
     cut.grid(alpha=0.3)
     cut.legend(fontsize=8)
     figure.suptitle(title)
@@ -154,10 +154,12 @@ def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor,
 
 
 def _runs(name: str, options: argparse.Namespace, arguments: Sequence[str]) -> list[Run]:
-    """Return a run for each method, if there is one landscape for each."""
+    """Return one run per method, after checking that each has a single landscape."""
     if len(options.seeds) > 1:
         seeds = " ".join(str(seed) for seed in options.seeds)
-        raise ValueError(f"--seeds must be one: a landscape is that of one run. Received: {seeds}.")
+        raise ValueError(
+            f"--seeds must be a single seed: a landscape belongs to one run. Received: {seeds}."
+        )
     runs = recipe_runs(options, [options.model], [options.data], options.methods, arguments)
     if name == "fig8" and runs[0].rho == 0:
         raise ValueError("--rho must be > 0: it is the unit of the axes. Received: 0.")
@@ -165,7 +167,7 @@ def _runs(name: str, options: argparse.Namespace, arguments: Sequence[str]) -> l
 
 
 def _figure(name: str, arguments: Sequence[str]) -> None:
-    """Train, walk around the minima, write and draw."""
+    """Train, evaluate the surroundings of the minima, write and draw."""
     small = {"points": 11, "samples": 250, "groups": 2, "epochs": 5}
     options = parse(
         name,
@@ -178,7 +180,9 @@ def _figure(name: str, arguments: Sequence[str]) -> None:
     x, y = _images(options)
     random = name == "fig4"
     reach = options.reach or (0.5 if random else 3.0)
-    ends = torch.linspace(-reach, reach, options.points | 1)  # odd: the middle is the minimum
+    ends = torch.linspace(
+        -reach, reach, options.points | 1
+    )  # odd, so that the middle is the minimum
     grids: dict[str, Any] = {}
     rows = []
     for run in _runs(name, options, arguments):

@@ -15,7 +15,7 @@ from benchmarks.run import Run
 
 __all__ = ["parse", "recipe_runs"]
 
-#: What `--quick` trains: a narrow network on the digits, for a few epochs.
+#: The defaults of `--quick`: a narrow network on the digits, for a few epochs.
 QUICK = {
     "data": "digits",
     "model": "resnet8",
@@ -42,26 +42,28 @@ def parse(
     """Return the options of a table or figure.
 
     Args:
-        name: of the benchmark, such as "fig5".
-        description: what it is.
-        arguments: from the command line.
-        add: adds options of its own.
-        full: defaults of its own; what stands on the command line precedes them.
-        quick: defaults with --quick, on top of the common ones.
-        check: raises a ValueError where the options do not go together; the parser says it.
+        name: the benchmark's name, such as "fig5".
+        description: its description.
+        arguments: the command line arguments.
+        add: adds its own options.
+        full: its own defaults; the command line takes precedence.
+        quick: its defaults with --quick, in addition to the common ones.
+        check: raises a ValueError if the options are inconsistent; the parser reports it.
     """
-    # No abbreviations: what is given is looked up by its whole name, to precede the recipe.
+    # No abbreviations: given options are looked up by their full name, to override the recipe.
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks {name}", description=description, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="a small form, in seconds")
+    parser.add_argument("--quick", action="store_true", help="a small version that takes seconds")
     parser.add_argument("--seeds", nargs="+", type=seed_number, default=[0], metavar="SEED")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results") / name)
-    parser.add_argument("--threads", type=count_number, help="of the CPU (default: torch's choice)")
+    parser.add_argument(
+        "--threads", type=count_number, help="CPU threads (default: torch's choice)"
+    )
     parser.add_argument(
         "--same-weight-decay",
         action="store_true",
-        help="give SAM and ESAM SGD's weight decay; the paper doubles it on ResNet-18 and WRN",
+        help="use SGD's weight decay for SAM and ESAM; the paper doubles it on ResNet-18 and WRN",
     )
     add_run_options(parser)
     if add is not None:
@@ -69,7 +71,7 @@ def parse(
     parser.set_defaults(model="resnet18", data="cifar10", **(full or {}))
     options = parser.parse_args(arguments)
     if options.quick:
-        # The out folder of a quick run is ignored by git: such figures say only that it runs.
+        # The output folder of a quick run is ignored by git: such figures only test the code.
         parser.set_defaults(**{**QUICK, "out": Path("benchmarks/out") / name, **(quick or {})})
         options = parser.parse_args(arguments)
     if check is not None:
@@ -89,20 +91,20 @@ def recipe_runs(
     methods: Iterable[str],
     given: Sequence[str],
 ) -> list[Run]:
-    """Return the runs, each with its model's recipe under what the command line gives.
+    """Return the runs, each with its model's recipe overridden by the command line.
 
     Args:
-        options: of the command.
+        options: the command's options.
         models: keys of `MODELS`.
         data: as in `load_source`.
-        methods: names.
-        given: the command line's arguments: what they name precedes the recipe.
+        methods: names of methods.
+        given: the command line arguments, which override the recipe.
     """
     options_given = [argument.partition("=")[0] for argument in given]
     named = {o[2:].replace("-", "_") for o in options_given if o.startswith("--")}
     fields_of_a_run = {field.name for field in fields(Run)}
     asked = {name: value for name, value in vars(options).items() if name in fields_of_a_run}
-    data, methods = list(data), list(methods)  # gone through for each model
+    data, methods = list(data), list(methods)  # iterated over for each model
     runs = []
     for model in models:
         recipe: dict[str, Any] = {}

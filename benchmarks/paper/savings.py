@@ -1,9 +1,9 @@
-"""Tables 4 and 5: what SWP saves of an ascent pass of an MLP, g(N, beta), and its two constants.
+"""Tables 4 and 5: the share g(N, beta) that SWP saves of an MLP's ascent pass, and its constants.
 
-An MLP of N layers takes ascent passes (forward, and gradients of the masked tensors) with masks of
-Bernoulli(beta) and with everything masked, in turn; g is the share of the time, and of the FLOPs,
-that the masks save. Table 4 has one tensor a layer (no biases: K = 1), table 5 more (biases:
-K = 2). The fit is `esam_core.savings.fit_savings`, of equations 11 and 12.
+An MLP of N layers runs ascent passes (forward, and gradients of the masked tensors) alternately
+with masks of Bernoulli(beta) and with all tensors. g is the share of the time, and of the FLOPs,
+that the masks save. Table 4 has one tensor per layer (no biases: K = 1), table 5 two (biases: K =
+2). The fit is `esam_core.savings.fit_savings`, of equations 11 and 12.
 """
 
 import argparse
@@ -31,7 +31,7 @@ __all__ = ["printed_fit", "table4", "table5"]
 
 
 def printed_fit(name: str) -> SavingsFit:
-    """Return the fit to the rows that the paper prints of table 4 or 5.
+    """Return the fit to the rows of table 4 or 5 that the paper prints.
 
     Args:
         name: "table4" or "table5".
@@ -52,7 +52,7 @@ def _mlp(layers: int, width: int, *, bias: bool) -> nn.Module:
 
 
 def masked_gradients(loss: Tensor, chosen: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the gradients of the masked tensors, and compute no others."""
+    """Return the gradients of the masked tensors, without computing others."""
     return torch.autograd.grad(loss, chosen)
 
 
@@ -82,15 +82,15 @@ def _measure(
         return counter.get_total_flops()
 
     def seconds(chosen: list[Tensor]) -> float:
-        start = time.process_time()  # what else the machine does does not count
+        start = time.process_time()  # excludes other work on the machine
         ascent(chosen)
         return time.process_time() - start
 
     whole_flops = flops(parameters)
     for _ in range(3):
         ascent(parameters)
-    # In turn: everything, then each beta's mask, and again. The mean over masks of a robust time
-    # each would need many steps a mask; the median of sums over groups of masks is as robust.
+    # Alternate between all tensors and each beta's mask. A mean of robust times over masks would
+    # need many steps per mask; the median of sums over groups of masks is equally robust.
     group = 10
     sums: dict[float, list[float]] = {beta: [] for beta in (1.0, *betas)}
     counted = dict.fromkeys(betas, 0.0)
@@ -128,13 +128,13 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
     add("--layers", nargs="+", type=count_number, default=[2, 4, 8, 16, 32], metavar="N")
     betas = [round(0.1 * i, 1) for i in range(1, 10)]
     add("--betas", nargs="+", type=whole_share, default=betas, metavar="BETA")
-    add("--width", type=at_least(2), default=512, help="of each layer (default: 512)")
-    add("--batch", type=count_number, default=256, help="samples a pass (default: 256)")
-    add("--repeats", type=count_number, default=15, help="groups of ten masks timed (default: 15)")
-    add("--masks", type=count_number, default=200, help="whose FLOPs are counted (default: 200)")
-    add("--threads", type=count_number, default=1, help="of the CPU (default: 1)")
-    add("--out", type=Path, help="folder (default: benchmarks/results/NAME)")
-    add("--quick", action="store_true", help="a small form, in seconds")
+    add("--width", type=at_least(2), default=512, help="width of each layer (default: 512)")
+    add("--batch", type=count_number, default=256, help="samples per pass (default: 256)")
+    add("--repeats", type=count_number, default=15, help="timed groups of ten masks (default: 15)")
+    add("--masks", type=count_number, default=200, help="masks to count FLOPs for (default: 200)")
+    add("--threads", type=count_number, default=1, help="CPU threads (default: 1)")
+    add("--out", type=Path, help="output folder (default: benchmarks/results/NAME)")
+    add("--quick", action="store_true", help="a small version that takes seconds")
     options = parser.parse_args(arguments)
     if options.quick:
         parser.set_defaults(
@@ -158,7 +158,7 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
         fit = fits["time_saved"]
         row["fitted"] = savings(row["layers"], row["beta"], k1=fit.k1, k2=fit.k2)
         row["paper"] = savings(row["layers"], row["beta"], k1=k1, k2=k2)
-    biases = "K = 2: a bias a layer" if bias else "K = 1: no biases"
+    biases = "K = 2: one bias per layer" if bias else "K = 1: no biases"
     title = f"Table {name[-1]}: share of an ascent pass that SWP saves ({biases})"
     columns = ("N", "beta", "time", "FLOPs", "fit to the time", "the paper's fit")
     table = [
@@ -196,7 +196,7 @@ def _constants(name: str, fits: dict[str, SavingsFit]) -> list[list[str]]:
 
 
 def _draw(path: Path, title: str, rows: list[dict[str, Any]], fits: dict[str, SavingsFit]) -> None:
-    """Draw the measured savings by beta, a colour for each depth, with the fitted curves."""
+    """Draw the measured savings by beta, one colour per depth, with the fitted curves."""
     figure, axes = panels(2, width=5.5)
     depths = sorted({r["layers"] for r in rows})
     fine = [i / 50 for i in range(5, 51)]
@@ -219,10 +219,10 @@ def _draw(path: Path, title: str, rows: list[dict[str, Any]], fits: dict[str, Sa
 
 
 def table4(arguments: Sequence[str] = ()) -> None:
-    """One tensor a layer."""
+    """One tensor per layer."""
     _table("table4", arguments, bias=False)
 
 
 def table5(arguments: Sequence[str] = ()) -> None:
-    """Two tensors a layer."""
+    """Two tensors per layer."""
     _table("table5", arguments, bias=True)

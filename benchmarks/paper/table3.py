@@ -1,4 +1,4 @@
-"""Table 3: what each of the two strategies does alone: SWP, SDS, both, beside SGD and SAM."""
+"""Table 3: the effect of each strategy alone: SWP, SDS and both, compared with SGD and SAM."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Train runs with a probe, average what it measured over seeds, and write it down."""
+"""Train runs with a probe, average its measurements over seeds, and write them."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ __all__ = ["epoch_means", "perturbing_runs", "probed", "write_epochs"]
 def perturbing_runs(
     options: argparse.Namespace, method: str, arguments: Sequence[str]
 ) -> list[Run]:
-    """Return the runs of a figure that looks at perturbations: one for each seed.
+    """Return the runs of a figure about perturbations, one per seed.
 
     Args:
-        options: of the command.
-        method: its name.
-        arguments: from the command line.
+        options: the command's options.
+        method: the method's name.
+        arguments: the command line arguments.
 
     Raises:
         ValueError: the runs perturb nothing.
@@ -37,12 +37,12 @@ def perturbing_runs(
 def probed(
     runs: Sequence[Run], probe: Callable[[], Probe], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Return the records of runs, each trained with a probe of its own.
+    """Return the records of runs, each trained with its own probe.
 
     Args:
-        runs: what to train; those that are done are read.
-        probe: makes one.
-        options: of the command.
+        runs: the runs to train; finished ones are read.
+        probe: creates a probe.
+        options: the command's options.
     """
     return [train(run, options.out, checkpoint_every=5, probe=probe()) for run in runs]
 
@@ -65,15 +65,15 @@ def write_epochs(
     *,
     details: dict[str, Any] | None = None,
 ) -> None:
-    """Print and write a table of a few epochs, all of them as JSON, and the verdicts.
+    """Print and write a table of a few epochs and the verdicts; write all epochs as JSON.
 
     Args:
-        options: of the command.
-        name: of the figure.
-        title: of its table.
-        values: by quantity, one an epoch.
-        verdicts: what was found of each claim.
-        details: more for the JSON.
+        options: the command's options.
+        name: the figure's name.
+        title: the title of its table.
+        values: one value per epoch, by quantity.
+        verdicts: the finding for each claim.
+        details: additional data for the JSON.
     """
     epochs = len(next(iter(values.values())))
     shown = sorted(

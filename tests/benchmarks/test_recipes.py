@@ -194,7 +194,7 @@ def test_a_committed_figures_command_asks_for_its_committed_probe(
 def test_a_landscape_takes_one_seed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         getattr(landscape, name)(["--quick", "--seeds", "0", "1", "2"])
-    assert "--seeds must be one: a landscape is that of one run. Received: 0 1 2." in (
+    assert "--seeds must be a single seed: a landscape belongs to one run. Received: 0 1 2." in (
         capsys.readouterr().err
     )
 

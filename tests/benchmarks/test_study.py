@@ -201,7 +201,7 @@ def test_a_killed_worker_leaves_a_run_that_the_next_one_ends_to_the_bit(
     assert Store(folder).records() == []
     said: list[str] = []
     assert work([setting], out, most=1, say=said.append) == 1
-    assert any("resumed behind epoch" in text for text in said)
+    assert any("resumed after epoch" in text for text in said)
     (record,) = Store(folder).records()
     whole = train(Run(**record["run"]), tmp_path / "whole", probe=Fit(), say=lambda _: None)
     for a, b in zip(record["history"], whole["history"], strict=True):
