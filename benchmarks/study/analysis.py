@@ -11,7 +11,7 @@ from benchmarks.run import Run
 from benchmarks.store import key_of
 from benchmarks.study.fit import FIT
 from benchmarks.study.planning import finals_by_key, reported_runs, tune
-from benchmarks.study.settings import METHODS, Cell, Setting
+from benchmarks.study.settings import Cell, Setting
 
 __all__ = [
     *("Difference", "Point", "compute_of", "difference", "frontier", "holm", "interval"),
@@ -64,7 +64,7 @@ def reported_points(setting: Setting, records: Iterable[Mapping[str, Any]]) -> l
     found = {key_of(record): record for record in records}
     finals = finals_by_key(found.values())
     points = []
-    for method in METHODS:
+    for method in setting.methods:
         for place, cell in enumerate(tune(setting, method, finals).chosen):
             groups: dict[int, list[Mapping[str, Any]]] = {}
             for budget in setting.budgets:

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.run import Run
 from benchmarks.store import key_of
 from benchmarks.study.fit import FIT
-from benchmarks.study.settings import METHODS, Cell, Setting
+from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["Plan", "Tuning", "finals_by_key", "make_plan", "reported_runs", "tune"]
 
@@ -120,7 +120,7 @@ def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
         records: of the runs that are done.
     """
     finals = finals_by_key(records)
-    tunings = {method: tune(setting, method, finals) for method in METHODS}
+    tunings = {method: tune(setting, method, finals) for method in setting.methods}
     tuning = list(chain.from_iterable(t.missing for t in tunings.values()))
     reported: list[Run] = []
     for place in (0, 1):

@@ -29,6 +29,10 @@ STRENGTHS: dict[str, str] = {
 }
 
 
+#: The methods that are run in all settings; those that count in "small" are added to them.
+_CARRIED = ("sgd", "sam", "half-suffix", "sgd-ema", "esam")
+
+
 @dataclass(frozen=True)
 class Cell:
     """What is tuned.
@@ -93,6 +97,7 @@ class Setting:
         tuning_seeds: the first is for the climb, the others confirm the best cells.
         seeds: reported.
         starts: the cells that tuning begins with, by method.
+        methods: keys of `METHODS`.
         base: what the base optimizer is called.
         costs: of a step, where they are not those of `METHODS`.
     """
@@ -105,6 +110,7 @@ class Setting:
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     starts: Mapping[str, tuple[Cell, ...]]
+    methods: tuple[str, ...] = tuple(METHODS)
     base: str = "SGD"
     costs: Mapping[str, float] = field(default_factory=dict)
 
@@ -161,6 +167,7 @@ SETTINGS: dict[str, Setting] = {
             tuning_seeds=(100, 101),
             seeds=tuple(range(8)),
             starts=_starts(0.05),
+            methods=_CARRIED,
         ),
         Setting(
             name="wide",
@@ -171,6 +178,7 @@ SETTINGS: dict[str, Setting] = {
             tuning_seeds=(100,),
             seeds=(0, 1, 2, 3),
             starts=_starts(0.05),
+            methods=_CARRIED,
         ),
         Setting(
             name="text",
@@ -189,6 +197,7 @@ SETTINGS: dict[str, Setting] = {
             tuning_seeds=(100, 101),
             seeds=(0, 1, 2, 3, 4),
             starts=_starts(0.001),
+            methods=_CARRIED,
             base="AdamW",
             costs={"half-suffix": 1.033, "suffix-part": 1.133, "esam": 1.727},
         ),

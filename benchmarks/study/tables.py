@@ -20,7 +20,7 @@ from benchmarks.study.analysis import (
 )
 from benchmarks.study.fit import FIT
 from benchmarks.study.planning import finals_by_key, make_plan, tune
-from benchmarks.study.settings import METHODS, Cell, Setting
+from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["write_report"]
 
@@ -170,10 +170,10 @@ def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str
         strength = run.ema if run.method == "sgd-ema" else run.effective_rho
         cell = Cell(run.batch, run.lr, strength)
         cells.setdefault((run.method, cell), {})[run.seed] = record["final"]
-    chosen = {method: tune(setting, method, finals).chosen for method in METHODS}
+    chosen = {method: tune(setting, method, finals).chosen for method in setting.methods}
     titles = _titles(setting)
     rows = []
-    for method in METHODS:
+    for method in setting.methods:
         own = {cell: found for (name, cell), found in cells.items() if name == method}
         for cell in sorted(own, key=lambda c: (-len(own[c]), -sum(own[c].values()) / len(own[c]))):
             values = own[cell]
@@ -189,14 +189,16 @@ def _draw(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) 
     """Draw mean final accuracy against compute: a line a method and batch size."""
     titles = _titles(setting)
     figure, axes = plt.subplots(figsize=(8, 5))
-    for i, method in enumerate(METHODS):
+    for i, method in enumerate(setting.methods):
         for second in (False, True):
             line = [p for p in points if p.method == method and p.second == second]
             if not line:
                 continue
             line.sort(key=lambda p: p.compute)
             halves = [interval(list(p.finals.values())) for p in line]
-            aside = 1.0 + 0.02 * (i - len(METHODS) // 2)  # so that the intervals can be told apart
+            aside = 1.0 + 0.02 * (
+                i - len(setting.methods) // 2
+            )  # so that the intervals can be told apart
             axes.errorbar(
                 [aside * p.compute for p in line],
                 [p.mean for p in line],
