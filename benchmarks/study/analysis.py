@@ -1,7 +1,7 @@
 """What the study's records say: frontiers of accuracy against compute, and paired differences."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
@@ -42,6 +42,7 @@ class Point:
         finals: final accuracies by seed, as far as they are there.
         bests: the best accuracies of the runs, likewise.
         fits: accuracies on the training samples, likewise.
+        recomputed: final accuracies after `update_bn`, by seed, where they were measured.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Point:
     finals: Mapping[int, float]
     bests: Mapping[int, float]
     fits: Mapping[int, float]
+    recomputed: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -93,6 +95,11 @@ def _point(
         {seed: record["final"] for seed, record in by_seed.items()},
         {seed: record["best"] for seed, record in by_seed.items()},
         {seed: r["history"][-1]["training_accuracy"] for seed, r in by_seed.items()},
+        {
+            seed: r["history"][-1]["recomputed_accuracy"]
+            for seed, r in by_seed.items()
+            if "recomputed_accuracy" in r["history"][-1]
+        },
     )
 
 
@@ -143,12 +150,17 @@ class Difference:
         return f"{self.mean:+.2f} ± {self.half:.2f} ({self.seeds})"
 
 
-def difference(one: Point, other: Point) -> Difference | None:
-    """Return how much higher one point lies than another on the seeds of both, or None."""
-    seeds = sorted(one.finals.keys() & other.finals.keys())
+def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """Return how much higher accuracies are than others on the seeds of both, or None.
+
+    Args:
+        one: accuracies by seed.
+        other: accuracies by seed.
+    """
+    seeds = sorted(one.keys() & other.keys())
     if not seeds:
         return None
-    values = [one.finals[seed] - other.finals[seed] for seed in seeds]
+    values = [one[seed] - other[seed] for seed in seeds]
     p = 1.0
     if len(values) > 1:
         spread = stdev(values)

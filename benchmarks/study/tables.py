@@ -29,6 +29,12 @@ method's chosen cell, in bold where the interval lies above 0; p of the differen
 optimizer's frontier at budget {}, corrected by Holm's procedure."""
 
 
+_RECOMPUTED = """What `torch.optim.swa_utils.update_bn` adds to the final accuracy, that is,
+statistics recomputed from the training samples at the final weights. Chosen cells at budget {},
+with 95 % intervals. Where a method runs no pass with the whole batch at the weights, as with
+`ascend=`, the running statistics are those of perturbed weights or of parts of the batch."""
+
+
 def _titles(setting: Setting) -> dict[str, str]:
     """Return what the methods are called."""
     return {
@@ -68,6 +74,9 @@ def write_report(setting: Setting, folder: Path) -> str:
         f"## Against the frontiers of {setting.base} and SAM",
         _EXPLANATION.format(setting.tuned_at),
         _differences_table(setting, points),
+        "## Statistics of batch normalization",
+        _RECOMPUTED.format(setting.tuned_at),
+        _recomputed_table(setting, points),
         "## Tuning",
         _tuning_table(setting, records),
     ]
@@ -130,7 +139,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
         here = {p.method: p for p in points if p.budget == budget and not p.second}
         against = {
             method: [
-                None if other is None or other == point else difference(point, other)
+                None if other is None or other == point else difference(point.finals, other.finals)
                 for other in (frontier(points, name, point.compute) for name in ("sgd", "sam"))
             ]
             for method, point in here.items()
@@ -150,6 +159,22 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
                 ]
             )
     return markdown(("budget and method", "compute", f"to {setting.base}'s", "to SAM's", "p"), rows)
+
+
+def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
+    """Return the table of what recomputed statistics add."""
+    titles = _titles(setting)
+    here = [p for p in points if p.budget == setting.tuned_at and not p.second and p.recomputed]
+    rows = [
+        [
+            titles[p.method],
+            f"{p.mean:.2f}",
+            _with_interval(list(p.recomputed.values())),
+            _shown(difference(p.recomputed, p.finals)),
+        ]
+        for p in here
+    ]
+    return markdown(("method", "final, %", "after `update_bn`, %", "difference"), rows)
 
 
 def _shown(found: Difference | None) -> str:

@@ -37,18 +37,18 @@ def test_interval_is_students() -> None:
 
 def test_differences_are_taken_on_the_same_seeds() -> None:
     one, other = _point("sam", 20, 3.0, 5.0, 7.0, 100.0), _point("sgd", 20, 2.0, 3.0, 4.0)
-    found = difference(one, other)
+    found = difference(one.finals, other.finals)
     assert (found.mean, found.seeds) == (2.0, 3)
     assert found.half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert found.p == pytest.approx(0.0742, abs=1e-4)  # t = 2 sqrt(3), 2 degrees of freedom
     assert not found.above
-    assert difference(one, Point("sgd", Cell(1, 1.0), False, 1, 1.0, {}, {}, {})) is None
+    assert difference(one.finals, {}) is None
 
 
 def test_a_difference_is_above_where_its_whole_interval_is() -> None:
     one, other = _point("sam", 20, 3.0, 4.0, 5.0), _point("sgd", 20, 1.0, 2.1, 2.9)
-    assert difference(one, other).above
-    assert not difference(other, one).above
+    assert difference(one.finals, other.finals).above
+    assert not difference(other.finals, one.finals).above
 
 
 def test_a_frontier_is_the_best_that_costs_no_more() -> None:
@@ -90,7 +90,7 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
                     "final": final,
                     "best": final + 1,
                     "flops_ratio": METHODS[run.method],
-                    "history": [{"training_accuracy": 99.0}],
+                    "history": [{"training_accuracy": 99.0, "recomputed_accuracy": final + 0.5}],
                     "data": {"training_images": 128},
                     "machine": {"processor": "one", "threads": 1},
                     "versions": {"torch": "2"},
@@ -120,6 +120,7 @@ def test_a_report_tells_who_is_above_the_frontiers(tmp_path: Path) -> None:
         assert float(rows[row][column].split()[0].strip("*")) == pytest.approx(gain, abs=0.1)
     assert "**" not in rows["10: the paper's ESAM"][3]
     assert rows["10: SGD"][3].strip() == ""
+    assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # what recomputed statistics add
     assert (folder / "frontier.png").stat().st_size > 10_000
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
     assert "Interim" in write_report(SETTING, folder)
