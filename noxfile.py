@@ -93,10 +93,10 @@ ENVIRONMENTS = {
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]", "scikit-learn"),
         *("torch==2.14.1", "torchvision==0.29.1", "timm"),
     ),
-    # What the demo needs.
+    # What the demo needs, and what runs tests side by side.
     "torch": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
-        *("scikit-learn", "matplotlib"),
+        *("scikit-learn", "matplotlib", "pytest-xdist"),
     ),
 }
 
@@ -163,11 +163,17 @@ def run(session: nox.Session, python: str, *module: str, keras: str = "torch") -
     session.run(python, "-m", *module, env=env)
 
 
-def run_pytest(session: nox.Session, python: str, *where: str, keras: str = "torch") -> None:
-    """Run tests and docstring examples: those in `where`, or those that the arguments name."""
+def run_pytest(
+    session: nox.Session, python: str, *where: str, keras: str = "torch", processes: int = 1
+) -> None:
+    """Run tests and docstring examples: those in `where`, or those that the arguments name.
+
+    All of them run in several processes, the tests of a file in one.
+    """
     named = any(Path(argument.partition("::")[0]).exists() for argument in session.posargs)
     chosen = session.posargs if named else (*where, *session.posargs)
-    run(session, python, "pytest", "--doctest-modules", *chosen, keras=keras)
+    side_by_side = () if named or processes == 1 else (f"-n{processes}", "--dist=loadfile")
+    run(session, python, "pytest", "--doctest-modules", *side_by_side, *chosen, keras=keras)
 
 
 @nox.session(venv_backend="none")
@@ -251,7 +257,7 @@ def tests_torch(session: nox.Session) -> None:
     """esam-torch's tests and its docstrings' examples; the benchmarks' and the demo's tests."""
     python = python_of(session, "torch", "trainers")
     where = ("tests/torch", "tests/benchmarks", "tests/demo", "packages/esam-torch/src")
-    run_pytest(session, python, *where)
+    run_pytest(session, python, *where, processes=2)
 
 
 @nox.session(venv_backend="none")
@@ -259,7 +265,8 @@ def tests_torch(session: nox.Session) -> None:
 def tests_keras(session: nox.Session, backend: str) -> None:
     """esam-keras's tests and its docstrings' examples: one Keras backend a process."""
     python = python_of(session, "torch", "keras", "backends")
-    run_pytest(session, python, "tests/keras", "packages/esam-keras/src", keras=backend)
+    where = ("tests/keras", "packages/esam-keras/src")
+    run_pytest(session, python, *where, keras=backend, processes=2)
 
 
 @nox.session(venv_backend="none")
