@@ -2,9 +2,9 @@
 
 import pytest
 
-from esam_core import ESAMConfig, Unit
+from esam_core import ESAMConfig, Everything, Unit
 from esam_core.cost import expected_cost
-from esam_core.presets import PRESETS, RECOMMENDED
+from esam_core.presets import PRESETS, RECOMMENDED, recommended_arguments
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -42,3 +42,20 @@ def test_the_recommended_is_a_configuration_and_costs_less_than_the_papers():
     # of each backward needs no gradient of its input.
     assert ours == pytest.approx((8 + (4 + 3) + (8 + 8 + 7) / 2) / (8 + 8 + 7))
     assert ours < 0.75 * theirs
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, {**RECOMMENDED}),
+        ({"rho": 0.1}, {**RECOMMENDED, "rho": 0.1}),
+        ({"beta": 0.6}, {"select": RECOMMENDED["select"], "beta": 0.6}),
+        ({"gamma": 1.0}, {"perturb": RECOMMENDED["perturb"], "gamma": 1.0}),
+        ({"budget": 1.2}, {"budget": 1.2}),
+        ({"gamma": None}, {**RECOMMENDED, "gamma": None}),
+        ({"perturb": Everything()}, {**RECOMMENDED, "perturb": Everything()}),
+    ],
+)
+def test_recommended_arguments(overrides, expected):
+    assert recommended_arguments(**overrides) == expected
+    assert set(RECOMMENDED) == {"perturb", "select"}  # the constant is left alone

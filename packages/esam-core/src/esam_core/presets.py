@@ -6,13 +6,13 @@ notes where its values differ from the paper's.
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from esam_core import validation
 from esam_core.samplers import Suffix
 from esam_core.selectors import Proportional
 
-__all__ = ["PRESETS", "RECOMMENDED", "Preset", "Recommended"]
+__all__ = ["PRESETS", "RECOMMENDED", "Preset", "Recommended", "recommended_arguments"]
 
 
 class Recommended(TypedDict):
@@ -28,6 +28,24 @@ class Recommended(TypedDict):
 #: of the documentation), where it beat the paper's default in cost and accuracy, at one batch size
 #: and one number of epochs. A better tuned SGD closes the gap there.
 RECOMMENDED: Recommended = {"perturb": Suffix(0.5), "select": Proportional(0.5)}
+
+
+def recommended_arguments(**overrides: Any) -> dict[str, Any]:
+    """Return `RECOMMENDED` with some arguments replaced, as keyword arguments for `ESAM(...)`.
+
+    Args:
+        **overrides: any arguments of `ESAM`; `beta` replaces `perturb`, `gamma` replaces `select`,
+            and `budget` replaces both.
+
+    Example:
+        >>> recommended_arguments(gamma=1.0)
+        {'perturb': Suffix(start=0.5), 'gamma': 1.0}
+    """
+    arguments: dict[str, Any] = dict(RECOMMENDED)
+    for short, name in (("beta", "perturb"), ("gamma", "select")):
+        if overrides.get(short) is not None or overrides.get("budget") is not None:
+            del arguments[name]
+    return {**arguments, **overrides}
 
 
 @dataclass(frozen=True)

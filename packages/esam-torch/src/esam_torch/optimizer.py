@@ -22,7 +22,7 @@ from esam_core import (
 from esam_core.budget import Plan
 from esam_core.config import OnNonfinite
 from esam_core.perturbation import Norm
-from esam_core.presets import RECOMMENDED
+from esam_core.presets import recommended_arguments
 from esam_torch.bases import check_base, refuse_optimizer_class
 from esam_torch.batch import Samples
 from esam_torch.compat import untraced
@@ -165,11 +165,7 @@ class ESAM(DelegatingOptimizer):
             >>> ESAM.recommended(sgd, model, rho=0.1).config.perturb
             Suffix(start=0.5)
         """
-        settings: dict[str, Any] = dict(RECOMMENDED)
-        for short, name in (("beta", "perturb"), ("gamma", "select")):
-            if overrides.get(short) is not None or overrides.get("budget") is not None:
-                settings.pop(name, None)
-        return cls(base_optimizer, model, rho=rho, **{**settings, **overrides})
+        return cls(base_optimizer, model, rho=rho, **recommended_arguments(**overrides))
 
     # -- the step ---------------------------------------------------------------------------------
 
