@@ -1,8 +1,8 @@
-"""The one entry point: `nox` runs everything that must pass, `nox -s demo` shows the thing at work.
+"""The entry point for development: `nox` runs all checks, `nox -s demo` runs the demo.
 
-Sessions share environments under .nox/, made with pip and reused between runs: a PyTorch install
-is large, so all that need one use the same, and add to it what they need beside.
-`nox -s SESSION -- ARGUMENTS` passes the arguments on to what the session runs.
+Sessions share environments under .nox/, which are created with pip and reused between runs. A
+PyTorch installation is large, so all sessions that need one share it and add further packages.
+`nox -s SESSION -- ARGUMENTS` passes the arguments on to the session's command.
 """
 
 import re
@@ -21,7 +21,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 DIST = ROOT / "dist"
 
-#: What must pass, in this order.
+#: The sessions of `nox -s tests`, in order.
 PARTS = (
     "lint",
     "typing",
@@ -35,25 +35,26 @@ PARTS = (
     "tests_keras(torch)",
 )
 
-#: What the conformance kit is run on, without pytest: in `conformance`, and from each built wheel.
+#: The adapters for the conformance kit without pytest, in `conformance` and from each built wheel.
 ADAPTERS = {
     "esam-core": "esam_core.conformance.numpy_adapter:adapter",
     "esam-torch": "esam_torch.conformance:adapter",
     "esam-keras": "esam_keras.conformance:adapter",
 }
 
-#: The extra with which a package is tried in an empty environment, of those that its README names.
+#: The extra with which a package is tested in an empty environment; one that its README names.
 EXTRAS = {"esam-keras": "[torch]"}
 
 
-#: Runs a session once with each Keras backend.
+#: Runs a session once for each Keras backend.
 BACKENDS = nox.parametrize(
     "backend", [nox.param(name, id=name) for name in ("tensorflow", "jax", "torch")]
 )
 
 
 def lowest(package: str, *names: str) -> tuple[str, ...]:
-    """Return dependencies of a package at the lowest versions that it or its extras declare."""
+    """Return dependencies of a package, pinned to the lowest versions that it or its extras
+    declare."""
     text = (ROOT / "packages" / package / "pyproject.toml").read_text("utf-8")
     project = tomllib.loads(text)["project"]
     extras = project.get("optional-dependencies", {}).values()
@@ -64,7 +65,7 @@ def lowest(package: str, *names: str) -> tuple[str, ...]:
     return tuple(declared[name] for name in names)
 
 
-#: What the files for GitHub must look like.
+#: The schemas of the files for GitHub.
 SCHEMAS = {
     "github-workflows": ".github/workflows/*.yml",
     "github-issue-forms": ".github/ISSUE_TEMPLATE/*_*.yml",
@@ -73,12 +74,12 @@ SCHEMAS = {
     "citation-file-format": "CITATION.cff",
 }
 
-#: What is installed into each shared environment when it is made.
+#: The packages installed when a shared environment is created.
 ENVIRONMENTS = {
-    # NumPy and pytest, nothing else: what esam-core promises to get by with.
+    # Only NumPy and pytest: esam-core must need nothing else.
     "core": ("-e", "packages/esam-core[test]"),
     "lint": ("ruff", "check-jsonschema"),
-    # The lowest versions that the packages declare, all at once; and the newest torch.
+    # The lowest versions that the packages declare, all together; and the newest torch.
     "torch-lowest": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
         *("-e", "packages/esam-keras", "pytorch-optimizer", "schedulefree", "scikit-learn"),
@@ -93,14 +94,14 @@ ENVIRONMENTS = {
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]", "scikit-learn"),
         *("torch==2.14.1", "torchvision==0.29.1", "timm"),
     ),
-    # What the demo needs, and what runs tests side by side.
+    # The demo's requirements, and pytest-xdist, which runs tests in parallel.
     "torch": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-torch[fit]"),
         *("scikit-learn", "matplotlib", "pytest-xdist"),
     ),
 }
 
-#: What is added to it by the sessions that need it.
+#: Additional packages, installed by the sessions that need them.
 ADDITIONS = {
     "keras": ("-e", "packages/esam-keras"),
     "backends": ("tensorflow-cpu", "jax"),
@@ -114,12 +115,12 @@ ADDITIONS = {
 
 
 def python_of(session: nox.Session, name: str, *additions: str) -> str:
-    """Return the Python of a shared environment, made or brought up to date where needed."""
+    """Return the Python of a shared environment, after creating or updating it if needed."""
     folder = ROOT / ".nox" / f"env-{name}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     for part in (name, *additions):
         requirements = ENVIRONMENTS[name] if part == name else ADDITIONS[part]
-        # What is installed is as it should be while nothing that decides on it has changed.
+        # The environment is up to date while none of its inputs has changed.
         stamp = folder / f"{part}.txt"
         local = [p for p in PACKAGES if any(p in requirement for requirement in requirements)]
         sources = (CONSTRAINTS, *(ROOT / "packages" / p / "pyproject.toml" for p in local))
@@ -135,16 +136,16 @@ def python_of(session: nox.Session, name: str, *additions: str) -> str:
 
 
 def constraints(name: str, requirements: tuple[str, ...]) -> str:
-    """Return the pins of an environment, except those of what the requirements pin themselves."""
+    """Return the pins of an environment, except for packages that the requirements pin."""
     if name.endswith("-lowest"):
-        return ""  # What the lowest versions need beside them, they declare.
+        return ""  # The lowest versions declare their own dependencies.
     own = {r.partition("==")[0] for r in requirements if "==" in r}
     lines = CONSTRAINTS.read_text("utf-8").splitlines(keepends=True)
     return "".join(line for line in lines if line.partition("==")[0] not in own)
 
 
 def readme_requirement(package: str) -> str:
-    """Return what a package's README says to install, with the extra to try it with."""
+    """Return the requirement in a package's README, with the extra used for the test."""
     text = (ROOT / "packages" / package / "README.md").read_text("utf-8")
     (line,) = re.findall(r"^\$ pip install \"?([\w-]+(?:\[\w+\])?)", text, re.MULTILINE)
     name = line.partition("[")[0]
@@ -152,13 +153,13 @@ def readme_requirement(package: str) -> str:
 
 
 def new_environment(session: nox.Session, folder: Path) -> None:
-    """Make an empty environment in a folder, in place of what is there."""
+    """Create an empty environment in a folder, replacing its contents."""
     session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder))
 
 
 def run(session: nox.Session, python: str, *module: str, keras: str = "torch") -> None:
-    """Run a module of Python with a Keras backend; the torch environment has no other."""
-    # The problems of tests are tiny: a second thread slows them down, more so on a busy machine.
+    """Run a Python module with a Keras backend; the torch environment has only torch."""
+    # The tests' problems are tiny: a second thread makes them slower, especially on a busy machine.
     env = {"KERAS_BACKEND": keras, "OMP_NUM_THREADS": "1"}
     session.run(python, "-m", *module, env=env)
 
@@ -166,9 +167,9 @@ def run(session: nox.Session, python: str, *module: str, keras: str = "torch") -
 def run_pytest(
     session: nox.Session, python: str, *where: str, keras: str = "torch", processes: int = 1
 ) -> None:
-    """Run tests and docstring examples: those in `where`, or those that the arguments name.
+    """Run tests and docstring examples: those in `where`, or those that the arguments select.
 
-    All of them run in several processes, the tests of a file in one.
+    All of them run in several processes; the tests of a file run in the same process.
     """
     named = any(Path(argument.partition("::")[0]).exists() for argument in session.posargs)
     chosen = session.posargs if named else (*where, *session.posargs)
@@ -178,14 +179,14 @@ def run_pytest(
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Everything that must pass: the default."""
+    """Run all checks (the default)."""
     for part in PARTS:
         session.notify(part)
 
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Ruff: its checks, and that everything is formatted; the forms of the files around it."""
+    """Run ruff's checks, check the formatting, and validate the files for GitHub."""
     python = python_of(session, "lint")
     session.run(python, "-m", "ruff", "check", ".")
     session.run(python, "-m", "ruff", "format", "--check", ".")
@@ -198,7 +199,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def typing(session: nox.Session) -> None:
-    """Strict mypy over the packages."""
+    """Run strict mypy on the packages."""
     python = python_of(session, "torch", "keras", "trainers", "checks")
     for package in PACKAGES:
         run(session, python, "mypy", f"packages/{package}/src")
@@ -206,7 +207,8 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Wheels and sdists into dist/; from each, in an empty environment, the kit and its README."""
+    """Build wheels and sdists in dist/; run the kit and the README with each one installed
+    alone."""
     python = python_of(session, "torch", "keras", "checks")
     shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
@@ -223,7 +225,7 @@ def build(session: nox.Session) -> None:
         run(session, alone, *install, readme_requirement(package))
         run(session, alone, "pip", "check")
         run(session, alone, "esam_core.conformance", "--quiet", ADAPTERS[package])
-        # A script, and not a module: the checkout must not be on its path.
+        # Run it as a script, not as a module: the checkout must not be on its path.
         blocks = ("tests/packaging/readme_blocks.py", f"packages/{package}/README.md")
         session.run(alone, *blocks, env={"KERAS_BACKEND": "torch"})
         shutil.rmtree(folder)
@@ -231,7 +233,8 @@ def build(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
-    """The pages, in docs/_build/html; every Python block of them and the READMEs; examples/."""
+    """Build the pages in docs/_build/html; run their and the READMEs' Python blocks, and
+    examples/."""
     python = python_of(session, "torch", "keras", "trainers", "docs")
     run(session, python, "sphinx", *("-E", "-W", "--keep-going", "-q", "docs", "docs/_build/html"))
     run(session, python, "pytest", "tests/docs", "tests/examples", *session.posargs)
@@ -239,7 +242,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def conformance(session: nox.Session) -> None:
-    """The conformance kit without pytest, on the reference and on each backend."""
+    """Run the conformance kit without pytest, on the reference and on each backend."""
     python = python_of(session, "torch", "keras")
     for adapter in session.posargs or ADAPTERS.values():
         run(session, python, "esam_core.conformance", adapter)
@@ -247,14 +250,14 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests_core(session: nox.Session) -> None:
-    """esam-core's tests and its docstrings' examples, with NumPy and pytest alone."""
+    """Run esam-core's tests and docstring examples, with only NumPy and pytest."""
     python = python_of(session, "core")
     run_pytest(session, python, "tests/core", "packages/esam-core/src")
 
 
 @nox.session(venv_backend="none")
 def tests_torch(session: nox.Session) -> None:
-    """esam-torch's tests and its docstrings' examples; the benchmarks' and the demo's tests."""
+    """Run the tests of esam-torch, the benchmarks and the demo, and docstring examples."""
     python = python_of(session, "torch", "trainers")
     where = ("tests/torch", "tests/benchmarks", "tests/demo", "packages/esam-torch/src")
     run_pytest(session, python, *where, processes=2)
@@ -263,7 +266,7 @@ def tests_torch(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 @BACKENDS
 def tests_keras(session: nox.Session, backend: str) -> None:
-    """esam-keras's tests and its docstrings' examples: one Keras backend a process."""
+    """Run esam-keras's tests and docstring examples, one Keras backend per process."""
     python = python_of(session, "torch", "keras", "backends")
     where = ("tests/keras", "packages/esam-keras/src")
     run_pytest(session, python, *where, keras=backend, processes=2)
@@ -271,14 +274,14 @@ def tests_keras(session: nox.Session, backend: str) -> None:
 
 @nox.session(venv_backend="none")
 def tests_torch_lowest(session: nox.Session) -> None:
-    """esam-torch's tests with the lowest torch and trainers that it declares."""
+    """Run esam-torch's tests with the lowest torch and trainers that it declares."""
     python = python_of(session, "torch-lowest")
     run_pytest(session, python, "tests/torch")
 
 
 @nox.session(venv_backend="none")
 def tests_torch_newest(session: nox.Session) -> None:
-    """esam-torch's tests with the newest torch, torchvision and timm."""
+    """Run esam-torch's tests with the newest torch, torchvision and timm."""
     python = python_of(session, "torch-newest", "trainers")
     run_pytest(session, python, "tests/torch", "tests/zoo", "packages/esam-torch/src")
 
@@ -286,16 +289,16 @@ def tests_torch_newest(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 @BACKENDS
 def tests_keras_lowest(session: nox.Session, backend: str) -> None:
-    """esam-keras's tests with the lowest Keras and the lowest backend that it declares."""
+    """Run esam-keras's tests with the lowest Keras and the lowest backend that it declares."""
     python = python_of(session, "torch-lowest" if backend == "torch" else "keras-lowest")
     run_pytest(session, python, "tests/keras", keras=backend)
 
 
 @nox.session(venv_backend="none")
 def models(session: nox.Session) -> None:
-    """Losses per sample of every model that transformers can build here: a page of the docs."""
+    """Test the losses per sample of all models that transformers can build; write the docs page."""
     python = python_of(session, "torch", "trainers")
-    results = Path(session.create_tmp()) / "models.jsonl"  # a run that was stopped goes on
+    results = Path(session.create_tmp()) / "models.jsonl"  # an interrupted run resumes
     page = ("--table", "docs/transformers-models.md")
     options = ("--out", str(results), *(session.posargs or page))
     session.run(python, "tests/models/sweep.py", *options, env={"OMP_NUM_THREADS": "1"})
@@ -303,13 +306,14 @@ def models(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
-    """Train with SGD, SAM and ESAM on real images: a table, loss curves, loss landscapes."""
+    """Train with SGD, SAM and ESAM on real images; show a table, loss curves and loss
+    landscapes."""
     python = python_of(session, "torch")
     session.run(python, "-m", "demo", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """What a step costs, in time and FLOPs, against the base optimizer's."""
+    """Measure the cost of a step, in time and FLOPs, relative to a base step."""
     python = python_of(session, "torch", "trainers")
     session.run(python, "-m", "benchmarks", *(session.posargs or ["speed"]))

@@ -1,4 +1,4 @@
-"""Train with SGD, SAM and ESAM from the same start, and show what each costs and finds."""
+"""Train with SGD, SAM and ESAM from the same initial weights, and compare cost and result."""
 
 import copy
 import sys
@@ -18,14 +18,14 @@ from demo.options import Options, parse
 from demo.pictures import draw_curves, draw_landscapes, landscape
 from esam_torch import History, accuracy, fit
 
-#: Samples a step.
+#: Samples per step.
 BATCH = 64
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo."""
     options = parse(arguments)
-    # The network is small: threads that wait for each other cost more than they bring.
+    # The network is small: several threads would wait for each other more than they help.
     torch.set_num_threads(options.threads)
     console = Console()
     data = load(options.data)
@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"{data.classes} classes; {options.epochs} epochs with each method"
     )
     if options.device == "cpu" and len(data.train) > 10_000:
-        console.print("On a CPU, so many images take hours: --device cuda, or a smaller --epochs.")
+        console.print(
+            "On a CPU, this many images take hours: use --device cuda, or fewer --epochs."
+        )
     torch.manual_seed(options.seed)
     start = Network(data.shape[0], data.classes).to(options.device)
     models, histories = {}, {}
@@ -57,12 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
             title=f"{name:<10}",
         )
     x, y = next(batches.epoch(1))
-    with console.status("Timing steps in turn and counting their operations"):
+    with console.status("Timing interleaved steps and counting their operations"):
         prices = costs(start, x, y, options)
     x, y = (torch.cat(parts) for parts in zip(*batches.epoch(1), strict=True))
     x, y = x[:1024], y[:1024]
     rises = {name: sharpness(model, x, y) for name, model in models.items()}
-    with console.status("Looking around the minima"):
+    with console.status("Evaluating the loss around the minima"):
         # A quarter of the images is enough for a picture.
         grids = {
             name: landscape(model, x[:256], y[:256], options.seed) for name, model in models.items()
@@ -79,15 +81,15 @@ def _table(
     rises: dict[str, float],
     options: Options,
 ) -> Table:
-    """Return the demo's one table."""
+    """Return the demo's table."""
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         caption=f"seed {options.seed}, {options.epochs} epochs, batch {BATCH}, rho {options.rho}, "
         f"beta {options.beta}, gamma {options.gamma}. Time (median step) and FLOPs (counted, and "
-        "predicted by the cost model) are against SGD. Sharpness: rise of the training loss at "
-        f"distance {RADIUS} along its gradient. ESAM half: the last half of the network "
-        "perturbed, half of the samples drawn in proportion to their loss.",
+        "predicted by the cost model) are relative to SGD. Sharpness: increase of the training "
+        f"loss at distance {RADIUS} along its gradient. ESAM half: perturbs the last half of the "
+        "network, and uses half of the samples, drawn in proportion to their loss.",
     )
     for title in ("method", "best", "final", "images/s", "time", "FLOPs", "predicted", "sharpness"):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""What the demo trains on."""
+"""The demo's data."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +18,10 @@ _LAYOUT = """\
 
 
 def load(folder: Path | None) -> ImageSet:
-    """Return CIFAR-10 or CIFAR-100 from a folder, or the digits that scikit-learn brings.
+    """Return CIFAR-10 or CIFAR-100 from a folder, or scikit-learn's digits.
 
     Raises:
-        SystemExit: the folder does not hold what it should; the message says what belongs where.
+        SystemExit: the folder does not have the required contents; the message describes them.
     """
     if folder is None:
         return digits()
@@ -30,7 +30,7 @@ def load(folder: Path | None) -> ImageSet:
         if (folder / first).exists():
             try:
                 return reader(folder)
-            except Exception as error:  # a pickle can fail in any way
+            except Exception as error:  # unpickling may raise anything
                 raise SystemExit(
                     f"{_LAYOUT}\nReceived: {folder / Path(first).parent}, which could not be read: "
                     f"{type(error).__name__}: {error}"
@@ -38,7 +38,7 @@ def load(folder: Path | None) -> ImageSet:
     if not folder.is_dir():
         raise SystemExit(f"{_LAYOUT}\nReceived: {folder}, which is not a folder.")
     inside = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-    raise SystemExit(f"{_LAYOUT}\nReceived: {folder}, which holds {inside}.")
+    raise SystemExit(f"{_LAYOUT}\nReceived: {folder}, which contains {inside}.")
 
 
 class Epochs:

@@ -1,4 +1,4 @@
-"""What a step costs and what kind of minimum was found."""
+"""Measurements of a step's cost and of a minimum's sharpness."""
 
 import copy
 import statistics
@@ -18,7 +18,7 @@ from esam_torch import ESAM
 
 __all__ = ["RADIUS", "costs", "sharpness"]
 
-#: The distance at which the loss around a minimum is looked at, the same for all methods.
+#: The distance at which the sharpness of a minimum is measured, the same for all methods.
 RADIUS = 0.2
 #: Steps over which the operations of random masks are averaged.
 COUNTED = 100
@@ -29,7 +29,7 @@ TURNS = 17
 def _stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> Callable[[], None]:
-    """Return a function that makes one training step."""
+    """Return a function that runs one training step."""
 
     def step() -> None:
         if isinstance(optimizer, ESAM):
@@ -43,18 +43,18 @@ def _stepper(
 
 
 def costs(model: nn.Module, x: Tensor, y: Tensor, options: Options) -> dict[str, dict[str, float]]:
-    """Return for each method a step's seconds, FLOPs against SGD's, and the predicted FLOPs.
+    """Return, for each method, a step's seconds, FLOPs relative to SGD's, and predicted FLOPs.
 
-    Steps of the methods are timed in turn, so that a slow moment of the machine hits all alike,
-    and the medians are reported.
+    Steps of the methods are timed alternately, so that slow moments of the machine affect all
+    equally, and the medians are reported.
     """
     steps, counted, predicted = {}, {}, {}
     for name, arguments in choices(options).items():
         network = copy.deepcopy(model)
         optimizer = make(network, arguments, options)
         steps[name] = _stepper(network, optimizer, x, y)
-        few = _stepper(network, optimizer, x[:8], y[:8])  # the ratio needs no more samples
-        few()  # the first step looks for the blocks, once
+        few = _stepper(network, optimizer, x[:8], y[:8])  # enough samples for the ratio
+        few()  # the first step finds the blocks, once
         times = COUNTED if name == "ESAM" else 1  # the others' masks are always the same
         with FlopCounterMode(display=False) as counter:
             for _ in range(times):
@@ -87,7 +87,7 @@ def _predicted(
     x: Tensor,
     y: Tensor,
 ) -> float:
-    """Return what the cost model says that a step costs, against the base optimizer's."""
+    """Return the cost of a step, relative to a base step, according to the cost model."""
     if arguments is None or not isinstance(optimizer, ESAM):
         return 1.0
     units = optimizer.measured_units(lambda x, y: losses(model, x, y), x, y)
@@ -95,10 +95,10 @@ def _predicted(
 
 
 def sharpness(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return how much the mean training loss rises at distance RADIUS, up the steepest way.
+    """Return the increase of the mean training loss at distance RADIUS along its gradient.
 
-    One step of length RADIUS along the gradient of the mean loss, in evaluation mode: what SAM
-    minimises, measured alike for all. The weights are left as they were.
+    The loss is in evaluation mode. This is the quantity that SAM minimises, measured in the same
+    way for all methods. The weights are restored.
     """
     model.eval()
     parameters = list(model.parameters())

@@ -1,4 +1,4 @@
-"""What the demo compares."""
+"""The methods that the demo compares."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["base", "choices", "losses", "make"]
 
 
 def choices(options: Options) -> dict[str, dict[str, Any] | None]:
-    """Return the keyword arguments of `ESAM` for each method; None is the base optimizer alone."""
+    """Return the keyword arguments of `ESAM` for each method; None for the base optimizer alone."""
     perturb, select = Bernoulli(options.beta), TopIncrease(options.gamma)
     return {
         "SGD": None,

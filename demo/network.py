@@ -1,4 +1,4 @@
-"""The demo's network: four convolutions with BatchNorm, in blocks with names."""
+"""The demo's network: four convolutions with BatchNorm, in named blocks."""
 
 from torch import Tensor, nn
 
@@ -15,11 +15,11 @@ def _block(channels_in: int, channels: int, stride: int) -> nn.Sequential:
 
 
 class Network(nn.Module):
-    """About 0.25 million weights.
+    """A network with about 0.25 million weights.
 
     Args:
-        channels: of the images.
-        classes: how many.
+        channels: channels of the images.
+        classes: number of classes.
     """
 
     def __init__(self, channels: int, classes: int) -> None:

@@ -13,7 +13,7 @@ __all__ = ["Options", "parse"]
 
 @dataclass(frozen=True)
 class Options:
-    """What the demo was asked for; see `--help`."""
+    """The demo's options; see `--help`."""
 
     data: Path | None
     epochs: int
@@ -27,26 +27,26 @@ class Options:
 
 
 def parse(arguments: list[str] | None = None) -> Options:
-    """Return the options, or leave with a message that says what is wrong with them."""
+    """Return the options, or exit with a message that explains what is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m demo",
         description="Train a small convolutional network with SGD, SAM and ESAM from the same "
-        "start, and show what each costs and finds.",
+        "initial weights, and compare cost and result.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--data",
         type=Path,
-        help="folder that holds cifar-10-batches-py or cifar-100-python, the official python "
+        help="folder that contains cifar-10-batches-py or cifar-100-python, the official python "
         "layout; without it, scikit-learn's handwritten digits",
     )
     parser.add_argument("--epochs", type=int, default=15, help="epochs for each method")
     parser.add_argument("--rho", type=float, default=0.05, help="radius of the perturbation")
     parser.add_argument("--beta", type=float, default=0.6, help="share of the tensors perturbed")
-    parser.add_argument("--gamma", type=float, default=0.5, help="share of the samples kept")
-    parser.add_argument("--seed", type=int, default=0, help="of the start, the batches, the masks")
+    parser.add_argument("--gamma", type=float, default=0.5, help="share of the samples selected")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and masks")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; more rarely help here")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more rarely help here")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="for the pictures")
     found = parser.parse_args(arguments)
     try:
@@ -64,10 +64,10 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 
 def _check_folder(name: str, path: Path) -> None:
-    """Refuse a path at which there is no folder and none can be made."""
+    """Raise if a path is not a folder and no folder can be created there."""
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir():
         raise ValueError(
-            f"`{name}` must be a folder, or where one can be made: {nearest} is a file. "
+            f"`{name}` must be a folder, or a path where one can be created: {nearest} is a file. "
             f"Received: {name}={path}."
         )

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 __all__ = ["draw_curves", "draw_landscapes", "landscape"]
 
 COLOURS = ("#5b6573", "#d1495b", "#2a7f9e", "#e0a030")
-#: How far the landscapes reach, in lengths of the network's own filters.
+#: The range of the landscapes, in norms of the network's filters.
 REACH = 0.6
 POINTS = 13
 
@@ -28,8 +28,8 @@ POINTS = 13
 def landscape(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> NDArray[np.float64]:
     """Return the (POINTS, POINTS) mean losses on a plane around the weights.
 
-    The plane is spanned by two random directions, filter-normalised after Li et al. (2018), from
-    the same seed for every method.
+    The plane is spanned by two random directions, filter-normalised as in Li et al. (2018), with
+    the same seed for all methods.
     """
     generator = torch.Generator().manual_seed(seed)
     moved = copy.deepcopy(model).eval()
@@ -49,7 +49,7 @@ def landscape(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> NDArray[np.f
 
 
 def draw_landscapes(grids: Mapping[str, NDArray[np.float64]], path: Path) -> None:
-    """Draw the minima side by side, on the same axes and with the same colours."""
+    """Draw the minima side by side, with the same axes and colours."""
     figure, axes = plt.subplots(
         1, len(grids), figsize=(3.4 * len(grids) + 0.9, 3.7), sharey=True, layout="constrained"
     )
@@ -71,10 +71,10 @@ def draw_landscapes(grids: Mapping[str, NDArray[np.float64]], path: Path) -> Non
         axis.set(title=name, xlabel="direction 1", aspect="equal")
     axes[0].set_ylabel("direction 2")
     bar = figure.colorbar(shown, ax=axes, label="mean training loss", shrink=0.85)
-    # Only levels that lie within the bar, written as plain numbers.
+    # Only levels inside the bar, as plain numbers.
     ticks = [t for t in (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0) if low <= t <= high]
     bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
-    figure.suptitle("Around the minima: the same two filter-normalised directions for each")
+    figure.suptitle("Around the minima: the same two filter-normalised directions for all")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,4 +1,4 @@
-"""How Sphinx builds the pages: `nox -s docs`."""
+"""Sphinx configuration; build the pages with `nox -s docs`."""
 
 import re
 
@@ -14,14 +14,14 @@ extensions = [
     *("myst_parser", "sphinx_copybutton"),
     *("sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"),
 ]
-# What a copy button leaves out of a block: prompts.
+# Copy buttons leave out prompts.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 
-# Docstrings are in Google's style; signatures carry the types, so descriptions need not.
+# Docstrings are in Google style; signatures have the types, so descriptions do not.
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -37,19 +37,19 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def skip_reexported(app, what, name, obj, skip, options):  # noqa: ARG001 (Sphinx's signature)
-    """Leave out of a package's page what is another package's: it is on that one's page."""
+    """Skip objects of another package: they are on that package's page."""
     page = app.env.docname.rpartition("/")[2]
     package = getattr(obj, "__module__", page).partition(".")[0]
     return True if what == "module" and package != page else skip
 
 
-#: What stands as it is: code and *emphasis*. Or what reStructuredText would take for markup.
+#: What is kept: code and *emphasis*. Or what reStructuredText would read as markup.
 SPAN_OR_MARKUP = re.compile(r"(`[^`]*`|(?<![\w*])\*[^\s*](?:[^*]*[^\s*])?\*(?![\w*]))|([*|]|_\b)")
 
 
 def as_plain_text(app, what, name, obj, options, lines):  # noqa: ARG001 (Sphinx's signature)
-    """Escape what docstrings do not mean as markup: `*args`, |theta|, "train_"."""
-    block = None  # the indentation of the line that opened a literal block or a directive
+    """Escape text that is not meant as markup: `*args`, |theta|, "train_"."""
+    block = None  # the indentation of the line that opens a literal block or a directive
     doctest = False
     for i, line in enumerate(lines):
         text = line.strip()

@@ -1,10 +1,10 @@
-"""Train a network of keras.applications with the base optimizer and with ESAM, side by side.
+"""Train a network of keras.applications with the base optimizer and with ESAM.
 
     KERAS_BACKEND=jax python examples/keras_applications.py --epochs 10
 
-The network is made of MobileNet's blocks, without pretrained weights. The data are the handwritten
-digits that scikit-learn brings, enlarged to 32 x 32; without scikit-learn, made-up patterns. ESAM
-perturbs the last blocks only, so that what runs before them is not run again for it.
+The network consists of MobileNet's blocks, without pretrained weights. The data are scikit-learn's
+handwritten digits, enlarged to 32 x 32, or artificial patterns if scikit-learn is not installed.
+ESAM perturbs only the last blocks.
 """
 
 import argparse
@@ -24,12 +24,12 @@ CLASSES = 10
 
 
 def images(count=None):
-    """Return (x, y) to train on and to test on: x (n, 32, 32, 1) with mean 0, y (n,) labels."""
+    """Return training and test data as (x, y): x (n, 32, 32, 1) with mean 0, y (n,) labels."""
     rng = np.random.default_rng(0)
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        print("scikit-learn is not installed: these images are made up.")
+        print("scikit-learn is not installed: using artificial images.")
         y = rng.integers(CLASSES, size=1800)
         x = rng.normal(size=(CLASSES, 8, 8))[y] + rng.normal(size=(len(y), 8, 8))
     else:
@@ -44,9 +44,9 @@ def images(count=None):
 
 
 def network():
-    """Return the first half of MobileNet at a quarter of its width, with a head of our own.
+    """Return the first half of MobileNet at a quarter of its width, with a new head.
 
-    The other half halves the resolution twice more, which 32 x 32 images do not have.
+    The second half would halve the resolution twice more, which is too much for 32 x 32 images.
     """
     keras.utils.set_random_seed(0)
     whole = keras.applications.MobileNet(
@@ -57,18 +57,18 @@ def network():
     model = keras.Model(whole.input, keras.layers.Dense(CLASSES, name="logits")(pooled))
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.9  # the default, 0.99, is meant for longer training than this
+            layer.momentum = 0.9  # the default, 0.99, is meant for longer training
     return model
 
 
 def base_optimizer(steps):
-    """Return SGD with a learning rate that falls to 0 over this many steps."""
+    """Return SGD with a learning rate that decreases to 0 over this many steps."""
     rate = keras.optimizers.schedules.CosineDecay(0.1, steps)
     return keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
 class Clock(keras.callbacks.Callback):
-    """Notes how long each epoch takes; the table leaves out the first, which compiles."""
+    """Records the time of each epoch; the table omits the first, which compiles."""
 
     def __init__(self):
         super().__init__()
@@ -81,8 +81,8 @@ class Clock(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
-def trained(optimizer, train, test, options):
-    """Return what training with an optimizer came to: a row of the table."""
+def train_row(optimizer, train, test, options):
+    """Train with an optimizer and return its row of the table."""
     model = network()
     model.compile(
         optimizer=optimizer,
@@ -117,7 +117,7 @@ def main(arguments=None):
         options.epochs, options.batch_size = 1, 16
     train, test = images(64 if options.quick else None)
     steps_an_epoch = len(train[0]) // options.batch_size
-    # Whole batches only: a last one of another size would be compiled for as well.
+    # Whole batches only: a smaller last one would need another compilation.
     train = [array[: steps_an_epoch * options.batch_size] for array in train]
     steps = options.epochs * steps_an_epoch
     esam = ESAM(base_optimizer(steps), rho=options.rho, perturb=Suffix(options.start), gamma=0.5)
@@ -126,7 +126,7 @@ def main(arguments=None):
     print(f"MobileNet's blocks on {backend}: {len(train[0])} images, {options.epochs} epochs")
     print(f"{'optimizer':12} {'loss':>8} {'accuracy':>9} {'s/epoch':>8} {'sharpness':>10}")
     for name, optimizer in {"base": base_optimizer(steps), "ESAM": esam}.items():
-        loss, accuracy, seconds, sharpness = trained(optimizer, train, test, options)
+        loss, accuracy, seconds, sharpness = train_row(optimizer, train, test, options)
         print(f"{name:12} {loss:8.4f} {accuracy:9.1%} {seconds:8.2f} {sharpness:10.4f}")
 
 

@@ -99,7 +99,10 @@ def test_out_that_is_a_file(inside, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path / "taken" / inside)])
     said = capsys.readouterr().err
-    assert f"`out` must be a folder, or where one can be made: {tmp_path / 'taken'} is a" in said
+    assert (
+        f"`out` must be a folder, or a path where one can be created: {tmp_path / 'taken'} is a"
+        in said
+    )
     assert (tmp_path / "taken").read_text() == "kept"
 
 
@@ -114,7 +117,7 @@ def test_wrong_folders_say_what_belongs_where(tmp_path):
         main(["--data", str(tmp_path / "nowhere")])
     assert "which is not a folder" in str(found.value)
     (tmp_path / "cats").mkdir()
-    with pytest.raises(SystemExit, match="which holds cats"):
+    with pytest.raises(SystemExit, match="which contains cats"):
         main(["--data", str(tmp_path)])
     inner = tmp_path / "cifar-100-python"
     inner.mkdir()
