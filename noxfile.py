@@ -53,8 +53,7 @@ BACKENDS = nox.parametrize(
 
 
 def lowest(package: str, *names: str) -> tuple[str, ...]:
-    """Return dependencies of a package, pinned to the lowest versions that it or its extras
-    declare."""
+    """Return dependencies of a package, pinned to the lowest versions that it declares."""
     text = (ROOT / "packages" / package / "pyproject.toml").read_text("utf-8")
     project = tomllib.loads(text)["project"]
     extras = project.get("optional-dependencies", {}).values()
@@ -207,8 +206,7 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def build(session: nox.Session) -> None:
-    """Build wheels and sdists in dist/; run the kit and the README with each one installed
-    alone."""
+    """Build wheels and sdists in dist/; run the kit and the README with each alone."""
     python = python_of(session, "torch", "keras", "checks")
     shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
@@ -233,8 +231,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
-    """Build the pages in docs/_build/html; run their and the READMEs' Python blocks, and
-    examples/."""
+    """Build the pages; run their Python blocks, those of the READMEs, and examples/."""
     python = python_of(session, "torch", "keras", "trainers", "docs")
     run(session, python, "sphinx", *("-E", "-W", "--keep-going", "-q", "docs", "docs/_build/html"))
     run(session, python, "pytest", "tests/docs", "tests/examples", *session.posargs)
@@ -306,8 +303,7 @@ def models(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
-    """Train with SGD, SAM and ESAM on real images; show a table, loss curves and loss
-    landscapes."""
+    """Train with SGD, SAM and ESAM on real images; show a table, curves and landscapes."""
     python = python_of(session, "torch")
     session.run(python, "-m", "demo", *session.posargs)
 

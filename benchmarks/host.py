@@ -93,8 +93,7 @@ def sam_by_hand(scene: Scene) -> Step:
 
 
 def recommended_by_hand(scene: Scene) -> Step:
-    """Return a hand-written step that perturbs half of the layers and descends on half of the
-    samples."""
+    """Return a hand-written step that perturbs half of the layers and uses half of the samples."""
     weights = list(scene.model.parameters())
     idle, late = weights[: len(weights) // 2], weights[len(weights) // 2 :]
 

@@ -250,8 +250,7 @@ def _verdict(got: float, bar: float) -> str:
 
 
 def _time_bar_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the bars for times: within a tenth of the FLOPs, and not slower than the peer's
-    SAM."""
+    """Return the bars for times: within a tenth of the FLOPs, no slower than the peer's SAM."""
     by_method = {r["method"]: r["time_ratio"]["median"] for r in records}
     rows = []
     for r in records:
