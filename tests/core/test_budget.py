@@ -1,4 +1,4 @@
-"""What a budget buys: the rules, by cases whose costs are plain."""
+"""Budgets: the rules, in cases with simple costs."""
 
 import pytest
 
@@ -27,19 +27,19 @@ def test_no_choice_costs_more_than_the_budget(budget):
     assert chosen.ratio <= budget * (1 + 1e-9)
 
 
-def test_enough_for_sam_buys_sam():
+def test_a_budget_for_sam_gives_sam():
     assert make_plan(UNITS, 2.0).chosen.perturb == Everything()
     assert make_plan(UNITS, 2.0).chosen.select == All()
 
 
-def test_more_money_never_buys_less():
+def test_a_larger_budget_never_perturbs_less():
     shares = [make_plan(UNITS, b).chosen.share for b in (0.95, 1.02, 1.1, 1.2, 1.3, 1.5, 2.0)]
     assert shares == sorted(shares)
     assert shares[0] < shares[1] < shares[2]
 
 
 @pytest.mark.parametrize("budget", [0.9, 1.1, 1.4, 1.5, 1.9])
-def test_half_of_the_samples_pay_for_a_longer_suffix(budget):
+def test_half_of_the_samples_allows_a_longer_suffix(budget):
     chosen = make_plan(UNITS, budget).chosen
     assert chosen.select == Proportional(0.5)
     # A forward, the backward of a share s, and a base step on half: (1 + 2 s + 1.5) / 3.
@@ -53,7 +53,7 @@ def test_the_table_marks_the_choice():
     assert plan.chosen in plan.options
 
 
-def test_directions_are_priced_and_not_chosen():
+def test_the_direction_affects_costs_but_is_not_chosen():
     plan = make_plan(UNITS, 1.25, ascend=Part(0.25))
     assert plan.chosen.perturb == Everything()
     assert plan.chosen.select == All()
@@ -61,7 +61,7 @@ def test_directions_are_priced_and_not_chosen():
     assert str(plan).startswith("budget: 1.25 x the base optimizer's step, ascend=Part(share=0.25)")
     free = make_plan(UNITS, 1.0, ascend=Previous())
     assert (free.chosen.perturb, free.chosen.select) == (Everything(), All())
-    assert make_plan(UNITS, 1.25).chosen.share < 0.7  # the same money with the whole batch
+    assert make_plan(UNITS, 1.25).chosen.share < 0.7  # the same budget with the whole batch
     assert "ascend" not in str(make_plan(UNITS, 1.25))
     with pytest.raises(ESAMValueError, match=r"`budget` must be at least 0\.83"):
         make_plan(UNITS, 0.5, ascend=Previous())
@@ -76,7 +76,7 @@ def test_bad_input():
         make_plan(UNITS, "cheap")
 
 
-def test_what_may_not_be_perturbed_is_not_bought():
+def test_only_perturbable_units_are_perturbed():
     units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(8)]
     plan = make_plan(units, 1.9, perturbable=[i < 4 for i in range(8)])
     assert all(option.share > 0.0 for option in plan.options)
@@ -84,13 +84,13 @@ def test_what_may_not_be_perturbed_is_not_bought():
         make_plan(units, 1.9, perturbable=[False] * 8)
 
 
-def test_frozen_units_cost_a_forward_only():
+def test_frozen_units_cost_only_a_forward():
     units = [
         Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i, trained=i >= 6) for i in range(10)
     ]
     assert base_cost(units) == pytest.approx(1.0 + 0.3 + 0.4)
     sam = expected_cost(Everything(), units, All())
-    # Twice a forward, and a backward down to the first trained unit and no further.
+    # Two forwards, each with a backward that stops at the first trained unit.
     assert sam.total == pytest.approx(2 * 1.7)
     with pytest.raises(ESAMValueError, match="all are frozen"):
         base_cost(units[:6])

@@ -1,4 +1,4 @@
-"""Hyperparameters: what is taken, what is refused and in which words, and the way through data."""
+"""Hyperparameters: valid values, error messages, and the round trip through plain data."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def test_defaults_are_the_papers():
     assert config == ESAMConfig()
 
 
-def test_beta_and_gamma_are_short():
+def test_beta_and_gamma_are_shorthands():
     config = ESAMConfig.from_arguments(beta=0.25, gamma=1.0)
     assert config.perturb == Bernoulli(0.25)
     assert config.select == TopIncrease(1.0)
@@ -94,13 +94,13 @@ def test_integers_and_numpy_numbers_are_numbers():
         ({"roh": 0.1}, ESAMTypeError, "`roh` is not a hyperparameter of ESAM. Known: adaptive,"),
     ],
 )
-def test_errors_say_what_must_hold_and_what_came(arguments, error, message):
+def test_errors_name_the_requirement_and_the_value(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         ESAMConfig.from_arguments(**arguments)
     assert isinstance(caught.value, ESAMError)
 
 
-def test_errors_are_the_built_in_ones_too():
+def test_errors_subclass_the_built_in_ones():
     assert issubclass(ESAMValueError, ValueError)
     assert issubclass(ESAMTypeError, TypeError)
     assert issubclass(NonFiniteError, FloatingPointError)
@@ -145,7 +145,7 @@ def test_configurations_go_through_json():
 
 
 @pytest.mark.parametrize("sampler", [Only(lambda unit: True), Every(2, Only(lambda unit: True))])
-def test_functions_cannot_be_saved_and_say_so(sampler):
+def test_functions_cannot_be_saved(sampler):
     data = ESAMConfig(perturb=sampler).to_dict()
     assert data["perturb"] is None
     with pytest.raises(ESAMValueError, match="`perturb` holds a function"):
@@ -198,11 +198,11 @@ BOTH = {"perturb": {"name": "Everything"}, "select": {"name": "All"}}
         (ESAMConfig.from_dict, None, ESAMTypeError, "Received: data=None."),
     ],
 )
-def test_data_that_nobody_wrote_are_refused(read, data, error, message):
+def test_invalid_data_are_refused(read, data, error, message):
     with pytest.raises(error, match=re.escape(message)):
         read(data)
 
 
-def test_data_may_leave_defaults_out():
+def test_data_may_omit_defaults():
     assert component_from_dict({"name": "Every", "n": 2}) == Every(2)
     assert ESAMConfig.from_dict(BOTH) == ESAMConfig(perturb=Everything(), select=All())

@@ -1,4 +1,4 @@
-"""The kit on the reference: every check passes, in all conventions, without a gap."""
+"""The kit on the reference: all checks pass, with all conventions, without gaps."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_the_reference_declares_no_gaps():
 
 
 @pytest.mark.parametrize("dtypes", [("float32",)])
-def test_a_backend_of_float32_alone(dtypes):
+def test_a_backend_with_only_float32(dtypes):
     single = NumpyAdapter()
     single.dtypes = dtypes
     from esam_core.conformance.run import run_checks

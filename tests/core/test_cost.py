@@ -1,4 +1,4 @@
-"""The unit model of a step's cost, against the figures of the design and cases by hand."""
+"""The cost model, compared with documented numbers and cases computed by hand."""
 
 import pytest
 
@@ -24,7 +24,7 @@ from esam_core import (
 )
 from esam_core.cost import base_cost, expected_cost, step_cost
 
-# 300 equal layers, each with a norm that costs nothing: the first layer is next to nothing.
+# 300 equal layers, each with a norm of cost 0: the first layer is negligible.
 CHAIN = [
     unit
     for i in range(300)
@@ -33,7 +33,7 @@ CHAIN = [
         Unit(f"{i}.norm", (1,), kind="norm", block=str(i), depth=i),
     )
 ]
-# Three layers of shares .5, .3, .2.
+# Three layers with shares .5, .3, .2.
 SMALL = [
     Unit("a", (1,), cost=5.0, block="a", depth=0),
     Unit("b", (1,), cost=3.0, block="b", depth=1),
@@ -45,7 +45,7 @@ def ratio(sampler, selector, **options):
     return expected_cost(sampler, CHAIN, selector, **options).ratio
 
 
-def test_figures_of_the_design():
+def test_documented_costs():
     assert ratio(Everything(), All()) == pytest.approx(2.0, abs=2e-3)
     assert ratio(Bernoulli(0.6), TopIncrease(0.5)) == pytest.approx(1.70, abs=5e-3)
     assert ratio(Suffix("200"), TopIncrease(0.5)) == pytest.approx((3.5 + 2 / 3) / 3, abs=3e-3)
@@ -65,7 +65,7 @@ def test_figures_of_the_design():
         (Everything(), All(), Previous(), 1.0),
         (Bernoulli(0.6), All(), Momentum(), 1.0),
         (Everything(), Random(0.5), Previous(), 0.5),
-        # A selector by loss pays a forward for the samples that do not climb.
+        # A selector by loss needs a forward for the samples outside the ascent pass.
         (Everything(), TopLoss(0.5), Part(0.25), (0.75 + 0.75 + 1.5) / 3),
         (Suffix(0.5), Proportional(0.5), Part(0.25), (0.5 + 0.75 + 1.5) / 3),
         (Everything(), TopIncrease(0.5), Part(0.25), (0.75 + 0.75 + 1 + 1.5) / 3),
@@ -75,21 +75,21 @@ def test_figures_of_the_design():
     ],
     ids=str,
 )
-def test_figures_of_the_directions(sampler, selector, ascend, expected):
+def test_documented_costs_of_directions(sampler, selector, ascend, expected):
     assert ratio(sampler, selector, ascend=ascend) == pytest.approx(expected, abs=4e-3)
 
 
 def test_a_part_by_hand():
     mask = Suffix("b").draw(SMALL, seed=0, count=0)
     cost = step_cost(SMALL, mask, TopLoss(0.5), ascend=Part(0.4), batch_size=8)
-    # Four of eight climb: 0.4 of 8 are 3.2.
+    # The ascent pass uses four of eight samples: 0.4 of 8 is 3.2.
     assert cost.ascent_forward == 0.5
     assert cost.ascent_activations == pytest.approx(0.1)
     assert cost.ascent_weights == pytest.approx(0.25)
     assert cost.scoring == 0.5
     assert cost.selection == 0.0
     assert cost.total == pytest.approx(0.85 + 0.5 + 0.5 * 2.5)
-    # Without the size of the batch: the share itself.
+    # Without the batch size: the share itself.
     assert step_cost(SMALL, mask, TopLoss(0.5), ascend=Part(0.4)).scoring == pytest.approx(0.6)
 
 
@@ -118,20 +118,20 @@ def test_small_chain_by_hand():
         (All(), 0.0, 1.0),
     ],
 )
-def test_passes_that_selectors_pay_for(selector, selection, descent_forward):
+def test_passes_that_selectors_need(selector, selection, descent_forward):
     cost = step_cost(SMALL, Suffix("b").draw(SMALL, seed=0, count=0), selector)
     assert cost.selection == pytest.approx(selection)
     assert cost.descent_forward == pytest.approx(descent_forward)
 
 
-def test_full_norm_pays_for_the_whole_backward():
+def test_full_norm_needs_the_whole_backward():
     mask = Suffix("c").draw(SMALL, seed=0, count=0)
     cost = step_cost(SMALL, mask, All(), norm="full")
     assert cost.ascent_activations + cost.ascent_weights == pytest.approx(base_cost(SMALL) - 1.0)
     assert cost.descent_forward == 1.0
 
 
-def test_norm_layers_alone_pay_for_activations_only():
+def test_norm_layers_cost_only_activation_gradients():
     cost = expected_cost(Only("norm", Suffix("200")), CHAIN, TopIncrease(0.5))
     assert cost.ascent_weights == 0.0
     assert cost.ascent_activations == pytest.approx(99 / 300)
@@ -159,10 +159,10 @@ def test_a_mean_over_one_mask_is_that_mask(options):
     mask = Suffix("b").draw(SMALL, seed=0, count=0)
     expected = step_cost(SMALL, mask, TopIncrease(0.5), **options)
     assert expected_cost(Suffix("b"), SMALL, TopIncrease(0.5), **options) == expected
-    assert expected != step_cost(SMALL, mask, TopIncrease(0.5))  # the option does something
+    assert expected != step_cost(SMALL, mask, TopIncrease(0.5))  # the option has an effect
 
 
-def test_means_are_over_the_steps_asked_for():
+def test_means_are_over_the_given_steps():
     late = Between(100, 110)
     assert expected_cost(late, SMALL, All(), steps=100).ratio == pytest.approx(1.0)
     assert expected_cost(late, SMALL, All(), start=100, steps=10).ratio == pytest.approx(2.0)
@@ -176,7 +176,7 @@ def test_means_are_over_the_draws_of_the_seed():
     assert len(set(costs)) > 1
 
 
-def test_order_of_execution_and_not_of_listing():
+def test_units_are_ordered_by_depth():
     shuffled = [SMALL[2], SMALL[0], SMALL[1]]
     mask = Mask((True, False, True), (1.0,) * 3)
     original = Mask((False, True, True), (1.0,) * 3)

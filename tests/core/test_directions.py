@@ -1,4 +1,4 @@
-"""Directions: what is drawn, kept and refused; and the reference's step with them, by hand."""
+"""Ascent directions: draws, kept gradients and errors; and reference steps, computed by hand."""
 
 import re
 from dataclasses import replace
@@ -49,31 +49,31 @@ UNITS = [Unit(name, (2,), block=name, depth=i) for i, name in enumerate("abc")]
 
 class TestParts:
     @pytest.mark.parametrize("b", [1, 2, 7, 100, 128])
-    def test_a_smaller_share_lies_within_a_larger(self, b):
+    def test_a_smaller_part_is_a_subset_of_a_larger_one(self, b):
         for count in range(20):
             inner: set = set()
             for percent in range(1, 101):
                 part = climbing_indices(Part(percent / 100), b, seed=3, count=count)
-                assert len(part) == max(1, -(-percent * b // 100))  # no float comes near
+                assert len(part) == max(1, -(-percent * b // 100))  # in integers, without rounding
                 assert inner <= set(part.tolist())
                 assert np.all(np.diff(part) > 0)
                 inner = set(part.tolist())
             assert len(inner) == b
 
-    def test_it_is_what_random_draws(self):
+    def test_it_draws_the_same_samples_as_random(self):
         for count in range(10):
             part = climbing_indices(Part(0.3), 50, seed=7, count=count)
             drawn = random_indices(50, subset_size(0.3, 50), seed=7, count=count)
             assert part.tolist() == drawn.tolist()
 
-    def test_each_sample_climbs_as_often_as_its_share_says(self):
+    def test_each_sample_is_drawn_as_often_as_the_share(self):
         n, b = 4000, 8
         hits = np.zeros(b)
         for count in range(n):
             hits[climbing_indices(Part(0.25), b, seed=1, count=count)] += 1
         assert np.all(np.abs(hits / n - 0.25) < 5 * np.sqrt(0.25 * 0.75 / n))
 
-    def test_the_others(self):
+    def test_indices_of_the_other_directions(self):
         assert climbing_indices(Batch(), 3, seed=0, count=0).tolist() == [0, 1, 2]
         for ascend in (Previous(), Momentum()):
             assert len(climbing_indices(ascend, 3, seed=0, count=0)) == 0
@@ -84,8 +84,8 @@ class TestParts:
     [
         (Batch(), TopIncrease(0.5), 8, True),
         (Part(0.5), All(), 8, False),
-        (Part(0.5), TopLoss(0.5), 8, False),  # the rest is a pass of its own
-        (Part(0.5), TopLoss(0.125), 8, True),  # a descent on one sample has no statistics
+        (Part(0.5), TopLoss(0.5), 8, False),  # the rest is a separate pass
+        (Part(0.5), TopLoss(0.125), 8, True),  # a descent pass on one sample has no statistics
         (Part(0.99), All(), 8, True),  # ceil(7.92) is all
         (Part(0.01), All(), 1, True),
         (Previous(), All(), 8, False),
@@ -95,7 +95,7 @@ class TestParts:
         (Momentum(), Random(0.5), 8, False),
     ],
 )
-def test_which_pass_leaves_its_traces(ascend, select, b, at_theta):
+def test_which_pass_updates_the_running_state(ascend, select, b, at_theta):
     assert records_at_theta(ascend, select, b) is at_theta
 
 
@@ -143,7 +143,7 @@ def test_which_gradients_are_kept():
         ),
     ],
 )
-def test_errors_say_what_must_hold_and_what_came(make, error, message):
+def test_errors_name_the_requirement_and_the_value(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
 
@@ -161,7 +161,7 @@ class TestConfiguration:
         del data["ascend"]
         assert ESAMConfig.from_dict(data) == ESAMConfig(rho=0.3, ascend=Batch())
 
-    def test_a_sampler_is_no_direction(self):
+    def test_a_sampler_is_not_a_direction(self):
         data = {**ESAMConfig().to_dict(), "ascend": {"name": "Everything"}}
         with pytest.raises(ESAMTypeError, match="`ascend` must be"):
             ESAMConfig.from_dict(data)
@@ -221,8 +221,8 @@ class TestReference:
         ):
             assert (None if found is None else len(found)) == length
 
-    def test_losses_stand_at_their_places(self):
-        """Those of the part and those of the others make up the losses of the batch."""
+    def test_losses_are_in_order(self):
+        """The losses of the part and of the others together are the losses of the batch."""
         problem = problems.mlp()
         session = session_of(problem, select=TopLoss(0.5), ascend=Part(0.25))
         whole = session_of(problem, select=TopLoss(0.5))
@@ -238,7 +238,7 @@ class TestReference:
             other.esam.memory.load(saved.state()["direction"])
         assert other.esam.memory.previous == {}
 
-    def test_previous_keeps_what_can_be_perturbed_and_momentum_nothing(self):
+    def test_previous_keeps_perturbable_gradients_and_momentum_keeps_none(self):
         problem = problems.mlp()
         session = session_of(problem, perturb=Suffix("head"), ascend=Previous())
         session.step(problem.batches[0])
@@ -247,8 +247,8 @@ class TestReference:
         session.step(problem.batches[0])
         assert session.state()["direction"] == {}
 
-    def test_what_is_kept_is_what_the_update_was_given(self):
-        """Not the gradient of one `backward`, and not a view of it either."""
+    def test_the_gradient_of_the_update_is_kept(self):
+        """Neither the gradient of a single `backward` nor a view of it is kept."""
         problem = problems.mlp()
         session = session_of(problem, beta=1.0, gamma=1.0, ascend=Previous())
         for batch in problem.batches[:2]:
@@ -256,7 +256,7 @@ class TestReference:
         given = session.gradients()
         session.apply()
         for g in session.left.values():
-            g[...] = np.nan  # what the caller does with its gradients
+            g[...] = np.nan  # the caller may change its gradients
         for name, g in session.esam.memory.previous.items():
             np.testing.assert_array_equal(g, given[name])
 
@@ -273,7 +273,7 @@ class TestReference:
         still = {name for name, e in zip(names, peaks[0], strict=True) if not e.any()}
         assert still == {"head.bias"}
 
-    def test_momentum_asks_for_a_first_moment(self):
+    def test_momentum_needs_a_first_moment(self):
         for base in (Base("sgd", lr=0.1), Base("sgd", lr=0.1, nesterov=True)):
             with pytest.raises(ESAMValueError, match=r"`ascend=Momentum\(\)` needs a base"):
                 session_of(problems.mlp(), base, ascend=Momentum())
@@ -281,7 +281,7 @@ class TestReference:
         assert not BaseOptimizer(Base("sgd")).has_moment
 
     @pytest.mark.parametrize("ascend", [Part(0.5), Previous(), Momentum()], ids=repr)
-    def test_what_is_not_finite_is_told(self, ascend):
+    def test_nonfinite_values_are_reported(self, ascend):
         problem = problems.mlp()
         session = session_of(problem, gamma=1.0, ascend=ascend, on_nonfinite="raise")
         session.step(problem.batches[0])
@@ -289,8 +289,9 @@ class TestReference:
         with pytest.raises(NonFiniteError, match="mean loss=nan"):
             session.step(bad)
 
-    def test_one_sample_climbs_by_the_running_statistics(self):
-        """It has none of its own: normalised by itself it would be zero, and its gradient too."""
+    def test_an_ascent_on_one_sample_uses_running_statistics(self):
+        """A single sample has no batch statistics: normalised by itself, it and its gradient would
+        be 0."""
         problem = problems.batchnorm()
         session = session_of(problem, beta=1.0, gamma=1.0, ascend=Part(0.125))
         for batch in problem.batches:

@@ -1,4 +1,4 @@
-"""Draws: against Philox written out from its definition, and as functions of their arguments."""
+"""Draws: compared with Philox implemented from its definition, and as pure functions."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def philox(counter, key):
 
 
 def test_the_cipher_of_this_test_is_philox():
-    """Its published known answer for a counter and key of zeros."""
+    """The published known answer for a counter and key of zeros."""
     assert philox([0, 0, 0, 0], [0, 0]) == [
         0x16554D9ECA36314C,
         0xDB20FE9D672D0FDC,
@@ -48,7 +48,7 @@ def test_uniforms_are_the_upper_bits_of_philox(seed, count, stream):
 
 
 def test_recorded_values():
-    """What a run of any version, on any platform, must draw."""
+    """The draws of every version on every platform."""
     assert uniforms(3, seed=0, count=0).tolist() == [
         0.08237630034858878,
         0.8843802930416267,
@@ -63,7 +63,7 @@ def test_a_shorter_draw_is_the_beginning_of_a_longer_one():
 
 
 @pytest.mark.parametrize("name", ["seed", "count", "stream"])
-def test_what_is_no_64_bit_integer_is_refused(name):
+def test_arguments_must_be_64_bit_integers(name):
     for draw in (lambda **a: uniforms(1, **a), derived_seed):
         arguments = {"seed": 0, "count": 0, "stream": 0}
         draw(**{**arguments, name: np.int64(2**63 - 1)})
@@ -91,7 +91,7 @@ def test_seeds_counts_and_streams_all_matter():
     assert len(draws) == 27
 
 
-def test_range_and_law():
+def test_range_and_distribution():
     drawn = uniforms(200_000, seed=4, count=0)
     assert drawn.dtype == np.float64
     assert drawn.min() >= 0.0

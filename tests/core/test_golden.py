@@ -1,4 +1,4 @@
-"""The recorded traces are the reference's, and say where they come from."""
+"""The recorded traces come from the reference, and contain their provenance."""
 
 import json
 from importlib import resources

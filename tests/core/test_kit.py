@@ -1,4 +1,4 @@
-"""The kit's own parts: comparisons that can fail, runner, declared gaps, pytest decorator."""
+"""The parts of the kit: comparisons that can fail, runner, declared gaps, pytest decorator."""
 
 import subprocess
 import sys
@@ -103,7 +103,7 @@ def test_the_tolerance_table_gives_reasons():
 
 
 class TestChecks:
-    def test_each_says_what_it_checks(self):
+    def test_each_has_a_description(self):
         for name, function in CHECKS.items():
             assert name.startswith("check_")
             assert function.__doc__
@@ -114,7 +114,7 @@ class TestChecks:
             check("telepathy")
 
     def test_each_capability_is_needed_by_some_check(self):
-        """But for two, which sharpen checks that run without them."""
+        """Except for two, which make other checks stricter."""
         needed = {need for function in CHECKS.values() for need in needs_of(function)}
         assert set(CAPABILITIES) - needed == {"gradient"}
 
@@ -149,8 +149,8 @@ class TestGaps:
         assert result.status == "failed"
         assert "declared a gap: it is not" in result.reason
 
-    def test_a_backend_that_shows_nothing_but_weights(self):
-        """What it does is still checked: a wrong one fails."""
+    def test_a_backend_that_shows_only_weights(self):
+        """Such a backend is still checked: a wrong one fails."""
         hidden = [
             *("losses", "perturbed_losses", "indices", "sample_weights", "perturbed"),
             *("perturbation_norm", "gradient_norm", "gradient", "passes", "backward", "faults"),
@@ -220,7 +220,7 @@ class TestRunner:
             "esam_core.conformance.numpy_adapter:NumpySession",
         ],
     )
-    def test_what_is_no_adapter(self, address, capsys):
+    def test_an_object_that_is_not_an_adapter(self, address, capsys):
         assert main([address]) == 2
         said = capsys.readouterr().err
         assert "The adapter must be an object with name, dtypes, conventions, gaps, session" in said
@@ -269,7 +269,7 @@ class TestDecorator:
         (mark,) = conformance(adapter)(function).pytestmark
         return {case.id: case.values[0] for case in mark.args[1]}
 
-    def test_a_test_a_check(self):
+    def test_there_is_one_test_per_check(self):
         assert list(self.cases(NumpyAdapter())) == list(CHECKS)
 
     def test_gaps_are_skipped_with_their_reasons(self):
@@ -282,7 +282,7 @@ class TestDecorator:
 
 
 class TestProblems:
-    """Masks and indices compare exactly: fair only where margins are far above rounding."""
+    """Masks and indices are compared exactly, which requires margins far above rounding."""
 
     ALL = (
         problems.softmax(),
@@ -293,7 +293,7 @@ class TestProblems:
     )
 
     @pytest.mark.parametrize("problem", ALL, ids=lambda problem: problem.name)
-    def test_float32_starts_from_the_very_same_numbers(self, problem):
+    def test_float32_starts_from_the_same_numbers(self, problem):
         for array in Network(problem.layers).parameters.values():
             assert np.array_equal(array.astype(np.float32).astype(np.float64), array)
             assert np.abs(array).max() < 4
@@ -302,7 +302,7 @@ class TestProblems:
 
     @pytest.mark.parametrize("rho", [0.05, 0.1, 0.3])
     @pytest.mark.parametrize("problem", ALL, ids=lambda problem: problem.name)
-    def test_no_sample_is_selected_by_a_hair(self, problem, rho):
+    def test_selections_have_margins(self, problem, rho):
         for beta, seed in ((1.0, 0), (0.5, 3), (0.6, 0)):
             esam = {"rho": rho, "beta": beta, "gamma": 0.5, "seed": seed}
             session = Run(problem=problem, esam=esam).on(NumpyAdapter(), "float64")
@@ -315,7 +315,7 @@ class TestProblems:
                 assert margin > 100 * np.finfo(np.float32).eps
 
     @pytest.mark.parametrize("selector", [Proportional(0.5), Proportional(0.5, "increase", 0.5)])
-    def test_no_sample_is_drawn_by_a_hair(self, selector):
+    def test_proportional_draws_have_margins(self, selector):
         from esam_core.selectors import inclusion_probabilities, systematic_offset
 
         esam = {"rho": 0.3, "beta": 1.0, "select": selector, "seed": 7}
@@ -337,8 +337,8 @@ class TestProblems:
             losses = np.sort(session.step(batch).losses)
             assert losses[4] - losses[3] > 1e-4
 
-    def test_they_are_what_they_were(self):
-        """A digest of all numbers: golden traces hang on them."""
+    def test_the_problems_have_not_changed(self):
+        """A digest of all numbers, on which the golden traces depend."""
         arrays = [batch.inputs for p in self.ALL for batch in p.batches]
         arrays += [a for p in self.ALL for a in Network(p.layers).parameters.values()]
         total = sum(float(np.sum(np.abs(array))) for array in arrays)

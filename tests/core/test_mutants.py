@@ -1,4 +1,4 @@
-"""The kit catches what it is for: each wrong step fails the check that is named for it."""
+"""The kit catches faults: each wrong step fails the check named for it."""
 
 import pytest
 from tests.core.mutants import MUTANTS
@@ -12,10 +12,10 @@ from esam_core.conformance.run import run_check, run_checks
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_each_mutant_is_caught_by_the_check_named_for_it(mutant, dtype):
     adapter = mutant.adapter()
-    adapter.dtypes = (dtype,)  # the kit must see as much in a backend of float32 alone
+    adapter.dtypes = (dtype,)  # the kit must see the same in a backend with only float32
     result = run_check(adapter, mutant.caught_by)
     assert result.status == "failed", f"{mutant.name} ({mutant.fault}) passes {mutant.caught_by}"
-    # A crash is not a catch: the check itself must have seen what is wrong, and said it.
+    # A crash does not count: the check itself must detect and describe the fault.
     assert isinstance(result.error, ConformanceError), result.reason
     assert len(result.reason) > 20
 
@@ -24,7 +24,7 @@ def test_every_check_has_a_mutant():
     assert {mutant.caught_by for mutant in MUTANTS} == set(CHECKS)
 
 
-def test_names_are_unique_and_faults_are_told():
+def test_names_are_unique_and_faults_are_described():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
     assert all(mutant.fault.endswith(".") for mutant in MUTANTS)
 

@@ -1,4 +1,4 @@
-"""epsilon by hand: 3-4-5 triangles, masks, and the four norms."""
+"""epsilon computed by hand: 3-4-5 triangles, masks, and the four norms."""
 
 import re
 
@@ -39,7 +39,7 @@ def test_sam():
 
 
 def test_masked_norm_of_one_unit_of_two():
-    """p = .5: the norm is that of the unit alone, and the radius rho / p."""
+    """p = .5: the norm is that of this unit alone, and the radius is rho / p."""
     first, second = epsilon([G[0], None], [2.0, 0.0], rho=0.5)
     assert first == pytest.approx(np.array([0.6, 0.8]))
     assert second.tolist() == [[0.0]]
@@ -65,7 +65,7 @@ def test_estimated_norm_is_unbiased_for_the_square():
         perturbation_norm(G, THETA, [a / p, b / p], norm="estimated", adaptive=both) ** 2
         for a, b in masks
     ]
-    assert np.mean(squares) == pytest.approx(13**2)  # each of the four masks is as likely
+    assert np.mean(squares) == pytest.approx(13**2)  # the four masks are equally likely
 
 
 def test_no_norm_is_algorithm_one_as_printed():
@@ -80,7 +80,7 @@ def test_adaptive_by_hand():
     assert first == pytest.approx(np.array([3.0, 16.0]) / np.sqrt(109))
     assert second == pytest.approx(np.array([[3.0]]) / np.sqrt(109))
     scaled = [e / np.abs(theta) for e, theta in zip((first, second), THETA, strict=True)]
-    assert length(scaled) == pytest.approx(1.0)  # ASAM's own constraint: ||epsilon/|theta||| = rho
+    assert length(scaled) == pytest.approx(1.0)  # ASAM's constraint: ||epsilon/|theta||| = rho
 
 
 def test_one_norm_over_adaptive_and_other_units():
@@ -90,7 +90,7 @@ def test_one_norm_over_adaptive_and_other_units():
     assert second == pytest.approx(np.array([[12.0]]) / common)
 
 
-def test_own_radii_share_one_norm():
+def test_different_radii_share_one_norm():
     first, second = perturbations(G, THETA, [1.0, 1.0], rho=[0.13, 1.3], adaptive=[False] * 2)
     assert first == pytest.approx(0.01 * G[0])
     assert second == pytest.approx(0.1 * G[1])
@@ -153,8 +153,8 @@ def test_arguments_of_unequal_length_are_refused():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_adaptive_perturbations_of_complex_weights_climb(norm):
-    """A turn of weight and gradient by the same angle turns epsilon by it, whatever the angle."""
+def test_adaptive_perturbations_of_complex_weights(norm):
+    """Rotating weight and gradient by the same angle rotates epsilon by this angle."""
     theta, g = np.array([3.0, -0.5]), np.array([1.0, 2.0])
     (real,) = perturbations([g], [theta], [1.0], rho=[0.5], norm=norm, adaptive=[True])
     turn = np.exp(1j * np.array([0.3, 2.0]))

@@ -1,4 +1,4 @@
-"""The published settings are usable as they stand."""
+"""The published settings can be used directly."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def test_published_values():
     assert [name for name, p in PRESETS.items() if p.rho_is_ours] == ["imagenet-vit-s16"]
 
 
-def test_whose_values_they_are():
+def test_sources_of_values():
     assert all(p.source for p in PRESETS.values())
     assert "ours" in PRESETS["imagenet-vit-s16"].source
     assert "beta=0.5" in PRESETS["cifar-pyramidnet110"].source
@@ -38,8 +38,8 @@ def test_the_recommended_is_a_configuration_and_costs_less_than_the_papers():
     paper = ESAMConfig.from_arguments(**PRESETS["cifar-resnet18"].arguments())
     units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(8)]
     ours, theirs = (expected_cost(c.perturb, units, c.select).ratio for c in (config, paper))
-    # A forward, the backward of four layers, a base step on half of the samples; the first layer
-    # of each backward needs no gradient of its input.
+    # A forward, the backward of four layers, and a base step on half of the samples; the first
+    # layer of each backward needs no input gradient.
     assert ours == pytest.approx((8 + (4 + 3) + (8 + 8 + 7) / 2) / (8 + 8 + 7))
     assert ours < 0.75 * theirs
 
@@ -58,4 +58,4 @@ def test_the_recommended_is_a_configuration_and_costs_less_than_the_papers():
 )
 def test_recommended_arguments(overrides, expected):
     assert recommended_arguments(**overrides) == expected
-    assert set(RECOMMENDED) == {"perturb", "select"}  # the constant is left alone
+    assert set(RECOMMENDED) == {"perturb", "select"}  # the constant is not changed

@@ -1,4 +1,4 @@
-"""The hand-written derivatives against finite differences, layer by layer and for each problem."""
+"""The hand-written derivatives, compared with finite differences for each layer and problem."""
 
 import numpy as np
 import pytest
@@ -140,7 +140,7 @@ def test_gradients_of_whole_problems(name, statistics):
     state = network.forward_state
 
     def losses():
-        network.forward_state = state  # the same noise, and the same numbers carried, each time
+        network.forward_state = state  # the same noise and carried state each time
         return network.evaluate(batch, statistics=statistics)
 
     gradient = losses().gradient(weights)

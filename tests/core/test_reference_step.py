@@ -1,4 +1,4 @@
-"""The reference step by hand: limits first, then each rule that the paper leaves open."""
+"""The reference step, checked by hand: limits, then each rule that the paper leaves open."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def step_of(problem, settings=None, *, seed=0, **arguments):
 
 
 class Quadratic:
-    """b losses l_i = a_i |theta|^2 / 2 in one unit: everything about it can be done in the head."""
+    """b losses l_i = a_i |theta|^2 / 2 in one unit, which is easy to compute by hand."""
 
     forward_state = None
     units = (Unit("theta", (2,)),)
@@ -48,7 +48,8 @@ class Quadratic:
 
 
 def test_a_quadratic_by_hand():
-    """|theta| = 5 and epsilon = theta / 5, so |theta + eps| = 6; k = 1: the steepest sample."""
+    """|theta| = 5 and epsilon = theta / 5, so |theta + eps| = 6; k = 1 selects the steepest
+    sample."""
     model = Quadratic([1.0, 3.0])
     batch = Batch(model.curvatures, np.zeros(2, int))
     step = Step(model, ESAMConfig.from_arguments(rho=1.0, beta=1.0, gamma=0.5))
@@ -116,7 +117,7 @@ def test_the_descent_gradient_is_that_of_the_selected_samples():
     assert all(gradient[name] == pytest.approx(a) for name, a in expected.items())
 
 
-def test_theta_comes_back_bit_for_bit_and_the_same_arrays():
+def test_theta_is_restored_bit_for_bit_in_the_same_arrays():
     problem = problems.convolution()
     step = step_of(problem, rho=3.0, beta=0.5)
     arrays = dict(step.model.parameters)
@@ -128,14 +129,14 @@ def test_theta_comes_back_bit_for_bit_and_the_same_arrays():
 
 
 def test_one_selected_sample_is_normalised_by_running_statistics():
-    """By its own it would be its bias alone: a gradient of exactly zero before BatchNorm."""
+    """By its own statistics it would be only the bias, with a zero gradient before BatchNorm."""
     problem = problems.batchnorm()
     gradient, report = step_of(problem, rho=0.1, beta=1.0, gamma=0.125).backward(problem.batches[0])
     assert len(report.indices) == 1
     assert np.abs(gradient["first.weight"]).max() > 1e-3
 
 
-def test_masks_of_single_weights_have_their_law():
+def test_distribution_of_masks_of_single_weights():
     layer = Dense("big", np.ones((50, 40)) / 50)
     network = Network([layer])
     batch = Batch(np.ones((4, 50)), np.array([0, 1, 2, 3]))
@@ -187,7 +188,7 @@ class TestNonFinite:
             assert report.perturbation_norm == 0.0
 
     @pytest.mark.parametrize("score", ["loss", "increase"])
-    def test_propagate_through_a_random_choice(self, score):
+    def test_propagate_through_a_random_selection(self, score):
         select = selectors.Proportional(0.25, score=score)
         gradient, _ = step_of(self.problem, rho=0.1, beta=1.0, select=select).backward(self.bad)
         assert all(np.isnan(g).any() for g in gradient.values())
@@ -226,7 +227,7 @@ def test_an_empty_batch_is_refused():
 
 
 class TestBaseOptimizers:
-    """Two updates by hand, from theta = 1 with gradients .5 and .25."""
+    """Two updates computed by hand, from theta = 1 with gradients .5 and .25."""
 
     def run(self, base, conventions=None):
         theta = {"w": np.array([1.0])}
@@ -267,7 +268,7 @@ class TestBaseOptimizers:
         second = 0.1 * (m / 0.19) / (np.sqrt(v / (1 - 0.999**2)) + 1e-8)
         assert self.run(Base("adam", lr=0.1)) == pytest.approx(0.9 - second, rel=1e-6)
 
-    def test_adamw_decays_beside_the_gradient(self):
+    def test_adamw_decays_separately_from_the_gradient(self):
         theta = {"w": np.array([2.0])}
         base = Base("adamw", lr=0.1, weight_decay=0.5)
         BaseOptimizer(base).update(theta, {"w": np.array([3.0])})
@@ -296,7 +297,7 @@ class TestBaseOptimizers:
 @pytest.mark.parametrize("norm", ["masked", "estimated", "full", "none"])
 @pytest.mark.parametrize("beta", [2.0**-23, 5e-324])
 def test_masks_that_hit_no_single_weight_perturb_nothing(beta, norm, dtype):
-    """Even where 1 / beta is inf, as a sampler of one's own may have it."""
+    """This includes 1 / beta = inf, which a custom sampler may have."""
 
     class Rare:
         needs_blocks = False

@@ -1,4 +1,4 @@
-"""The step report by hand, and means that wait for nothing until they are asked for."""
+"""The step report, checked by hand, and means that wait for the device only when read."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from esam_core import RunningMeans, StepReport
 from esam_core.report import REPORTED_MEANS
 
 LOSSES = np.array([1.0, 2.0, 3.0, 4.0])
-PERTURBED = np.array([1.5, 4.0, 3.25, 5.0])  # rises: .5, 2, .25, 1
+PERTURBED = np.array([1.5, 4.0, 3.25, 5.0])  # increases: .5, 2, .25, 1
 
 
 def report(**others):
@@ -35,10 +35,10 @@ def test_sharpness_by_hand():
     assert found.sharpness == pytest.approx(3.75 / 4)
     assert found.selected_sharpness == pytest.approx(1.5)
     assert found.rejected_sharpness == pytest.approx(0.375)
-    assert found.threshold == 1.0  # the second largest rise of two selected
+    assert found.threshold == 1.0  # the second largest increase, with two selected
 
 
-def test_selected_and_rejected_make_up_the_whole():
+def test_sharpness_is_the_weighted_mean_of_both_parts():
     """R_B = gamma R_B+ + (1 - gamma) R_B-."""
     found = report()
     share = found.sample_share
@@ -62,7 +62,7 @@ def test_with_everything_selected_there_is_no_threshold():
     assert found.threshold is None
 
 
-def test_a_base_step_reports_no_more_than_losses():
+def test_a_base_step_reports_only_losses():
     found = StepReport(count=7, losses=LOSSES)
     assert found.perturbation_norm == 0.0
     assert found.gradient_norm is None
@@ -82,7 +82,7 @@ def test_running_means():
     assert all(type(value) is float for value in result.values())
 
 
-def test_steps_without_a_field_do_not_count_for_it():
+def test_steps_without_a_field_are_left_out_of_its_mean():
     means = RunningMeans(["sharpness", "loss"])
     means.update(report())
     means.update(StepReport(count=1, losses=LOSSES * 0.0))
@@ -107,7 +107,7 @@ class OnDevice(np.ndarray):
     __bool__ = __int__ = __float__
 
 
-def test_updating_turns_nothing_into_a_python_number():
+def test_updating_converts_nothing_to_a_python_number():
     means = RunningMeans()
     for _ in range(3):
         means.update(report(losses=LOSSES.view(OnDevice), gradient_norm=np.ones(()).view(OnDevice)))

@@ -1,4 +1,4 @@
-"""Samplers: hand-derived masks, inclusion probabilities by many draws, and purity."""
+"""Samplers: masks derived by hand, inclusion probabilities over many draws, and purity."""
 
 import re
 
@@ -96,7 +96,7 @@ class TestEverySampler:
     ],
     ids=repr,
 )
-def test_units_are_perturbed_as_often_as_their_probability_says(sampler):
+def test_units_are_perturbed_as_often_as_their_probability(sampler):
     n = 20_000
     drawn = [sampler.draw(UNITS, seed=5, count=c) for c in range(n)]
     share = np.mean([mask.perturbed for mask in drawn], axis=0)
@@ -104,7 +104,7 @@ def test_units_are_perturbed_as_often_as_their_probability_says(sampler):
     if isinstance(sampler, Only):
         p = p * np.array([u.kind == "weight" for u in UNITS])
     assert np.all(np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n))
-    # And so m / p has the mean 1: E epsilon is what it would be without a mask.
+    # Therefore m / p has mean 1, and E epsilon is the same as without a mask.
     mean_scale, p = np.mean([mask.scale for mask in drawn], axis=0)[p > 0], p[p > 0]
     assert np.all(np.abs(mean_scale - 1) <= 5 * np.sqrt((1 - p) / p / n))
 
@@ -130,7 +130,7 @@ def test_bernoulli_of_single_weights():
     assert len({mask.weight_seed for mask in masks}) == 50
     assert all(0 <= mask.weight_seed < 2**63 for mask in masks)
     assert sampler.masks(UNITS) is None
-    # beta = 1 is everything, whatever the unit.
+    # beta = 1 perturbs everything, for both units.
     assert Bernoulli(1.0, unit="weight").draw(UNITS, seed=0, count=0).weight_beta is None
 
 
@@ -158,7 +158,7 @@ def test_a_bernoulli_mask_may_be_empty_and_keeps_its_probability():
         (1.0, ["stem", "layer1.conv", "layer2.conv", "head"]),
         (0.6, ["layer1.conv", "layer2.conv", "head"]),  # exactly 6 of 10
         (0.59, ["layer2.conv", "head"]),
-        (0.3, ["layer2.conv", "head"]),  # 0.1 + 0.2 in floats is a hair over 0.3
+        (0.3, ["layer2.conv", "head"]),  # in floats, 0.1 + 0.2 is slightly more than 0.3
         (0.1, ["head"]),
         (0.01, ["head"]),  # at least the last block
     ],
@@ -170,7 +170,7 @@ def test_suffix(start, blocks):
     assert perturbed(Suffix(start), count=17, seed=5) == names
 
 
-def test_a_name_is_not_a_beginning_of_a_name():
+def test_a_prefix_of_a_name_does_not_match():
     units = [Unit("a", (1,), block="layer10"), Unit("b", (1,), block="layer1")]
     assert perturbed(Suffix("layer1"), units=units) == ["b"]
 
@@ -210,8 +210,8 @@ def test_only():
 
 @pytest.mark.parametrize("kind", ["norms", "*.atention.*", "Stem.weight"])
 @pytest.mark.parametrize("inner", [Everything(), Bernoulli(0.5)], ids=repr)
-def test_only_refuses_text_that_is_no_kind_and_matches_nothing(kind, inner):
-    """A misspelt kind would train with the base optimizer alone and never say so."""
+def test_only_refuses_strings_that_match_nothing(kind, inner):
+    """A misspelt kind would silently train with only the base optimizer."""
     message = re.escape(
         "`kind` must be one of 'weight', 'bias', 'norm', 'embedding', or a pattern that matches "
         f"the name of a unit, such as 'stem.weight'. Received: kind='{kind}'."
@@ -220,12 +220,12 @@ def test_only_refuses_text_that_is_no_kind_and_matches_nothing(kind, inner):
     with pytest.raises(ESAMValueError, match=message):
         only.draw(UNITS, seed=0, count=0)
     with pytest.raises(ESAMValueError, match=message):
-        Between(5, None, only).masks(UNITS)  # at the start, not when the schedule comes to it
+        Between(5, None, only).masks(UNITS)  # at the start, not when the schedule becomes active
     with pytest.raises(ESAMValueError, match=re.escape(f"Received: kind='{kind}'.")):
         only.draw([], seed=0, count=0)
 
 
-def test_only_may_find_no_unit_of_a_kind_or_a_function():
+def test_a_kind_or_a_function_may_match_no_unit():
     for kind in ("embedding", lambda unit: False):
         assert perturbed(Only(kind)) == []
         assert not Only(kind).masks(UNITS)[0].active
@@ -261,7 +261,7 @@ def test_schedules_do_not_rescale():
         assert all(mask.probability == (0.5,) * 6 for mask in active)
 
 
-def test_sometimes_has_its_share_and_is_independent_of_what_it_holds():
+def test_sometimes_has_its_share_and_is_independent_of_its_inner_sampler():
     n = 20_000
     sampler = Sometimes(0.3, Bernoulli(0.5))
     drawn = np.array([sampler.draw(UNITS, seed=3, count=c).perturbed for c in range(n)])
@@ -280,7 +280,7 @@ def test_finite_sets_of_masks():
     assert len(Every(1, Suffix("head")).masks(UNITS)) == 1
     assert Every(2, Bernoulli(0.5)).masks(UNITS) is None
     assert len(Sometimes(0.5, RandomSuffix(("stem", "head"))).masks(UNITS)) == 3
-    # Two suffixes of which a kind is in one only: the masks are still told apart.
+    # Two suffixes, only one of which has units of the kind: the masks still differ.
     assert len(Only("norm", RandomSuffix(("stem", "head"))).masks(UNITS)) == 2
 
 
@@ -337,7 +337,7 @@ def test_unit():
         (lambda: check_sampler("perturb", Bernoulli), ESAMTypeError, "must be a sampler"),
     ],
 )
-def test_errors_say_what_must_hold_and_what_came(make, error, message):
+def test_errors_name_the_requirement_and_the_value(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
 
@@ -352,7 +352,7 @@ def test_draws_refuse_counts_below_0(sampler):
         sampler.draw(UNITS, seed=0, count=-1)
 
 
-def test_suffix_names_the_blocks_there_are():
+def test_suffix_errors_list_the_blocks():
     with pytest.raises(ESAMValueError, match=r"'stem', 'layer1.conv', 'layer2.conv', 'head'"):
         Suffix("layer9").draw(UNITS, seed=0, count=0)
 
@@ -362,7 +362,7 @@ def test_a_share_needs_costs():
         Suffix(0.5).draw([Unit("w", (1,), block="a")], seed=0, count=0)
 
 
-def test_samplers_of_ones_own():
+def test_custom_samplers():
     class Alternating:
         needs_blocks = False
 

@@ -1,4 +1,4 @@
-"""g(N, beta): the two savings by counting masks, and the fit on data whose constants are known."""
+"""g(N, beta): the savings by counting masks, and the fit on data with known constants."""
 
 import itertools
 
@@ -23,13 +23,13 @@ def test_early_stop_is_the_expectation_over_all_masks(beta):
 def test_limits():
     assert savings(7, 1.0, 0.3, 0.1) == 0.0
     assert savings(1, 0.4, 0.3, 0.1) == pytest.approx(0.4 * 0.6)
-    # Independent masks hardly ever stop a deep backward early.
+    # Independent masks rarely stop a deep backward early.
     assert early_stop(100, 0.6) < 0.01
 
 
 @pytest.mark.parametrize(("k1", "k2"), [(0.3185, 0.1310), (0.3143, 0.0737)])
 def test_fit_recovers_the_constants_within_its_standard_errors(k1, k2):
-    """With the constants that the paper reports, and noise like that of timings."""
+    """With the paper's constants, and noise similar to that of timings."""
     rows = list(itertools.product((1, 2, 4, 8), (0.3, 0.5, 0.7, 0.9)))
     generator = np.random.default_rng(0)
     misses = []
@@ -39,7 +39,8 @@ def test_fit_recovers_the_constants_within_its_standard_errors(k1, k2):
         fit = fit_savings(*zip(*rows, strict=True), saved)
         misses += [(fit.k1 - k1) / fit.k1_error, (fit.k2 - k2) / fit.k2_error]
         assert fit.residual == pytest.approx(0.005, rel=0.8)
-    # A standardised error: its spread is that of Student's t with 14 degrees of freedom, 1.08.
+    # Standardised errors have the standard deviation of Student's t, 1.08 for 14 degrees of
+    # freedom.
     assert np.std(misses) == pytest.approx(1.08, abs=0.15)
     assert abs(np.mean(misses)) < 0.2
 

@@ -1,4 +1,4 @@
-"""Schedules whose numbers come from shares of the run, and that climb further where they climb."""
+"""Schedules that are defined by shares of the run, or that scale rho."""
 
 import math
 import re
@@ -22,12 +22,12 @@ UNITS = [Unit("a", (2,), block="a"), Unit("b", (2,), block="b", depth=1)]
 
 
 def factors(sampler, n=7):
-    """Return what rho is multiplied by in the first n steps, 0 where nothing climbs."""
+    """Return the factors of rho in the first n steps, with 0 for base steps."""
     masks = [sampler.draw(UNITS, seed=0, count=c) for c in range(n)]
     return [mask.rho_factor if mask.active else 0.0 for mask in masks]
 
 
-def test_every_climbs_n_times_as_far():
+def test_every_can_multiply_rho_by_n():
     assert factors(Every(3, scale_rho=True)) == [3.0, 0, 0, 3.0, 0, 0, 3.0]
     assert factors(Every(3)) == [1.0, 0, 0, 1.0, 0, 0, 1.0]
     assert factors(Every(1, scale_rho=True)) == [1.0] * 7
@@ -37,7 +37,7 @@ def test_every_climbs_n_times_as_far():
 
 
 def test_the_factor_is_not_a_probability():
-    """It stays out of m / p, which enters the norm."""
+    """The factor is not part of m / p, which enters the norm."""
     mask = Every(4, Suffix("b"), scale_rho=True).draw(UNITS, seed=0, count=0)
     assert mask.scale == (0.0, 1.0)
     assert mask.probability == (1.0, 1.0)
@@ -64,14 +64,15 @@ class TestShareOfTheRun:
         assert Between.of_run(1.0, steps=8) == Between(8)
         assert Between.of_run(0.5, 0.5, steps=8) == Between(4, 4)
         assert Between.of_run(0.5, steps=8, inner=Suffix("b")) == Between(4, None, Suffix("b"))
-        # Less than a step is behind before the first: half of 7 steps begin with the fifth.
+        # Perturbing starts once at least the share has passed: half of 7 steps starts with the
+        # fifth.
         assert Between.of_run(0.5, steps=7) == Between(4)
 
     @pytest.mark.parametrize("steps", [1, 3, 100, 391, 78_000])
-    def test_a_share_of_the_steps_to_the_step(self, steps):
+    def test_shares_of_the_steps_are_exact(self, steps):
         for percent in range(101):
             start = Between.of_run(percent / 100, steps=steps).start
-            assert start == -(-percent * steps // 100)  # in integers: no float comes near
+            assert start == -(-percent * steps // 100)  # in integers, without rounding
 
 
 COSINE = tuple(0.1 * (1 + math.cos(math.pi * i / 1000)) / 2 for i in range(1000))
@@ -86,8 +87,8 @@ class TestShareOfTheLearningRate:
         assert math.fsum(rates[:start]) >= share * math.fsum(rates) * (1 - 1e-12)
         assert math.fsum(rates[: start - 1]) < share * math.fsum(rates)
 
-    def test_the_figure_in_the_docstring(self):
-        """Under a cosine the last 12 % of the steps hold 0.3 % of the sum."""
+    def test_the_number_in_the_docstring(self):
+        """Under a cosine the last 12 % of the steps contain 0.3 % of the sum."""
         assert Between.of_learning_rate(0.997, rates=COSINE).start == pytest.approx(880, abs=5)
 
     def test_a_constant_rate_is_the_share_of_the_run(self):
@@ -138,13 +139,13 @@ class TestShareOfTheLearningRate:
         ),
     ],
 )
-def test_errors_say_what_must_hold_and_what_came(make, error, message):
+def test_errors_name_the_requirement_and_the_value(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
 
 
 def test_they_are_plain_samplers():
-    """What is saved are two numbers: the learning rates are not needed again."""
+    """Only two numbers are saved: the learning rates are not needed again."""
     sampler = Between.of_learning_rate(0.5, rates=[0.1] * 10)
     assert sampler == Between(5, None, Everything())
     assert [sampler.draw(UNITS, seed=0, count=c).active for c in (4, 5, 10**6)] == [

@@ -1,4 +1,4 @@
-"""Selectors: k in exact arithmetic, ties, and what a random selection must average to."""
+"""Selectors: k in exact arithmetic, ties, and expectations of random selections."""
 
 import itertools
 import re
@@ -70,7 +70,7 @@ def test_no_k_of_a_gamma_outside_0_1(gamma):
         subset_size(gamma, 10)
 
 
-def test_k_of_what_is_no_number_and_of_numpy_numbers():
+def test_k_of_invalid_types_and_of_numpy_numbers():
     with pytest.raises(ESAMTypeError, match="`gamma` must be a number"):
         subset_size("0.5", 10)
     assert subset_size(np.float32(0.5), 10) == 5
@@ -88,14 +88,14 @@ def test_ties_go_to_the_lower_index():
 
 
 def test_many_ties_among_many_samples():
-    """An unstable sort shows on more elements than its base case."""
+    """An unstable sort is visible only with many elements."""
     scores = np.repeat([1.0, 2.0, 3.0], 100)
     np.random.Generator(np.random.PCG64(0)).shuffle(scores)
     expected = np.concatenate([np.flatnonzero(scores == 3.0), np.flatnonzero(scores == 2.0)[:50]])
     assert top_indices(scores, 150).tolist() == sorted(expected.tolist())
 
 
-def test_nan_is_never_selected_away():
+def test_nan_is_never_rejected():
     assert top_indices(np.array([1.0, np.nan, 5.0, np.inf]), 2).tolist() == [1, 3]
     assert top_indices(np.array([1.0, 2.0, -np.inf, np.nan]), 1).tolist() == [3]
 
@@ -105,7 +105,7 @@ def test_top_increase():
     kept = select(TopIncrease(0.5), before, after, seed=0, count=0)
     assert kept.indices.tolist() == [0, 3]
     assert kept.weights.tolist() == [0.5, 0.5]
-    assert kept.threshold == pytest.approx(0.7)  # alpha: the k-th largest rise
+    assert kept.threshold == pytest.approx(0.7)  # alpha: the k-th largest increase
 
 
 def test_top_loss_needs_no_perturbed_losses():
@@ -119,8 +119,8 @@ def test_top_loss_needs_no_perturbed_losses():
     [TopIncrease(0.9), TopLoss(0.9), Random(0.9), Proportional(0.9), All(), TopIncrease(1.0)],
     ids=repr,
 )
-def test_all_samples_are_kept_with_the_plain_mean(selector):
-    """k = ceil(.9 * 4) = b: whatever the selector, w = 1/b and nothing is drawn."""
+def test_selecting_all_samples_gives_the_plain_mean(selector):
+    """k = ceil(.9 * 4) = b: for every selector, w = 1/b and nothing is drawn."""
     kept = select(selector, np.arange(4.0), None, seed=0, count=0)
     assert kept.indices.tolist() == [0, 1, 2, 3]
     assert kept.weights.tolist() == [0.25] * 4
@@ -141,7 +141,7 @@ def test_random_is_uniform_over_subsets():
     assert chi_square < 33  # 9 degrees of freedom: passed with probability 1 - 1e-4
 
 
-def test_random_depends_on_seed_and_count_alone():
+def test_random_depends_only_on_seed_and_count():
     first = select(Random(0.25), np.zeros(16), None, seed=3, count=9)
     again = select(Random(0.25), np.ones(16), None, seed=3, count=9)
     other = select(Random(0.25), np.zeros(16), None, seed=3, count=10)
@@ -225,7 +225,7 @@ class TestSystematicSample:
 
     def test_each_sample_has_its_probability(self):
         pi = inclusion_probabilities(np.array([0.0, 1.0, 4.0, 0.5, 2.0]), 2, 0.3)
-        grid = (np.arange(20_000) + 0.5) / 20_000  # every offset, evenly: no chance in it
+        grid = (np.arange(20_000) + 0.5) / 20_000  # all offsets, evenly spaced
         hits = np.zeros(5)
         for offset in grid:
             hits[systematic_indices(pi, offset)] += 1
@@ -234,7 +234,7 @@ class TestSystematicSample:
 
 @pytest.mark.parametrize("score", ["loss", "increase"])
 def test_proportional_averages_to_the_whole_batch(score):
-    """E[sum of w_i x_i] = mean of x, for any x: the weights undo the selection."""
+    """E[sum of w_i x_i] = mean of x, for any x: the weights correct for the selection."""
     generator = np.random.Generator(np.random.PCG64(3))
     losses = generator.exponential(size=12)
     perturbed = losses + generator.normal(size=12)
@@ -291,6 +291,6 @@ def test_every_selector(selector):
         (lambda: check_selector("select", TopLoss), ESAMTypeError, "must be a selector"),
     ],
 )
-def test_errors_say_what_must_hold_and_what_came(make, error, message):
+def test_errors_name_the_requirement_and_the_value(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()

@@ -1,10 +1,10 @@
-"""What is kept from step to step for a model's units."""
+"""The cache of results for a model's units."""
 
 from esam_core import Unit
 from esam_core.units import cache_for_units
 
 
-def test_what_follows_from_units_is_kept_for_the_same_tuple_alone():
+def test_results_are_cached_only_for_the_same_tuple():
     calls = []
 
     @cache_for_units
@@ -18,8 +18,8 @@ def test_what_follows_from_units_is_kept_for_the_same_tuple_alone():
     listed = list(units)
     assert counted("x", listed) == 2
     listed.append(Unit("c", (1,)))
-    assert counted("x", listed) == 3  # a list may change, and is looked at each time
+    assert counted("x", listed) == 3  # a list may change, so its results are not cached
     assert calls == ["x", "y", "x", "x", "x"]
-    for i in range(100):  # old results make room
+    for i in range(100):  # old results are removed
         counted(str(i), units)
     assert counted("x", units) == 2 and calls[-1] == "x"

@@ -1,7 +1,7 @@
 """Deliberately wrong steps, each with the name of the check that must catch it.
 
-They are built on the reference, one fault each, and test the kit: a defect that passes the check
-made for it would pass in a backend too. Plain SGD is among them.
+They are based on the reference, with one fault each, and test the kit: a fault that its check does
+not catch would also go unnoticed in a backend. Plain SGD is one of them.
 """
 
 from tests.core.mutants import (
@@ -18,7 +18,7 @@ from tests.core.mutants.registry import Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
 
-#: Every mutant.
+#: All mutants.
 MUTANTS: tuple[Mutant, ...] = tuple(
     mutant
     for module in (masks, perturbation, selection, passes, written, parts, earlier, sessions)

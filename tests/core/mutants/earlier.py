@@ -1,4 +1,4 @@
-"""Wrong directions of earlier steps."""
+"""Wrong ascent directions from earlier steps."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ MUTANTS = Mutants()
 
 
 class _OtherMemory(Step):
-    """Steps that remember wrongly."""
+    """Steps with a wrong memory."""
 
     remembers: type[Memory] = Memory
 
@@ -32,30 +32,30 @@ class _OtherMemory(Step):
 
 
 class _Turned(Memory):
-    """The sign is not looked at."""
+    """The sign is ignored."""
 
     def direction(self) -> dict[str, Array]:
-        """Turn it round."""
+        """Reverse the direction."""
         return {name: -g for name, g in super().direction().items()}
 
 
 @MUTANTS.caught_by("check_climb_along_the_previous_gradient")
 class WrongSign(_OtherMemory):
-    """The climb goes the other way."""
+    """The direction has the wrong sign."""
 
     remembers = _Turned
 
 
 @MUTANTS.caught_by("check_previous_is_sam_where_the_gradient_is_constant")
 class DownhillOnALinearLoss(_OtherMemory):
-    """The climb goes downhill: the loss at theta + epsilon is lower."""
+    """The perturbation decreases the loss: it is lower at theta + epsilon."""
 
     remembers = _Turned
 
 
 @MUTANTS.caught_by("check_climb_along_the_momentum")
 class MomentumWithTheOtherSign(_OtherMemory):
-    """The climb goes along the momentum in place of against it."""
+    """The perturbation is along the momentum instead of against it."""
 
     remembers = _Turned
 
@@ -66,7 +66,7 @@ class _TwoAgo(Memory):
     last: Mapping[str, Array] | None = None
 
     def record_update(self, gradient: Mapping[str, Array]) -> None:
-        """Keep it one update longer."""
+        """Keep the gradient one update longer."""
         if self.last is not None:
             super().record_update(self.last)
         self.last = {name: g.copy() for name, g in gradient.items()}
@@ -83,7 +83,7 @@ class _Average(Memory):
     """A running mean of the gradients."""
 
     def record_update(self, gradient: Mapping[str, Array]) -> None:
-        """Mix the old ones in."""
+        """Average with the old gradients."""
         before = self.previous
         super().record_update(gradient)
         self.previous = {n: g + 0.5 * before.get(n, 0.0) for n, g in self.previous.items()}
@@ -91,13 +91,13 @@ class _Average(Memory):
 
 @MUTANTS.caught_by("check_earlier_directions_beside_the_reference")
 class PreviousIsAnAverage(_OtherMemory):
-    """Gradients of all earlier updates are in the direction."""
+    """The direction contains the gradients of all earlier updates."""
 
     remembers = _Average
 
 
 class _OnlyTheMask(Memory):
-    """Only what one suffix perturbs is kept, whatever the norm."""
+    """Only the gradients of one suffix are kept, for every norm."""
 
     def __init__(self, config: Any, units: Any, allowed: Any, base: Any) -> None:
         super().__init__(replace(config, norm="masked"), units, allowed, base)
@@ -112,14 +112,14 @@ class FullNormOfWhatIsKept(_OtherMemory):
 
 @MUTANTS.caught_by("check_first_step_is_a_base_step")
 class FirstStepClimbs(Step):
-    """In the first step, without a direction, the whole batch's gradient is taken."""
+    """The first step, which has no direction, uses the whole batch's gradient."""
 
     def has_direction(self, mask: Mask) -> bool:
-        """Say yes."""
+        """Always return True."""
         return True
 
     def ascent_indices(self, b: int) -> Array:
-        """Climb along everything where there is nothing else."""
+        """Use the whole batch if there is no direction."""
         right = super().ascent_indices(b)
         return np.arange(b) if len(right) == 0 and not self.memory.direction() else right
 
@@ -128,7 +128,7 @@ class _SecondMoments(Memory):
     """Adam's other moment."""
 
     def direction(self) -> dict[str, Array]:
-        """Take the squares where there are any."""
+        """Return the squares if there are any."""
         right = super().direction()
         if not isinstance(self.config.ascend, directions.Momentum) or self.base is None:
             return right
@@ -138,36 +138,37 @@ class _SecondMoments(Memory):
 
 @MUTANTS.caught_by("check_momentum_of_each_base")
 class SecondMomentTaken(_OtherMemory):
-    """With Adam the mean of the squares is climbed along."""
+    """With Adam the mean of the squares is the direction."""
 
     remembers = _SecondMoments
 
 
 @MUTANTS.caught_by("check_momentum_without_a_past_is_previous")
 class PreviousIsOfTheFirstUpdate(_OtherMemory):
-    """The gradient of the first update is kept for good."""
+    """The gradient of the first update is kept forever."""
 
     class remembers(Memory):  # noqa: N801 - a value of the attribute
-        """Keeps the first."""
+        """Keeps only the first gradient."""
 
         def record_update(self, gradient: Mapping[str, Array]) -> None:
-            """Keep it once."""
+            """Keep the gradient once."""
             if not self.previous:
                 super().record_update(gradient)
 
 
 class _AnyBase(BaseOptimizer):
-    """A base that says that it has a first moment."""
+    """A base optimizer that claims to have a first moment."""
 
     @property
     def has_moment(self) -> bool:
-        """Say yes."""
+        """Always return True."""
         return True
 
 
 @MUTANTS.caught_by("check_a_base_without_a_first_moment_is_refused")
 class MomentumAroundAnyBase(Step):
-    """A base without a first moment is taken, and every step is silently a base step."""
+    """A base optimizer without a first moment is accepted, and every step is silently a base
+    step."""
 
     def __init__(self, model: Any, config: Any, settings: Any = None, base: Any = None) -> None:
         base.__class__ = _AnyBase
@@ -179,7 +180,7 @@ class LossesForNothing(Step):
     """The losses at theta are evaluated in every step."""
 
     def has_direction(self, mask: Mask) -> bool:
-        """Evaluate the batch on the way."""
+        """Evaluate the batch needlessly."""
         right = super().has_direction(mask)
         if right and isinstance(self.config.ascend, directions.Previous | directions.Momentum):
             self.model.evaluate(self.batch, statistics="batch", update=False)
@@ -193,10 +194,10 @@ class LossesForNothing(Step):
 
 @MUTANTS.caught_by("check_rho_zero_with_any_direction")
 class ZeroRadiusStillParts(Step):
-    """With rho = 0 the passes of a part are made all the same."""
+    """With rho = 0 the passes on a part still run."""
 
     def mask(self) -> Mask:
-        """Draw a mask where there is nothing to perturb."""
+        """Draw a mask although there is nothing to perturb."""
         if not isinstance(self.config.ascend, directions.Part):
             return super().mask()
         return self.config.perturb.draw(self.model.units, seed=self.config.seed, count=self.count)
@@ -204,10 +205,10 @@ class ZeroRadiusStillParts(Step):
 
 @MUTANTS.caught_by("check_one_direction_an_update")
 class DirectionOfTheLastBackward(Step):
-    """The gradient of the last `backward` is climbed along, in the same update as well."""
+    """The gradient of the last `backward` is the direction, even within the same update."""
 
     def backward(self, batch: Any) -> Any:
-        """Keep it at once."""
+        """Keep the gradient immediately."""
         gradient, report = super().backward(batch)
         self.memory.record_update(gradient)
         return gradient, report
@@ -215,25 +216,26 @@ class DirectionOfTheLastBackward(Step):
 
 @MUTANTS.caught_by("check_direction_is_saved")
 class DirectionNotSaved(NumpySession):
-    """A checkpoint does not hold the direction: the first step after it is a base step."""
+    """A checkpoint does not contain the direction: the first step after loading it is a base
+    step."""
 
     def state(self) -> dict[str, Any]:
-        """Leave it out."""
+        """Leave the direction out."""
         return {**super().state(), "direction": {}}
 
 
 @MUTANTS.caught_by("check_a_failed_step_keeps_the_direction")
 class DirectionUsedUp(Step):
-    """The direction is let go of when it is used, also by a step that then fails."""
+    """The direction is dropped when it is used, even by a step that then fails."""
 
     def earlier_gradient(self, mask: Mask) -> list[Array | None]:
-        """Take it out."""
+        """Mark the direction for removal."""
         found = super().earlier_gradient(mask)
         self.used = True
         return found
 
     def restore(self, theta: Any) -> None:
-        """Forget."""
+        """Drop the direction."""
         super().restore(theta)
         if getattr(self, "used", False):
             self.memory.previous = {}
@@ -241,13 +243,13 @@ class DirectionUsedUp(Step):
 
 @MUTANTS.caught_by("check_nonfinite_steps_with_any_direction")
 class SkippedStepTakesTheDirection(_OtherMemory):
-    """After a step that was skipped there is no direction."""
+    """After a skipped step there is no direction."""
 
     class remembers(Memory):  # noqa: N801 - a value of the attribute
-        """Takes an update without gradients for one."""
+        """Counts an update without gradients as an update."""
 
         def record_update(self, gradient: Mapping[str, Array]) -> None:
-            """Keep nothing if there is nothing."""
+            """Keep an empty direction if there are no gradients."""
             super().record_update(gradient)
             if not gradient:
                 self.previous = {}

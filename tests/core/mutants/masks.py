@@ -24,7 +24,7 @@ MUTANTS = Mutants()
 
 
 class _OtherCount(Step):
-    """A mask drawn for another ascent than this one."""
+    """A mask drawn for a step other than this one."""
 
     def other(self) -> int:
         """Return the wrong count."""
@@ -50,16 +50,16 @@ class NextStepsMask(_OtherCount):
 
 @MUTANTS.caught_by("check_each_step_has_its_own_mask")
 class PreviousStepsMask(_OtherCount):
-    """The mask is that of the step before."""
+    """The mask is that of the previous step."""
 
     def other(self) -> int:
-        """Return the count before."""
+        """Return the previous count."""
         return max(0, self.count - 1)
 
 
 @MUTANTS.caught_by("check_each_step_has_its_own_mask")
 class SameMaskForever(_OtherCount):
-    """The mask is drawn once: a function that was traced once."""
+    """The mask is drawn only once, as in a function that was traced once."""
 
     def other(self) -> int:
         """Return the first count."""
@@ -68,10 +68,10 @@ class SameMaskForever(_OtherCount):
 
 @MUTANTS.caught_by("check_each_step_has_its_own_mask")
 class CountNotAdvanced(Step):
-    """The counter of ascents stands still."""
+    """The step count does not advance."""
 
     def backward(self, batch: Any) -> Any:
-        """Make a step as if it had not been."""
+        """Run a step without counting it."""
         result = super().backward(batch)
         self.count = 0
         return result
@@ -92,7 +92,7 @@ class MaskFromPythonsGenerator(Step):
     """Something is drawn from Python's global generator."""
 
     def mask(self) -> Mask:
-        """Draw a number too many."""
+        """Draw one number too many."""
         random.random()
         return super().mask()
 
@@ -102,14 +102,14 @@ class MaskFromNumpysGenerator(Step):
     """Something is drawn from NumPy's global generator."""
 
     def mask(self) -> Mask:
-        """Draw a number too many."""
+        """Draw one number too many."""
         np.random.random()  # noqa: NPY002 - the fault
         return super().mask()
 
 
 @MUTANTS.caught_by("check_perturbation_follows_the_mask")
 class MaskReportedNotUsed(Step):
-    """The report names the mask, and everything is perturbed."""
+    """The report names the mask, but everything is perturbed."""
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
         """Return all gradients."""
@@ -135,19 +135,19 @@ class ScheduleRescaled(Step):
 
 @MUTANTS.caught_by("check_schedule_that_scales_rho")
 class RhoNotScaled(Step):
-    """The factor by which a schedule scales rho is forgotten."""
+    """A schedule's factor of rho is ignored."""
 
     def mask(self) -> Mask:
-        """Forget the factor."""
+        """Ignore the factor."""
         return replace(super().mask(), rho_factor=1.0)
 
 
 @MUTANTS.caught_by("check_schedule_that_scales_rho")
 class RhoScaledInTheNorm(Step):
-    """The factor that scales rho is taken for one over a probability, and enters the norm."""
+    """The factor of rho is treated as one over a probability, and enters the norm."""
 
     def mask(self) -> Mask:
-        """Make every unit that much less likely."""
+        """Divide the probability of every unit by the factor."""
         mask = super().mask()
         rarer = tuple(p / mask.rho_factor for p in mask.probability)
         return replace(mask, probability=rarer, rho_factor=1.0)
@@ -169,7 +169,7 @@ class SuffixStartsTooLate(Step):
     """The block named by `Suffix` is left out."""
 
     def mask(self) -> Mask:
-        """Leave the first perturbed block out."""
+        """Leave out the first perturbed block."""
         mask = super().mask()
         if not isinstance(self.config.perturb, Suffix):
             return mask
@@ -179,7 +179,7 @@ class SuffixStartsTooLate(Step):
 
 @MUTANTS.caught_by("check_random_suffix")
 class RandomSuffixByTheCut(Step):
-    """All units of a random suffix are divided by the cut's probability, not by their own."""
+    """All units of a random suffix use the probability of the cut, not their own."""
 
     def mask(self) -> Mask:
         """Give every unit the probability of the first perturbed one."""
@@ -204,7 +204,7 @@ class OnlyIgnored(Step):
 
 @MUTANTS.caught_by("check_only_one_kind")
 class NormLayersTakenForWeights(WatchedNetwork):
-    """Scales and shifts of norm layers pass for ordinary weights and biases."""
+    """Scales and shifts of norm layers count as ordinary weights and biases."""
 
     @property
     def units(self) -> Any:
@@ -220,7 +220,7 @@ class WeightMaskDrawnOnce(Step):
     """Single weights are masked with the first step's mask in every step."""
 
     def mask(self) -> Mask:
-        """Keep the seed of the native draw."""
+        """Keep the seed of the first draw."""
         mask = super().mask()
         return replace(mask, weight_seed=None if mask.weight_seed is None else 7)
 
@@ -230,33 +230,33 @@ class WeightMaskNotApplied(Step):
     """`unit="weight"` perturbs every weight."""
 
     def mask(self) -> Mask:
-        """Forget that single weights are drawn."""
+        """Perturb all weights of each unit."""
         return replace(super().mask(), weight_beta=None, weight_seed=None)
 
 
 @MUTANTS.caught_by("check_frozen_parameters")
 class FlagsChanged(NumpySession):
-    """Frozen parameters come out of a step unfrozen."""
+    """Frozen parameters are unfrozen after a step."""
 
     unfrozen = False
 
     def passes(self, batch: Any, fault: Any) -> Any:
-        """Unfreeze in passing."""
+        """Unfreeze the parameters."""
         self.unfrozen = True
         return super().passes(batch, fault)
 
     def trainable(self) -> dict[str, bool]:
-        """Return the flags as the step left them."""
+        """Return the flags after the step."""
         flags = super().trainable()
         return dict.fromkeys(flags, True) if self.unfrozen else flags
 
 
 @MUTANTS.caught_by("check_frozen_parameters")
 class FrozenPerturbed(Step):
-    """Frozen parameters are perturbed as well."""
+    """Frozen parameters are perturbed too."""
 
     def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
-        """Move everything that is frozen too."""
+        """Also move the frozen parameters."""
         super().apply_perturbation(epsilon)
         trained = {unit.name for unit in self.model.units}
         self.frozen = {n: a.copy() for n, a in self.model.parameters.items() if n not in trained}
@@ -264,7 +264,7 @@ class FrozenPerturbed(Step):
             self.model.parameters[name] *= 1.05
 
     def restore(self, theta: Sequence[Array]) -> None:
-        """Put everything back."""
+        """Restore everything."""
         super().restore(theta)
         for name, saved in getattr(self, "frozen", {}).items():
             self.model.parameters[name][...] = saved
@@ -275,7 +275,7 @@ class OneUnitLeftAlone(Step):
     """With beta = 1 the last parameter is still not perturbed."""
 
     def mask(self) -> Mask:
-        """Leave the last unit out."""
+        """Leave out the last unit."""
         mask = super().mask()
         sampler = self.config.perturb
         if not (isinstance(sampler, Bernoulli) and sampler.beta == 1.0):

@@ -20,7 +20,7 @@ MUTANTS = Mutants()
 
 
 class _OtherPart(Step):
-    """Another part of the batch than that of (seed, count)."""
+    """A part of the batch other than that of (seed, count)."""
 
     def ascent_indices(self, b: int) -> Array:
         """Return the wrong part."""
@@ -34,17 +34,17 @@ class _OtherPart(Step):
 
 @MUTANTS.caught_by("check_climb_along_a_part")
 class PartFromAnotherStream(_OtherPart):
-    """The part is drawn with other numbers than `Random` draws with."""
+    """The part is drawn with other random numbers than `Random`."""
 
     def instead(self, b: int, n: int) -> Array:
-        """Draw from a stream of its own."""
+        """Draw from a separate stream."""
         keys = uniforms(b, seed=self.config.seed, count=self.count, stream=7)
         return top_indices(keys, n)
 
 
 @MUTANTS.caught_by("check_climb_along_a_part")
 class FirstSamplesClimb(_OtherPart):
-    """The part are the first samples of the batch."""
+    """The part consists of the first samples of the batch."""
 
     def instead(self, b: int, n: int) -> Array:
         """Take the first."""
@@ -53,7 +53,7 @@ class FirstSamplesClimb(_OtherPart):
 
 @MUTANTS.caught_by("check_climb_along_a_part")
 class PartReportedNotUsed(Step):
-    """The part is reported, and the whole batch is climbed along."""
+    """The part is reported, but the direction is that of the whole batch."""
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Evaluate the part, and keep the whole batch's gradient for later."""
@@ -63,13 +63,13 @@ class PartReportedNotUsed(Step):
         return super().ascent(batch, part)
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
-        """Take the gradient of everything."""
+        """Return the gradient of the whole batch."""
         return super().ascent_gradient(self.whole, mask)
 
 
 @MUTANTS.caught_by("check_smaller_parts_lie_within_larger_ones")
 class PartsNotNested(_OtherPart):
-    """Each share draws anew: a smaller part need not lie within a larger one."""
+    """Each share has its own draw: a smaller part need not be a subset of a larger one."""
 
     def instead(self, b: int, n: int) -> Array:
         """Make the stream depend on the size."""
@@ -79,7 +79,7 @@ class PartsNotNested(_OtherPart):
 
 @MUTANTS.caught_by("check_smaller_parts_lie_within_larger_ones")
 class SamePartForever(_OtherPart):
-    """Every step climbs along the same places of the batch."""
+    """Every step uses the same positions of the batch."""
 
     def instead(self, b: int, n: int) -> Array:
         """Draw for the first count."""
@@ -87,10 +87,10 @@ class SamePartForever(_OtherPart):
 
 
 class _OtherRecords(Step):
-    """Another pass leaves its statistics and random state."""
+    """The wrong pass updates the statistics and the random state."""
 
     def records_at_theta(self, b: int) -> bool:
-        """Say which."""
+        """Return the wrong answer."""
         right = super().records_at_theta(b)
         return self.instead(right, b) if isinstance(self.config.ascend, directions.Part) else right
 
@@ -101,10 +101,10 @@ class _OtherRecords(Step):
 
 @MUTANTS.caught_by("check_part_of_everything_is_the_batch")
 class PartOfEverythingIsAPart(_OtherRecords):
-    """With `Part(1.0)` the descent updates the running statistics."""
+    """With `Part(1.0)` the descent pass updates the running statistics."""
 
     def instead(self, right: bool, b: int) -> bool:
-        """Do not look at the share."""
+        """Ignore the share."""
         return False
 
 
@@ -113,7 +113,7 @@ class StatisticsOfThePart(_OtherRecords):
     """The running statistics are those of the part, at theta."""
 
     def instead(self, right: bool, b: int) -> bool:
-        """Say that it is the climb."""
+        """Return that it is the ascent pass."""
         return True
 
 
@@ -124,7 +124,7 @@ class RandomStateOfThePart(StatisticsOfThePart):
 
 @MUTANTS.caught_by("check_statistics_with_a_part")
 class StatisticsOfPartAndDescent(Step):
-    """The part updates the running statistics, and the descent once more."""
+    """The part updates the running statistics, and the descent pass updates them again."""
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Update here too."""
@@ -136,10 +136,10 @@ class StatisticsOfPartAndDescent(Step):
 
 @MUTANTS.caught_by("check_parts_with_every_selector")
 class RestScoredAtThePeak(Step):
-    """The losses of the samples that do not climb are those at theta + epsilon."""
+    """The losses of the samples outside the part are those at theta + epsilon."""
 
     def scoring_pass(self, batch: Any, part: Array, losses: Array | None) -> Array:
-        """Shift them as if."""
+        """Shift the losses."""
         found = super().scoring_pass(batch, part, losses)
         if losses is not None:
             rest = np.setdiff1d(np.arange(len(found)), part)
@@ -149,10 +149,10 @@ class RestScoredAtThePeak(Step):
 
 @MUTANTS.caught_by("check_parts_with_every_selector")
 class LossesInOrderOfThePasses(Step):
-    """The losses of the part come first, then those of the others, whatever their places."""
+    """The losses of the part come first, then those of the others, in the wrong order."""
 
     def scoring_pass(self, batch: Any, part: Array, losses: Array | None) -> Array:
-        """Forget where they belong."""
+        """Concatenate the losses."""
         found = super().scoring_pass(batch, part, losses)
         if losses is None:
             return found
@@ -161,7 +161,7 @@ class LossesInOrderOfThePasses(Step):
 
 @MUTANTS.caught_by("check_passes_with_a_part")
 class RestScoredForNothing(Step):
-    """The samples that do not climb are evaluated where no selector needs their losses."""
+    """The samples outside the part are evaluated although no selector needs their losses."""
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
         """Evaluate the others as well."""
@@ -174,7 +174,7 @@ class RestScoredForNothing(Step):
 
 @MUTANTS.caught_by("check_golden_traces_of_directions")
 class PartOneStepLate(_OtherPart):
-    """The part is that of the step after this one."""
+    """The part is that of the next step."""
 
     def instead(self, b: int, n: int) -> Array:
         """Draw for the next count."""

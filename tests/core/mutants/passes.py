@@ -1,4 +1,4 @@
-"""Wrong statistics, wrong noise, wrong places to take gradients at."""
+"""Wrong statistics, wrong noise, gradients at the wrong weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,14 +24,14 @@ class StatisticsUpdatedTwice(Step):
     """The selection or descent pass updates the running statistics as well."""
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Update once more."""
+        """Update again."""
         self.model.evaluate(subset(batch, indices), statistics="batch", update=True)
         return super().descent(batch, indices, weights)
 
 
 @MUTANTS.caught_by("check_running_statistics_are_updated_once")
 class StatisticsUpdatedInEveryPass(WatchedNetwork):
-    """Every pass in training mode updates the running statistics: three times a step."""
+    """Every pass in training mode updates the running statistics: three times per step."""
 
     def evaluate(
         self, batch: Any, *, statistics: str = "batch", update: bool = False
@@ -68,7 +68,7 @@ class StatisticsNeverUpdated(Step):
 
 @MUTANTS.caught_by("check_batch_statistics_are_those_of_each_pass")
 class DescentByRunningStatistics(Step):
-    """The descent pass normalises by the running statistics, however many samples it has."""
+    """The descent pass normalises by the running statistics, for any number of samples."""
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
         """Evaluate as in inference."""
@@ -79,7 +79,7 @@ class DescentByRunningStatistics(Step):
 
 @MUTANTS.caught_by("check_batch_statistics_are_those_of_each_pass")
 class SelectionByRunningStatistics(Step):
-    """The selection pass is made in inference mode."""
+    """The selection pass runs in inference mode."""
 
     def selection_pass(self, batch: Any) -> Array:
         """Evaluate as in inference."""
@@ -102,12 +102,12 @@ class SelectionWithOtherNoise(Step):
     """The selection pass draws its own dropout noise."""
 
     def selection_pass(self, batch: Any) -> Array:
-        """Draw on from where the ascent pass ended."""
+        """Continue drawing after the ascent pass."""
         self.model.forward_state = self.after_ascent
         return super().selection_pass(batch)
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
-        """Remember where the generator is."""
+        """Remember the generator's state."""
         evaluation = super().ascent(batch, part)
         self.after_ascent = self.model.forward_state
         return evaluation
@@ -122,7 +122,7 @@ class DescentWithOtherNoise(SelectionWithOtherNoise):
         return Step.selection_pass(self, batch)
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Draw on from where the ascent pass ended."""
+        """Continue drawing after the ascent pass."""
         self.model.forward_state = self.after_ascent
         return super().descent(batch, indices, weights)
 
@@ -132,7 +132,7 @@ class GeneratorLeftWhereTheDescentEnds(Step):
     """On return the generator has moved by the descent pass's draws, fewer than a forward's."""
 
     def perturbed_step(self, batch: Any, mask: Mask, entry: Any) -> Any:
-        """Leave the generator wherever it is."""
+        """Leave the generator as it is."""
         self.left: Any = None
         result = super().perturbed_step(batch, mask, entry)
         self.model.forward_state = self.left
@@ -140,7 +140,7 @@ class GeneratorLeftWhereTheDescentEnds(Step):
         return result
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Remember where this pass ends."""
+        """Remember the state after this pass."""
         gradient = super().descent(batch, indices, weights)
         self.left = self.model.forward_state
         return gradient
@@ -148,10 +148,10 @@ class GeneratorLeftWhereTheDescentEnds(Step):
 
 @MUTANTS.caught_by("check_selection_pass_sees_the_same_noise")
 class NoiseNeverChanges(Step):
-    """The generator is put back to its state at entry: every step has the same noise."""
+    """The generator is restored to its state at entry: every step has the same noise."""
 
     def perturbed_step(self, batch: Any, mask: Mask, entry: Any) -> Any:
-        """Put it back."""
+        """Restore the generator."""
         result = super().perturbed_step(batch, mask, entry)
         self.model.forward_state = entry
         return result
@@ -159,7 +159,7 @@ class NoiseNeverChanges(Step):
 
 @MUTANTS.caught_by("check_everything_is_sam")
 class PlainSGD(Step):
-    """No sharpness at all: the base optimizer's gradient, passed off as ESAM's."""
+    """The base optimizer's gradient is returned as ESAM's."""
 
     def mask(self) -> Mask:
         """Perturb nothing."""
@@ -169,10 +169,10 @@ class PlainSGD(Step):
 
 @MUTANTS.caught_by("check_everything_is_sam")
 class DescentAtTheta(Step):
-    """The descent gradient is taken after the weights were put back."""
+    """The descent gradient is computed after the weights are restored."""
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Go back first."""
+        """Restore the weights first."""
         self.restore(self.start)
         return super().descent(batch, indices, weights)
 
@@ -187,7 +187,7 @@ class Downhill(Step):
     """The perturbation is subtracted."""
 
     def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
-        """Go the wrong way."""
+        """Subtract epsilon."""
         super().apply_perturbation([-e for e in epsilon])
 
 
@@ -206,7 +206,7 @@ class PerturbedLossesReportedAsLosses(Step):
 
 @MUTANTS.caught_by("check_rho_zero_is_the_base_optimizer")
 class ZeroRadiusStillSelects(Step):
-    """With rho = 0 the passes are made all the same, and samples are thrown away."""
+    """With rho = 0 the passes still run, and samples are rejected."""
 
     def mask(self) -> Mask:
         """Draw a mask where there is nothing to perturb."""
@@ -218,7 +218,7 @@ class EmptyMaskStillSelects(Step):
     """A step that perturbs nothing still drops half of the batch."""
 
     def base_step(self, batch: Any) -> tuple[dict[str, Array], StepReport]:
-        """Keep the samples of largest loss."""
+        """Select the samples with the largest loss."""
         evaluation = self.model.evaluate(batch, statistics="batch", update=True)
         half = np.sort(np.argsort(-evaluation.losses)[: max(1, len(batch.targets) // 2)])
         gradient = self.model.evaluate(
@@ -229,7 +229,7 @@ class EmptyMaskStillSelects(Step):
 
 @MUTANTS.caught_by("check_empty_mask_is_a_base_step")
 class EmptyMaskMakesNoStep(Step):
-    """A step that perturbs nothing is left out."""
+    """A step that perturbs nothing is skipped."""
 
     def base_step(self, batch: Any) -> tuple[dict[str, Array], StepReport]:
         """Return no gradient."""

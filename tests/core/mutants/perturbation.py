@@ -25,13 +25,13 @@ class NoRescaling(Step):
     """No 1/beta."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Use m in place of m/p."""
+        """Use m instead of m/p."""
         return super().perturbation(g, [np.asarray(np.asarray(s) > 0, float) for s in scale])
 
 
 @MUTANTS.caught_by("check_radius")
 class RadiusShrunk(Step):
-    """A radius a little smaller than asked for."""
+    """The radius is slightly too small."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
         """Shrink by a thousandth."""
@@ -43,7 +43,7 @@ class NormPerTensor(Step):
     """Each tensor is divided by its own norm."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Divide each by its own."""
+        """Divide each tensor by its own norm."""
         epsilon = super().perturbation(g, scale)
         common = self.norm(g, scale)
         own = np.sqrt(squared_norms(g, self.theta, self.adaptive))
@@ -52,17 +52,17 @@ class NormPerTensor(Step):
 
 @MUTANTS.caught_by("check_radius")
 class NormSquared(Step):
-    """The square root of the norm is forgotten."""
+    """The square root of the norm is missing."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Divide by the norm once more."""
+        """Divide by the norm again."""
         length = self.norm(g, scale)
         return [e / length if length else e for e in super().perturbation(g, scale)]
 
 
 @MUTANTS.caught_by("check_norm_is_that_of_the_masked_units")
 class NormOverEverything(Step):
-    """The norm is the whole gradient's where that of the masked units is asked for."""
+    """The norm is that of the whole gradient instead of the masked units."""
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
         """Return all gradients."""
@@ -74,14 +74,14 @@ class NormOverEverything(Step):
         return perturbation_norm(g, self.theta, scale, norm="full", adaptive=self.adaptive)
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Divide by it."""
+        """Divide by this norm."""
         masked = perturbation_norm(g, self.theta, scale, norm="masked", adaptive=self.adaptive)
         ratio = masked / self.norm(g, scale)
         return [e * ratio for e in super().perturbation(g, scale)]
 
 
 class _WrongMode(Step):
-    """One norm in place of another."""
+    """Uses the wrong norm."""
 
     mode, in_place_of = "masked", ""
 
@@ -93,21 +93,21 @@ class _WrongMode(Step):
 
 @MUTANTS.caught_by("check_norm_modes")
 class EstimatedNormUnweighted(_WrongMode):
-    """`norm="estimated"` leaves the 1/p out."""
+    """`norm="estimated"` leaves out the factor 1/p."""
 
     in_place_of = "estimated"
 
 
 @MUTANTS.caught_by("check_norm_modes")
 class FullNormOfThePart(_WrongMode):
-    """`norm="full"` takes the norm of the masked units."""
+    """`norm="full"` uses the norm of the masked units."""
 
     in_place_of = "full"
 
 
 @MUTANTS.caught_by("check_norm_modes")
 class NoneNormalised(_WrongMode):
-    """`norm="none"` normalises after all."""
+    """`norm="none"` still normalises."""
 
     in_place_of = "none"
 
@@ -137,20 +137,20 @@ class NormEpsMissing(Step):
 
 @MUTANTS.caught_by("check_zero_gradient")
 class ZeroOverZero(Step):
-    """A zero gradient is divided by its norm unguarded."""
+    """A zero gradient is divided by its norm of zero."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Divide 0 by 0 where that comes up."""
+        """Divide 0 by 0."""
         length = np.float64(self.norm(g, scale))
         return [e * (length / length) for e in super().perturbation(g, scale)]
 
 
 @MUTANTS.caught_by("check_adaptive")
 class AdaptiveWithoutTheSquare(Step):
-    """Adaptive: epsilon is along |theta| g in place of theta^2 g."""
+    """Adaptive: epsilon is along |theta| g instead of theta^2 g."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Take one |theta| out."""
+        """Remove one factor |theta|."""
         epsilon = super().perturbation(g, scale)
         return [
             e / np.where(theta == 0, 1, np.abs(theta)) if adaptive else e
@@ -160,10 +160,10 @@ class AdaptiveWithoutTheSquare(Step):
 
 @MUTANTS.caught_by("check_adaptive")
 class AdaptiveNormOfThePlainGradient(Step):
-    """Adaptive: the norm is that of g in place of |theta| g."""
+    """Adaptive: the norm is that of g instead of |theta| g."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Exchange the norms."""
+        """Swap the norms."""
         plain = [False] * len(self.theta)
         wrong = perturbation_norm(g, self.theta, scale, norm="masked", adaptive=plain)
         ratio = self.norm(g, scale) / wrong if any(self.adaptive) else 1.0
@@ -179,7 +179,7 @@ class AdaptiveIgnored(Step):
 
 
 class _SettingIgnored(Step):
-    """One of the settings of single parameters is not looked at."""
+    """One of the settings per parameter is ignored."""
 
     ignored = ""
 
@@ -214,10 +214,10 @@ class GroupPerturbIgnored(_SettingIgnored):
 
 @MUTANTS.caught_by("check_groups")
 class NormPerRadius(Step):
-    """Parameters of different rho have each their own norm."""
+    """Parameters with different rho have separate norms."""
 
     def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
-        """Divide each group by its own."""
+        """Divide each group by its own norm."""
         epsilon = super().perturbation(g, scale)
         common = self.norm(g, scale)
         squares = squared_norms(g, self.theta, self.adaptive)
@@ -232,7 +232,7 @@ class NormPerRadius(Step):
 
 @MUTANTS.caught_by("check_convolution")
 class KernelsLeftAlone(Step):
-    """Tensors of more than two axes are not perturbed."""
+    """Tensors with more than two axes are not perturbed."""
 
     def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
         """Move matrices and vectors only."""

@@ -1,4 +1,4 @@
-"""How a wrong step is written down: a class, what is wrong with it, and which check must see it."""
+"""The registry of mutants: a wrong class, its fault, and the check that must catch it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True)
 class Mutant:
-    """A backend that is wrong in one respect.
+    """A backend with one fault.
 
     Args:
-        name: of the class that is wrong.
-        fault: what is wrong, in words.
+        name: the name of the wrong class.
+        fault: a description of the fault.
         caught_by: the check that must fail.
-        adapter: makes the wrong backend.
+        adapter: creates the wrong backend.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Mutants(list[Mutant]):
 
 
 def _adapter_of(cls: type) -> Callable[[], Adapter]:
-    """Return what makes a reference backend with one class exchanged."""
+    """Return a function that creates a reference backend with one class replaced."""
     if issubclass(cls, Step):
         return lambda: NumpyAdapter(step=cls)
     if issubclass(cls, NumpySession):

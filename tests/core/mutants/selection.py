@@ -18,14 +18,14 @@ MUTANTS = Mutants()
 
 
 class _OtherK(Step):
-    """Another number of samples than ceil(gamma b)."""
+    """A number of samples other than ceil(gamma b)."""
 
     def k(self, b: int) -> int:
         """Return the wrong k."""
         raise NotImplementedError
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
-        """Keep the wrong number."""
+        """Select the wrong number of samples."""
         right = super().selection(losses, perturbed_losses)
         if perturbed_losses is None or self.config.select.rule != "top":
             return right
@@ -48,13 +48,13 @@ class KByFloatCeiling(_OtherK):
     """k = ceil of a float product: 8 of 100 at gamma = .07."""
 
     def k(self, b: int) -> int:
-        """Round up what rounding has raised."""
+        """Round up the float product."""
         return max(1, math.ceil(b * self.config.select.gamma))
 
 
 @MUTANTS.caught_by("check_number_of_selected_samples")
 class StrictThreshold(_OtherK):
-    """Samples *above* the threshold are kept: one too few, the authors' code."""
+    """Only samples *above* the threshold are selected: one too few, as in the authors' code."""
 
     def k(self, b: int) -> int:
         """Drop the sample at the threshold."""
@@ -63,7 +63,7 @@ class StrictThreshold(_OtherK):
 
 @MUTANTS.caught_by("check_batches_of_one_and_two")
 class SmallBatchesSelectNothing(_OtherK):
-    """Of two samples none is kept."""
+    """Of two samples none is selected."""
 
     def k(self, b: int) -> int:
         """Return 0 for small batches."""
@@ -72,7 +72,7 @@ class SmallBatchesSelectNothing(_OtherK):
 
 @MUTANTS.caught_by("check_number_of_selected_samples")
 class NearlyAllMeansAll(_OtherK):
-    """gamma of .99 and more keeps everything."""
+    """gamma >= .99 selects everything."""
 
     def k(self, b: int) -> int:
         """Keep all."""
@@ -81,14 +81,14 @@ class NearlyAllMeansAll(_OtherK):
 
 
 class _OtherScores(Step):
-    """Samples kept by something else than the increase of their loss."""
+    """Samples selected by a wrong score."""
 
     def scores(self, losses: Array, perturbed_losses: Array) -> Array:
         """Return the wrong scores."""
         raise NotImplementedError
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
-        """Keep the samples of the largest wrong scores."""
+        """Select the samples with the largest wrong scores."""
         right = super().selection(losses, perturbed_losses)
         if perturbed_losses is None or self.config.select.rule != "top":
             return right
@@ -98,43 +98,43 @@ class _OtherScores(Step):
 
 @MUTANTS.caught_by("check_largest_increases_are_selected")
 class LeastSharpSelected(_OtherScores):
-    """The least sharp samples are kept."""
+    """The least sharp samples are selected."""
 
     def scores(self, losses: Array, perturbed_losses: Array) -> Array:
-        """Turn the order round."""
+        """Reverse the order."""
         return losses - perturbed_losses
 
 
 @MUTANTS.caught_by("check_largest_increases_are_selected")
 class SelectedByPerturbedLoss(_OtherScores):
-    """The samples of largest perturbed loss are kept."""
+    """The samples with the largest perturbed loss are selected."""
 
     def scores(self, losses: Array, perturbed_losses: Array) -> Array:
-        """Forget to subtract."""
+        """Do not subtract the unperturbed losses."""
         return perturbed_losses
 
 
 @MUTANTS.caught_by("check_largest_increases_are_selected")
 class SelectedByRelativeIncrease(_OtherScores):
-    """The samples whose loss rises most in proportion are kept."""
+    """The samples with the largest relative increase are selected."""
 
     def scores(self, losses: Array, perturbed_losses: Array) -> Array:
-        """Divide in place of subtracting."""
+        """Divide instead of subtracting."""
         return np.asarray(perturbed_losses / losses)
 
 
 @MUTANTS.caught_by("check_ties_go_to_the_lower_index")
 class TiesToTheHigherIndex(_OtherScores):
-    """Among equal samples the last are kept."""
+    """Among equal samples the last ones are selected."""
 
     def scores(self, losses: Array, perturbed_losses: Array) -> Array:
-        """Add a trace of the index."""
+        """Add a tiny multiple of the index."""
         return np.asarray(perturbed_losses - losses + 1e-12 * np.arange(len(losses)))
 
 
 @MUTANTS.caught_by("check_selectors")
 class SelectorIgnored(Step):
-    """Every selector that needs no perturbed losses keeps the first k samples."""
+    """Every selector that needs no perturbed losses selects the first k samples."""
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
         """Keep the first."""
@@ -146,7 +146,7 @@ class SelectorIgnored(Step):
 
 @MUTANTS.caught_by("check_random_selection_is_that_of_the_step")
 class RandomSelectionRepeats(Step):
-    """`Random` keeps the same places in every step."""
+    """`Random` selects the same positions in every step."""
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
         """Draw for count 0."""
@@ -158,10 +158,10 @@ class RandomSelectionRepeats(Step):
 
 
 class _OtherDescent(Step):
-    """A descent pass on other samples, or with other weights, than the report says."""
+    """A descent pass with samples or weights that differ from the report."""
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Descend wrongly."""
+        """Use the wrong samples or weights."""
         return super().descent(batch, *self.instead(len(batch.targets), indices, weights))
 
     def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
@@ -174,7 +174,7 @@ class SelectionIgnored(_OtherDescent):
     """The descent gradient is the whole batch's."""
 
     def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
-        """Take everything."""
+        """Use all samples."""
         return np.arange(b), mean_weights(b)
 
 
@@ -183,14 +183,14 @@ class RejectedSamplesUsed(_OtherDescent):
     """The descent gradient is that of the rejected samples."""
 
     def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
-        """Take the others."""
+        """Use the rejected samples."""
         others = np.setdiff1d(np.arange(b), indices)
         return (others, mean_weights(len(others))) if len(others) else (indices, weights)
 
 
 @MUTANTS.caught_by("check_descent_is_on_the_selected_samples")
 class DividedByTheWholeBatch(_OtherDescent):
-    """The selected losses are divided by b in place of k."""
+    """The selected losses are divided by b instead of k."""
 
     def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
         """Divide by b."""
@@ -208,7 +208,7 @@ class SummedNotAveraged(_OtherDescent):
 
 @MUTANTS.caught_by("check_sample_weights_enter_the_descent")
 class SampleWeightsUnused(_OtherDescent):
-    """The weights of `Proportional` are reported, and the plain mean is used."""
+    """The weights of `Proportional` are reported, but the plain mean is used."""
 
     def instead(self, b: int, indices: Array, weights: Array) -> tuple[Array, Array]:
         """Use the mean."""
@@ -245,10 +245,10 @@ class ProportionalWithoutFloor(Step):
 
 @MUTANTS.caught_by("check_no_pass_is_wasted")
 class SelectionPassForNothing(Step):
-    """The selection pass is made where everything is kept, or where its losses are not used."""
+    """The selection pass runs although all samples are selected or its losses are not used."""
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
-        """Evaluate the batch once more, in vain."""
+        """Evaluate the batch once more than needed."""
         if perturbed_losses is None:
             self.selection_pass(self.batch)
         return super().selection(losses, perturbed_losses)
@@ -261,7 +261,7 @@ class SelectionPassForNothing(Step):
 
 @MUTANTS.caught_by("check_golden_traces")
 class RandomSelectionOneStepLate(Step):
-    """`Random` draws for the step after this one."""
+    """`Random` draws for the next step."""
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
         """Draw for the next count."""

@@ -1,4 +1,4 @@
-"""Wrong restoring, wrong updates, wrong handling of what is not finite, wrong checkpoints."""
+"""Wrong restoring, updates, handling of non-finite values, and checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ MUTANTS = Mutants()
 
 @MUTANTS.caught_by("check_weights_come_back_bit_for_bit")
 class NotRestored(Step):
-    """The update is made at theta + epsilon."""
+    """The update runs at theta + epsilon."""
 
     def restore(self, theta: Sequence[Array]) -> None:
         """Do nothing."""
@@ -49,12 +49,12 @@ class _Subtracting(Step):
 
 @MUTANTS.caught_by("check_weights_come_back_bit_for_bit")
 class RestoredBySubtraction(_Subtracting):
-    """(theta + epsilon) - epsilon is theta but for rounding."""
+    """(theta + epsilon) - epsilon equals theta only up to rounding."""
 
 
 @MUTANTS.caught_by("check_overflow_at_the_peak")
 class OverflowSticks(_Subtracting):
-    """inf - inf: one overflow, and the weights are NaN for good."""
+    """inf - inf: after one overflow the weights stay NaN."""
 
 
 @MUTANTS.caught_by("check_a_failed_step_leaves_no_trace")
@@ -62,7 +62,7 @@ class NotRestoredOnError(Step):
     """A pass that raises leaves the weights perturbed."""
 
     def perturbed_step(self, batch: Any, mask: Mask, entry: Any) -> Any:
-        """Note whether the passes came to their end."""
+        """Record whether the passes finished."""
         self.complete = False
         result = super().perturbed_step(batch, mask, entry)
         self.complete = True
@@ -76,10 +76,10 @@ class NotRestoredOnError(Step):
 
 @MUTANTS.caught_by("check_a_failed_step_leaves_no_trace")
 class NotRestoredOnInterrupt(Step):
-    """Only errors are handled: an interrupt leaves the random state where it was."""
+    """Only errors are handled: after an interrupt the random state is not restored."""
 
     def backward(self, batch: Any) -> Any:
-        """Move the generator where something other than an Exception comes through."""
+        """Change the random state if something other than an Exception is raised."""
         try:
             return super().backward(batch)
         except Exception:
@@ -99,7 +99,7 @@ class StatisticsOfAFailedStepStay(Step):
 
 @MUTANTS.caught_by("check_a_failed_step_leaves_no_trace")
 class FailedStepsCount(Step):
-    """The counter of ascents advances before the passes, and stays advanced if they raise."""
+    """The step count advances before the passes, and stays advanced if they raise."""
 
     def backward(self, batch: Any) -> Any:
         """Count first."""
@@ -112,10 +112,10 @@ class FailedStepsCount(Step):
 
 @MUTANTS.caught_by("check_nonfinite_values_propagate")
 class UnselectedNaNIgnored(Step):
-    """A NaN in a sample that is not selected leaves no trace in the gradient."""
+    """A NaN in a rejected sample does not reach the gradient."""
 
     def weights_or_nan(self, weights: Array, length: float, *seen: Array | None) -> Array:
-        """Do not look."""
+        """Ignore non-finite values."""
         return weights
 
 
@@ -124,7 +124,7 @@ class NaNMadeZero(Step):
     """Gradients that are not finite are replaced by zero."""
 
     def backward(self, batch: Any) -> Any:
-        """Clean the gradient up."""
+        """Replace non-finite values by zero."""
         gradient, report = super().backward(batch)
         return {name: np.nan_to_num(g) for name, g in gradient.items()}, report
 
@@ -134,14 +134,14 @@ class NaNIntoTheWeights(Step):
     """A non-finite perturbation is added, and stays."""
 
     def restore(self, theta: Sequence[Array]) -> None:
-        """Leave NaN behind where there was any."""
+        """Keep NaN in the weights if there was any."""
         super().restore(theta)
         if self.bad:
             for array in self.theta:
                 array += np.nan
 
     def norm(self, g: Any, scale: Any) -> float:
-        """Note whether the norm is finite."""
+        """Record whether the norm is finite."""
         length = super().norm(g, scale)
         self.bad = not np.isfinite(length)
         return length
@@ -154,13 +154,13 @@ class _NonfiniteMode(Step):
 
     @property
     def applies(self) -> bool:
-        """Whether this is the mode."""
+        """Return whether this mode is set."""
         return self.config.on_nonfinite == self.mode
 
 
 @MUTANTS.caught_by("check_nonfinite_steps_are_skipped")
 class SkipIgnored(_NonfiniteMode):
-    """`on_nonfinite="skip"` makes the step."""
+    """`on_nonfinite="skip"` still runs the step."""
 
     mode = "skip"
 
@@ -171,14 +171,14 @@ class SkipIgnored(_NonfiniteMode):
 
 @MUTANTS.caught_by("check_nonfinite_steps_raise")
 class RaiseIgnored(SkipIgnored):
-    """`on_nonfinite="raise"` makes the step."""
+    """`on_nonfinite="raise"` still runs the step."""
 
     mode = "raise"
 
 
 @MUTANTS.caught_by("check_nonfinite_steps_are_skipped")
 class SkippedStepIsAStepOfZero(_NonfiniteMode):
-    """A skipped step hands zeros to the base optimizer, whose momentum then moves the weights."""
+    """A skipped step passes zeros to the base optimizer, whose momentum then moves the weights."""
 
     mode = "skip"
 
@@ -195,7 +195,7 @@ class StatisticsOfASkippedStepStay(StatisticsOfAFailedStepStay):
 
 @MUTANTS.caught_by("check_base_optimizers")
 class UpdateMadeTwice(NumpySession):
-    """The base optimizer's update is made twice."""
+    """The base optimizer's update runs twice."""
 
     def apply(self) -> None:
         """Update once more."""
@@ -205,25 +205,25 @@ class UpdateMadeTwice(NumpySession):
 
 @MUTANTS.caught_by("check_base_optimizers")
 class UpdateWithoutBaseOptimizer(NumpySession):
-    """The gradient is subtracted, whatever the base optimizer."""
+    """The gradient is subtracted, for every base optimizer."""
 
     def apply(self) -> None:
-        """Make SGD's update."""
+        """Run SGD's update."""
         for name, g in self.left.items():
             self.network.parameters[name] -= self.base.base.lr * g
 
 
 @MUTANTS.caught_by("check_paper_settings")
 class AscentGradientLeaks(Step):
-    """The ascent gradient is left among the gradients and added to the descent gradient."""
+    """The ascent gradient is kept and added to the descent gradient."""
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
-        """Keep it."""
+        """Keep the gradient."""
         self.leak = super().ascent_gradient(ascent, mask)
         return self.leak
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Add it."""
+        """Add the ascent gradient."""
         gradient, losses = super().descent(batch, indices, weights)
         for unit, g in zip(self.model.units, self.leak, strict=True):
             if g is not None:
@@ -244,10 +244,10 @@ class HalfPrecisionInside(Step):
 
 @MUTANTS.caught_by("check_paper_settings")
 class GradientsPileUp(NumpySession):
-    """A step adds to the gradients of the step before."""
+    """A step adds to the gradients of the previous step."""
 
     def step(self, batch: Any, fault: Any = None) -> Any:
-        """Forget nothing."""
+        """Keep the old gradients."""
         observed = self.passes(batch, fault)
         self.apply()
         return observed
@@ -255,10 +255,10 @@ class GradientsPileUp(NumpySession):
 
 @MUTANTS.caught_by("check_backward_adds_the_descent_gradient")
 class GradientsOverwritten(NumpySession):
-    """`backward` replaces the gradients of the micro-batch before."""
+    """`backward` replaces the gradients of the previous micro-batch."""
 
     def accumulate(self, gradient: Mapping[str, Array]) -> None:
-        """Replace."""
+        """Replace the gradients."""
         self.left = {name: g.copy() for name, g in gradient.items()}
 
 
@@ -267,7 +267,7 @@ class LeftoverGradientsBendThePerturbation(NumpySession):
     """The gradients of earlier micro-batches enter the ascent gradient."""
 
     def passes(self, batch: Any, fault: Any) -> Any:
-        """Let the step see what is left."""
+        """Show the step the existing gradients."""
         if isinstance(self.esam, _Bent):
             self.esam.left = self.left
         return super().passes(batch, fault)
@@ -277,7 +277,7 @@ class LeftoverGradientsBendThePerturbation(NumpySession):
 
 
 class _Bent(Step):
-    """A step whose ascent gradient is added to what is there."""
+    """A step whose ascent gradient is added to the existing gradients."""
 
     left: Mapping[str, Array] = {}
 
@@ -289,7 +289,7 @@ class _Bent(Step):
         return bent
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
-        """Add what is left."""
+        """Add the existing gradients."""
         found = super().ascent_gradient(ascent, mask)
         return [
             g if g is None else g + self.left.get(unit.name, 0.0)
@@ -299,10 +299,10 @@ class _Bent(Step):
 
 @MUTANTS.caught_by("check_step_refuses_pending_gradients")
 class PendingGradientsThrownAway(NumpySession):
-    """A step after a backward silently throws its gradients away."""
+    """A step after a backward silently discards the pending gradients."""
 
     def step(self, batch: Any, fault: Any = None) -> Any:
-        """Forget that something is pending."""
+        """Ignore pending gradients."""
         self.pending = False
         return super().step(batch, fault)
 
@@ -312,7 +312,7 @@ class CountNotSaved(NumpySession):
     """A resumed run draws its first masks again."""
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Start counting anew."""
+        """Restart the count."""
         super().load({**state, "count": 0})
 
 
@@ -330,7 +330,7 @@ class TyposSwallowed(NumpyAdapter):
     """Unknown keywords are ignored."""
 
     def session(self, problem: Any, base: Any, esam: Any, **others: Any) -> NumpySession:
-        """Drop what is not known."""
+        """Drop unknown keywords."""
         known = {*ESAMConfig.__dataclass_fields__, "beta", "gamma"}
         kept = esam if esam is None else {k: v for k, v in esam.items() if k in known}
         return super().session(problem, base, kept, **others)
@@ -338,7 +338,7 @@ class TyposSwallowed(NumpyAdapter):
 
 @MUTANTS.caught_by("check_bad_hyperparameters_are_refused")
 class RangesNotChecked(NumpyAdapter):
-    """A negative radius is taken."""
+    """A negative radius is accepted."""
 
     def session(self, problem: Any, base: Any, esam: Any, **others: Any) -> NumpySession:
         """Make it positive."""
@@ -363,7 +363,7 @@ class OneNormTooFew(Step):
     """Parameters with `perturb=False` are in the norm."""
 
     def perturbation(self, g: Any, scale: Any) -> list[Array]:
-        """Take the gradient of all units into the norm."""
+        """Include the gradients of all units in the norm."""
         squares = sum(squared_norms(self.whole, self.theta, self.adaptive))
         ratio = self.norm(g, scale) / np.sqrt(squares) if not all(self.perturb) else 1.0
         return [e * ratio for e in super().perturbation(g, scale)]

@@ -1,4 +1,4 @@
-"""Forwards that write too often, too seldom, at the wrong weights, or for the wrong readers."""
+"""Forwards that write too often, too rarely, at the wrong weights, or for the wrong passes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,37 +18,37 @@ MUTANTS = Mutants()
 
 
 class _Carrying(Step):
-    """Knows what its forwards have written, each in turn."""
+    """Records what each of its forwards writes."""
 
     def perturbed_step(self, batch: Any, mask: Mask, entry: Any) -> Any:
-        """Forget the step before."""
+        """Forget the previous step."""
         self.written: list[dict[str, Array]] = []
         return super().perturbed_step(batch, mask, entry)
 
     def ascent(self, batch: Any, part: Array) -> Evaluation:
-        """Take note."""
+        """Record what was written."""
         evaluation = super().ascent(batch, part)
         self.written.append(self.model.forward_state[1])
         return evaluation
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Take note."""
+        """Record what was written."""
         result = super().descent(batch, indices, weights)
         self.written.append(self.model.forward_state[1])
         return result
 
     def carry(self, written: Mapping[str, Array]) -> None:
-        """Let what is carried be this."""
+        """Set the carried state."""
         self.model.forward_state = (self.model.forward_state[0], written)
 
 
 @MUTANTS.caught_by("check_forwards_write_once")
 class EveryPassWrites(WatchedNetwork):
-    """Each pass writes, and finds what the one before has written."""
+    """Each pass writes, and reads what the previous one wrote."""
 
     @property
     def forward_state(self) -> Any:
-        """The random state alone."""
+        """Only the random state."""
         return self.random_state, {}
 
     @forward_state.setter
@@ -58,10 +58,10 @@ class EveryPassWrites(WatchedNetwork):
 
 @MUTANTS.caught_by("check_forwards_write_once")
 class WrittenAtThePeak(_Carrying):
-    """What the descent writes stays, at theta + epsilon."""
+    """The state that the descent pass writes, at theta + epsilon, is kept."""
 
     def perturbed_step(self, batch: Any, mask: Mask, entry: Any) -> Any:
-        """Keep what was written last."""
+        """Keep the last written state."""
         result = super().perturbed_step(batch, mask, entry)
         self.carry(self.written[-1])
         return result
@@ -69,10 +69,10 @@ class WrittenAtThePeak(_Carrying):
 
 @MUTANTS.caught_by("check_forwards_write_once")
 class NothingWritten(Step):
-    """Everything that forwards write is put back."""
+    """Everything that forwards write is restored."""
 
     def backward(self, batch: Any) -> Any:
-        """Put it back."""
+        """Restore the state."""
         _, carried = self.model.forward_state
         result = super().backward(batch)
         self.model.forward_state = (self.model.forward_state[0], carried)
@@ -81,25 +81,25 @@ class NothingWritten(Step):
 
 @MUTANTS.caught_by("check_passes_read_the_same")
 class PassesReadWhatTheFirstWrote(_Carrying):
-    """Later passes find what the ascent has written: a queue holds the batch's own keys."""
+    """Later passes read what the ascent pass wrote: a queue contains the batch's own keys."""
 
     def selection_pass(self, batch: Any) -> Array:
-        """Show it."""
+        """Show the written state."""
         self.carry(self.written[0])
         return super().selection_pass(batch)
 
     def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
-        """Show it."""
+        """Show the written state."""
         self.carry(self.written[0])
         return super().descent(batch, indices, weights)
 
 
 @MUTANTS.caught_by("check_forwards_write_once_with_any_direction")
 class WrittenByThePart(_Carrying):
-    """What the part that climbs writes stays, of samples that are not the batch."""
+    """The state that the ascent pass on a part writes is kept."""
 
     def perturbed_step(self, batch: Any, mask: Mask, entry: Any) -> Any:
-        """Keep what was written first."""
+        """Keep the first written state."""
         result = super().perturbed_step(batch, mask, entry)
         self.carry(self.written[0])
         return result
@@ -107,7 +107,7 @@ class WrittenByThePart(_Carrying):
 
 @MUTANTS.caught_by("check_a_failed_step_writes_nothing")
 class WritesOfAFailedStepStay(Step):
-    """If a pass raises, what the first has written stays."""
+    """If a pass raises, the state that the first pass wrote is kept."""
 
     def backward(self, batch: Any) -> Any:
         """Write it again."""
@@ -122,8 +122,8 @@ class WritesOfAFailedStepStay(Step):
 
 @MUTANTS.caught_by("check_a_skipped_step_writes_nothing")
 class WritesOfASkippedStepStay(Step):
-    """The running statistics are put back after a skipped step, and nothing else."""
+    """After a skipped step only the running statistics are restored."""
 
     def restore_buffers(self, buffers: Mapping[str, Array]) -> None:
-        """Leave the others out."""
+        """Leave out the other state."""
         super().restore_buffers({n: a for n, a in buffers.items() if not n.endswith(".state")})
