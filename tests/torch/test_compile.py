@@ -19,12 +19,12 @@ from esam_core import ESAMError
 from esam_torch import ESAM, Bernoulli, Everything, Only, RandomSuffix, Suffix, TopIncrease, TopLoss
 from esam_torch.compat import COMPILED_MODELS_SEE_REQUIRES_GRAD
 
-# A warning of torch: a compiled block reads `.grad` of its inputs, which are not leaves.
+# torch's own: a compiled block looks at `.grad` of its inputs, which are not leaves.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 class Counting:
-    """A compiler that counts its graphs and runs them eagerly."""
+    """A compiler that counts the graphs it is given; the graphs run as eager code does."""
 
     def __init__(self):
         self.graphs = 0
@@ -62,30 +62,29 @@ PERTURBED = {
 
 
 @contextlib.contextmanager
-def expect_warning(expected=True):
-    """There are too many random masks to compile: they are multiplied in."""
+def says_once_that_nothing_is_saved(expected=True):
+    """Random masks are too many for a compiler: they are multiplied in."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     told = [w for w in caught if "too many masks to compile" in str(w.message)]
     assert len(told) == (1 if expected else 0)
-    assert all(w.filename == __file__ for w in told)  # at the user's line
+    assert all(w.filename == __file__ for w in told)  # at the line of the user's call
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize("perturb", PERTURBED)
 def test_the_whole_model(perturb, gamma):
-    """The same results as eager, and one graph per kind of pass, not per mask.
+    """The numbers of eager, and as many graphs as there are kinds of passes: never one a mask.
 
-    The kinds are: whole batch with gradients, whole batch without, selected samples (with symbolic
-    sizes).
+    Whole batch with a graph, whole batch without one, selected samples (sizes become symbolic).
     """
     options = {"perturb": PERTURBED[perturb], "gamma": gamma}
     eager, whole = net(), net()
     wanted = run(make(eager, **options), 8)
     compiler = Counting()
     compiled = torch.compile(whole, backend=compiler)
-    with expect_warning(perturb == "paper"):
+    with says_once_that_nothing_is_saved(perturb == "paper"):
         found = run(make(compiled, **options), 8)
     same(found, wanted, "reports")
     same(whole.state_dict(), eager.state_dict(), "weights")
@@ -94,7 +93,7 @@ def test_the_whole_model(perturb, gamma):
     before = compiler.graphs
     with (
         torch.compiler.set_stance("fail_on_recompile"),
-        expect_warning(perturb == "paper"),
+        says_once_that_nothing_is_saved(perturb == "paper"),
     ):
         run(make(compiled, **options), 4)
     assert compiler.graphs == before
@@ -105,7 +104,7 @@ def test_the_whole_model_compiled_in_place():
     wanted = run(make(eager), 4)
     compiler = Counting()
     whole.compile(backend=compiler)
-    with expect_warning():
+    with says_once_that_nothing_is_saved():
         found = run(make(whole), 4)
     same(found, wanted, "reports")
     same(whole.state_dict(), eager.state_dict(), "weights")
@@ -113,7 +112,7 @@ def test_the_whole_model_compiled_in_place():
 
 
 class Stem(nn.Module):
-    """The first block. (torch does not compile frames of its own layers, so we define blocks.)"""
+    """What runs first. (torch compiles no frame of its own layers, so blocks are ours.)"""
 
     def __init__(self, model):
         super().__init__()
@@ -124,7 +123,7 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-    """The last block."""
+    """What runs last."""
 
     def __init__(self, model):
         super().__init__()
@@ -144,14 +143,14 @@ def in_blocks():
     "perturb", [Bernoulli(0.6), Suffix("head"), RandomSuffix(("stem", "head"))], ids=repr
 )
 def test_block_by_block(perturb):
-    """Blocks are compiled separately, with one more graph per mask if there are few masks."""
+    """Blocks are compiled by themselves, once more for each of a few masks."""
     eager, blocks = in_blocks(), in_blocks()
     wanted = run(make(eager, perturb=perturb, blocks=("stem", "head")), 6)
     compiler = Counting()
     for block in blocks:
         block.compile(backend=compiler)
     optimizer = make(blocks, perturb=perturb, blocks=("stem", "head"))
-    with expect_warning(isinstance(perturb, Bernoulli)):
+    with says_once_that_nothing_is_saved(isinstance(perturb, Bernoulli)):
         same(run(optimizer, 6), wanted, "reports")
     same(blocks.state_dict(), eager.state_dict(), "weights")
     assert 1 <= compiler.graphs <= 4 * len(blocks)
@@ -190,8 +189,7 @@ class Backwards:
 
 
 @pytest.mark.skipif(
-    not COMPILED_MODELS_SEE_REQUIRES_GRAD,
-    reason="torch before 2.13: its guards ignore requires_grad",
+    not COMPILED_MODELS_SEE_REQUIRES_GRAD, reason="torch before 2.13: its guards miss requires_grad"
 )
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in place"])
 @pytest.mark.parametrize(
@@ -204,7 +202,7 @@ class Backwards:
     ids=repr,
 )
 def test_the_graph_of_the_ascent_is_pruned(perturb, wanted, in_place):
-    """Each mask has its own graph, which computes no gradients of other weights."""
+    """Each mask has a graph of its own, which computes no other weights' gradients."""
     eager, whole = Deep(), Deep()
     options = {"perturb": perturb, "gamma": 1.0}
     expected = run(make(eager, **options), 12)
@@ -225,12 +223,12 @@ def test_the_graph_of_the_ascent_is_pruned(perturb, wanted, in_place):
 def test_losses_that_are_never_compiled():
     model = net()
     optimizer = make(model)
-    with expect_warning(False):
+    with says_once_that_nothing_is_saved(False):
         run(optimizer, 1, losses=torch.compiler.disable(losses_of(model)))
 
 
 def test_uneven_last_batches():
-    """A second batch size needs one more graph per pass; further sizes do not."""
+    """Another batch size costs one more round of graphs, with symbolic sizes; more cost none."""
     eager, whole = net(), net()
     compiler = Counting()
     compiled = make(torch.compile(whole, backend=compiler), beta=1.0)
@@ -244,21 +242,21 @@ def test_uneven_last_batches():
 
 
 def test_losses_compiled_with_the_model():
-    """Many scripts compile the loss function."""
+    """What many scripts compile is the loss function."""
     eager, whole = net(), net()
     wanted = run(make(eager), 4)
     compiler = Counting()
-    with expect_warning():
+    with says_once_that_nothing_is_saved():
         found = run(make(whole), 4, losses=torch.compile(losses_of(whole), backend=compiler))
     same(found, wanted, "reports")
     assert compiler.graphs <= 4
 
 
-# A warning of torch: inductor still uses deprecated functions.
+# torch's own: inductor is still written with what torch calls deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.slow
 def test_inductor():
-    """The default compiler, on a model without dropout (which has its own random numbers)."""
+    """The compiler that people use, on a model without dropout (its noise is its own)."""
     eager, whole = net(dropout=0.0), net(dropout=0.0)
     options = {"perturb": Suffix("hidden")}
     wanted = run(make(eager, **options), 4)
@@ -271,7 +269,7 @@ def test_inductor():
 
 
 class Replayed(torch.autograd.Function):
-    """Returns memory that the next call overwrites, like a replayed CUDA graph."""
+    """Gives its result in memory that the next call writes over, as a replayed CUDA graph does."""
 
     memory = torch.zeros(16)
 
@@ -287,7 +285,7 @@ class Replayed(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("select", [TopIncrease(0.5), TopLoss(0.5), TopIncrease(1.0)], ids=repr)
-def test_losses_that_the_next_pass_overwrites(select):
+def test_losses_that_the_next_pass_writes_over(select):
     model, plain = net(), net()
     wanted = run(make(plain, gamma=None, select=select), 3)
     replayed = lambda x, y: Replayed.apply(losses_of(model)(x, y))  # noqa: E731
@@ -299,7 +297,7 @@ def test_losses_that_the_next_pass_overwrites(select):
 
 
 class Checkpointed(nn.Module):
-    """The small network, with its first part (including BatchNorm) recomputed in the backward."""
+    """The small network with its first part, BatchNorm and all, run again in the backward."""
 
     def __init__(self, model, part, **kwargs):
         super().__init__()
@@ -327,13 +325,13 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("perturb", [Bernoulli(0.6), Everything(), Only("*hidden*")], ids=repr)
 @pytest.mark.parametrize("part", ["first", "second", "first and second"])
 def test_non_reentrant_checkpointing(part, perturb, gamma):
-    """Recomputed forwards use the weights, noise and statistics of their pass."""
+    """The recomputed forwards see the weights, the noise and the statistics of their pass."""
     plain, model = net(), net()
     wanted = run(make(plain, perturb=perturb, gamma=gamma), 4)
     wrapped = Checkpointed(model, part, use_reentrant=False)
     found = run(make(wrapped, perturb=perturb, gamma=gamma), 4)
     same(found, wanted, "reports")
-    # torch also updates BatchNorm's statistics in the recomputed forward; ESAM does not.
+    # torch updates BatchNorm's statistics in the recomputed forward as well, and we do not.
     same(model.state_dict(), plain.state_dict(), "weights and statistics")
 
 
@@ -351,7 +349,7 @@ def test_reentrant_checkpointing_is_refused_by_name(part, perturb):
     before.check()
 
 
-def test_unused_parameters_are_not_mistaken_for_a_reentrant_checkpoint():
+def test_unused_parameters_are_no_reentrant_checkpoint():
     model = net()
     model.unused = nn.Linear(3, 3)
     optimizer = make(model, perturb=Everything())
@@ -368,7 +366,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("select", [None, TopLoss(0.5)], ids=repr)
 def test_cuda_graphs(select):
-    """mode="reduce-overhead" replays CUDA graphs, which overwrite their earlier results."""
+    """mode="reduce-overhead" replays CUDA graphs, which write over their earlier results."""
     eager, whole = net(dropout=0.0).cuda(), net(dropout=0.0).cuda()
     options = {"select": select, "gamma": None if select else 0.5}
     compiled = torch.compile(whole, mode="reduce-overhead")
@@ -383,7 +381,7 @@ def test_cuda_graphs(select):
         assert torch.allclose(p, q, atol=1e-4)
 
 
-def test_a_deep_copy_of_a_compiled_model_is_independent():
+def test_a_deep_copy_of_a_compiled_model_is_left_alone():
     whole = net()
     optimizer = make(torch.compile(whole, backend=Counting()), beta=1.0)
     run(optimizer, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from esam_torch.batch import Batch, Samples
+from esam_torch.inputs import copy_tensors
 from esam_torch.inspection import Layout, without_side_effects
 from esam_torch.losses import LossFunction, per_sample
 
@@ -41,7 +42,7 @@ class SampleCounter:
         known = self._samples.size(batch)
         if known is not None:
             return known
-        args, kwargs = self._samples.bare(batch)
+        args, kwargs = copy_tensors(self._samples.bare(batch))
         with without_side_effects(model, layout.devices, layout.writes), torch.no_grad():
             values, _ = per_sample(losses(*args, **kwargs))
         if len(values) > 1:

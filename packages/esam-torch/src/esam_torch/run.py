@@ -31,6 +31,7 @@ from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
 from esam_torch.earlier import EarlierStep
 from esam_torch.groups import check_groups
+from esam_torch.inputs import copy_tensors
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
@@ -356,7 +357,7 @@ class Run:
         """Return what is known of the model as it is now."""
 
         def forward() -> Any:
-            args, kwargs = self.samples.bare(batch)
+            args, kwargs = copy_tensors(self.samples.bare(batch))
             return losses(*args, **kwargs)
 
         return lay_out(

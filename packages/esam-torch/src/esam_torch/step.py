@@ -30,6 +30,7 @@ from esam_torch.guards import (
     running_statistics,
     without_gradients,
 )
+from esam_torch.inputs import read_only
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
@@ -51,7 +52,7 @@ class Step:
 
     def __init__(self, task: Task, losses: LossFunction, batch: Batch) -> None:
         self.task = task
-        self._losses = losses
+        self._losses = read_only(losses, task.samples.bare(batch))
         self._batch = batch
         self._weights: Weights | None = None
         self._comparable = False

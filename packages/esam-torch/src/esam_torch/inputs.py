@@ -1,0 +1,72 @@
+"""Batches that `losses` writes into: every pass of a step reads the same batch."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esam_core import ESAMRuntimeError
+from esam_torch.batch import Batch
+from esam_torch.compat import times_written
+from esam_torch.containers import INSIDE, map_values
+from esam_torch.losses import LossFunction
+from esam_torch.values import tensors_in
+
+__all__ = ["copy_tensors", "read_only"]
+
+
+def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
+    """Return `losses` for the passes of one step, which may not change the batch again and again.
+
+    Writing the same values again is allowed, such as `labels[labels < 0] = 0`.
+
+    Args:
+        losses: the user's function.
+        batch: its arguments. Samples taken out of it are copies, and may be written to until the
+            batch itself has been.
+
+    Raises:
+        ESAMRuntimeError: (when called) a pass after the first changed the batch in place.
+    """
+    written = False
+
+    @functools.wraps(losses)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal written
+        tensors = list(tensors_in([args, kwargs]))
+        versions = [times_written(t) for t in tensors]
+        copies = [t.detach().clone() for t in tensors] if written else None
+        found = losses(*args, **kwargs)
+        changed = [t for t, n in zip(tensors, versions, strict=True) if times_written(t) != n]
+        if changed:
+            for tensor, copy in zip(tensors, copies or tensors, strict=True):
+                if not _equal(tensor.detach(), copy.detach()):
+                    raise ESAMRuntimeError(
+                        "`losses` must not change its batch in place, because every pass of a step "
+                        "reads it. Received: a tensor of shape "
+                        f"{tuple(tensor.shape)} that each pass changed again. Use operations that "
+                        "return a new tensor (`x = x.sub(mean)` and not `x.sub_(mean)`), or change "
+                        "the batch before the step."
+                    )
+            own = {id(t) for t in tensors_in([*batch[0], *batch[1].values()])}
+            written = written or any(id(t) in own for t in changed)
+        return found
+
+    return watched
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same elements; NaN equals NaN."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def copy_tensors(batch: Batch) -> Batch:
+    """Return the batch with copies of its tensors, for a forward that is no pass of a step."""
+
+    def copied(x: Any, _: str) -> Any:
+        return x.detach().clone() if type(x) is Tensor and not x.requires_grad else INSIDE
+
+    with torch.no_grad():
+        found: Batch = map_values(batch, copied, strict=False)
+    return found
