@@ -244,7 +244,7 @@ AMBIGUOUS = {
 def test_two_ways_to_read_a_value_are_refused_by_name(kind):
     x, b = AMBIGUOUS[kind]
     samples = Samples()
-    with pytest.raises(ESAMTypeError, match=rf"`batch\[0\]` can be read in two ways.*{WAYS_OUT}"):
+    with pytest.raises(ESAMTypeError, match=rf"`batch\[0\]` is ambiguous.*{WAYS_OUT}"):
         samples.check(((x, table(b)), {}), b)
     with pytest.raises(ESAMTypeError, match=rf"`deep\['x'\]`.*{b} losses"):
         samples.check(((table(b),), {"deep": {"x": x}}), b)
@@ -328,9 +328,9 @@ class Deep:
 
 
 REFUSED = {
-    "an object of one's own": (lambda: Holder(table(5)), r"hold samples, in `x`"),
-    "an object with slots": (lambda: Slotted(np.arange(5)), r"hold samples, in `x`"),
-    "an object in an object": (lambda: Deep(table(5)), r"hold samples, in `inner.x`"),
+    "an object of one's own": (lambda: Holder(table(5)), r"contain samples, in `x`"),
+    "an object with slots": (lambda: Slotted(np.arange(5)), r"contain samples, in `x`"),
+    "an object in an object": (lambda: Deep(table(5)), r"contain samples, in `inner.x`"),
     "an iterator": (lambda: iter([1, 2]), r"read only once"),
     "a generator": (lambda: (x for x in "abcde"), r"read only once"),
     "a packed sequence": (packed, r"PackedSequence.*padded"),

@@ -109,8 +109,8 @@ class Momentum:
     """Perturb along the base optimizer's first moment: there is no ascent pass.
 
     The first moment is SGD's momentum buffer, Adam's running mean of the gradients (before bias
-    correction), or the equivalent in other optimizers. It includes whatever the base optimizer adds
-    to the gradient, such as weight decay. It needs no extra memory. A base optimizer without a
+    correction), or the equivalent in other optimizers. It includes terms that the base optimizer
+    adds to the gradient, such as weight decay. It needs no extra memory. A base optimizer without a
     first moment is an error. Steps before the first update are base steps.
 
     A selector that needs the losses at theta needs a forward without a graph for them.

@@ -68,10 +68,10 @@ class BatchNorm:
 
 @dataclass(frozen=True, eq=False)
 class Carry:
-    """Add what earlier forwards left, which is a constant for the derivative: `x + state`.
+    """Add the state from earlier forwards, a constant for the derivative: `x + state`.
 
-    Each forward then writes `state = (state + mean of x over every axis but the last) / 2`, in
-    whatever way the framework's users keep numbers from forward to forward.
+    Each forward then writes `state = (state + mean of x over every axis but the last) / 2`, in the
+    way in which the framework's users keep state between forwards.
     """
 
     name: str

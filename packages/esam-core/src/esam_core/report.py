@@ -46,7 +46,7 @@ class StepReport:
         weight_share: share of the perturbable scalar weights that were perturbed, in [0, 1].
         sample_share: share of the batch in the descent pass, in (0, 1].
         skipped: whether the step was skipped because a value in it was not finite.
-        outputs: whatever the user's function returned in addition to the losses.
+        outputs: the other results of the user's function, in addition to the losses.
         part: (n,) indices of the samples in the ascent pass, ascending; None if these were all
             samples of the batch, or none.
 

@@ -109,7 +109,7 @@ def uncounted(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[No
 
 
 def cloned(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies of tensors, in one call where torch has it."""
+    """Return copies of tensors, in one call if torch has it."""
     with torch.no_grad():
         return list(_CLONE(tensors))
 

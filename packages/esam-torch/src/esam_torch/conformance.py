@@ -50,7 +50,7 @@ class _GlobalMean(nn.Module):
 
 
 class _Carry(nn.Module):
-    """Adds a buffer that each forward brings halfway to the mean of its input."""
+    """Adds a buffer to its input; each forward moves it halfway to the mean of the input."""
 
     state: Tensor
 
@@ -243,7 +243,7 @@ class TorchSession:
         return _array(tensor.T if dense and tensor.dim() == 2 else tensor)
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics, and of what is carried."""
+        """Return copies of all running statistics and carried states."""
         found = {}
         for name, buffer in self.model.named_buffers():
             layer, _, leaf = name.rpartition(".")

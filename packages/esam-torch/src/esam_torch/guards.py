@@ -96,7 +96,7 @@ class Weights:
     """Copies of the weights that are perturbed.
 
     Writes do not change autograd's version counters: the values are restored bit for bit, so a
-    graph that the user still holds remains valid. Of sharded parameters, this rank's shards are
+    graph that the user still holds remains valid. For sharded parameters, this rank's shards are
     written.
     """
 
@@ -107,7 +107,7 @@ class Weights:
         self._copies = [cloned(weights) for weights in self._by_kind(self._weights)]
 
     def _by_kind(self, tensors: list[Tensor]) -> list[list[Tensor]]:
-        """Return lists of tensors of one device and type, which one kernel can write."""
+        """Return lists of tensors with the same device and dtype, which one kernel can write."""
         if len(self._kinds) == 1:
             return [tensors]
         return [[tensors[i] for i in places] for places in self._kinds]

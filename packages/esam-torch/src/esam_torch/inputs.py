@@ -1,4 +1,4 @@
-"""Batches that `losses` writes into: every pass of a step reads the same batch."""
+"""Protection of the batch: every pass of a step must read the same values."""
 
 import functools
 from typing import Any
@@ -17,14 +17,14 @@ __all__ = ["copy_tensors", "read_only"]
 
 
 def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
-    """Return `losses` for the passes of one step, which may not change the batch again and again.
+    """Return `losses` for the passes of one step, which must not change the batch repeatedly.
 
     Writing the same values again is allowed, such as `labels[labels < 0] = 0`.
 
     Args:
         losses: the user's function.
-        batch: its arguments. Samples taken out of it are copies, and may be written to until the
-            batch itself has been.
+        batch: its arguments. Selected samples are copies, and may be written to unless the batch
+            itself was.
 
     Raises:
         ESAMRuntimeError: (when called) a pass after the first changed the batch in place.
@@ -62,7 +62,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def copy_tensors(batch: Batch) -> Batch:
-    """Return the batch with copies of its tensors, for a forward that is no pass of a step."""
+    """Return the batch with copies of its tensors, for a forward that is not a pass of a step."""
 
     def copied(x: Any, _: str) -> Any:
         return x.detach().clone() if type(x) is Tensor and not x.requires_grad else INSIDE

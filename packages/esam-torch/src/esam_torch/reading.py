@@ -1,8 +1,8 @@
 """How each value of a batch is read: as one entry per sample, as a container, or as a whole.
 
-What is a sample is declared or certain. A tensor with one row per sample has samples in its rows,
-a list with one item per sample in its items. Where there are two ways to read a value, the batches
-before decide, which were of another size as a rule; without those it is refused by name.
+Samples are declared or certain. In a tensor with one row per sample the rows are samples, in a list
+with one item per sample the items. An ambiguous value is read as in earlier batches, which usually
+had another size; without those it is an error.
 """
 
 import enum
@@ -25,11 +25,11 @@ from esam_torch.marks import WAYS_OUT, Rows, Whole
 
 __all__ = ["Reader", "Reading"]
 
-#: Up to so many numbers in a list are sizes or coefficients as often as one number per sample; up
-#: to so many tensors may be a record of things of several kinds.
+#: A list of up to this many numbers may contain sizes or coefficients instead of one number per
+#: sample; a list of up to this many tensors may be a record of different values.
 _SHORT = 4
 
-#: What holds no samples, whatever its length.
+#: Types that contain no samples, for any length.
 _PLAIN = (
     *(type(None), Number, str, bytes, type, AbstractSet, np.generic, enum.Enum),
     *(torch.Size, torch.dtype, torch.device, torch.Generator, nn.Module),
@@ -51,12 +51,12 @@ class Reader:
 
     Args:
         b: the number of samples.
-        before: how values were read in earlier batches: by their place and kind.
+        before: how values were read in earlier batches, by place and kind.
 
     Attributes:
-        learned: what this batch adds to that.
-        apart: (place, value) of all that has an entry for each sample.
-        whole: (place, value) of all that is the same for all samples.
+        learned: the readings that this batch adds.
+        apart: (place, value) of all values with one entry per sample.
+        whole: (place, value) of all values that are the same for all samples.
     """
 
     def __init__(self, b: int, before: Mapping[tuple[str, str], Reading]) -> None:
@@ -72,11 +72,11 @@ class Reader:
         Args:
             x: the value, not marked.
             path: its place in the batch.
-            declared: whether the user has written `Rows` around it.
+            declared: whether the user has wrapped it in `Rows`.
 
         Raises:
-            ESAMTypeError: it cannot be read with certainty, or no samples can be taken from it.
-            ESAMValueError: it has another number of entries than it must have.
+            ESAMTypeError: it is ambiguous, or cannot be indexed by sample.
+            ESAMValueError: it has the wrong number of entries.
         """
         found = self._declared(x, path) if declared else self._found(x, path)
         if found in (Reading.ROWS, Reading.ITEMS):
@@ -86,7 +86,7 @@ class Reader:
         return found
 
     def _found(self, x: Any, path: str) -> Reading:
-        """Return how a value is read that the user has not marked."""
+        """Return how an unmarked value is read."""
         if isinstance(x, Tensor | np.ndarray):
             return self._table(x, path)
         if isinstance(x, PackedSequence):
@@ -102,7 +102,7 @@ class Reader:
         return self._object(x, path)
 
     def _declared(self, x: Any, path: str) -> Reading:
-        """Return how a value is read that the user has marked with `Rows`."""
+        """Return how a value marked with `Rows` is read."""
         if x is None:
             return Reading.WHOLE
         if isinstance(x, PackedSequence) or getattr(x, "is_nested", False):
@@ -123,7 +123,7 @@ class Reader:
         if getattr(x, "is_nested", False):
             self._refuse_ragged(x, path)
         length = len(x) if x.ndim else 1
-        if length == 1:  # no row for each of several samples, and the same for all by broadcasting
+        if length == 1:  # not one row per sample: broadcasting uses it for all samples
             return Reading.WHOLE
         before = self.before.get((path, "table"))
         if before is Reading.ROWS and length != self.b:
@@ -133,7 +133,7 @@ class Reader:
         if length != self.b:
             return self._learn(path, "table", Reading.WHOLE)
         if isinstance(x, nn.Parameter):
-            self._refuse_ambiguous(x, path, "one row per sample", "a parameter that all share")
+            self._refuse_ambiguous(x, path, "one row per sample", "a parameter for all samples")
         return self._learn(path, "table", Reading.ROWS)
 
     def _list(self, x: Sequence[Any], path: str) -> Reading:
@@ -153,19 +153,19 @@ class Reader:
     def _list_of_b(self, x: Sequence[Any], path: str) -> Reading:
         """Return how a list with as many items as there are samples is read.
 
-        A list of samples holds things of one kind. If each of them has b rows, it may as well be a
-        container of tensors with one row per sample; and if some have, and they are of several
-        kinds, a record.
+        The items of a list of samples have the same kind. If each of them has b rows, the list may
+        also be a container of tensors with one row per sample. If only some have, and the items
+        have different kinds, it may be a record.
         """
         known = [item for item in x if item is not None]
         if len(x) <= _SHORT and known and all(_is_number(item) for item in known):
-            self._refuse_ambiguous(x, path, "one number per sample", "numbers that all share")
+            self._refuse_ambiguous(x, path, "one number per sample", "numbers for all samples")
         rows = [self._holds_rows(item) for item in known]
         if all(rows) and known and not _alike(known):
             return Reading.PARTS
         if any(rows) and (all(rows) or not _alike(known)):
             self._refuse_ambiguous(
-                x, path, "one item per sample", "a container of things with one row per sample each"
+                x, path, "one item per sample", "a container of values with one row per sample"
             )
         return Reading.ITEMS
 
@@ -178,7 +178,7 @@ class Reader:
             return Reading.WHOLE
         if len(x) > _SHORT and not all(rows) and _alike(x):
             one = f"{sum(rows)} of its tensors have one row per sample"
-            self._refuse_ambiguous(x, path, one, "tensors of several lengths that all share")
+            self._refuse_ambiguous(x, path, one, "tensors of different lengths for all samples")
         return Reading.PARTS
 
     def _collection(self, x: Any, path: str) -> Reading:
@@ -194,16 +194,16 @@ class Reader:
             return self._learn(path, "object", Reading.ROWS)
         if not size and any(self._holds_rows(value) for value in x.values(True, True)):
             raise ESAMTypeError(
-                f"`{path}` must have a batch size, so that samples can be taken from it: "
+                f"`{path}` must have a batch size, so that samples can be selected from it: "
                 f"batch_size=[{self.b}]. Received: a {type(x).__name__} with batch_size=[]."
             )
         return Reading.WHOLE if not size else self._learn(path, "object", Reading.WHOLE)
 
     def _object(self, x: Any, path: str) -> Reading:
-        """Return how something of a type that is not known here is read."""
+        """Return how a value of an unknown type is read."""
         if isinstance(x, Iterator):
             raise ESAMTypeError(
-                f"`{path}` can be read only once, and `losses` is called several times. Pass a "
+                f"`{path}` can be read only once, but `losses` is called several times. Pass a "
                 f"list. Received: {type(x).__name__}."
             )
         length = _length(x)
@@ -217,7 +217,7 @@ class Reader:
         within = self._rows_within(x)
         if within is not None:
             raise ESAMTypeError(
-                f"`{path}` seems to hold samples, in `{within}`, and cannot be taken apart. "
+                f"`{path}` seems to contain samples, in `{within}`, but cannot be split. "
                 f"{WAYS_OUT} Received: {described(x)}, and {self.b} losses."
             )
         return self._learn(path, "object", Reading.WHOLE)
@@ -225,12 +225,12 @@ class Reader:
     # -- looking for rows -------------------------------------------------------------------------
 
     def _holds_rows(self, x: Any, *, lists: bool = True, depth: int = 8) -> bool:
-        """Return whether something has b rows, or holds something that has.
+        """Return whether a value has b rows, or contains one that has.
 
         Args:
             x: anything.
-            lists: whether a list of length b counts as well.
-            depth: how deep to look.
+            lists: whether a list of length b also counts.
+            depth: the maximum depth to search.
         """
         if isinstance(x, Tensor | np.ndarray):
             return bool(x.ndim) and len(x) == self.b
@@ -264,30 +264,30 @@ class Reader:
     # -- remembering and refusing -----------------------------------------------------------------
 
     def _learn(self, path: str, kind: str, reading: Reading) -> Reading:
-        """Return a reading that later batches are to follow."""
+        """Return a reading, and remember it for later batches."""
         self.learned[path, kind] = reading
         return reading
 
     def _refuse_ambiguous(self, x: Any, path: str, one: str, other: str) -> NoReturn:
-        """Refuse what can be read in two ways."""
+        """Raise for an ambiguous value."""
         raise ESAMTypeError(
-            f"`{path}` can be read in two ways: {one}, or {other}. {WAYS_OUT} "
+            f"`{path}` is ambiguous: {one}, or {other}. {WAYS_OUT} "
             f"Received: {described(x)}, and {self.b} losses."
         )
 
     def _refuse_changed(self, x: Any, path: str) -> NoReturn:
-        """Refuse what had an entry for each sample in an earlier batch, and has not now."""
+        """Raise for a value that had one entry per sample in an earlier batch, but has not now."""
         raise ESAMValueError(
-            f"`{path}` had one entry per sample in an earlier batch, and must have now. If that "
-            f"was by chance: {WAYS_OUT} Received: {described(x)}, and {self.b} losses."
+            f"`{path}` had one entry per sample in an earlier batch, and must have one now. If "
+            f"that was a coincidence: {WAYS_OUT} Received: {described(x)}, and {self.b} losses."
         )
 
     def _refuse_ragged(self, x: Any, path: str) -> NoReturn:
-        """Refuse what holds sequences of several lengths in one tensor."""
+        """Raise for a value with sequences of different lengths in one tensor."""
         raise ESAMTypeError(
-            f"`{path}` must hold samples that can be taken one by one. Received: a "
+            f"`{path}` must contain samples that can be indexed. Received: a "
             f"{type(x).__name__}. Pass the padded tensor and the lengths, and pack or nest them "
-            "within `losses`; or give ESAM take=function(batch, indices)."
+            "within `losses`; or pass take=function(batch, indices) to ESAM."
         )
 
 
@@ -295,17 +295,17 @@ def _length(x: Any) -> int | None:
     """Return the length of something, or None."""
     try:
         return len(x)
-    except Exception:  # no length, or one that cannot be told
+    except Exception:  # no length, or an error
         return None
 
 
 def _is_number(x: Any) -> bool:
-    """Return whether something is a number, or a tensor or an array of no dimension."""
+    """Return whether a value is a number, or a 0-d tensor or array."""
     return isinstance(x, Number | np.generic) or (
         isinstance(x, Tensor | np.ndarray) and x.ndim == 0
     )
 
 
 def _alike(values: Sequence[Any]) -> bool:
-    """Return whether values are of one kind: of one type, tensors of one dtype and rank too."""
+    """Return whether values have the same kind: the same type and, for tensors, dtype and rank."""
     return len({(type(x), getattr(x, "dtype", None), getattr(x, "ndim", None)) for x in values}) < 2

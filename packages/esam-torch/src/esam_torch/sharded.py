@@ -75,12 +75,12 @@ def mesh_groups(tensor: Tensor, *, shards_only: bool = False) -> list[Any]:
     ]
 
 
-#: Process groups, and which of some parameters are sharded over them.
+#: Process groups, with the indices of the parameters that are sharded over them.
 Spread = dict[tuple[Any, ...], list[int]]
 
 
 def spread_of(parameters: Sequence[Tensor]) -> Spread:
-    """Return which parameters are sharded over which ranks; empty if none is."""
+    """Return which parameters are sharded over which ranks; empty if none are."""
     places: Spread = {}
     for i, parameter in enumerate(parameters):
         groups = tuple(mesh_groups(parameter, shards_only=True))

@@ -53,7 +53,7 @@ class Targets:
     idle_adaptive: Sequence[bool]
     weight_share: float
 
-    # -- what follows from these, found once -------------------------------------------------------
+    # -- derived values, computed once -------------------------------------------------------
 
     @functools.cached_property
     def factor(self) -> float | None:
@@ -62,17 +62,17 @@ class Targets:
 
     @functools.cached_property
     def any_adaptive(self) -> bool:
-        """Whether any is perturbed in proportion to its weights."""
+        """Whether the perturbation of any parameter is scaled by its weights."""
         return any(self.adaptive)
 
     @functools.cached_property
     def any_half(self) -> bool:
-        """Whether any is of less than 32 bits."""
+        """Whether any parameter has less than 32 bits."""
         return any(map(is_half, self.tensors))
 
     @functools.cached_property
     def kinds(self) -> Sequence[Sequence[int]]:
-        """The places of those of each device and type."""
+        """The indices of the parameters of each device and dtype."""
         found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, tensor in enumerate(self.tensors):
             found.setdefault((tensor.device, tensor.dtype), []).append(i)
@@ -80,12 +80,12 @@ class Targets:
 
     @functools.cached_property
     def spread(self) -> Spread:
-        """Which are sharded over which ranks."""
+        """Which parameters are sharded over which ranks."""
         return spread_of(self.tensors)
 
     @functools.cached_property
     def idle_spread(self) -> Spread:
-        """Which of the idle ones are sharded over which ranks."""
+        """Which idle parameters are sharded over which ranks."""
         return spread_of(self.idle)
 
 

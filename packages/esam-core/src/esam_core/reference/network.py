@@ -51,10 +51,11 @@ class Model(Protocol):
     Attributes:
         parameters: theta, by name, in the order of the units. The step changes the arrays in place
             and restores them.
-        buffers: running statistics and what else `evaluate` writes, by name, changed in place.
+        buffers: running statistics and other state that `evaluate` writes, by name, changed in
+            place.
         units: a record for each trainable parameter, in the same order.
-        forward_state: what one forward leaves to the next, beside running statistics: the random
-            state, and what `Carry` layers hold. A copy. Assignable.
+        forward_state: the state that one forward passes on to the next, except running statistics:
+            the random state, and what `Carry` layers hold. A copy. Assignable.
     """
 
     parameters: dict[str, Array]
@@ -164,7 +165,7 @@ class Network:
 
     @property
     def forward_state(self) -> tuple[Any, dict[str, Array]]:
-        """The random state, and what the `Carry` layers hold."""
+        """The random state, and the states of `Carry` layers."""
         names = [f"{layer.name}.state" for layer in self.layers if isinstance(layer, Carry)]
         return self.random_state, {name: self.buffers[name].copy() for name in names}
 

@@ -177,7 +177,7 @@ class Step:
             g = self.earlier_gradient(mask)
         left = self.model.forward_state
         if selectors.needs_losses(self.config.select, b) and len(part) < b:
-            self.model.forward_state = entry  # all passes see the same noise, and read the same
+            self.model.forward_state = entry  # all passes use the same noise and state
             losses = self.scoring_pass(batch, part, losses)
             if not len(part):
                 left = self.model.forward_state
