@@ -1,4 +1,4 @@
-"""Batches that tests of samples look at."""
+"""Batches for tests of samples."""
 
 import collections
 
@@ -7,20 +7,20 @@ from torch import nn
 
 
 def table(n, *shape):
-    """Return a tensor whose rows are told apart by their first number."""
+    """Return a tensor whose rows differ in their first number."""
     rows = torch.arange(float(n)).reshape(-1, *[1] * len(shape))
     return rows.expand(n, *shape).clone()
 
 
 class Holder:
-    """A user's own class with a tensor in it."""
+    """A user-defined class that contains a tensor."""
 
     def __init__(self, x):
         self.x = x
 
 
 class SharedStore(collections.abc.MutableMapping):
-    """Copies of it would write into the same dictionary."""
+    """A mapping whose copies write to the same dictionary."""
 
     def __init__(self, items):
         self.items_ = items

@@ -1,4 +1,4 @@
-"""What tests of directions share: an ESAM in small, its training, and a step by hand."""
+"""Helpers for tests of directions: a small ESAM, its training, and a step by hand."""
 
 import torch
 from tests.torch.scene import batch, losses_of, net, sgd

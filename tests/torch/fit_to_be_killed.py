@@ -1,7 +1,7 @@
-"""Trains with checkpoints, and kills itself without warning after so many batches.
+"""Train with checkpoints, and kill this process after a number of batches.
 
-python fit_to_be_killed.py FOLDER BATCHES: BATCHES = 0 trains to the end. It goes on from where the
-last run was killed. What comes out is written to FOLDER/result.pt.
+python fit_to_be_killed.py FOLDER BATCHES: BATCHES = 0 trains to the end. It resumes from the last
+killed run, and writes the result to FOLDER/result.pt.
 """
 
 import os
@@ -19,7 +19,7 @@ from esam_torch import ESAM, Random, Sometimes, Suffix, fit
 
 
 class Noisy(Dataset):
-    """Samples that differ each time, by all three global generators."""
+    """Samples with random noise from all three global generators."""
 
     def __len__(self):
         return 50

@@ -1,4 +1,4 @@
-"""Small models of transformers and sentences for them."""
+"""Small transformers models, and sentences for them."""
 
 import torch
 from torch.utils.data import Dataset
@@ -51,6 +51,6 @@ def sentences(kind, n=4):
 
 
 def alone(model, batch):
-    """Return the model's own loss of a batch of each sample alone, (b,)."""
+    """Return the model's own loss for each sample alone, (b,)."""
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["labels"]))]
     return torch.stack([model(**row).loss for row in rows])

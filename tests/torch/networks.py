@@ -1,4 +1,4 @@
-"""Small networks with what makes skipping hard: glue between blocks, tokens, a shared block."""
+"""Small networks that make skipping hard: code between blocks, tokens, a shared block."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from esam_torch import ESAM
 
 
 class Residual(nn.Module):
-    """A basic residual block with functional glue."""
+    """A basic residual block with functional operations."""
 
     def __init__(self, width_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18 for 32 x 32 images; width 64 is the full one."""
+    """ResNet-18 for 32 x 32 images; the full width is 64."""
 
     def __init__(self, width: int = 4, dropout: float = 0.2) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Transformer(nn.Module):
 
 
 class Twice(nn.Module):
-    """One block called before and behind another, with in-place glue."""
+    """One block called before and after another, with in-place operations in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def vectors(b: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 def flops(
     model: nn.Module, batch: tuple[torch.Tensor, ...], steps: int = 1, momentum=0.0, **options
 ) -> float:
-    """Return the counted operations of a step, averaged; blocks are found before the count."""
+    """Return the mean number of operations per step, not counting the search for blocks."""
 
     def losses(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(inputs), targets, reduction="none")

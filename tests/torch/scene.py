@@ -1,4 +1,4 @@
-"""What most tests of esam-torch look at: a small model, a batch, all that a call may change."""
+"""Common objects of the tests: a small model, a batch, and a snapshot of all state."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Net(nn.Module):
-    """Convolution, BatchNorm, Dropout and a head: what a step must be careful with, in small."""
+    """A small network with convolution, BatchNorm, Dropout and a head."""
 
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def batch(b: int = 8, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def losses_of(model: nn.Module) -> Callable[..., torch.Tensor]:
-    """Return what a user writes: one loss per sample."""
+    """Return a user's function: one loss per sample."""
 
     def losses(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(inputs), targets, reduction="none")
@@ -52,7 +52,7 @@ def sgd(model: nn.Module, **kwargs: Any) -> torch.optim.SGD:
 
 
 class Snapshot:
-    """Weights, gradients, buffers, random state, modes and optimizer state at one moment."""
+    """A copy of weights, gradients, buffers, random state, modes and optimizer state."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model = model
@@ -75,7 +75,7 @@ class Snapshot:
         }
 
     def check(self, *, but: tuple[str, ...] = ()) -> None:
-        """Require everything to be as it was, bit for bit."""
+        """Require that everything equals the copy, bit for bit."""
         now = self.take()
         for what, before in self.taken.items():
             if what not in but:
@@ -83,7 +83,7 @@ class Snapshot:
 
 
 def same(now: Any, before: Any, where: str) -> None:
-    """Require two nests of tensors and plain values to be equal, NaN to itself."""
+    """Require that nested tensors and plain values are equal; NaN equals NaN."""
     if isinstance(before, torch.Tensor):
         assert isinstance(now, torch.Tensor), where
         assert now.shape == before.shape and now.dtype == before.dtype, where

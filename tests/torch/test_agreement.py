@@ -1,4 +1,4 @@
-"""The warning for losses that are not each sample's own: what is seen, and what is no reason."""
+"""The warning for losses that depend on other samples: when it is and is not issued."""
 
 import warnings
 
@@ -16,7 +16,7 @@ Z = torch.randn(16, 4, generator=torch.Generator().manual_seed(2))
 
 
 def passes(losses, *batch, gamma=0.5):
-    """Return what the selection pass and the descent pass of one step have seen."""
+    """Return the losses of the selection pass and the descent pass of one step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 8))
     optimizer = ESAM(
@@ -33,7 +33,7 @@ def passes(losses, *batch, gamma=0.5):
         return calls[-1]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the step itself: the warning is read here
+        warnings.simplefilter("ignore")  # ignore the step's warning, which is computed here
         report = optimizer.step(kept, *batch)
     return report.perturbed_losses, report.indices, calls[-1].float()
 
@@ -116,7 +116,8 @@ def test_a_factor_is_named(losses, factor):
     assert "InfoNCE" not in said
 
 
-# -- losses that are each sample's own -----------------------------------------------------------
+# -- losses that depend only on the sample
+# -----------------------------------------------------------
 
 
 def in_bfloat16(model, x, y):
@@ -126,7 +127,7 @@ def in_bfloat16(model, x, y):
 
 
 def confident(model, x, y):
-    """Logits of thirty and losses near zero, in half precision: the worst rounding."""
+    """Logits of 30 and losses near 0, in half precision, with the largest rounding errors."""
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x) + 30.0 * F.one_hot(y, 8)
     return F.cross_entropy(out.float(), y, reduction="none")
@@ -149,13 +150,13 @@ OWN = {
 
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("kind", OWN)
-def test_losses_of_ones_own(kind, gamma):
+def test_losses_that_depend_only_on_the_sample(kind, gamma):
     losses, *batch = OWN[kind]
     assert disagreement(*passes(losses, *batch, gamma=gamma)) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_losses_that_are_not_finite_say_nothing(value):
+def test_nonfinite_losses_give_no_warning(value):
     losses, indices = torch.tensor([1.0, value, 3.0, 4.0]), torch.tensor([1, 3])
     assert disagreement(losses, indices, torch.tensor([2.0, 5.0])) is None
 
@@ -183,14 +184,14 @@ def test_a_step_warns_once():
     optimizer.step(lambda a, b: info_nce(model, a, b), X, Z)  # warnings are errors here
 
 
-def test_a_step_warns_of_what_losses_draw():
+def test_a_step_warns_if_losses_draw_random_numbers():
     model, optimizer = make()
     with pytest.warns(UserWarning, match=r"mixup"):
         optimizer.step(lambda x, y: mixup(model, x, y), X, Y)
 
 
 class Centred(nn.Module):
-    """Subtracts the mean of the batch, with no name that says so."""
+    """Subtracts the batch mean, without a telling name."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +207,7 @@ class Centred(nn.Module):
     [nn.Dropout(0.5), nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False), Centred()],
     ids=["Dropout", "BatchNorm", "BatchNorm without statistics", "one's own"],
 )
-def test_no_warning_where_samples_have_no_losses_of_their_own(layer):
+def test_no_warning_if_the_model_couples_samples(layer):
     model, optimizer = make(nn.Sequential(nn.Linear(4, 8), layer, nn.Linear(8, 4)))
     optimizer.step(lambda x, y: cross_entropy(model, x, y), X, Y)
 
@@ -219,7 +220,7 @@ def test_buffers_made_in_inference_mode_are_not_counted():
     optimizer.step(lambda x, y: cross_entropy(model, x * model.table.clone(), y), X, Y)
 
 
-def test_the_first_step_that_selects_is_compared():
+def test_the_first_step_with_a_selection_is_compared():
     model, optimizer = make(perturb=Between(1, None))
     coupled = lambda a, b: info_nce(model, a, b)  # noqa: E731
     optimizer.step(coupled, X, Z)  # a base step
@@ -236,7 +237,7 @@ def test_with_every_sample_nothing_is_compared():
 
 
 class Normalised(nn.Module):
-    """A BatchNorm of another library."""
+    """A BatchNorm layer of another library."""
 
 
 class BatchRenorm1d(Normalised):
@@ -281,7 +282,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_models_in_which_samples_have_losses_of_their_own(kind):
+def test_models_in_which_losses_are_comparable(kind):
     module, silent, drawing = MODELS[kind]
     model = nn.Sequential(nn.Linear(2, 2), module)
     model.training = True

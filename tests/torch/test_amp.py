@@ -24,7 +24,7 @@ devices = pytest.mark.parametrize("device", DEVICES)
 
 
 def autocast_losses(model, device, dtype):
-    """Return what a user of autocast writes."""
+    """Return a user's function with autocast."""
 
     def losses(x, y):
         with torch.autocast(device, dtype):
@@ -52,7 +52,7 @@ def close(found, wanted, tolerance):
 @devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_near_full_precision(dtype, device):
-    """The same samples, and gradients that differ by rounding; weights and gradients stay wide."""
+    """The same samples, and gradients equal up to rounding; weights and gradients stay float32."""
     model, wide = net(dropout=0.0).to(device), net(dropout=0.0).to(device)
     options = {"rho": 0.1, "perturb": Everything(), "select": TopLoss(0.5)}
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
@@ -70,8 +70,8 @@ def test_autocast_is_near_full_precision(dtype, device):
 
 @devices
 @pytest.mark.parametrize("perturb", [Everything(), Suffix("head")], ids=["all", "suffix"])
-def test_autocast_around_the_step_is_autocast_within(perturb, device):
-    """autocast keeps its casts of the weights: none may outlive the weights that it is of."""
+def test_autocast_around_the_step_equals_autocast_inside(perturb, device):
+    """autocast caches casts of the weights, which must not be used for other weights."""
     found = []
     for inside in (True, False):
         model = net().to(device)
@@ -91,7 +91,7 @@ def test_autocast_around_the_step_is_autocast_within(perturb, device):
                     model.train()
                 with torch.no_grad(), torch.autocast(device, torch.bfloat16):
                     model.eval()
-                    same(after.detach(), model(on(device)[0]), "a forward behind the step")
+                    same(after.detach(), model(on(device)[0]), "a forward after the step")
                     model.train()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -103,7 +103,7 @@ def test_autocast_around_the_step_is_autocast_within(perturb, device):
 
 
 def scaled_step(optimizer, scaler, losses, *data, clip=None):
-    """The loop of every fp16 script."""
+    """One iteration of a typical fp16 script."""
     optimizer.zero_grad()
     scaler.scale(optimizer.loss(losses, *data)).backward()
     if clip is not None:
@@ -117,8 +117,8 @@ def scaled_step(optimizer, scaler, losses, *data, clip=None):
 @devices
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("select", [0.5, 1.0])
-def test_a_scaler_changes_nothing_that_is_exact(select, clip, device):
-    """A scale that is a power of two moves exponents alone: the very same training, bit for bit."""
+def test_a_power_of_two_scale_changes_nothing(select, clip, device):
+    """A scale that is a power of two changes only exponents: training is the same bit for bit."""
     models = []
     for scale in (None, 2.0**12):
         model = net().to(device)
@@ -150,7 +150,7 @@ class Tiny(nn.Module):
 def tiny_losses(model, device):
     def losses(x):
         with torch.autocast(device, torch.float16):
-            # An activation gradient of 1e-6 / 8 a sample, behind an fp16 edge of the graph.
+            # An activation gradient of 1e-6 / 8 per sample, after an fp16 edge of the graph.
             return (model(x) * 1.0).float() * 1e-7
 
     return losses
@@ -170,7 +170,7 @@ def test_the_ascent_gradient_does_not_underflow(device):
         report = optimizer.report
         norms[scale] = (float(report.gradient_norm), float(report.perturbation_norm))
     assert norms[None][1] == 0.0 or norms[None][0] < 0.5 * norms[2.0**16][0]
-    # Unscaled before the norm: the true size of the gradient, and the radius asked for.
+    # Unscaled before the norm: the true gradient norm, and the requested radius.
     assert 1e-8 < norms[2.0**16][0] < 1e-5
     assert norms[2.0**16][1] == pytest.approx(0.1, rel=1e-4)
 
@@ -188,7 +188,7 @@ BASES = {
 @devices
 @pytest.mark.parametrize("base", BASES)
 def test_fused_bases_under_a_scaler(base, device):
-    """A fused optimizer unscales by itself where it can; under ESAM it gets unscaled gradients."""
+    """A fused optimizer can unscale gradients itself; under ESAM it gets unscaled gradients."""
     models = []
     for scale in (1.0, 2.0**10):
         model = net().to(device)
@@ -202,7 +202,7 @@ def test_fused_bases_under_a_scaler(base, device):
 
 
 def overflowing(losses, passes):
-    """Return losses that overflow fp16 in these passes of the step, backwards included."""
+    """Return losses that overflow fp16 in these passes of the step, including backwards."""
     calls = []
 
     def wrapped(x, y):
@@ -238,7 +238,7 @@ def test_an_overflow_in_any_pass_backs_off_and_recovers(base, passes, clip, devi
 
 @devices
 def test_scaled_training_finds_its_scale(device):
-    """A scale that is far too large: back off until it fits, and learn."""
+    """A scale that is far too large decreases until it fits, and the model learns."""
     model = net(dropout=0.0).to(device)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**40)
     optimizer = ESAM(
@@ -271,7 +271,7 @@ def test_accumulating_under_a_scaler(device):
             scaler.scale(optimizer.loss(losses_of(model), *on(device, seed=seed))).backward()
         scaler.unscale_(optimizer)
         with pytest.raises(RuntimeError, match=r"unscale_"):
-            scaler.unscale_(optimizer)  # torch's own word on it
+            scaler.unscale_(optimizer)  # torch's check for non-finite gradients
         scaler.step(optimizer)
         scaler.update()
         found.append(model.state_dict())
@@ -298,7 +298,7 @@ def test_half_precision_weights_warn_once_with_the_measured_share(dtype, device)
     x, y = on(device)
     with pytest.warns(UserWarning, match=r"% of the entries of the first perturbation") as caught:
         optimizer.backward(watching, x.to(dtype), y)
-    # What was said is what happened: count it again, from the wide gradient.
+    # The warning is correct: compute the share again, from the float32 gradient.
     stayed = sum(int((a == b).sum()) for a, b in zip(peak[1], start, strict=True))
     total = sum(p.numel() for p in start)
     said = float(str(caught[0].message).split("%")[0]) / 100
@@ -311,7 +311,7 @@ def test_half_precision_weights_warn_once_with_the_measured_share(dtype, device)
 
 
 @devices
-def test_no_warning_where_nothing_rounds_away(device):
+def test_no_warning_if_nothing_is_rounded_away(device):
     model = net(dropout=0.0).to(device)
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=1e-6)
     optimizer.step(losses_of(model), *on(device))  # warnings are errors

@@ -1,4 +1,4 @@
-"""Input that cannot be used: a clear error, and everything as it was."""
+"""Invalid input: a clear error, and no changes."""
 
 import re
 from types import MappingProxyType
@@ -19,7 +19,7 @@ def make(model=None, **kwargs):
 
 
 def refuses(optimizer, losses, *args, error=ESAMValueError, match, **kwargs):
-    """Require `backward` to raise, and to leave everything as it was, stale gradients included."""
+    """Require that `backward` raises and changes nothing, including existing gradients."""
     model = optimizer.model
     for i, p in enumerate(model.parameters()):
         p.grad = torch.full_like(p, 0.25 * i)
@@ -64,7 +64,7 @@ def test_what_losses_return(what, select):
     returned, error, match = RETURNED[what]
     model, optimizer = make(gamma=None, select=select)
     losses = lambda x, y: returned(model, x, y)  # noqa: E731
-    if what in ("too few", "too many") and select.gamma == 1.0:  # nothing is taken apart
+    if what in ("too few", "too many") and select.gamma == 1.0:  # the batch is not split
         optimizer.backward(losses, *batch())
         return
     refuses(optimizer, losses, *batch(), error=error, match=match)
@@ -83,7 +83,7 @@ def test_another_number_of_losses_than_of_samples(change, b, select):
 @pytest.mark.parametrize("perturb", [Everything(), Only("embedding")], ids=["climbs", "base step"])
 def test_empty_batch(perturb):
     model, optimizer = make(net(dropout=0.0), beta=None, perturb=perturb)
-    model.norm = nn.Identity()  # BatchNorm has its own opinion on empty batches
+    model.norm = nn.Identity()  # BatchNorm has its own error for empty batches
     optimizer = ESAM(torch.optim.SGD(model.parameters()), model, perturb=perturb)
     x, y = batch()
     refuses(optimizer, losses_of(model), x[:0], y[:0], match=r"must not be empty")
@@ -97,7 +97,7 @@ def test_losses_and_batch_of_different_lengths():
         return losses_of(model)(x, y)[:5]
 
     refuses(optimizer, some, x, y, match=r"Received: 5 losses")
-    optimizer = ESAM(sgd(model), model, rho=0.0)  # takes nothing apart
+    optimizer = ESAM(sgd(model), model, rho=0.0)  # does not split the batch
     optimizer.backward(some, x, y)
 
 
@@ -135,7 +135,7 @@ def test_nothing_to_select_from():
     losses = losses_of(model)
     refuses(optimizer, lambda: losses(x, y), match=r"in the batch: nothing")
     refuses(optimizer, losses, Whole(x), Whole(y), match=r"in the batch:.*marked")
-    # With every sample in the descent pass nothing has to be sliced.
+    # With all samples in the descent pass nothing is sliced.
     everything = ESAM(sgd(model), model, rho=0.1, gamma=1.0)
     assert everything.backward(lambda: losses(x, y)).losses.shape == (8,)
 
@@ -184,7 +184,7 @@ def test_base_is_a_class():
         ESAM(torch.optim.SGD, model)
 
 
-def test_base_is_no_optimizer():
+def test_base_is_not_an_optimizer():
     with pytest.raises(ESAMTypeError, match=r"torch.optim.Optimizer. Received: float"):
         ESAM(0.1, net())
 
@@ -195,7 +195,7 @@ def test_base_is_an_esam():
         ESAM(optimizer, model)
 
 
-def test_base_holds_strangers():
+def test_base_has_foreign_parameters():
     model, other = net(), net(1)
     base = torch.optim.SGD([*model.parameters(), other.head.weight], lr=0.1)
     with pytest.raises(
@@ -204,7 +204,7 @@ def test_base_holds_strangers():
         ESAM(base, model)
 
 
-def test_model_is_no_module():
+def test_model_is_not_a_module():
     model = net()
     with pytest.raises(ESAMTypeError, match=r"`model` must be a torch.nn.Module"):
         ESAM(sgd(model), model.forward)
@@ -252,7 +252,7 @@ def test_options_of_a_group(options, error, match):
     refuses(optimizer, losses_of(model), *batch(), error=error, match=match)
 
 
-def test_a_group_of_strangers():
+def test_a_group_of_foreign_parameters():
     model, optimizer = make()
     before = Snapshot(model, optimizer)
     with pytest.raises(ESAMValueError, match=r"only parameters of `model`"):
@@ -277,10 +277,10 @@ def test_side_by_side():
         SideBySide(one, torch.optim.Adam)
 
 
-# -- calls at the wrong moment -----------------------------------------------------------------
+# -- calls in the wrong order -----------------------------------------------------------------
 
 
-def test_step_with_losses_over_pending_gradients():
+def test_step_with_losses_and_pending_gradients():
     model, optimizer = make()
     optimizer.backward(losses_of(model), *batch())
     before = Snapshot(model, optimizer)
@@ -309,8 +309,8 @@ def test_a_step_without_a_backward_warns_once():
 POISON = [float("nan"), float("inf")]
 
 
-def poisoned(where, value):
-    """Return a batch with one bad sample, which no `TopLoss` or `TopIncrease` can lose."""
+def bad_batch(where, value):
+    """Return a batch with one bad sample, which `TopLoss` and `TopIncrease` select."""
     x, y = batch()
     x[where] = value
     return x, y
@@ -319,17 +319,17 @@ def poisoned(where, value):
 @pytest.mark.parametrize("value", POISON)
 @pytest.mark.parametrize("perturb", [Everything(), Only("embedding")], ids=["climbs", "base step"])
 class TestNonFinite:
-    """All three modes, in a step that climbs and in one that does not."""
+    """All three modes, in steps with and without a perturbation."""
 
     def make(self, perturb, mode):
         model = net()
-        model.norm.eval()  # or a bad sample would spoil the statistics of all, which is its right
+        model.norm.eval()  # otherwise a bad sample would spoil the statistics of all
         return model, ESAM(sgd(model), model, rho=0.1, perturb=perturb, on_nonfinite=mode)
 
     def test_propagate(self, perturb, value):
         model, optimizer = self.make(perturb, "propagate")
         before = Snapshot(model, optimizer)
-        report = optimizer.backward(losses_of(model), *poisoned(3, value))
+        report = optimizer.backward(losses_of(model), *bad_batch(3, value))
         before.check(but=("gradients", "random", "optimizer"))
         assert any(not p.grad.isfinite().all() for p in model.parameters())
         if perturb == Everything():
@@ -340,35 +340,37 @@ class TestNonFinite:
         twin = self.make(perturb, "skip")
         losses = losses_of(model)
         torch.manual_seed(5)
-        optimizer.backward(losses, *batch(seed=2))  # a gradient to be kept
+        optimizer.backward(losses, *batch(seed=2))  # a gradient that must be kept
         kept = Snapshot(model)
-        report = optimizer.backward(losses, *poisoned(3, value))
+        report = optimizer.backward(losses, *bad_batch(3, value))
         kept.check(but=("random",))
         assert report.skipped and report.losses.shape == (8,)
         optimizer.step()
         updates = []
         optimizer.base_optimizer.register_step_post_hook(lambda *_: updates.append(1))
-        report = optimizer.step(losses, *poisoned(3, value))
+        report = optimizer.step(losses, *bad_batch(3, value))
         assert report.skipped and not updates
         assert optimizer.count == 3
         torch.manual_seed(5)
         twin[1].backward(losses_of(twin[0]), *batch(seed=2))
         twin[1].step()
         for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
-            assert torch.equal(p, q)  # no momentum came of the skipped step
+            assert torch.equal(p, q)  # the skipped step has no momentum
 
     def test_raise(self, perturb, value):
         model, optimizer = self.make(perturb, "raise")
         match = 'not finite.*on_nonfinite="skip"'
-        refuses(optimizer, losses_of(model), *poisoned(3, value), error=NonFiniteError, match=match)
+        refuses(
+            optimizer, losses_of(model), *bad_batch(3, value), error=NonFiniteError, match=match
+        )
         with pytest.raises(FloatingPointError):
-            optimizer.step(losses_of(model), *poisoned(3, value))
+            optimizer.step(losses_of(model), *bad_batch(3, value))
         assert not optimizer.step(losses_of(model), *batch()).skipped
 
 
 @pytest.mark.parametrize("mode", ["propagate", "skip", "raise"])
-def test_losses_that_overflow_at_the_peak_only(mode):
-    """Infinite losses at theta + epsilon, whose gradients happen to be finite, do not go unseen."""
+def test_losses_that_overflow_only_after_the_perturbation(mode):
+    """Infinite losses at theta + epsilon with finite gradients are detected."""
     model = nn.Linear(2, 1, bias=False)
     nn.init.constant_(model.weight, 0.5)
     optimizer = ESAM(
@@ -384,7 +386,7 @@ def test_losses_that_overflow_at_the_peak_only(mode):
     def losses(x):
         calls.append(len(x))
         values = model(x)[:, 0]
-        # At the peak one rejected sample is minus infinity, and its gradient is nobody's.
+        # At theta + epsilon one rejected sample has the loss -inf, with no effect on the gradient.
         return values - torch.tensor([torch.inf, 0, 0, 0]) if len(calls) == 2 else values
 
     x = torch.ones(4, 2)
@@ -419,7 +421,7 @@ def test_an_inner_gradient_without_a_graph_is_explained():
     assert "under torch.enable_grad()" in raised.value.__notes__[0]
 
 
-def test_what_was_whole_is_told():
+def test_a_note_lists_how_values_were_read():
     model = net()
     optimizer = ESAM(sgd(model), model, rho=0.1, gamma=0.5)
     x, y = batch()
@@ -440,7 +442,7 @@ BAD_LOSSES = {
 
 
 @pytest.mark.parametrize("spoil", BAD_LOSSES.values(), ids=BAD_LOSSES)
-def test_a_refused_step_keeps_the_gradients_that_it_would_have_zeroed(spoil):
+def test_a_refused_step_keeps_gradients(spoil):
     model = net()
     optimizer = ESAM(sgd(model), model, rho=0.1, gamma=0.5)
     optimizer.step(losses_of(model), *batch())

@@ -1,4 +1,4 @@
-"""Base optimizers: torch's, schedulefree's, pytorch-optimizer's, two side by side, and refusals."""
+"""Base optimizers: torch's, schedulefree's, pytorch-optimizer's, `SideBySide`, and errors."""
 
 import copy
 
@@ -49,7 +49,7 @@ TORCH = {
 
 
 def base_run(make, steps):
-    """Train with the bare base."""
+    """Train with the base optimizer alone."""
     model = net()
     optimizer = make(model)
     torch.manual_seed(1)
@@ -61,7 +61,7 @@ def base_run(make, steps):
 
 
 def esam_run(make, steps, **kwargs):
-    """Train with ESAM around it."""
+    """Train with ESAM."""
     model = net()
     optimizer = ESAM(make(model), model, **kwargs)
     torch.manual_seed(1)
@@ -72,7 +72,7 @@ def esam_run(make, steps, **kwargs):
 
 @pytest.mark.parametrize("name", TORCH)
 def test_torchs_own(name):
-    """At rho = 0 bit for bit the base; at rho > 0 another training, which stays finite."""
+    """At rho = 0 training equals the base optimizer; at rho > 0 it differs and is finite."""
     plain = base_run(TORCH[name], 8)
     same(esam_run(TORCH[name], 8, rho=0.0).state_dict(), plain.state_dict(), "rho = 0")
     climbed = esam_run(TORCH[name], 8, rho=0.1)
@@ -80,7 +80,7 @@ def test_torchs_own(name):
     assert all(p.isfinite().all() for p in climbed.parameters())
 
 
-def test_every_optimizer_of_torch_is_above_or_refused():
+def test_every_optimizer_of_torch_is_tested_or_refused():
     known = {name.split()[0] for name in TORCH} | {"Muon"}
     refused = {"LBFGS"}
     elsewhere = {"SparseAdam"}  # with sparse gradients, in test_models.py
@@ -131,7 +131,7 @@ def test_train_and_eval_do_nothing_for_other_bases():
 
 # -- pytorch-optimizer -------------------------------------------------------------------------
 
-#: Those that the documentation names. They are tried with their defaults.
+#: The optimizers that the documentation lists. They are tested with their defaults.
 LISTED = (
     *("ADOPT", "AdaBelief", "AdaBound", "AdEMAMix", "Adai", "Adan", "AdaPNM", "AdaNorm", "Aida"),
     *("CAME", "DAdaptAdam", "DAdaptSGD", "FAdam", "Fromage", "Grams", "Lamb", "LARS", "LaProp"),
@@ -155,7 +155,7 @@ def test_pytorch_optimizers(name):
     assert all(p.isfinite().all() for p in climbed.parameters())
 
 
-# -- two bases side by side --------------------------------------------------------------------
+# -- two base optimizers --------------------------------------------------------------------
 
 
 def beside(model):
@@ -165,7 +165,7 @@ def beside(model):
     )
 
 
-def test_side_by_side_is_each_on_its_own():
+def test_side_by_side_equals_separate_optimizers():
     model, twin = net(), net()
     optimizer = ESAM(beside(model), model, rho=0.0)
     muon = torch.optim.Muon(matrices(twin), lr=0.02)
@@ -183,7 +183,7 @@ def test_side_by_side_is_each_on_its_own():
     same(model.state_dict(), twin.state_dict(), "side by side")
 
 
-def test_one_climb_for_both():
+def test_both_share_one_perturbation():
     model = net()
     optimizer = ESAM(beside(model), model, rho=0.1, beta=1.0)
     report = optimizer.step(losses_of(model), *batch())
@@ -288,10 +288,10 @@ class NeedsHessian(torch.optim.SGD):
 
 class TwoSteps(torch.optim.SGD):
     def first_step(self):
-        """Climb."""
+        """Perturb the weights."""
 
     def second_step(self):
-        """Descend."""
+        """Restore the weights and update."""
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ class TwoSteps(torch.optim.SGD):
         (TwoSteps, "sharpness-aware itself"),
     ],
 )
-def test_what_a_base_cannot_be(base, match):
+def test_refused_optimizers(base, match):
     model = nn.Linear(2, 2)
     with pytest.raises(ESAMTypeError, match=match):
         ESAM(base(model.parameters(), lr=0.1), model)

@@ -1,4 +1,4 @@
-"""`budget=`: the first backward measures the model and chooses; steps cost what was promised."""
+"""`budget=`: the first backward measures the model and chooses; steps cost as predicted."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_the_cost_model_predicts_what_is_counted(perturb, select):
     predicted = expected_cost(perturb, units, select).ratio
     measured = flops(model, images(2), perturb=perturb, select=select)
     measured /= flops(model, images(2), rho=0.0)
-    # The model takes a residual block's shortcut for a layer in the chain, which is worth 1%.
+    # The cost model counts a residual block's shortcut as a layer of the chain, an error of 1%.
     assert measured == pytest.approx(predicted, rel=0.015)
 
 
@@ -69,7 +69,7 @@ def test_random_masks_cost_what_is_predicted_on_average():
 def test_steps_cost_no_more_than_the_budget(budget):
     model = ResNet(width=16, dropout=0.0)
     counted = flops(model, images(2), steps=24, budget=budget)
-    # The cost model is 1% off where a residual block has a shortcut.
+    # The cost model has an error of 1% for residual blocks with a shortcut.
     assert counted <= budget * 1.015 * flops(model, images(2), rho=0.0)
 
 
@@ -88,7 +88,7 @@ def test_plan_shows_the_choice():
     assert optimizer.plan() is plan
 
 
-def test_a_spent_budget_is_in_the_checkpoint():
+def test_an_applied_budget_is_in_the_checkpoint():
     model = ResNet(dropout=0.0)
     optimizer = optimizer_of(model, budget=1.15)
     fresh = optimizer.state_dict()
@@ -99,7 +99,7 @@ def test_a_spent_budget_is_in_the_checkpoint():
     other.load_state_dict(state)
     assert other.config == optimizer.config
     other = optimizer_of(model)
-    other.load_state_dict(fresh)  # saved before the first backward: the budget is still to spend
+    other.load_state_dict(fresh)  # saved before the first backward: the budget is not applied yet
     other.backward(losses_of(model), *images())
     assert other.config == optimizer.config
 
@@ -107,7 +107,7 @@ def test_a_spent_budget_is_in_the_checkpoint():
 @pytest.mark.parametrize(
     "options", [{"beta": 0.5}, {"gamma": 0.5}, {"perturb": Everything()}, {"select": All()}]
 )
-def test_a_budget_stands_alone(options):
+def test_a_budget_excludes_other_settings(options):
     model = ResNet()
     with pytest.raises(ESAMValueError, match="`budget` chooses the sampler and the selector"):
         optimizer_of(model, budget=1.2, **options)
@@ -126,8 +126,8 @@ def test_bad_budgets():
 
 @pytest.mark.parametrize("held", ["everything", "the rest"])
 @pytest.mark.parametrize(("frozen", "budget"), [(6, 1.2), (9, 1.3), (9, 1.5), (6, 2.0)])
-def test_a_frozen_backbone_is_priced(frozen, budget, held):
-    """A base step is cheaper there, so the same budget buys less."""
+def test_a_frozen_backbone_is_in_the_cost(frozen, budget, held):
+    """A base step is cheaper, so the same budget allows less."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(12)))
     for layer in list(model)[:frozen]:
@@ -150,7 +150,7 @@ def test_a_frozen_backbone_is_priced(frozen, budget, held):
     assert cost <= budget * base
 
 
-def test_a_budget_knows_what_may_not_be_perturbed():
+def test_a_budget_respects_unperturbable_parameters():
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(8)))
     rest = {"params": list(model[:4].parameters())}
@@ -162,7 +162,7 @@ def test_a_budget_knows_what_may_not_be_perturbed():
     assert all(int(name[0]) < 4 for name in report.perturbed)
 
 
-def test_a_spent_budget_from_a_checkpoint_has_no_plan():
+def test_an_applied_budget_from_a_checkpoint_has_no_plan():
     model = ResNet(dropout=0.0)
     optimizer = optimizer_of(model, budget=1.15)
     optimizer.step(losses_of(model), *images())

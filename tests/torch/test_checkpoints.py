@@ -1,4 +1,4 @@
-"""Saving and loading: the resumed run is the uninterrupted one, bit for bit."""
+"""Saving and loading: a resumed run equals an uninterrupted one, bit for bit."""
 
 import copy
 
@@ -31,7 +31,7 @@ BASES = {
 
 
 def go(model, optimizer, seeds):
-    """Train, and return which parameters each step perturbed and which samples it selected."""
+    """Train, and return the perturbed parameters and selected samples of each step."""
     seen = []
     for seed in seeds:
         report = optimizer.step(losses_of(model), *batch(seed=seed))
@@ -41,7 +41,7 @@ def go(model, optimizer, seeds):
 
 
 def resume(path, make, seeds):
-    """Build fresh objects, load a file into them and go on."""
+    """Create new objects, load a file into them and continue."""
     saved = torch.load(path, weights_only=True)
     model = net(seed=99)
     optimizer = make(model)
@@ -52,7 +52,7 @@ def resume(path, make, seeds):
 
 
 def save(path, model, optimizer):
-    """Write what a script writes."""
+    """Write a checkpoint like a user's script."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save({**state, "random": torch.get_rng_state()}, path)
 
@@ -87,7 +87,7 @@ def test_resuming_bit_for_bit(options, base, tmp_path):
 
 
 def test_hyperparameters_come_from_the_checkpoint(tmp_path):
-    """As the learning rate does: the code that loads may have been written with others."""
+    """Like the learning rate; the loading code may have other hyperparameters."""
     model = net()
     optimizer = ESAM(sgd(model), model, rho=0.3, perturb=Suffix("hidden"), select=TopLoss(0.25))
     torch.manual_seed(1)
@@ -112,14 +112,14 @@ def test_options_of_groups_are_saved(tmp_path):
 
     model = net()
     optimizer = make(model)
-    optimizer.param_groups[0]["esam_rho"] = 0.25  # a schedule was at work
+    optimizer.param_groups[0]["esam_rho"] = 0.25  # as set by a schedule
     save(tmp_path / "state.pt", model, optimizer)
     _, other, _ = resume(tmp_path / "state.pt", make, ())
     assert [g.get("esam_rho") for g in other.param_groups] == [0.25, None]
     assert [g.get("esam_perturb") for g in other.param_groups] == [None, False]
 
 
-def test_a_sampler_with_a_function_stays_the_one_given(tmp_path):
+def test_a_sampler_with_a_function_is_taken_from_the_code(tmp_path):
     perturb = Only(lambda unit: unit.name.startswith("head"))
     model = net()
     optimizer = ESAM(sgd(model), model, rho=0.3, perturb=perturb, seed=5)
@@ -155,7 +155,7 @@ def test_the_state_loads_into_the_bare_base_and_back(base):
     same(back.base_optimizer.state_dict(), bare.state_dict(), "back again")
 
 
-def test_a_saved_state_does_not_go_on_changing():
+def test_a_saved_state_does_not_change_later():
     model = net()
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
     saved = optimizer.state_dict()
@@ -201,7 +201,7 @@ def test_loading_forgets_pending_gradients():
 
 
 def test_everything_saved_is_plain_data():
-    """What a loader without our classes can read: numbers, texts, lists and dictionaries."""
+    """A loader without our classes can read it: numbers, strings, lists and dictionaries."""
     model = net()
     for options in OPTIONS.values():
         state = ESAM(sgd(model), model, **options).state_dict()["esam"]
@@ -222,7 +222,7 @@ def _plain(value):
 
 
 def hooked(optimizer):
-    """Register one hook of every kind; return what they note."""
+    """Register one hook of every kind; return the list of their calls."""
     noted = []
 
     def after_saving(_, state):
@@ -250,7 +250,7 @@ def test_hooks_of_state_dicts_run_as_on_any_optimizer():
     assert all(state["mine"] == 7 for state in states)
     base.load_state_dict(states[0])
     optimizer.load_state_dict(states[1])
-    assert states[1]["mine"] == 7  # hooks work on a copy
+    assert states[1]["mine"] == 7  # hooks get a copy
     kinds = ["saving", "saved", "loading", "loaded"]
     assert [kind for kind, *_ in ours] == [kind for kind, *_ in theirs] == kinds
     assert ours[1] == ("saved", ["esam", "param_groups", "state"])

@@ -19,12 +19,12 @@ from esam_core import ESAMError
 from esam_torch import ESAM, Bernoulli, Everything, Only, RandomSuffix, Suffix, TopIncrease, TopLoss
 from esam_torch.compat import COMPILED_MODELS_SEE_REQUIRES_GRAD
 
-# torch's own: a compiled block looks at `.grad` of its inputs, which are not leaves.
+# A warning of torch: a compiled block reads `.grad` of its inputs, which are not leaves.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 class Counting:
-    """A compiler that counts the graphs it is given; the graphs run as eager code does."""
+    """A compiler that counts its graphs and runs them eagerly."""
 
     def __init__(self):
         self.graphs = 0
@@ -62,29 +62,30 @@ PERTURBED = {
 
 
 @contextlib.contextmanager
-def says_once_that_nothing_is_saved(expected=True):
-    """Random masks are too many for a compiler: they are multiplied in."""
+def expect_warning(expected=True):
+    """There are too many random masks to compile: they are multiplied in."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     told = [w for w in caught if "too many masks to compile" in str(w.message)]
     assert len(told) == (1 if expected else 0)
-    assert all(w.filename == __file__ for w in told)  # at the line of the user's call
+    assert all(w.filename == __file__ for w in told)  # at the user's line
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize("perturb", PERTURBED)
 def test_the_whole_model(perturb, gamma):
-    """The numbers of eager, and as many graphs as there are kinds of passes: never one a mask.
+    """The same results as eager, and one graph per kind of pass, not per mask.
 
-    Whole batch with a graph, whole batch without one, selected samples (sizes become symbolic).
+    The kinds are: whole batch with gradients, whole batch without, selected samples (with symbolic
+    sizes).
     """
     options = {"perturb": PERTURBED[perturb], "gamma": gamma}
     eager, whole = net(), net()
     wanted = run(make(eager, **options), 8)
     compiler = Counting()
     compiled = torch.compile(whole, backend=compiler)
-    with says_once_that_nothing_is_saved(perturb == "paper"):
+    with expect_warning(perturb == "paper"):
         found = run(make(compiled, **options), 8)
     same(found, wanted, "reports")
     same(whole.state_dict(), eager.state_dict(), "weights")
@@ -93,7 +94,7 @@ def test_the_whole_model(perturb, gamma):
     before = compiler.graphs
     with (
         torch.compiler.set_stance("fail_on_recompile"),
-        says_once_that_nothing_is_saved(perturb == "paper"),
+        expect_warning(perturb == "paper"),
     ):
         run(make(compiled, **options), 4)
     assert compiler.graphs == before
@@ -104,7 +105,7 @@ def test_the_whole_model_compiled_in_place():
     wanted = run(make(eager), 4)
     compiler = Counting()
     whole.compile(backend=compiler)
-    with says_once_that_nothing_is_saved():
+    with expect_warning():
         found = run(make(whole), 4)
     same(found, wanted, "reports")
     same(whole.state_dict(), eager.state_dict(), "weights")
@@ -112,7 +113,7 @@ def test_the_whole_model_compiled_in_place():
 
 
 class Stem(nn.Module):
-    """What runs first. (torch compiles no frame of its own layers, so blocks are ours.)"""
+    """The first block. (torch does not compile frames of its own layers, so we define blocks.)"""
 
     def __init__(self, model):
         super().__init__()
@@ -123,7 +124,7 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-    """What runs last."""
+    """The last block."""
 
     def __init__(self, model):
         super().__init__()
@@ -143,14 +144,14 @@ def in_blocks():
     "perturb", [Bernoulli(0.6), Suffix("head"), RandomSuffix(("stem", "head"))], ids=repr
 )
 def test_block_by_block(perturb):
-    """Blocks are compiled by themselves, once more for each of a few masks."""
+    """Blocks are compiled separately, with one more graph per mask if there are few masks."""
     eager, blocks = in_blocks(), in_blocks()
     wanted = run(make(eager, perturb=perturb, blocks=("stem", "head")), 6)
     compiler = Counting()
     for block in blocks:
         block.compile(backend=compiler)
     optimizer = make(blocks, perturb=perturb, blocks=("stem", "head"))
-    with says_once_that_nothing_is_saved(isinstance(perturb, Bernoulli)):
+    with expect_warning(isinstance(perturb, Bernoulli)):
         same(run(optimizer, 6), wanted, "reports")
     same(blocks.state_dict(), eager.state_dict(), "weights")
     assert 1 <= compiler.graphs <= 4 * len(blocks)
@@ -189,7 +190,8 @@ class Backwards:
 
 
 @pytest.mark.skipif(
-    not COMPILED_MODELS_SEE_REQUIRES_GRAD, reason="torch before 2.13: its guards miss requires_grad"
+    not COMPILED_MODELS_SEE_REQUIRES_GRAD,
+    reason="torch before 2.13: its guards ignore requires_grad",
 )
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in place"])
 @pytest.mark.parametrize(
@@ -202,7 +204,7 @@ class Backwards:
     ids=repr,
 )
 def test_the_graph_of_the_ascent_is_pruned(perturb, wanted, in_place):
-    """Each mask has a graph of its own, which computes no other weights' gradients."""
+    """Each mask has its own graph, which computes no gradients of other weights."""
     eager, whole = Deep(), Deep()
     options = {"perturb": perturb, "gamma": 1.0}
     expected = run(make(eager, **options), 12)
@@ -223,12 +225,12 @@ def test_the_graph_of_the_ascent_is_pruned(perturb, wanted, in_place):
 def test_losses_that_are_never_compiled():
     model = net()
     optimizer = make(model)
-    with says_once_that_nothing_is_saved(False):
+    with expect_warning(False):
         run(optimizer, 1, losses=torch.compiler.disable(losses_of(model)))
 
 
 def test_uneven_last_batches():
-    """Another batch size costs one more round of graphs, with symbolic sizes; more cost none."""
+    """A second batch size needs one more graph per pass; further sizes do not."""
     eager, whole = net(), net()
     compiler = Counting()
     compiled = make(torch.compile(whole, backend=compiler), beta=1.0)
@@ -242,21 +244,21 @@ def test_uneven_last_batches():
 
 
 def test_losses_compiled_with_the_model():
-    """What many scripts compile is the loss function."""
+    """Many scripts compile the loss function."""
     eager, whole = net(), net()
     wanted = run(make(eager), 4)
     compiler = Counting()
-    with says_once_that_nothing_is_saved():
+    with expect_warning():
         found = run(make(whole), 4, losses=torch.compile(losses_of(whole), backend=compiler))
     same(found, wanted, "reports")
     assert compiler.graphs <= 4
 
 
-# torch's own: inductor is still written with what torch calls deprecated.
+# A warning of torch: inductor still uses deprecated functions.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.slow
 def test_inductor():
-    """The compiler that people use, on a model without dropout (its noise is its own)."""
+    """The default compiler, on a model without dropout (which has its own random numbers)."""
     eager, whole = net(dropout=0.0), net(dropout=0.0)
     options = {"perturb": Suffix("hidden")}
     wanted = run(make(eager, **options), 4)
@@ -269,7 +271,7 @@ def test_inductor():
 
 
 class Replayed(torch.autograd.Function):
-    """Gives its result in memory that the next call writes over, as a replayed CUDA graph does."""
+    """Returns memory that the next call overwrites, like a replayed CUDA graph."""
 
     memory = torch.zeros(16)
 
@@ -285,7 +287,7 @@ class Replayed(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("select", [TopIncrease(0.5), TopLoss(0.5), TopIncrease(1.0)], ids=repr)
-def test_losses_that_the_next_pass_writes_over(select):
+def test_losses_that_the_next_pass_overwrites(select):
     model, plain = net(), net()
     wanted = run(make(plain, gamma=None, select=select), 3)
     replayed = lambda x, y: Replayed.apply(losses_of(model)(x, y))  # noqa: E731
@@ -297,7 +299,7 @@ def test_losses_that_the_next_pass_writes_over(select):
 
 
 class Checkpointed(nn.Module):
-    """The small network with its first part, BatchNorm and all, run again in the backward."""
+    """The small network, with its first part (including BatchNorm) recomputed in the backward."""
 
     def __init__(self, model, part, **kwargs):
         super().__init__()
@@ -325,13 +327,13 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("perturb", [Bernoulli(0.6), Everything(), Only("*hidden*")], ids=repr)
 @pytest.mark.parametrize("part", ["first", "second", "first and second"])
 def test_non_reentrant_checkpointing(part, perturb, gamma):
-    """The recomputed forwards see the weights, the noise and the statistics of their pass."""
+    """Recomputed forwards use the weights, noise and statistics of their pass."""
     plain, model = net(), net()
     wanted = run(make(plain, perturb=perturb, gamma=gamma), 4)
     wrapped = Checkpointed(model, part, use_reentrant=False)
     found = run(make(wrapped, perturb=perturb, gamma=gamma), 4)
     same(found, wanted, "reports")
-    # torch updates BatchNorm's statistics in the recomputed forward as well, and we do not.
+    # torch also updates BatchNorm's statistics in the recomputed forward; ESAM does not.
     same(model.state_dict(), plain.state_dict(), "weights and statistics")
 
 
@@ -349,7 +351,7 @@ def test_reentrant_checkpointing_is_refused_by_name(part, perturb):
     before.check()
 
 
-def test_unused_parameters_are_no_reentrant_checkpoint():
+def test_unused_parameters_are_not_mistaken_for_a_reentrant_checkpoint():
     model = net()
     model.unused = nn.Linear(3, 3)
     optimizer = make(model, perturb=Everything())
@@ -366,7 +368,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("select", [None, TopLoss(0.5)], ids=repr)
 def test_cuda_graphs(select):
-    """mode="reduce-overhead" replays CUDA graphs, which write over their earlier results."""
+    """mode="reduce-overhead" replays CUDA graphs, which overwrite their earlier results."""
     eager, whole = net(dropout=0.0).cuda(), net(dropout=0.0).cuda()
     options = {"select": select, "gamma": None if select else 0.5}
     compiled = torch.compile(whole, mode="reduce-overhead")
@@ -381,7 +383,7 @@ def test_cuda_graphs(select):
         assert torch.allclose(p, q, atol=1e-4)
 
 
-def test_a_deep_copy_of_a_compiled_model_is_left_alone():
+def test_a_deep_copy_of_a_compiled_model_is_independent():
     whole = net()
     optimizer = make(torch.compile(whole, backend=Counting()), beta=1.0)
     run(optimizer, 1)

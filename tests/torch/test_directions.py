@@ -1,4 +1,4 @@
-"""`ascend=`: along what a step climbs, in torch's own loops, with torch's own tools."""
+"""`ascend=`: ascent directions, in plain torch loops and with torch's tools."""
 
 import itertools
 
@@ -47,8 +47,8 @@ NORMS = ("masked", "estimated", "full", "none")
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
 @pytest.mark.parametrize("perturb", SAMPLERS, ids=repr)
-def test_each_combination_leaves_the_weights_alone_and_makes_progress(perturb, ascend):
-    """Every sampler, selector and norm: theta, flags and modes are as before a backward."""
+def test_each_combination_restores_the_weights_and_makes_progress(perturb, ascend):
+    """For every sampler, selector and norm: a backward does not change theta, flags and modes."""
     for i, (select, norm) in enumerate(itertools.product(SELECTORS, NORMS)):
         model, optimizer, losses = make(
             perturb=perturb, gamma=None, select=select, norm=norm, ascend=ascend, adaptive=i % 2 > 0
@@ -67,8 +67,8 @@ def test_each_combination_leaves_the_weights_alone_and_makes_progress(perturb, a
 
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
-def test_it_is_another_direction(ascend):
-    """No test of a direction that the whole batch's passes is one of it."""
+def test_it_differs_from_the_batch_gradient(ascend):
+    """A test that the whole batch's direction passes would not be a test of this direction."""
     model, optimizer, losses = make(ascend=ascend)
     other, whole, same_losses = make()
     train(model, optimizer, losses)
@@ -103,8 +103,8 @@ def test_groups_have_their_own_radius():
 # -- what a direction is --------------------------------------------------------------------------
 
 
-def test_accumulation_climbs_along_what_the_last_update_was_given():
-    """Two batches an update, clipped: the direction is what the base optimizer had in hand."""
+def test_the_direction_after_accumulation_is_the_gradient_of_the_update():
+    """Two batches per update, clipped: the direction is the base optimizer's gradient."""
     model, losses = plain()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = ESAM(base, model, rho=0.2, beta=1.0, gamma=1.0, ascend=Previous(), norm_eps=1e-30)
@@ -127,8 +127,8 @@ def test_accumulation_climbs_along_what_the_last_update_was_given():
         optimizer.step()
 
 
-def test_what_the_base_does_to_gradients_does_not_reach_the_direction():
-    """SGD with Nesterov's momentum writes into `.grad` where it works on many tensors at once."""
+def test_changes_of_gradients_by_the_base_optimizer_do_not_affect_the_direction():
+    """SGD with Nesterov momentum writes into `.grad` in its multi-tensor implementation."""
     model, losses = plain()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
     optimizer = ESAM(base, model, rho=0.2, beta=1.0, gamma=1.0, ascend=Previous())
@@ -208,7 +208,7 @@ def test_a_base_without_a_first_moment_is_refused(base, named):
         ESAM(base(model), model, ascend=Momentum())
 
 
-def test_an_unknown_base_without_a_first_moment_is_refused_when_that_shows():
+def test_an_unknown_base_without_a_first_moment_is_refused_in_the_first_perturbed_step():
     class Signs(torch.optim.Optimizer):
         def __init__(self, parameters):
             super().__init__(parameters, {"lr": 0.01})
@@ -259,7 +259,7 @@ def test_operations_are_those_of_the_cost_model(kind, perturb, select, ascend, r
 
 
 def test_the_samples_are_counted_once():
-    """The number of samples is found out in the first step; no later step pays for it."""
+    """The number of samples is found in the first step; later steps need no extra forward."""
     _, optimizer, losses = make(ascend=Part(0.25))
     seen = []
 
@@ -286,7 +286,7 @@ def test_a_marked_batch_needs_no_counting():
     assert seen == [8, 2, 8] or seen == [2, 8]
 
 
-def test_budget_is_spent_with_the_direction_that_is_asked_for():
+def test_a_budget_is_applied_with_the_given_direction():
     model = ResNet(width=4, dropout=0.0)
     optimizer = ESAM(sgd(model), model, budget=1.25, ascend=Part(0.25))
     optimizer.step(losses_of(model), *images(8))

@@ -1,4 +1,4 @@
-"""`ascend=` in training: loops of one's own, scalers, faults, checkpoints."""
+"""`ascend=` in training: custom loops, scalers, errors, checkpoints."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ from esam_torch import (
 # -- statistics, noise, random numbers ------------------------------------------------------------
 
 
-def test_a_part_leaves_no_statistics_and_no_trace_in_a_loss_that_is_not_used():
+def test_an_unused_loss_on_a_part_has_no_side_effects():
     model, optimizer, losses = make(ascend=Part(0.5))
     optimizer.step(losses, *batch())
     before = Snapshot(model, optimizer)
@@ -49,18 +49,18 @@ def test_a_loss_that_is_not_used_is_a_plain_forward(ascend):
     assert loss.requires_grad
 
 
-def test_running_statistics_take_one_batch_a_step():
+def test_running_statistics_are_updated_once_per_step():
     for ascend, select in itertools.product(SOURCES, SELECTORS):
         model, optimizer, losses = make(gamma=None, select=select, ascend=ascend)
         train(model, optimizer, losses, steps=4)
         assert model.norm.num_batches_tracked == 4, (ascend, select)
 
 
-# -- the loss in loops of one's own ---------------------------------------------------------------
+# -- the loss in custom loops ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
-def test_the_loss_is_the_seam(ascend):
+def test_the_loss_can_be_used_like_any_other(ascend):
     """`loss.backward()` at any scale, with penalties, and `torch.autograd.grad`."""
     model, optimizer, losses = make(ascend=ascend, dropout=0.0)
     train(model, optimizer, losses, steps=1)
@@ -85,8 +85,8 @@ def test_the_loss_is_the_seam(ascend):
         torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-7)
 
 
-def test_a_negative_scale_turns_a_part_and_not_what_earlier_steps_left():
-    """What is minimised is climbed: `.grad` of the step before is of that already."""
+def test_a_negative_scale_reverses_a_part_but_not_earlier_directions():
+    """The perturbation increases what is minimised; the previous `.grad` already has the sign."""
     model, losses = plain()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = ESAM(base, model, rho=0.2, beta=1.0, gamma=1.0, ascend=Previous())
@@ -115,7 +115,7 @@ def test_a_gradient_scaler_changes_nothing(ascend):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_an_update_that_the_scaler_leaves_out_is_none():
+def test_an_update_skipped_by_the_scaler_is_ignored():
     model, optimizer, losses = make(ascend=Previous(), dropout=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for i in range(2):
@@ -144,11 +144,11 @@ def test_under_autocast():
         assert optimizer.report.perturbation_norm == pytest.approx(0.1, rel=1e-3)
 
 
-# -- what is not finite, faults -------------------------------------------------------------------
+# -- non-finite values, errors -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
-def test_what_is_not_finite(ascend):
+def test_nonfinite_values(ascend):
     x, y = batch()
     bad = x.clone()
     bad[0] = torch.nan
@@ -174,7 +174,7 @@ def test_what_is_not_finite(ascend):
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
 @pytest.mark.parametrize("select", [All(), TopIncrease(0.5)], ids=repr)
 @pytest.mark.parametrize("error", [ValueError("here"), KeyboardInterrupt()], ids=repr)
-def test_a_fault_in_any_pass_leaves_no_trace(ascend, select, error):
+def test_an_error_in_any_pass_changes_nothing(ascend, select, error):
     model, optimizer, losses = make(ascend=ascend, gamma=None, select=select)
     optimizer.step(losses, *batch())
     calls, at = [], 0
@@ -201,7 +201,7 @@ def test_a_fault_in_any_pass_leaves_no_trace(ascend, select, error):
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
 @pytest.mark.parametrize("perturb", [Bernoulli(0.5), Suffix("hidden")], ids=repr)
-def test_a_run_goes_on_bit_for_bit(tmp_path, ascend, perturb):
+def test_a_run_resumes_bit_for_bit(tmp_path, ascend, perturb):
     def go_on(model, optimizer, losses, first, last):
         for i in range(first, last):
             torch.manual_seed(100 + i)
@@ -213,7 +213,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path, ascend, perturb):
     model, optimizer, losses = make(**options)
     go_on(model, optimizer, losses, 0, 3)
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "run.pt")
-    go_on(model, optimizer, losses, 3, 4)  # what is saved must not go on changing
+    go_on(model, optimizer, losses, 3, 4)  # the saved state must not change later
     fresh, other, same_losses = make(seed=9, perturb=Everything(), gamma=1.0)
     weights, state = torch.load(tmp_path / "run.pt", weights_only=True)
     fresh.load_state_dict(weights)
@@ -238,7 +238,7 @@ def test_a_direction_of_another_model_is_refused():
     assert theirs.count == 1
 
 
-def test_a_distributed_state_holds_the_direction():
+def test_a_distributed_state_contains_the_direction():
     model, optimizer, losses = make(ascend=Previous(), perturb=Suffix("hidden"))
     optimizer.step(losses, *batch())
     state = DistributedState(model, optimizer).state_dict()
@@ -257,14 +257,14 @@ def test_checkpoints_without_a_direction_load():
     _, optimizer, losses = make()
     optimizer.step(losses, *batch())
     state = optimizer.state_dict()
-    del state["esam"]["config"]["ascend"]  # as versions before had it
+    del state["esam"]["config"]["ascend"]  # as in earlier versions
     _, fresh, same_losses = make(ascend=Previous())
     fresh.load_state_dict(state)
     assert fresh.config.ascend == Batch()
     fresh.step(same_losses, *batch())
 
 
-def test_previous_keeps_one_copy_of_what_can_be_perturbed():
+def test_previous_keeps_one_copy_of_perturbable_gradients():
     model, optimizer, losses = make(ascend=Previous(), perturb=Suffix("hidden"))
     train(model, optimizer, losses)
     kept = optimizer.state_dict()["esam"]["direction"]
@@ -282,13 +282,13 @@ def test_previous_keeps_one_copy_of_what_can_be_perturbed():
 
 
 @pytest.mark.parametrize("wrong", [0.25, "previous", Previous, Part], ids=repr)
-def test_what_is_no_direction_is_refused(wrong):
+def test_invalid_directions_are_refused(wrong):
     model = net()
     with pytest.raises(ESAMTypeError, match=r"`ascend` must be Batch\(\), Part\(share\)"):
         ESAM(sgd(model), model, ascend=wrong)
 
 
-def test_a_part_of_a_batch_that_cannot_be_taken_apart_is_refused():
+def test_a_part_of_a_batch_that_cannot_be_split_is_refused():
     model, optimizer, losses = make(ascend=Part(0.5))
     stored = batch()
     before = Snapshot(model, optimizer)
@@ -297,7 +297,7 @@ def test_a_part_of_a_batch_that_cannot_be_taken_apart_is_refused():
     before.check(but=("random",))
 
 
-def test_samples_are_those_of_the_draws():
+def test_the_drawn_samples_are_used():
     _, optimizer, losses = make(ascend=Part(0.25))
     for i in range(3):
         report = optimizer.step(losses, *batch(seed=i))

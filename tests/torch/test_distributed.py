@@ -1,4 +1,4 @@
-"""DistributedDataParallel, by two processes that torchrun starts."""
+"""DistributedDataParallel, with two processes started by torchrun."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["esam", "sam", "suffix", "suffix_all", "interval", "full"])
-def test_replicas_agree_in_every_bit_and_are_the_average_of_ranks_that_climb_alone(results, kind):
+def test_replicas_are_equal_and_average_the_ranks_gradients(results, kind):
     first, second = (found[kind] for found in value(results, "many_steps"))
     assert first["bits"] == second["bits"]
     assert max(first["gap"], second["gap"]) < 1e-5
@@ -32,12 +32,12 @@ def test_replicas_agree_in_every_bit_and_are_the_average_of_ranks_that_climb_alo
 
 
 @pytest.mark.parametrize("kind", ["esam", "sam", "suffix", "suffix_all", "interval", "full"])
-def test_gradients_are_reduced_once_a_step(results, kind):
+def test_gradients_are_reduced_once_per_step(results, kind):
     for found in value(results, "many_steps"):
         assert found[kind]["reductions"] == 1
 
 
-def test_uneven_batches_select_other_numbers_of_samples(results):
+def test_uneven_batches_select_different_numbers_of_samples(results):
     first, second = value(results, "uneven_batches")
     assert [case["selected"] for case in first] == [4, 4, 1]
     assert [case["selected"] for case in second] == [3, 1, 5]
@@ -46,7 +46,7 @@ def test_uneven_batches_select_other_numbers_of_samples(results):
         assert mine["gap"] is None or mine["gap"] < 1e-5
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_reaches_both(results):
+def test_a_nonfinite_loss_on_one_rank_affects_both(results):
     first, second = value(results, "nonfinite")
     assert first == second
     assert first["propagate"]["finite"] == [True, False, True, True]
@@ -55,11 +55,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_reaches_both(results):
     assert all(all(mode["intact"]) for mode in first.values())
 
 
-def test_accumulation_under_no_sync_reduces_once_an_update(results):
+def test_accumulation_under_no_sync_reduces_once_per_update(results):
     first, second = value(results, "accumulation")
     assert first == second
     assert first["reductions"] == 3 and first["distance"] < 1e-6
-    # Not finite on one rank, and nothing reduced in that pass: both leave it out all the same.
+    # Not finite on one rank, without a reduction in that pass: both ranks still skip it.
     assert first["skipped"] == [False, False, False, False, True, False]
 
 
@@ -69,7 +69,7 @@ def test_ranks_with_fewer_batches_join(results):
     assert (first["count"], second["count"]) == (3, 5)
 
 
-def test_after_a_fault_on_all_ranks_training_goes_on(results):
+def test_after_an_error_on_all_ranks_training_continues(results):
     first, second = value(results, "fault")
     assert first == second
     assert first["intact"] and first["passes"] == [8, 8, 4]
@@ -92,11 +92,11 @@ def test_unused_parameters_under_find_unused_parameters(results):
     assert first["bits"] == second["bits"] and first["gap"] < 1e-6
 
 
-def test_statistics_are_updated_once_a_step(results):
+def test_statistics_are_updated_once_per_step(results):
     assert [found["batches"] for found in value(results, "buffers")] == [4, 4]
 
 
-def test_one_selected_sample_leaves_synchronised_statistics_alone(results):
-    """Another rank, with more samples selected, would wait for this one's statistics."""
+def test_one_selected_sample_keeps_synchronised_statistics(results):
+    """Another rank with more selected samples would wait for this rank's statistics."""
     for found in value(results, "synchronised_statistics"):
         assert found == ["BatchNorm1d"]

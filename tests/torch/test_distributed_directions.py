@@ -29,19 +29,19 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize(
     "case", [", ".join(map(str, c)) for c in itertools.product(SOURCES, KINDS, (False, True))]
 )
-def test_replicas_agree_in_every_bit_and_are_the_average_of_ranks_that_climb_alone(results, case):
+def test_replicas_are_equal_and_average_the_ranks_gradients(results, case):
     first, second = (found[case] for found in value(results, "replicas"))
     assert first["bits"] == second["bits"]
     assert max(first["gap"], second["gap"]) < 1e-5
     assert first["reductions"] == second["reductions"] == 1
-    assert first["parts"] == second["parts"]  # places, each in the rank's own batch
-    # What is climbed along next is the same on both ranks: a checkpoint of one resumes both.
+    assert first["parts"] == second["parts"]  # positions in each rank's own batch
+    # The next direction is the same on both ranks: one rank's checkpoint resumes both.
     assert first["direction"] == second["direction"]
     assert bool(first["direction"]) == case.startswith("previous")
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_accumulation_under_no_sync_reduces_once_an_update(results, source):
+def test_accumulation_under_no_sync_reduces_once_per_update(results, source):
     first, second = (found[source] for found in value(results, "accumulation"))
     assert first == second
     assert first["reductions"] == 3
@@ -56,6 +56,6 @@ def test_sharded_weights_have_one_perturbation(results, source):
 
 @pytest.mark.parametrize("kind", ["sharded", "replicas"])
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_run_saved_by_distributed_checkpoint_goes_on_bit_for_bit(results, source, kind):
+def test_a_run_saved_by_distributed_checkpoint_resumes_bit_for_bit(results, source, kind):
     for found in value(results, "checkpoints"):
         assert found[f"{source}, {kind}"] == {"same": True, "count": 6}

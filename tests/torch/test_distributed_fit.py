@@ -38,28 +38,28 @@ def test_ranks_train_one_model_and_measure_it_together(results, kind):
     assert last["eval_accuracy"] == pytest.approx(first["accuracy"])
     assert last["train_loss"] < first["rows"][0]["train_loss"]
     assert ("sharpness" in last) == (kind == "esam")
-    assert not first["wrapped"]  # the optimizer has its own model back
+    assert not first["wrapped"]  # the optimizer's own model is restored
 
 
-def test_a_run_of_two_ranks_goes_on_exactly(results):
+def test_a_run_of_two_ranks_resumes_exactly(results):
     for found in results:
         assert found["resumed"]["bits"] == found["esam"]["bits"]
         assert found["resumed"]["rows"] == found["esam"]["rows"]
 
 
-def test_the_first_rank_writes(results, folder):
+def test_only_rank_0_writes(results, folder):
     last = torch.load(folder / "esam" / "last.pt", weights_only=True)
     assert len(last["ranks"]) == len(results) == 2
     assert not any(name.startswith("module.") for name in last["model"])
 
 
-def test_ranks_add_their_gradients_up_once_an_update(results):
+def test_ranks_reduce_gradients_once_per_update(results):
     assert [found["reduced"][0] for found in results] == [2, 2]
     assert results[0]["reduced"] == results[1]["reduced"]
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
-def test_ranks_stay_one_model_where_an_accumulated_batch_is_skipped(results, place):
+def test_ranks_stay_equal_if_an_accumulated_batch_is_skipped(results, place):
     first, second = (found[f"skipped {place}"] for found in results)
     assert first == second
     assert first[1] != results[0]["reduced"][1]

@@ -18,7 +18,7 @@ def ranks(tmp_path_factory):
         pytest.importorskip(name)
     if not torch.distributed.is_available():
         pytest.skip("torch has no distributed")
-    # One start for all: most of its time is imports of the libraries.
+    # One start for all cases: most of the time is spent on imports.
     results = launch(CASES / "integrations.py", tmp_path_factory.mktemp("ranks"))
 
     def case(name):
@@ -30,16 +30,16 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_ranks_train_one_model_in_accelerate_fabric_and_trainer(ranks):
+def test_ranks_train_the_same_model_in_accelerate_fabric_and_trainer(ranks):
     assert [found[1:] for found in ranks("accelerate")] == 4 * [[True, True]]
     assert ranks("fabric")[1:] == [True, True]
     assert ranks("trainer")[1]
 
 
 @pytest.mark.slow
-def test_ranks_train_one_model_in_lightning(ranks):
+def test_ranks_train_the_same_model_in_lightning(ranks):
     assert ranks("lightning")[1:] == [True, [False] * 4, True]
-    # NaN on one rank alone: both leave the batch out, or both raise.
+    # NaN on only one rank: both skip the batch, or both raise.
     _, finite, skipped, _ = ranks("lightning_skips")
     assert finite and sum(skipped) == 1
     name, _ = ranks("lightning_raises")

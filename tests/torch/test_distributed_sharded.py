@@ -1,4 +1,4 @@
-"""FSDP2, by two processes that torchrun starts."""
+"""FSDP2, with two processes started by torchrun."""
 
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def results(tmp_path_factory):
         *("suffix", "share"),
     ],
 )
-def test_with_every_sample_two_ranks_do_what_one_process_does(results, kind):
+def test_with_all_samples_two_ranks_equal_one_process(results, kind):
     for found in value(results, "like_one_process"):
         assert found[kind]["gap"] < 1e-5
         assert found[kind]["norms"] < 1e-5
@@ -43,7 +43,7 @@ def test_there_is_one_perturbation_and_a_selection_on_each_rank(results):
             assert selected == by_hand
 
 
-def test_weights_come_back_in_every_bit_and_forwards_see_them(results):
+def test_weights_are_restored_bit_for_bit_and_used_by_forwards(results):
     for found in value(results, "weights_come_back"):
         assert all(found["intact"]) and all(found["seen"])
 
@@ -53,13 +53,13 @@ def test_gradients_add_up(results):
 
 
 @pytest.mark.parametrize("outside", ["first", "last", "root"])
-def test_parameters_outside_the_optimizer_get_the_descent_alone(results, outside):
-    assert max(found[outside] for found in value(results, "trained_by_nobody_else")) < 1e-6
+def test_parameters_outside_the_optimizer_get_the_descent_gradient(results, outside):
+    assert max(found[outside] for found in value(results, "outside_the_optimizer")) < 1e-6
 
 
 @pytest.mark.parametrize("base", ["AdamW", "SGD"])
 @pytest.mark.parametrize("options", ["tensors", "suffix"])
-def test_a_run_from_a_distributed_checkpoint_goes_on_bit_for_bit(results, base, options):
+def test_a_run_from_a_distributed_checkpoint_resumes_bit_for_bit(results, base, options):
     wanted = {"count": 4, "steps": True, "config": True, "weights": True}
     assert all(found[f"{base}, {options}"] == wanted for found in value(results, "checkpoints"))
 
@@ -69,7 +69,7 @@ def test_a_whole_state_is_sent_by_rank_0(results):
     assert all(found == wanted for found in value(results, "whole_checkpoints"))
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_reaches_both(results):
+def test_a_nonfinite_loss_on_one_rank_affects_both(results):
     first, second = value(results, "nonfinite")
     assert first == second
     assert first["propagate"]["outcome"] == ["done", "seen", "done", "done"]
@@ -78,12 +78,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_reaches_both(results):
     assert all(all(mode["intact"]) for mode in first.values())
 
 
-def test_after_a_fault_on_all_ranks_training_goes_on(results):
+def test_after_an_error_on_all_ranks_training_continues(results):
     for found in value(results, "fault"):
         assert all(found["intact"]) and found["same"]
 
 
-def test_what_cannot_work_is_refused(results):
+def test_unsupported_uses_are_refused(results):
     for sync, first_fsdp, loop in value(results, "refusals"):
         assert "set_requires_gradient_sync(False)" in sync
         assert "fully_shard" in first_fsdp

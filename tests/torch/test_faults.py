@@ -1,4 +1,4 @@
-"""Something goes wrong inside a step: everything is as it was, and training goes on."""
+"""Errors and interrupts inside a step change nothing, and training can continue."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from esam_torch.written import Forward, Writes
 
 
 class BrokenError(Exception):
-    """Nobody else's error."""
+    """An error that nothing else raises."""
 
 
 def make(seed=0, **kwargs):
@@ -35,7 +35,7 @@ PASSES = {"ascent": 1, "selection": 2, "descent": 3}
 
 
 def once(function, error, *, call=1, after=True):
-    """Return the function with an error raised in one of its calls, before or after its work."""
+    """Return the function with an error raised before or after one of its calls."""
     calls = 0
 
     def wrapped(*args, **kwargs):
@@ -52,7 +52,7 @@ def once(function, error, *, call=1, after=True):
 
 
 def check_fault(model, optimizer, losses, error):
-    """Fail in a second micro-batch, with gradients to keep; then go on as if nothing had been."""
+    """Fail in a second micro-batch with existing gradients, then continue training normally."""
     smooth, twin = make()
     torch.manual_seed(7)
     optimizer.backward(losses_of(model), *batch(seed=3))
@@ -87,7 +87,7 @@ def test_in_the_forward_of_a_pass(where, error):
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("which", [1, 2], ids=["ascent", "descent"])
 def test_in_the_backward_of_a_pass(which, error):
-    """In the middle of it, when half of the gradients are there."""
+    """The error comes when half of the gradients are computed."""
     model, optimizer = make()
     passes = []
 
@@ -106,7 +106,7 @@ def test_in_the_backward_of_a_pass(which, error):
     check_fault(model, optimizer, losses, error)
 
 
-#: Everything that a step calls by itself, and where it stands.
+#: All stages of a step, and where their functions are.
 STAGES = {
     "guarding": (Writes, "before_forward"),
     "finding writes": (Forward, "note"),
@@ -125,7 +125,7 @@ STAGES = {
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_between_the_passes(stage, after, monkeypatch):
-    """An interrupt comes where it likes: just before or just behind any stage."""
+    """An interrupt just before or just after each stage."""
     model, optimizer = make()
     holder, name = STAGES[stage]
     error = KeyboardInterrupt()
@@ -138,7 +138,7 @@ def test_between_the_passes(stage, after, monkeypatch):
             monkeypatch.setattr(holder, name, once(original, error, after=after))
         return losses_of(model)(x, y)
 
-    if stage == "guarding":  # comes before the first call of `losses`
+    if stage == "guarding":  # runs before the first call of `losses`
         monkeypatch.setattr(holder, name, once(original, error, call=2, after=after))
         armed.append(True)
     check_fault(model, optimizer, losses, error)
@@ -163,7 +163,7 @@ def test_while_the_weights_are_half_perturbed(monkeypatch):
 
 @pytest.mark.parametrize("call", [1, 2, 3, 4], ids=["watching", *PASSES])
 def test_with_a_suffix(call):
-    """The ascent computes no other gradients, and the first step watches one forward more."""
+    """The ascent pass computes only some gradients, and the first step watches one more forward."""
     model, optimizer = make(perturb=Suffix("head"))
     error = BrokenError("in a pass")
     before = Snapshot(model, optimizer)
@@ -175,8 +175,8 @@ def test_with_a_suffix(call):
     optimizer.step(losses_of(model), *batch())
 
 
-def test_parameters_that_the_optimizer_does_not_hold():
-    """They get gradients, as in any backward, and keep theirs when a pass fails."""
+def test_parameters_outside_the_optimizer():
+    """They get gradients, as in any backward, and keep existing ones if a pass fails."""
     model = net()
     base = torch.optim.SGD(model.head.parameters(), lr=0.1)
     optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=0.5)
@@ -189,7 +189,7 @@ def test_parameters_that_the_optimizer_does_not_hold():
     before.check()
 
 
-def test_a_step_with_losses_can_be_made_again():
+def test_a_failed_step_with_losses_can_be_repeated():
     model, optimizer = make()
     smooth, twin = make()
     for error in ERRORS:
@@ -203,7 +203,7 @@ def test_a_step_with_losses_can_be_made_again():
 
 
 def test_out_of_memory_with_scores():
-    """The usual answer to running out of memory at the peak: a smaller batch."""
+    """The usual reaction to an out-of-memory error: a smaller batch."""
     model, optimizer = make(gamma=None, select=Proportional(0.5, score="increase"))
     losses = losses_of(model)
 
@@ -273,11 +273,11 @@ class InterruptAtLine:
     ],
 )
 def test_an_interrupt_at_any_line(options, only, every):
-    """Nothing stays patched, and all is as before the call, or as after it: never between."""
+    """Nothing stays patched, and the state is either that before or that after the call."""
     lines = 0
     for n in range(1, 10_000, every):
         model, optimizer = make(**options)
-        optimizer.step(losses_of(model), *batch(seed=3))  # which watches the blocks, once
+        optimizer.step(losses_of(model), *batch(seed=3))  # finds the blocks, once
         count, before = optimizer.count, Snapshot(model, optimizer)
         clean = {name: set(vars(m)) for name, m in model.named_modules()}
         losses, (x, y) = losses_of(model), batch(seed=4)
@@ -288,7 +288,7 @@ def test_an_interrupt_at_any_line(options, only, every):
                 lines += 1
         if interrupt.line is None:
             break
-        # Behind the last line of the step proper, nothing is taken back any more.
+        # After the last line of the step itself, nothing is undone any more.
         ended = optimizer.count == count + 1
         assert ended or optimizer.count == count, interrupt.line
         before.check(but=("gradients", "buffers", "random", "optimizer") if ended else ())

@@ -1,4 +1,4 @@
-"""The training loop: with ESAM, SAM and a bare optimizer, what it measures and what it refuses."""
+"""The training loop: with ESAM, SAM and a base optimizer; its measurements and errors."""
 
 import csv
 import math
@@ -65,7 +65,7 @@ def test_one_loop_trains_with_every_kind_of_optimizer(kind):
 
 
 @pytest.mark.parametrize("kind", ["sgd", "esam"])
-def test_the_loop_is_the_loop_that_one_would_write(kind):
+def test_the_loop_equals_a_hand_written_one(kind):
     model, _ = _fit(kind, 2)
     twin = _model()
     optimizer = _optimizer(kind, twin)
@@ -84,7 +84,7 @@ def test_the_loop_is_the_loop_that_one_would_write(kind):
         assert torch.equal(a, b)
 
 
-def test_means_count_samples_and_not_batches():
+def test_means_are_over_samples_and_not_batches():
     inputs, targets = _data().tensors
     model = _model().eval()
     found = evaluate(
@@ -99,7 +99,7 @@ def test_means_count_samples_and_not_batches():
     assert found["accuracy"] == (outputs.argmax(1) == targets).float().mean().item()
 
 
-def test_evaluation_leaves_the_modes_as_they_were():
+def test_evaluation_restores_the_modes():
     model = _model().train()
     model[1].eval()
     evaluate(model, _losses, [_data().tensors])
@@ -116,7 +116,7 @@ def test_schedulers_step_each_epoch_or_each_batch():
     assert history["learning_rate"] == [0.1, 0.1 / 2**5]
 
 
-def test_a_scheduler_that_watches_gets_the_evaluation_loss():
+def test_reduce_lr_on_plateau_gets_the_evaluation_loss():
     def on_plateau(optimizer):
         return torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.5, patience=0, threshold=10.0, threshold_mode="abs"
@@ -126,7 +126,7 @@ def test_a_scheduler_that_watches_gets_the_evaluation_loss():
     assert history["learning_rate"] == [0.1, 0.1, 0.05]
 
 
-def test_a_batch_that_is_a_dictionary_comes_as_one_argument():
+def test_a_dictionary_is_passed_as_one_argument():
     inputs, targets = _data().tensors
 
     def losses(model, batch):
@@ -149,7 +149,7 @@ def test_progress_is_shown(progress, capsys):
     assert "ESAM epoch 2/2" in shown and "eval_loss" in shown
 
 
-def test_without_a_library_for_bars_there_are_lines(capsys, monkeypatch):
+def test_without_a_progress_library_there_are_lines(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     _fit(epochs=1)
     _fit(epochs=1, progress=True)
@@ -168,7 +168,7 @@ def test_best_and_last_rows():
         history["eval_accuracy"]
 
 
-def test_what_cannot_be_trained_is_refused():
+def test_invalid_arguments_are_refused():
     model = _model()
     esam = _optimizer("esam", model)
     batches = [_data().tensors]
@@ -256,8 +256,8 @@ def test_precisions(kind, precision):
     assert history["eval_loss"][-1] < 0.8 * history["eval_loss"][0]
 
 
-def test_an_overflow_leaves_update_and_scheduler_out():
-    """The scaler finds it; the weights stay, and no scheduler steps before its optimizer."""
+def test_an_overflow_skips_update_and_scheduler():
+    """The scaler finds it; the weights do not change, and the scheduler does not step."""
     model = _model()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -299,7 +299,7 @@ def _killed_run(folder, batches):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_killed_run_resumes_exactly(tmp_path):
     whole = _killed_run(tmp_path / "whole", 0)
     folder = tmp_path / "killed"
     for batches in (11, 13):  # within an epoch, after one write and before the next
@@ -323,11 +323,11 @@ def test_checkpoints_and_histories_are_files(tmp_path):
     with (tmp_path / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["sharpness"]) for row in rows] == history["sharpness"]
-    # Done already: nothing is trained any more.
+    # Already finished: nothing more is trained.
     again, resumed = _fit(epochs=3, eval_loader=[_data().tensors], folder=tmp_path, resume=True)
     assert resumed.rows == history.rows
     assert torch.equal(again[0].weight, model[0].weight)
-    # The monitor may be the accuracy, of which more is better.
+    # The monitor may be the accuracy, for which more is better.
     options = {"metrics": {"accuracy": accuracy}, "eval_loader": [_data().tensors]}
     _, history = _fit(epochs=3, folder=tmp_path / "b", monitor="eval_accuracy", **options)
     best = torch.load(tmp_path / "b" / "best.pt", weights_only=True)
@@ -335,7 +335,7 @@ def test_checkpoints_and_histories_are_files(tmp_path):
 
 
 def _batches(*bad, n=4):
-    """Return batches of 10, some of them NaN, by their places."""
+    """Return batches of 10 samples; those with the given positions are NaN."""
     inputs, targets = _data().tensors
     places = [slice(10 * i, 10 * i + 10) for i in range(n)]
     return [
@@ -365,13 +365,13 @@ def test_losses_of_skipped_steps_are_left_out_of_the_means():
             right += accuracy(report.outputs, *batch).tolist()
     assert row["train_loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-6)
     assert row["train_accuracy"] == pytest.approx(sum(right) / len(right))
-    assert row["sample_share"] == 0.5  # and not what a step that did nothing reports
+    assert row["sample_share"] == 0.5  # without the reports of skipped steps
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
-def test_epochs_without_a_number_leave_checkpoints(tmp_path, on_nonfinite):
+def test_epochs_without_the_monitored_number_write_checkpoints(tmp_path, on_nonfinite):
     model = _model()
     optimizer = _skipping(model, on_nonfinite)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
@@ -383,14 +383,14 @@ def test_epochs_without_a_number_leave_checkpoints(tmp_path, on_nonfinite):
     assert files == ["history.csv", "history.json", "last.pt"]
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3
     if on_nonfinite == "skip":
-        assert optimizer.param_groups[0]["lr"] == 0.1  # no update, no step of the scheduler
+        assert optimizer.param_groups[0]["lr"] == 0.1  # no update, so no step of the scheduler
         options |= {"epochs": 3, "resume": True}
         history = fit(model, optimizer, _losses, _batches(), **options)
         best = torch.load(tmp_path / "best.pt", weights_only=True)
         assert best["row"] == history.last == history.best("train_loss", smallest=True)
 
 
-def test_an_end_between_the_two_checkpoints_loses_neither(tmp_path, monkeypatch):
+def test_a_kill_between_the_two_checkpoints_loses_neither(tmp_path, monkeypatch):
     from esam_torch.fitting.checkpoints import Checkpoints
 
     with monkeypatch.context() as patched:
@@ -404,7 +404,7 @@ def test_an_end_between_the_two_checkpoints_loses_neither(tmp_path, monkeypatch)
     assert torch.equal(best["model"]["0.weight"], model[0].weight)
 
 
-def test_a_write_that_is_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     _fit(epochs=1, folder=tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
     save = torch.save
@@ -431,7 +431,7 @@ def _killed(*_):
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_accumulated_batches_that_are_skipped_do_not_count(bad):
-    """The mean is that of the others; where all are skipped there is no update."""
+    """The mean is over the others; if all are skipped there is no update."""
     batches = [*_batches(bad, n=2), *_batches(0, 1, n=2)]
     model, twin = _model(), _model()
     options = {**_QUIETLY, "accumulate": 2}
@@ -443,11 +443,11 @@ def test_accumulated_batches_that_are_skipped_do_not_count(bad):
     first.step()  # with the momentum of one update, not of two
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
-    # Nothing waits for a step of what was skipped.
+    # Skipped batches leave no pending gradients.
     assert model_optimizer.step(lambda *b: _losses(model, *b), *_batches()[0]).skipped is False
 
 
-def test_what_cannot_be_watched_is_refused_before_training(tmp_path):
+def test_invalid_monitors_are_refused_before_training(tmp_path):
     trained = []
 
     def refused(match, **options):

@@ -1,8 +1,7 @@
-"""No step waits for the device: the host queues work, and reads no value of it.
+"""No step waits for the device: the host queues work, and reads no values.
 
-Where a GPU is present torch itself watches (`set_sync_debug_mode`). Where there is none, every
-operation that a GPU would have to be waited for is an error, with CPU tensors in the part of the
-device's.
+On a GPU, torch itself reports waits (`set_sync_debug_mode`). Without a GPU, every operation that
+would wait for one raises an error; CPU tensors then represent those of the device.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from esam_torch import (
     TopLoss,
 )
 
-#: Operations whose result is a value on the host, or has a size that depends on values.
+#: Operations that return a value to the host, or whose result's size depends on values.
 WAITS = {
     *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero"),
     *("aten::masked_select", "aten::equal", "aten::unique_dim", "aten::_unique2", "aten::bincount"),
@@ -36,11 +35,11 @@ WAITS = {
 
 
 class NoWaits(TorchDispatchMode):
-    """Raise where a device would be waited for."""
+    """Raise on operations that would wait for a device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        # States of random generators are bytes on the host, whatever the device.
+        # States of random generators are bytes on the host, for every device.
         bytes_ = any(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 for x in args)
         if name.split(".")[0] in WAITS or name in WAITS:
             assert bytes_, f"{name} waits for the device"
@@ -81,7 +80,7 @@ def make(name, device="cpu"):
 def test_by_operation(name, monkeypatch):
     model, optimizer = make(name)
     data = batch()
-    optimizer.backward(losses_of(model), *data)  # blocks are found, once
+    optimizer.backward(losses_of(model), *data)  # finds the blocks, once
     monkeypatch.setattr(esam_torch.perturbation, "on_host", lambda device: False)
     means = RunningMeans()
     with NoWaits():
@@ -104,13 +103,13 @@ def test_by_operation(name, monkeypatch):
         lambda x: x.double().to("cpu", torch.float16),
     ],
 )
-def test_the_watch_sees(wait):
+def test_waits_are_detected(wait):
     with NoWaits(), pytest.raises(AssertionError, match=r"waits"):
         wait(torch.ones(3))
 
 
 def test_skipping_and_raising_wait_once():
-    """The price of the other two modes: one look, at all gradients together."""
+    """The cost of the other two modes: one check of all gradients together."""
     model = net()
     looks = []
 
@@ -135,7 +134,7 @@ def test_skipping_and_raising_wait_once():
 
 
 def test_a_batch_on_the_host_for_a_model_on_the_device():
-    """What is copied to the host is waited for: a copy under way must not be read."""
+    """Copies to the host are waited for: an unfinished copy must not be read."""
     x = torch.arange(3)
     assert esam_torch.devices.on_device(x, torch.device("cpu")) is x
     moved = []
@@ -148,7 +147,7 @@ def test_a_batch_on_the_host_for_a_model_on_the_device():
 
     with Copies():
         esam_torch.devices.on_device(torch.ones(2), torch.device("meta"))
-        with pytest.raises(NotImplementedError):  # nothing is in it; what counts is how it asks
+        with pytest.raises(NotImplementedError):  # meta tensors have no data; only the call matters
             esam_torch.devices.on_device(torch.ones(2, device="meta"), torch.device("cpu"))
     assert moved == [True, False]
 
@@ -158,7 +157,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @contextlib.contextmanager
 def no_synchronisation():
-    """Make every wait for the GPU an error."""
+    """Raise an error on every wait for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -182,7 +181,7 @@ def test_on_a_gpu(name):
 
 @pytest.mark.gpu
 @needs_cuda
-def test_a_batch_on_the_host_is_sliced_right():
+def test_a_batch_on_the_host_is_sliced_correctly():
     model = net(dropout=0.0).cuda()
     optimizer = ESAM(sgd(model), model, rho=0.1, gamma=0.5)
     x, y = batch()

@@ -1,4 +1,4 @@
-"""`losses` that writes into its batch: refused if later passes would read other values."""
+"""`losses` that writes to its batch is refused if later passes would read other values."""
 
 import copy
 
@@ -14,7 +14,7 @@ KINDS = {
     "all": {"gamma": 1.0},
     "selected": {"gamma": 0.5},
     "selected at random": {"select": Random(0.5)},
-    "a part climbs": {"gamma": 0.5, "ascend": Part(0.5)},
+    "ascent on a part": {"gamma": 0.5, "ascend": Part(0.5)},
 }
 
 
@@ -43,7 +43,7 @@ def test_a_batch_that_each_pass_changes_is_refused(settings):
 
 @pytest.mark.parametrize("perturb", [Everything(), Suffix("head")])
 def test_a_base_step_has_one_pass_and_may_write(perturb):
-    """It is written once, although a sampler of suffixes has a forward watched before."""
+    """The batch is written to once, although a sampler of suffixes runs an extra forward first."""
     model, plain = net(dropout=0.0), net(dropout=0.0)
     optimizer, (x, y) = make(model, rho=0.0, perturb=perturb), batch()
     loss = normalising(plain)(x.clone(), y).mean()
@@ -52,7 +52,7 @@ def test_a_base_step_has_one_pass_and_may_write(perturb):
 
 
 def test_samples_taken_out_of_the_batch_are_copies():
-    """The part's pass writes into a copy of its samples, and the descent once into the batch."""
+    """The ascent pass writes to a copy of its samples; only the descent writes to the batch."""
     model, plain = net(dropout=0.0), net(dropout=0.0)
     settings = {"gamma": 1.0, "ascend": Part(0.5)}
     x, y = batch()
@@ -65,7 +65,7 @@ def test_samples_taken_out_of_the_batch_are_copies():
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-def test_writing_what_is_there_already_is_allowed(settings):
+def test_writing_the_same_values_again_is_allowed(settings):
     model, plain = net(dropout=0.0), net(dropout=0.0)
     optimizer, other = make(model, **settings), make(plain, **settings)
     x, y = batch()

@@ -1,4 +1,4 @@
-"""ESAM in Accelerate, Lightning, Fabric and skorch: each is the plain loop."""
+"""ESAM in Accelerate, Lightning, Fabric and skorch: each equals a plain loop."""
 
 import copy
 
@@ -39,7 +39,7 @@ def accelerate():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_accelerate_is_the_plain_loop(accelerate, accumulate):
+def test_accelerate_equals_the_plain_loop(accelerate, accumulate):
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     bare = network()
     mine = esam(bare)
@@ -108,7 +108,7 @@ def lightning():
 
 
 def module_of(lightning, kind, **options):
-    """Return a LightningModule: with the mixin, or with a `training_step` of its own."""
+    """Return a LightningModule: with the mixin, or with its own `training_step`."""
     from esam_torch.integrations.lightning import ESAMMixin
 
     class Module(lightning.LightningModule):
@@ -166,7 +166,7 @@ def trainer_of(lightning, folder, **options):
     ("kind", "accumulate"),
     [("automatic", 1), ("automatic", 2), ("manual", 1), ("mixin", 1), ("mixin", 2)],
 )
-def test_lightning_is_the_plain_loop(lightning, tmp_path, kind, accumulate):
+def test_lightning_equals_the_plain_loop(lightning, tmp_path, kind, accumulate):
     module = module_of(lightning, kind)
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.1}
     trainer = trainer_of(lightning, tmp_path, **({} if kind == "manual" else options))
@@ -186,7 +186,7 @@ def test_lightning_in_other_precisions(lightning, tmp_path, precision):
     module = module_of(lightning, "automatic", perturb=Everything(), select=All())
     options = {"precision": precision}
     if precision == "16-mixed":
-        # Lightning's own plugin for fp16 wants a GPU by name; its scaler works on a CPU as well.
+        # Lightning's fp16 plugin requires a GPU, but its scaler also works on a CPU.
         from lightning.pytorch.plugins import MixedPrecision
 
         options = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
@@ -198,7 +198,7 @@ def test_lightning_in_other_precisions(lightning, tmp_path, precision):
     ours, theirs, start = (
         nn.utils.parameters_to_vector(m.parameters()) for m in (module, twin, network())
     )
-    # Passes have 8 (or 11) bits, and make the same way within a twentieth of it.
+    # Passes have 8 (or 11) bits, and the weights agree to a twentieth of their change.
     assert (ours - theirs).norm() < 0.05 * (theirs - start).norm()
 
 
@@ -212,7 +212,7 @@ def test_lightning_scales(lightning, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["automatic", "manual"])
-def test_lightning_goes_on_from_its_checkpoint(lightning, tmp_path, kind):
+def test_lightning_resumes_from_its_checkpoint(lightning, tmp_path, kind):
     loader = DataLoader(data(), batch_size=8)
     whole, module, again = (module_of(lightning, kind) for _ in range(3))
     trainer_of(lightning, tmp_path, max_epochs=2).fit(whole, loader)
@@ -254,14 +254,14 @@ def test_lightnings_learning_rate_finder_sees_the_losses(lightning, tmp_path):
     plain.configure_optimizers = lambda: torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
     wanted = curve(plain)
     assert curve(module_of(lightning, "automatic", rho=0.0)) == pytest.approx(wanted, rel=1e-4)
-    # The climb changes the updates, which are tiny in the first half, and not the losses.
+    # The perturbation changes the updates, which are tiny in the first half, not the losses.
     found = curve(module_of(lightning, "automatic", rho=0.5))
     assert found[:12] == pytest.approx(wanted[:12], rel=1e-3) and found != wanted
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 def test_lightnings_weight_averaging_keeps_batch_norm(lightning, tmp_path, rho):
-    """Its callback runs `training_step` as the forward that updates BatchNorm's statistics."""
+    """The callback runs `training_step` to update BatchNorm's statistics."""
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 
     def trained(module):
@@ -275,7 +275,7 @@ def test_lightnings_weight_averaging_keeps_batch_norm(lightning, tmp_path, rho):
 
     module = trained(module_of(lightning, "automatic", rho=rho))
     norm = module.layers[-1]
-    last = torch.stack(module.seen[-8:])  # the averaged model's, once a batch
+    last = torch.stack(module.seen[-8:])  # those of the averaged model, once per batch
     assert int(norm.num_batches_tracked) == 8
     torch.testing.assert_close(norm.running_mean, last.mean((0, 1)))
     torch.testing.assert_close(norm.running_var, last.var(1).mean(0))
@@ -304,7 +304,7 @@ def test_the_mixin_says_what_is_missing(lightning, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_fabric_is_the_plain_loop(lightning, precision):
+def test_fabric_equals_the_plain_loop(lightning, precision):
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
     bare, twin = network(), network()
     model, optimizer = fabric.setup(bare, esam(bare))
@@ -328,7 +328,7 @@ def test_fabric_is_the_plain_loop(lightning, precision):
 # -- skorch ----------------------------------------------------------------------------------------
 
 
-def test_skorch_is_the_plain_loop():
+def test_skorch_equals_the_plain_loop():
     skorch = pytest.importorskip("skorch")
 
     class Net(skorch.NeuralNetClassifier):

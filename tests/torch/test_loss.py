@@ -1,4 +1,4 @@
-"""The loss as the seam: `loss.backward()` leaves ESAM's gradient, in any loop of anybody's."""
+"""The loss: `loss.backward()` computes ESAM's gradient, in any training loop."""
 
 import copy
 import threading
@@ -25,7 +25,7 @@ def gradients(model):
 
 
 def esam_gradient(scale=1.0, seed=1, start=0, **options):
-    """Return what `backward` leaves, times a number."""
+    """Return the gradient of `backward`, times a number."""
     model, optimizer, losses = make(**options)
     optimizer._run.count = start
     torch.manual_seed(5)
@@ -44,7 +44,7 @@ def close(found, wanted, tolerance=1e-6):
     [{}, {"gamma": 1.0}, {"beta": 1.0}, {"beta": None, "perturb": Suffix("hidden")}, {"rho": 0.0}],
     ids=["paper", "whole batch", "all weights", "suffix", "base"],
 )
-def test_it_is_the_backward_bit_for_bit(options):
+def test_it_equals_backward_bit_for_bit(options):
     model, optimizer, losses = make(**options)
     twin, other, same_losses = make(**options)
     for seed in range(3):
@@ -89,7 +89,7 @@ def test_its_value_is_the_mean_loss_at_theta():
 
 
 @pytest.mark.parametrize("factor", [0.25, 3.0, 65536.0])
-def test_a_scale_scales_the_gradient_alone(factor):
+def test_a_scale_scales_only_the_gradient(factor):
     model, optimizer, losses = make()
     torch.manual_seed(5)
     (optimizer.loss(losses, *batch()) * factor).backward()
@@ -98,15 +98,15 @@ def test_a_scale_scales_the_gradient_alone(factor):
 
 @pytest.mark.parametrize("factor", [0.25, 1024.0])
 def test_no_norm_under_a_scale(factor):
-    """Algorithm 1 as printed climbs along g itself, which must not be the scaled one."""
+    """Algorithm 1 as printed perturbs along g itself, which must be unscaled."""
     model, optimizer, losses = make(norm="none")
     torch.manual_seed(5)
     (optimizer.loss(losses, *batch()) * factor).backward()
     close(gradients(model), esam_gradient(factor, norm="none"), 1e-5 * factor)
 
 
-def test_a_negative_scale_turns_the_direction():
-    """What is minimised is climbed: minus the loss, at weights that make *it* larger."""
+def test_a_negative_scale_reverses_the_direction():
+    """The perturbation increases what is minimised: here minus the loss."""
     model, optimizer, losses = make(beta=1.0, gamma=1.0)
     torch.manual_seed(5)
     (-optimizer.loss(losses, *batch())).backward()
@@ -135,8 +135,8 @@ def test_a_sum_with_a_penalty():
     close(gradients(model), wanted)
 
 
-def test_two_losses_alive_at_once():
-    """Each is a step of its own on its own batch; both draw the same mask."""
+def test_two_losses_at_the_same_time():
+    """Each is a separate step on its own batch; both draw the same mask."""
     model, optimizer, losses = make(select=TopIncrease(0.5), gamma=None)
     model.dropout.p = 0.0
     model.norm.eval()
@@ -176,7 +176,7 @@ def scaler(scale=1024.0):
     return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
 
 
-def test_a_scaler_that_nobody_told_esam_of():
+def test_a_scaler_that_esam_does_not_know():
     model, optimizer, losses = make()
     fp16 = scaler()
     torch.manual_seed(5)
@@ -190,7 +190,7 @@ def test_a_scaler_that_nobody_told_esam_of():
 
 
 @pytest.mark.parametrize("which", [1, 2, 3], ids=["ascent", "selection", "descent"])
-def test_overflow_in_any_pass_is_seen_by_the_scaler(which):
+def test_the_scaler_detects_overflow_in_any_pass(which):
     model, optimizer, losses = make()
     calls = []
 
@@ -217,7 +217,7 @@ def broken(losses):
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.0])
-def test_what_is_not_finite_is_propagated(rho):
+def test_nonfinite_values_are_propagated(rho):
     model, optimizer, losses = make(rho=rho)
     optimizer.loss(broken(losses), *batch()).backward()
     assert all(g.isnan().any() for g in gradients(model).values())
@@ -225,7 +225,7 @@ def test_what_is_not_finite_is_propagated(rho):
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.0])
-def test_what_is_not_finite_is_skipped(rho):
+def test_nonfinite_values_are_skipped(rho):
     model, optimizer, losses = make(rho=rho, on_nonfinite="skip")
     optimizer.loss(losses, *batch()).backward()
     optimizer.step()
@@ -233,7 +233,7 @@ def test_what_is_not_finite_is_skipped(rho):
     before = Snapshot(model)
     optimizer.loss(broken(losses), *batch()).backward()
     assert optimizer.report.skipped and optimizer.count == 2
-    optimizer.step()  # makes no update: momentum would move the weights
+    optimizer.step()  # runs no update: momentum would move the weights
     before.check(but=("random",))
     optimizer.loss(losses, *batch()).backward()
     optimizer.step()
@@ -241,7 +241,7 @@ def test_what_is_not_finite_is_skipped(rho):
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.0])
-def test_what_is_not_finite_is_refused(rho):
+def test_nonfinite_values_raise(rho):
     model, optimizer, losses = make(rho=rho, on_nonfinite="raise")
     before = Snapshot(model)
     loss = optimizer.loss(broken(losses), *batch())
@@ -332,7 +332,7 @@ def test_autocast_around_the_loss_alone():
 
 
 def test_a_graph_from_before_the_step_stays_valid():
-    """It has saved weights that the step writes and puts back: autograd must not count that."""
+    """It has saved weights that the step changes and restores, which autograd must not notice."""
     model, optimizer, losses = make(beta=1.0)
     model.eval()
     x, _ = batch()
@@ -345,7 +345,7 @@ def test_a_graph_from_before_the_step_stays_valid():
     assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
 
 
-def test_a_forward_that_gives_a_weight_other_memory_leaves_it_at_theta():
+def test_weights_are_restored_if_a_forward_replaces_their_memory():
     model, optimizer, _ = make(beta=1.0, gamma=1.0)
     plain = losses_of(model)
 
@@ -390,7 +390,7 @@ def test_gradients_by_autograd():
 
 
 def test_in_another_thread():
-    """As on a GPU, where a backward runs in a thread of autograd's own."""
+    """As on a GPU, where a backward runs in autograd's own thread."""
     model, optimizer, losses = make()
     torch.manual_seed(5)
     dtypes = []
@@ -446,7 +446,7 @@ def test_an_error_in_any_pass(call, error):
     assert optimizer.count == 1
 
 
-def test_what_is_computed_outside_is_refused():
+def test_values_computed_outside_losses_are_refused():
     model, optimizer, _ = make(beta=1.0, gamma=1.0)
 
     def head(features, y):
@@ -463,8 +463,8 @@ def test_what_is_computed_outside_is_refused():
 
 
 @pytest.mark.parametrize("options", [{}, {"rho": 0.0}], ids=["esam", "base"])
-def test_gradients_of_what_is_not_the_models(options):
-    """A batch, a temperature, a generator's images: as in a backward of anybody's."""
+def test_gradients_of_tensors_outside_the_model(options):
+    """A batch, a temperature, a generator's images: as in any backward."""
     model, optimizer, _ = make(gamma=0.5, beta=1.0, **options)
     model.dropout.p = 0.0
     x, y = batch()
@@ -518,7 +518,7 @@ def test_a_penalty_on_a_pruned_activation_names_the_way_out():
     close(found, gradients(twin))
 
 
-def test_copies_of_the_attributes_share_what_steps_change():
+def test_copies_of_the_attributes_share_the_state():
     """Lightning and Fabric wrap an optimizer by copying its `__dict__`."""
     _, optimizer, losses = make()
 
@@ -534,7 +534,7 @@ def test_copies_of_the_attributes_share_what_steps_change():
     assert wrapper.state_dict()["esam"]["count"] == 1
 
 
-def test_a_closure_goes_backward_itself():
+def test_a_closure_runs_the_backward_itself():
     model, optimizer, losses = make()
     twin, other, same_losses = make()
 
@@ -551,7 +551,7 @@ def test_a_closure_goes_backward_itself():
     same(model.state_dict(), twin.state_dict(), "after a step")
 
 
-# torch's compiler asks every tensor that comes out of a graph break for its `.grad`.
+# torch's compiler reads `.grad` of every tensor after a graph break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_sampler_of_a_compiled_function_is_not_traced():
     model = nn.Linear(4, 3)

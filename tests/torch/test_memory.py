@@ -22,9 +22,9 @@ WIDTH = 128
 LAYER = (WIDTH * WIDTH + WIDTH) * 4  # bytes
 LAYERS = 6
 WEIGHTS = LAYERS * LAYER
-# Everything that is not of the weights' size: activations of four samples, norms, reports.
+# Everything smaller than the weights: activations of four samples, norms, reports.
 SLACK = 0.05 * WEIGHTS
-# The last report, which `optimizer.report` shows: a few numbers for each sample.
+# The last report in `optimizer.report`: a few numbers per sample.
 REPORT = 512
 
 
@@ -40,7 +40,7 @@ def data():
 
 
 def peak_of(model, base, optimizer, *, stale=False):
-    """Return the most bytes beside the weights in one step; with gradients there to add to."""
+    """Return the peak bytes of a step, without the weights, maybe with existing gradients."""
 
     def losses(x, y):
         return F.cross_entropy(model(x), y, reduction="none")
@@ -83,23 +83,23 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_extra_at_the_peak(case):
-    """One copy of the perturbed weights beside the gradients that any training needs."""
+    """One copy of the perturbed weights, in addition to the gradients of any training."""
     options, share = CASES[case]
     model, base, optimizer = make(**options)
     peak, kept = peak_of(model, base, optimizer)
     extra = (peak - WEIGHTS) / WEIGHTS
     assert extra <= share + 0.05
-    assert extra >= share - 0.05  # the meter sees it
+    assert extra >= share - 0.05  # the meter detects it
     assert kept <= REPORT
 
 
 @pytest.mark.parametrize("case", ["SAM", "a third", "nothing"])
-def test_gradients_that_are_there_are_not_copied(case):
-    """Gradients to add to are not copied: nothing is written to them before the step is made."""
+def test_existing_gradients_are_not_copied(case):
+    """Existing gradients are not copied: they are written to only at the end of the step."""
     options, share = CASES[case]
     model, base, optimizer = make(**options)
     peak, _ = peak_of(model, base, optimizer, stale=True)
-    # Beside the gradients there (not counted): new ones on the way, and the weights' copies.
+    # In addition to existing gradients (not counted): new ones, and copies of the weights.
     assert peak <= (1.0 + share) * WEIGHTS + SLACK
 
 
@@ -113,8 +113,8 @@ def test_gradients_that_are_there_are_not_copied(case):
     ],
     ids=str,
 )
-def test_what_a_direction_keeps_and_takes(ascend, perturb, kept):
-    """`Previous` keeps one copy of what it climbs with; a step takes no more than SAM's."""
+def test_memory_of_directions(ascend, perturb, kept):
+    """`Previous` keeps one copy of its direction; a step needs no more memory than SAM's."""
     model, _, _ = make()
     base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     optimizer = ESAM(base, model, perturb=perturb, gamma=1.0, ascend=ascend)
@@ -154,7 +154,7 @@ def test_a_report_keeps_nothing_large():
     assert len(reports) == 3
 
 
-def test_the_meter_sees_what_lives():
+def test_the_meter_counts_live_tensors():
     with LiveBytes() as live:
         kept = torch.ones(1000)
         torch.ones(5000).add_(1.0)

@@ -1,4 +1,4 @@
-"""Errors that say what to write: of scripts for other implementations, and of common mistakes."""
+"""Errors with advice, for scripts of other implementations and for common mistakes."""
 
 import copy
 
@@ -20,7 +20,7 @@ def make(model=None, **options):
 
 
 def refuses(optimizer, losses, *args, error=ESAMValueError, match, model):
-    """Require a step to raise and everything to be as it was; return the message."""
+    """Require that a step raises and changes nothing; return the message."""
     before, count = Snapshot(model, optimizer), optimizer.count
     with pytest.raises(error, match=match) as raised:
         optimizer.step(losses, *args)
@@ -43,7 +43,7 @@ def test_segmentation():
         match=r"shape \(b,\).*\.flatten\(1\)\.mean\(1\).*Received: shape \(4, 5, 5\)",
         model=model,
     )
-    assert "reduction" not in message  # which the script has right
+    assert "reduction" not in message  # which is correct in the script
     optimizer.step(
         lambda x, y: F.cross_entropy(model(x), y, reduction="none").flatten(1).mean(1), *data
     )
@@ -129,7 +129,7 @@ def test_a_closure(number):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
-def test_a_mean_is_no_closure_where_there_is_a_batch():
+def test_a_mean_with_a_batch_is_not_taken_for_a_closure():
     model, optimizer = make()
     message = refuses(
         optimizer,
@@ -164,7 +164,7 @@ def test_a_misspelt_keyword_is_pythons_error():
     assert isinstance(copy.deepcopy(ESAM(base_optimizer=sgd(model), model=model)), ESAM)
 
 
-def test_a_loss_with_parameters_of_its_own():
+def test_a_loss_with_its_own_parameters():
     model, temperature = net(), nn.Parameter(torch.ones(1))
     with pytest.raises(ESAMValueError, match=r"shapes \(1,\).*ModuleList\(\[model, loss\]\)"):
         ESAM(torch.optim.SGD([*model.parameters(), temperature], lr=0.1), model)
@@ -232,7 +232,7 @@ def test_features_computed_outside(gamma, given):
     optimizer.step(losses, y, features.detach())
 
 
-def test_a_second_backward_within_losses_is_the_users_own():
+def test_errors_of_a_second_backward_within_losses_are_not_changed():
     model, optimizer = make()
 
     def losses(x, y):
@@ -244,8 +244,8 @@ def test_a_second_backward_within_losses_is_the_users_own():
     refuses(optimizer, losses, *batch(), error=RuntimeError, match="retain_graph", model=model)
 
 
-def test_the_note_on_an_error_is_written_where_there_is_one(monkeypatch):
-    """It walks the batch, which no step that goes well should pay for."""
+def test_notes_are_written_only_for_errors(monkeypatch):
+    """A note needs a traversal of the batch, which successful steps must not pay for."""
     monkeypatch.setattr(Samples, "note", lambda *_: pytest.fail("written without an error"))
     model = torch.nn.Linear(4, 3)
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, gamma=0.5)

@@ -1,4 +1,4 @@
-"""One loss per sample of transformers' models: the model's own, of each sample alone."""
+"""One loss per sample for transformers models: the model's own loss for each sample alone."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def transformers(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["classes", "number", "several", "causal"])
-def test_losses_are_the_models_own_of_each_sample(transformers, kind):
+def test_losses_equal_the_models_own_for_each_sample(transformers, kind):
     from esam_torch.integrations.transformers import per_sample_losses
 
     model, batch = language_model(transformers, kind).eval(), sentences(kind)
@@ -33,7 +33,7 @@ def test_losses_are_the_models_own_of_each_sample(transformers, kind):
         per_sample_losses(model, {"input_ids": batch["input_ids"]})
 
 
-def test_tokens_count_the_same_on_demand(transformers):
+def test_tokens_can_count_the_same(transformers):
     from esam_torch.integrations.transformers import per_sample_losses
 
     model, batch = language_model(transformers, "causal").eval(), sentences("causal")
@@ -82,7 +82,7 @@ def _bart(transformers):
         decoder_ffn_dim=16,
         max_position_embeddings=32,
     )
-    return transformers.BartForCausalLM(config)  # whose labels are not shifted
+    return transformers.BartForCausalLM(config)  # this model does not shift labels
 
 
 def _experts(transformers):
@@ -110,7 +110,7 @@ def _own_loss_function(transformers):
 
 
 @pytest.mark.parametrize("make", [_lora, _subclass, _bart, _experts, _own_loss_function])
-def test_whatever_is_around_a_model_or_in_its_loss_is_kept(transformers, make):
+def test_wrappers_subclasses_and_loss_functions(transformers, make):
     from esam_torch.integrations.transformers import per_sample_losses
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Models of all kinds, each beside a step that is written out by hand."""
+"""Models of all kinds, each compared with a hand-written step."""
 
 import copy
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from esam_torch import ESAM, Bernoulli, Everything, Only, SideBySide, Suffix, Wh
 
 
 def pick(tree, indices, b):
-    """Return the rows of a batch, as a user would write it for this batch."""
+    """Return rows of a batch, as a user would write it for this batch."""
     if isinstance(tree, torch.Tensor):
         return tree[indices] if tree.dim() and len(tree) == b else tree
     if isinstance(tree, dict):
@@ -25,7 +25,7 @@ def pick(tree, indices, b):
 
 
 def by_hand(model, losses, data, rho, adaptive=False):
-    """Make ESAM's passes literally (beta = 1, gamma = 1/2), and leave gradients in `.grad`."""
+    """Run ESAM's passes literally (beta = 1, gamma = 1/2), and write gradients to `.grad`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     entry = torch.get_rng_state()
     at_entry = copy.deepcopy(dict(model.named_buffers()))
@@ -41,7 +41,7 @@ def by_hand(model, losses, data, rho, adaptive=False):
     with torch.no_grad():
         for (p, _), g in zip(pairs, stretched, strict=True):
             p += rho * (p.abs() * g if adaptive else g) / length
-        for name, buffer in model.named_buffers():  # every pass reads what the first has read
+        for name, buffer in model.named_buffers():  # every pass reads the same state as the first
             buffer.copy_(at_entry[name])
         torch.set_rng_state(entry)
         after = losses(*data)
@@ -63,12 +63,12 @@ def by_hand(model, losses, data, rho, adaptive=False):
 
 
 def close(name, found, wanted, **tolerance):
-    """Require two tensors to be close, and say which they are."""
+    """Require that two tensors are close; name them in the error."""
     torch.testing.assert_close(found, wanted, msg=lambda m: f"{name}: {m}", **tolerance)
 
 
 def check(make, losses_for, data, *, rho=0.3, steps=3, dtype=torch.float64, **options):
-    """Train a model with ESAM and by hand, and require the same of both."""
+    """Train a model with ESAM and by hand, and require equal results."""
     torch.manual_seed(0)
     model = make().to(dtype)
     twin = copy.deepcopy(model)
@@ -146,7 +146,7 @@ NORMS = {
     "BatchNorm": nn.BatchNorm2d,
     "BatchNorm without statistics": lambda n: nn.BatchNorm2d(n, track_running_stats=False),
     "BatchNorm cumulative": lambda n: nn.BatchNorm2d(n, momentum=None),
-    "SyncBatchNorm": nn.SyncBatchNorm,  # one process: what it is for is in test_distributed.py
+    "SyncBatchNorm": nn.SyncBatchNorm,  # one process; see test_distributed.py for several
     "GroupNorm": lambda n: nn.GroupNorm(2, n),
     "InstanceNorm": lambda n: nn.InstanceNorm2d(n, affine=True, track_running_stats=True),
     "LayerNorm": lambda n: nn.GroupNorm(1, n),
@@ -161,7 +161,7 @@ def test_resnet(norm, adaptive):
 
 @pytest.mark.parametrize("b", [2, 3])
 def test_batchnorm_with_few_samples(b):
-    """One selected sample: the descent uses the running statistics, as DESIGN has it."""
+    """With one selected sample, the descent pass uses the running statistics."""
     torch.manual_seed(0)
     model = ResNet().double()
     x, y = images(b)
@@ -193,7 +193,7 @@ def test_frozen_batchnorm_stays_frozen():
 
 
 def test_channels_last():
-    """The memory format stays, and so does every bit."""
+    """The memory format is kept, and so is every bit."""
     x, y = images()
     torch.manual_seed(0)
     plain = ResNet().double()
@@ -218,7 +218,7 @@ def test_channels_last():
 
 
 class Encoder(nn.Module):
-    """Token ids, an attention mask, segment ids that may be left out; weights tied to the head."""
+    """Token ids, an attention mask, optional segment ids; embeddings tied to the head."""
 
     def __init__(self, tied=True, sparse=False):
         super().__init__()
@@ -291,7 +291,7 @@ class Record:
 
 
 class Encoding(dict):
-    """A mapping of some library, which carries something beside its items."""
+    """A library's mapping with an attribute in addition to its items."""
 
     def __init__(self, *args, source="", **kwargs):
         super().__init__(*args, **kwargs)
@@ -299,7 +299,7 @@ class Encoding(dict):
 
 
 def nested(form, x, y):
-    """Return (arguments, keywords, a function that finds inputs and targets in them)."""
+    """Return (arguments, keywords, a function that extracts inputs and targets)."""
     return {
         "tuple": (((x, y),), {}, lambda d: d),
         "list": (([x, [y]],), {}, lambda d: (d[0], d[1][0])),
@@ -341,7 +341,7 @@ def test_batches_of_every_shape(form):
 
 
 def test_whole_values_are_not_sliced():
-    """Ten classes and ten samples: the class weights look like a column of the batch."""
+    """Ten classes and ten samples: the class weights look like one value per sample."""
     model = net(dropout=0.0)
     optimizer = ESAM(sgd(model), model, rho=0.1, gamma=0.5)
     x, y = batch(3)
@@ -356,7 +356,7 @@ def test_whole_values_are_not_sliced():
     assert report.indices.shape == (2,)
 
 
-def test_what_else_losses_return_is_in_the_report():
+def test_other_outputs_of_losses_are_in_the_report():
     model = net()
     optimizer = ESAM(sgd(model), model, rho=0.1)
 
@@ -401,13 +401,13 @@ def test_recurrent(kind):
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["SAM", "ASAM"])
 def test_sparse_embeddings(adaptive):
-    """The descent's gradient stays sparse, as SparseAdam wants it; epsilon is a dense sum."""
+    """The descent gradient stays sparse, as SparseAdam needs; epsilon is dense."""
     data = (tokens(),)
     model = check(lambda: Encoder(tied=False, sparse=True), token_losses, data, adaptive=adaptive)
     assert model.embedding.weight.grad.is_sparse
 
 
-def test_sparse_adam_beside_another():
+def test_sparse_adam_with_another_optimizer():
     torch.manual_seed(0)
     model = Encoder(tied=False, sparse=True)
     dense = [p for n, p in model.named_parameters() if n != "embedding.weight"]
@@ -432,7 +432,7 @@ def test_sparse_adam_beside_another():
     assert torch.equal(model.embedding.weight.grad.to_dense(), before)
 
 
-def test_sparse_values_that_are_not_finite_are_seen():
+def test_nonfinite_sparse_values_are_detected():
     torch.manual_seed(0)
     model = nn.Embedding(5, 3, sparse=True)
     optimizer = ESAM(torch.optim.SGD(model.parameters()), model, gamma=1.0, on_nonfinite="skip")
@@ -459,7 +459,7 @@ def test_unused_and_frozen_parameters_stay_as_they_are():
         assert torch.equal(model.state_dict()[name], start[name])
 
 
-def test_layers_thawed_in_the_middle_of_training():
+def test_layers_unfrozen_during_training():
     model = net()
     model.conv.requires_grad_(False)
     optimizer = ESAM(sgd(model), model, rho=0.1, perturb=Everything())
@@ -474,7 +474,7 @@ def test_layers_thawed_in_the_middle_of_training():
 
 
 class Buffered(nn.Module):
-    """Buffers that are written to, put anew, and not there."""
+    """Buffers that are written in place, replaced, and None."""
 
     def __init__(self):
         super().__init__()
@@ -490,7 +490,7 @@ class Buffered(nn.Module):
         return self.linear((self.graph @ x.T).T - self.average.detach())
 
 
-def test_buffers_change_once_a_step():
+def test_buffers_change_once_per_step():
     torch.manual_seed(0)
     model, plain = Buffered(), Buffered()
     plain.load_state_dict(model.state_dict())
@@ -537,7 +537,7 @@ def test_complex_weights(adaptive):
 
 
 @pytest.mark.parametrize("norm", ["masked", "estimated", "full"])
-def test_the_adaptive_perturbation_of_complex_weights_is_that_of_the_core(norm):
+def test_adaptive_perturbations_of_complex_weights_match_the_core(norm):
     torch.manual_seed(3)
     model = nn.ParameterDict({n: torch.randn(4, dtype=torch.complex128) for n in "ab"})
     x = torch.randn(6, 4, dtype=torch.complex128)
@@ -559,7 +559,7 @@ def test_the_adaptive_perturbation_of_complex_weights_is_that_of_the_core(norm):
     gradients = torch.autograd.grad(losses(x).mean(), list(model.values()))
     seen.clear()
     mask = []
-    while sum(mask) != 1:  # one of the two is perturbed, and the other counts for "full" alone
+    while sum(mask) != 1:  # one of the two is perturbed; the other only counts for "full"
         seen.clear()
         report = optimizer.backward(losses, x)
         mask = [name in report.perturbed for name in "ab"]
@@ -614,7 +614,7 @@ def test_parameters_of_no_size_and_no_dimension():
 
 @pytest.mark.parametrize("seen_many_times", [True, False])
 def test_one_gradient_for_two_parameters(seen_many_times):
-    """autograd may hand out the same tensor twice, and numbers that are one place in memory."""
+    """autograd may return the same tensor twice, and expanded tensors."""
 
     class Sum(nn.Module):
         def __init__(self):
@@ -641,7 +641,7 @@ def test_one_gradient_for_two_parameters(seen_many_times):
     torch.testing.assert_close(seen[1], (step, 1.0 + step))
 
 
-# -- losses that exist as a batch mean alone ---------------------------------------------------
+# -- losses that exist only as a batch mean ---------------------------------------------------
 
 
 def test_auxiliary_terms_are_added_to_every_sample():
@@ -662,7 +662,7 @@ def test_auxiliary_terms_are_added_to_every_sample():
 
 
 def test_suffix_of_a_transformer_with_a_dictionary():
-    """Blocks and a dictionary together give what a mask without blocks does."""
+    """Blocks and a dictionary together give the same result as a mask without blocks."""
     torch.manual_seed(0)
     model = Encoder(tied=False)
     twin = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Configurations that nobody would think of, beside the reference: the fast step is the literal."""
+"""Random configurations: the fast step equals the reference step."""
 
 import random
 
@@ -49,8 +49,9 @@ def sampler(rng, names, depth=0):
 def selector(rng):
     """Return a random selector.
 
-    Not Proportional(score="increase"): its weights are ratios of small differences of losses, whose
-    rounding the kit's tolerances do not foresee. The kit computes them from the losses reported.
+    Proportional(score="increase") is excluded: its weights are ratios of small differences of
+    losses, whose rounding errors exceed the kit's tolerances. The kit computes them from the
+    reported losses.
     """
     gamma = rng.choice([0.1, 0.25, 0.5, 0.7, 1.0])
     return rng.choice(
@@ -99,5 +100,5 @@ def configuration(seed):
 
 
 @pytest.mark.parametrize("seed", range(120))
-def test_beside_the_reference(seed):
+def test_against_the_reference(seed):
     follow(adapter, configuration(seed), steps=3)

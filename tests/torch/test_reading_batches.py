@@ -1,4 +1,4 @@
-"""What is a sample in a batch is declared or certain: right for every kind of value, or refused."""
+"""Samples in batches: every kind of value is read correctly, or is an error."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ def first(x):
 
 
 def taken(x, b, indices=CHOSEN, samples=None):
-    """Return the selected samples of a batch of one argument, which must not change itself."""
+    """Return the selected samples of a batch with one argument, which must not change."""
     samples = Samples() if samples is None else samples
     samples.check(first(x), b)
     (part,), named = samples.take(first(x), indices, b)
@@ -36,7 +36,7 @@ def taken(x, b, indices=CHOSEN, samples=None):
 
 
 def same(a, b):
-    """Require two nests to hold the same."""
+    """Require that two nested values are equal."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
@@ -56,7 +56,7 @@ def same(a, b):
         assert a == b
 
 
-# -- values of every kind, beside a tensor of 5 rows -----------------------------------------------
+# -- values of every kind, with a tensor of 5 rows -----------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -87,7 +87,7 @@ class Kind(enum.Enum):
 
 
 class Shapeless:
-    """Something without a length, as a picture of PIL is."""
+    """An object without a length, like a PIL image."""
 
     def __init__(self, name):
         self.name = name
@@ -98,7 +98,7 @@ class Shapeless:
     __hash__ = None
 
 
-RAGGED = [torch.ones(n, 4) for n in (3, 5, 2, 5, 1)]  # boxes: two images with as many as samples
+RAGGED = [torch.ones(n, 4) for n in (3, 5, 2, 5, 1)]  # boxes per image; two have five
 CASES = {
     "rows": (table(5, 2), table(5, 2)[CHOSEN]),
     "one number per sample": (table(5), torch.tensor([1.0, 3.0])),
@@ -169,7 +169,8 @@ CASES = {
         Record({"x": table(5)[CHOSEN], "y": np.array([1, 3])}),
     ),
     "a frozen dataclass": (Frozen(list("abcde")), Frozen(["b", "d"])),
-    # -- what is the same for all ------------------------------------------------------------------
+    # -- values that are the same for all samples
+    # ------------------------------------------------------------------
     "None": (None, None),
     "a number": (5, 5),
     "a word as long as the batch": ("abcde", "abcde"),
@@ -209,7 +210,7 @@ def test_values_of_every_kind(kind):
     assert repr(x) == before
 
 
-def test_what_is_the_same_for_all_is_the_very_object():
+def test_values_for_all_samples_are_the_same_objects():
     model, things = nn.ModuleList([nn.Linear(1, 1)] * 5), {"a": [1, 2], "b": table(7)}
     samples, batch = Samples(), ((model, things, len, table(5)), {})
     samples.check(batch, 5)
@@ -217,11 +218,11 @@ def test_what_is_the_same_for_all_is_the_very_object():
     assert a is model and b is things and c is len
 
 
-# -- two ways to read a value --------------------------------------------------------------------
+# -- ambiguous values --------------------------------------------------------------------
 
 
 def planes(n, b=3):
-    """Return n images with b channels each: rows or samples, where n is b."""
+    """Return n images with b channels each, which are ambiguous if n is b."""
     return [torch.full((b, 4, 4), float(i)) for i in range(n)]
 
 
@@ -241,7 +242,7 @@ AMBIGUOUS = {
 
 
 @pytest.mark.parametrize("kind", AMBIGUOUS)
-def test_two_ways_to_read_a_value_are_refused_by_name(kind):
+def test_ambiguous_values_are_refused(kind):
     x, b = AMBIGUOUS[kind]
     samples = Samples()
     with pytest.raises(ESAMTypeError, match=rf"`batch\[0\]` is ambiguous.*{WAYS_OUT}"):
@@ -253,30 +254,30 @@ def test_two_ways_to_read_a_value_are_refused_by_name(kind):
     assert part is x
 
 
-def test_what_has_been_refused_is_not_remembered():
+def test_refused_batches_are_not_remembered():
     samples = Samples()
     with pytest.raises(ESAMTypeError):
         samples.check(((torch.ones(2, 2), planes(3)), {}), 3)
-    samples.check(first(table(2)), 2)  # the first argument had two rows, and was no sample then
+    samples.check(first(table(2)), 2)  # the first argument had two rows then, but not as samples
     assert len(samples.take(first(table(2)), torch.tensor([0]), 2)[0][0]) == 1
 
 
-def test_the_ways_out():
+def test_resolving_ambiguous_values():
     images = planes(3)
     same(taken(Rows(images), 3, torch.tensor([0, 2])), [images[0], images[2]])
     same(taken([Rows(table(2, 4)), Rows(table(2, 4))], 2, torch.tensor([1])), [table(2, 4)[1:]] * 2)
     same(taken(Rows((224, 225)), 2, torch.tensor([1])), (225,))
 
 
-def test_unlike_things_of_b_rows_are_a_container():
+def test_different_tensors_with_b_rows_are_a_container():
     """Images and labels in a list of two, for two samples."""
     x, y = table(2, 3), torch.tensor([0, 1])
     same(taken([x, y], 2, torch.tensor([1])), [x[1:], y[1:]])
     same(taken((x, y, None), 2, torch.tensor([1])), (x[1:], y[1:], None))
 
 
-def test_the_batches_before_decide():
-    """The last batch is smaller, and lists in it have as many items as it has samples."""
+def test_earlier_batches_decide():
+    """In the smaller last batch, lists have as many items as there are samples."""
     samples, one = Samples(), torch.tensor([1])
     full = {"pair": [table(8), table(8)], "sizes": (224, 224), "weights": torch.ones(2)}
     full |= {"images": planes(8, 2), "prior": [torch.ones(3), torch.ones(5)]}
@@ -291,19 +292,19 @@ def test_the_batches_before_decide():
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        (table(6), torch.ones(10)),  # class weights, and by chance as many classes as samples
+        (table(6), torch.ones(10)),  # class weights, with as many classes as samples
         (list("abcdef"), list("abcdefgh")),
         (np.arange(6), np.arange(8)),
     ],
 )
-def test_what_had_an_entry_for_each_sample_must_have_it_later(before, now):
+def test_values_with_entries_per_sample_must_keep_them(before, now):
     samples = Samples()
     samples.check(((before, table(6)), {}), 6)
     with pytest.raises(ESAMValueError, match=rf"`batch\[0\]` had one entry per.*{WAYS_OUT}.*4 los"):
         samples.check(((now, table(4)), {}), 4)
 
 
-def test_rows_that_are_none():
+def test_rows_with_the_wrong_length():
     samples = Samples()
     for x, b in (([1, 2], 3), (table(2), 3), ("abc", 3), (4, 3), ({1, 2, 3}, 3)):
         with pytest.raises(ESAMValueError, match=rf"`batch\[0\]` must have one entry.*{b} losses"):
@@ -312,7 +313,7 @@ def test_rows_that_are_none():
         samples.check(((Rows({"x": table(3), "n": 3}), table(3)), {}), 3)
 
 
-# -- what cannot be taken apart ------------------------------------------------------------------
+# -- values that cannot be split ------------------------------------------------------------------
 
 
 class Slotted:
@@ -346,7 +347,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_cannot_be_taken_apart_is_refused_by_name(kind):
+def test_values_that_cannot_be_split_are_refused(kind):
     make, match = REFUSED[kind]
     with pytest.raises(ESAMTypeError, match=rf"`batch\[0\]\['x'\]`.*{match}"):
         Samples().check((({"x": make()}, table(5)), {}), 5)
@@ -356,7 +357,7 @@ def test_what_cannot_be_taken_apart_is_refused_by_name(kind):
     assert samples.take(batch, CHOSEN, 5)[0][0] is whole
 
 
-def test_a_container_that_cannot_be_copied_is_refused_and_not_changed():
+def test_a_container_that_cannot_be_rebuilt_is_refused_and_not_changed():
     x = table(5)
     data = SharedStore({"x": x})
     with pytest.raises(ESAMTypeError, match=r"is a SharedStore, which cannot be rebuilt"):
@@ -365,7 +366,7 @@ def test_a_container_that_cannot_be_copied_is_refused_and_not_changed():
 
 
 @pytest.mark.parametrize("length", [4, 15])
-def test_nothing_to_take(length):
+def test_a_batch_without_samples(length):
     with pytest.raises(ESAMValueError, match=rf"loss per.*{WAYS_OUT}.*15 losses.*shape \(5, 3\)"):
         Samples().check(((torch.ones(5, 3), "text"), {"n": 3}), 15)
     with pytest.raises(ESAMValueError, match=r"`losses.reshape\(5, 3\).mean\(1\)`"):

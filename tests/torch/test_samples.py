@@ -1,4 +1,4 @@
-"""Samples taken out of batches, in a step and by a function of the user's own; and outputs."""
+"""Selecting samples from batches, in a step and by the user's own function; and outputs."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Pair(NamedTuple):
 # -- `take` --------------------------------------------------------------------------------------
 
 
-def test_a_function_of_ones_own():
+def test_a_custom_function():
     asked = []
 
     def take(batch, indices):
@@ -41,7 +41,7 @@ def test_a_function_of_ones_own():
     assert not named and asked[0] is CHOSEN
 
 
-def test_a_function_of_ones_own_with_keywords():
+def test_a_custom_function_with_keywords():
     def take(batch, indices, *, y):
         return batch, {"y": y[indices]}
 
@@ -53,7 +53,7 @@ def test_a_function_of_ones_own_with_keywords():
     ("returned", "kwargs"),
     [(table(2), {}), ([table(2)], {}), ((table(2), 3), {}), ((table(2),), {"y": 1}), (None, {})],
 )
-def test_what_a_function_of_ones_own_must_return(returned, kwargs):
+def test_what_a_custom_function_must_return(returned, kwargs):
     samples = Samples(lambda batch, indices, **_: returned)
     with pytest.raises(ESAMTypeError, match=r"`take` must return a tuple of 1 arguments"):
         samples.take(((table(5),), kwargs), CHOSEN, 5)
@@ -70,21 +70,21 @@ def test_take_must_be_a_function():
 # -- the bare batch ------------------------------------------------------------------------------
 
 
-def test_marks_are_taken_off():
+def test_marks_are_removed():
     x, plain = table(5), {"deep": [Holder("a")]}
     args, kwargs = Samples().bare(((Whole(x), [Rows(x), 1], plain), {"y": Pair(Whole(2), x)}))
     assert args[0] is x and args[1] == [x, 1] and kwargs["y"] == Pair(2, x)
-    assert args[2] is plain  # untouched where nothing is marked
+    assert args[2] is plain  # unchanged without marks
 
 
-def test_nothing_is_asked_of_a_batch_without_marks():
+def test_a_batch_without_marks_is_not_changed():
     odd = (SharedStore({"x": 1}), packed(), iter("ab"), Holder(1), torch.max(table(5, 2), 1))
     args, _ = Samples().bare((odd, {}))
     assert all(a is b for a, b in zip(args, odd, strict=True))
 
 
-def test_what_holds_itself():
-    """A tree whose nodes know their parents: whole for gamma=1, and refused otherwise."""
+def test_values_that_contain_themselves():
+    """A tree whose nodes refer to their parents: whole for gamma=1, otherwise an error."""
     node = {"x": table(5)}
     node["children"] = [{"parent": node}]
     args, _ = Samples().bare(((node, Whole(table(5))), {}))
@@ -98,10 +98,10 @@ def test_what_holds_itself():
     samples.check(((Whole(node), table(5)), {}), 5)
     assert samples.take(((Whole(node), table(5)), {}), CHOSEN, 5)[0][0] is node
     node["x"] = table(3)
-    assert samples.take(((table(5), [node] * 5), {}), CHOSEN, 5)[0][1][1] is node  # a sample each
+    assert samples.take(((table(5), [node] * 5), {}), CHOSEN, 5)[0][1][1] is node  # an item
 
 
-def test_the_note_says_what_was_taken_apart():
+def test_the_note_lists_how_values_were_read():
     samples, batch = Samples(), ((table(5), "text"), {"y": list("abcde")})
     samples.check(batch, 5)
     note = samples.note(batch, 2, 5)
@@ -113,7 +113,7 @@ def test_the_note_says_what_was_taken_apart():
 # -- outputs -------------------------------------------------------------------------------------
 
 
-def test_outputs_are_detached_where_they_are_known():
+def test_outputs_of_known_types_are_detached():
     grown = torch.ones(2, requires_grad=True) * 2
     strange = Holder(grown)
     store = SharedStore({"x": grown})
@@ -124,7 +124,7 @@ def test_outputs_are_detached_where_they_are_known():
     assert not both.values.requires_grad and type(both).__name__ == "max"
 
 
-def test_lists_of_a_kind_of_their_own_keep_it():
+def test_subclasses_of_list_are_kept():
     class Named(list):
         name = "none"
 
@@ -156,7 +156,7 @@ FORMS = {
 
 
 def read(*batch):
-    """Return inputs and targets as tensors, from any of these forms."""
+    """Return inputs and targets as tensors, from any form."""
     if len(batch) == 1 and isinstance(batch[0], dict):
         batch = batch[0]["x"], batch[0]["y"]
     elif len(batch) == 1:
@@ -167,7 +167,7 @@ def read(*batch):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_with_samples_of_every_form_is_that_with_tensors(form):
+def test_a_step_with_samples_of_every_form_equals_that_with_tensors(form):
     x, y = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 5
     net, optimizer = make()
     twin, other = make()
@@ -188,7 +188,7 @@ def test_a_step_with_samples_of_every_form_is_that_with_tensors(form):
     assert not torch.equal(net.weight, start.weight)
 
 
-def test_a_step_with_a_function_of_ones_own():
+def test_a_step_with_a_custom_function():
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))  # samples in columns
     y = torch.arange(8) % 5
     net, optimizer = make(take=lambda batch, i: (batch[0][:, i], batch[1][i]))
@@ -198,7 +198,7 @@ def test_a_step_with_a_function_of_ones_own():
     assert torch.equal(net.weight, twin.weight)
 
 
-def test_with_every_sample_in_the_descent_nothing_is_asked_of_the_batch():
+def test_with_all_samples_the_batch_can_be_anything():
     net, optimizer = make(gamma=1.0, take=lambda *_: 1 / 0)
     images = [torch.randn(3, 4 + i, 4) for i in range(3)]
 

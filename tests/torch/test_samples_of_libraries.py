@@ -1,4 +1,4 @@
-"""Batches and outputs of other libraries: their own kinds of containers and sequences."""
+"""Batches and outputs of other libraries: their containers and sequences."""
 
 import warnings
 
@@ -15,7 +15,7 @@ from esam_torch.batch import Samples
 from esam_torch.containers import detached
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # both use what this torch deprecates
+    warnings.simplefilter("ignore")  # both use features that this torch deprecates
     from tensordict import NonTensorStack, TensorDict, lazy_stack, tensorclass
     from torch_geometric.data import Batch, Data
 
@@ -105,7 +105,7 @@ def test_a_step_with_a_tensordict():
 
 
 def graphs():
-    """Return five graphs; the fifth has as many nodes as there are graphs."""
+    """Return five graphs; the fifth one has five nodes."""
     return [
         Data(x=torch.full((n, 2), float(n)), edge_index=torch.zeros(2, n, dtype=torch.long), y=n)
         for n in (2, 3, 4, 1, 5)
@@ -118,7 +118,7 @@ def test_a_batch_of_graphs():
     assert part.y.tolist() == [3, 1] and part.batch.tolist() == [0, 0, 0, 1]
 
 
-def test_a_batch_of_graphs_keeps_what_it_follows():
+def test_a_batch_of_graphs_keeps_its_follow_batch():
     made = Batch.from_data_list(graphs(), follow_batch=["edge_index"])
     assert taken(made).edge_index_batch.tolist() == [0, 0, 0, 1]
 
@@ -128,8 +128,8 @@ def test_a_list_of_graphs():
 
 
 @pytest.mark.parametrize("nodes", [5, 3])
-def test_one_graph_has_nodes_and_no_samples(nodes):
-    """A graph's length is the number of its attributes, three here."""
+def test_a_single_graph_is_not_split(nodes):
+    """A graph's length is the number of its attributes, here three."""
     with pytest.raises(ESAMTypeError, match=r"`batch\[0\]`.*take=function"):
         taken(
             Data(x=torch.ones(nodes, 2), edge_index=torch.zeros(2, 4).long(), y=torch.ones(nodes)),
@@ -142,7 +142,7 @@ def test_one_graph_has_nodes_and_no_samples(nodes):
 
 @pytest.mark.parametrize("b", [5, 2])
 def test_encodings(b):
-    """Two samples, and two entries: the length of a mapping is no number of samples."""
+    """Two samples and two entries: the length of a mapping is not the number of samples."""
     entries = {"input_ids": torch.arange(b * 3).reshape(b, 3), "texts": [str(i) for i in range(b)]}
     encoding = BatchEncoding(entries)
     encoding._encodings = [f"encoding {i}" for i in range(b)]
@@ -168,7 +168,7 @@ def test_a_model_output_in_the_batch():
     assert part.hidden_states[0].tolist() == [1, 3] and len(output.logits) == 5
 
 
-def test_a_model_output_beside_the_losses_is_detached():
+def test_a_model_output_returned_with_the_losses_is_detached():
     grown = torch.ones(5, requires_grad=True) * 2
     output = detached(CausalLMOutput(logits=grown, hidden_states=(grown,)))
     assert isinstance(output, CausalLMOutput)
@@ -180,7 +180,7 @@ def test_a_model_output_beside_the_losses_is_detached():
 
 
 class Frame:
-    """Stands for pandas: [] looks for labels, and `iloc` for places."""
+    """Represents pandas: [] looks up labels, and `iloc` positions."""
 
     def __init__(self, labels):
         self.labels = list(labels)
@@ -202,5 +202,5 @@ class Frame:
         return At()
 
 
-def test_places_of_a_data_frame_are_no_labels():
+def test_data_frames_are_indexed_by_position():
     assert taken(Frame([3, 4, 1, 0, 2])).labels == [4, 0]

@@ -1,4 +1,4 @@
-"""Proportional selection is unbiased for the whole batch's gradient; the paper's choice is not."""
+"""Proportional selection is unbiased for the whole batch's gradient; the paper's is not."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ WHOLE = gradients(All(), 1)[0]
 def test_random_and_proportional_draws_average_to_the_whole_batch(select: object) -> None:
     drawn = gradients(select, DRAWS)
     standard_error = float(torch.sqrt(drawn.var(0).sum() / DRAWS))
-    # The distance of an unbiased mean is about one standard error; four leave no room for chance.
+    # An unbiased mean differs by about one standard error; four is a safe bound.
     assert float((drawn.mean(0) - WHOLE).norm()) < 4 * standard_error
     assert standard_error < 0.1 * float(WHOLE.norm()), "too few draws to show a bias"
 

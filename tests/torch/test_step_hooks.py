@@ -1,4 +1,4 @@
-"""Hooks around an optimizer's step, and steps that torch makes itself."""
+"""Hooks of an optimizer's step, and steps that torch runs itself."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
 from esam_torch import ESAM, SideBySide
 
 
-def test_hooks_of_all_optimizers_run_once_a_step():
+def test_global_hooks_run_once_per_step():
     model = net()
     optimizer = ESAM(sgd(model), model)
     seen = []
@@ -28,7 +28,7 @@ def test_hooks_of_all_optimizers_run_once_a_step():
         optimizer.backward(losses_of(model), *batch())
         optimizer.step()
         assert len(seen) == 4
-        sgd(net()).step()  # another optimizer's step is seen as before
+        sgd(net()).step()  # hooks still run for another optimizer's step
         assert seen[4:] == [("before", torch.optim.SGD), ("after", torch.optim.SGD)]
     finally:
         for handle in handles:
@@ -49,7 +49,7 @@ def test_hooks_of_one_optimizer_run_on_esam_and_on_its_base():
     assert seen == [SideBySide, ESAM]
 
 
-def test_hooks_are_there_after_an_error_in_the_base_optimizer():
+def test_hooks_are_restored_after_an_error_in_the_base_optimizer():
     model = net()
     optimizer = ESAM(sgd(model), model)
     seen = []
@@ -64,7 +64,7 @@ def test_hooks_are_there_after_an_error_in_the_base_optimizer():
         handle.remove()
 
 
-def test_the_state_that_torch_makes_for_a_checkpoint_is_no_step_of_esam():
+def test_the_step_that_torch_runs_for_a_checkpoint_does_not_warn():
     model = net()
     optimizer = ESAM(torch.optim.Adam(model.parameters()), model)
     before = Snapshot(model)

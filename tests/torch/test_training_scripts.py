@@ -1,4 +1,4 @@
-"""What stands around the step in people's scripts: accumulation, clipping, schedulers, groups."""
+"""Other parts of training scripts: accumulation, clipping, schedulers, groups."""
 
 import copy
 import inspect
@@ -24,8 +24,8 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("options", [{}, {"gamma": 1.0}, {"beta": None, "perturb": Every(2)}])
-def test_each_micro_batch_climbs_on_its_own_and_gradients_add(options):
-    """m-sharpness: the sum of what each micro-batch gives alone, with a mask of its own each."""
+def test_each_micro_batch_has_its_own_perturbation_and_gradients_add(options):
+    """m-sharpness: the sum of each micro-batch's own gradient, each with its own mask."""
     model, alone = net(), net()
     optimizer, single = esam(model, **options), esam(alone, **options)
     torch.manual_seed(2)
@@ -42,8 +42,8 @@ def test_each_micro_batch_climbs_on_its_own_and_gradients_add(options):
     assert optimizer.count == 3
 
 
-def test_a_batch_in_micro_batches_is_not_the_batch():
-    """What accumulation is *not*: the climb on the whole batch."""
+def test_accumulation_differs_from_the_whole_batch():
+    """Accumulation is *not* one perturbation for the whole batch."""
     model, whole = net(dropout=0.0), net(dropout=0.0)
     x, y = batch(16)
     parts, one = esam(model, rho=0.5, beta=1.0, gamma=1.0), esam(whole, rho=0.5, beta=1.0, gamma=1)
@@ -56,8 +56,8 @@ def test_a_batch_in_micro_batches_is_not_the_batch():
     assert 1e-4 < (a - b).norm() / b.norm() < 0.5
 
 
-def test_dividing_the_losses_does_not_shorten_the_climb():
-    """Scripts divide by the number of micro-batches: the radius stays, the gradient is divided."""
+def test_dividing_the_losses_does_not_change_the_perturbation():
+    """Dividing by the number of micro-batches changes only the gradient, not the radius."""
     model, quarter = net(dropout=0.0), net(dropout=0.0)
     optimizer, other = esam(model), esam(quarter)
     report = optimizer.backward(losses_of(model), *batch())
@@ -82,8 +82,8 @@ def test_clipping_between_backward_and_step():
     assert moved.norm() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_gradients_that_somebody_else_left_are_kept():
-    """An auxiliary loss by loss.backward() before ours: both are in `.grad`."""
+def test_existing_gradients_are_kept():
+    """After an auxiliary loss.backward(), both gradients are in `.grad`."""
     model, twin = net(), net()
     optimizer, other = esam(model), esam(twin)
     model.head.weight.square().sum().backward()
@@ -122,7 +122,7 @@ MAKERS = {
 
 
 def every_scheduler():
-    """Return the names of all schedulers of this torch: a new one needs a row above."""
+    """Return the names of all schedulers of this torch version: new ones need a row above."""
     return sorted(
         name
         for name, cls in vars(lr_scheduler).items()
@@ -134,7 +134,7 @@ def every_scheduler():
 
 
 def test_a_scheduler_of_the_base_optimizer():
-    """Made before ESAM was, as in a script that gets it from elsewhere."""
+    """It is created before ESAM, as in a script that gets it from elsewhere."""
     model = net()
     base = sgd(model)
     scheduler = lr_scheduler.ExponentialLR(base, 0.5)
@@ -146,7 +146,7 @@ def test_a_scheduler_of_the_base_optimizer():
 
 
 def test_swalr():
-    """The one scheduler that torch keeps elsewhere."""
+    """The only scheduler in another module of torch."""
     model = net()
     optimizer = esam(model)
     averaged = torch.optim.swa_utils.AveragedModel(model)
@@ -161,7 +161,7 @@ def test_swalr():
 @pytest.mark.parametrize("whole", [False, True], ids=["backward", "step(losses)"])
 @pytest.mark.parametrize("name", every_scheduler())
 def test_every_scheduler_without_a_warning(name, whole):
-    """The same learning rates (and momenta) as on the bare base. Warnings are errors here."""
+    """Learning rates (and momenta) equal those with the base optimizer. Warnings are errors."""
     scheduler_class = getattr(lr_scheduler, name)
     rows = []
     for wrapped in (False, True):
@@ -188,15 +188,15 @@ def test_every_scheduler_without_a_warning(name, whole):
     assert len(set(rows[1])) > 1 or name == "ConstantLR"
 
 
-def test_a_scheduler_sees_a_forgotten_step():
-    """The warning that schedulers are famous for still comes where it is due."""
+def test_schedulers_still_warn_about_a_missing_step():
+    """The schedulers' warning about the order of calls is still issued."""
     model = net()
     scheduler = lr_scheduler.StepLR(esam(model), 1)
     with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step"):
         scheduler.step()
 
 
-def test_step_hooks_and_the_profiler_see_one_step():
+def test_step_hooks_and_the_profiler_run_once_per_step():
     model = net()
     optimizer = esam(model)
     calls = []
@@ -220,7 +220,7 @@ def test_param_groups_are_the_base_optimizers():
 
 
 def climb(optimizer, model, data):
-    """Return epsilon by name, as the second pass sees it, and the report."""
+    """Return epsilon by name, as in the second pass, and the report."""
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     seen = []
 
@@ -259,7 +259,7 @@ def test_each_group_has_its_own_radius_and_kind():
 
 
 def test_a_rho_schedule():
-    """rho is an option of a group, as lr is: a schedule sets it, the next step uses it."""
+    """Like lr, rho is an option of a group: a schedule sets it, and the next step uses it."""
     model = net(dropout=0.0)
     optimizer = esam(model, beta=1.0)
     for t in range(4):
@@ -294,7 +294,7 @@ def test_how_parameters_are_grouped_does_not_change_masks():
     assert masks[0] == masks[1]
 
 
-def test_adadeltas_own_rho_is_unharmed():
+def test_adadeltas_rho_is_not_changed():
     model = net()
     base = torch.optim.Adadelta(model.parameters(), lr=0.5, rho=0.8)
     optimizer = esam(model, base, rho=0.1, beta=1.0)
@@ -331,7 +331,7 @@ def test_repr():
 
 
 def test_everything_by_keyword():
-    """Keyword tensors are sliced as positional ones are."""
+    """Keyword tensors are sliced like positional ones."""
     model, twin = net(), net()
     optimizer, other = esam(model), esam(twin)
     x, y = batch()
@@ -344,7 +344,7 @@ def test_everything_by_keyword():
 
 
 def test_everything_is_sam():
-    """gamma = 1 and beta = 1 at b = 1 is SAM too, BatchNorm in training mode included."""
+    """gamma = 1 and beta = 1 with b = 1 is also SAM, including BatchNorm in training mode."""
     model = net(dropout=0.0)
     optimizer = ESAM(sgd(model), model, rho=0.1, perturb=Everything(), gamma=1.0)
     x, y = batch(1)

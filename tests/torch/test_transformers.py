@@ -1,4 +1,4 @@
-"""ESAM in Hugging Face's Trainer: through `compute_loss`, everything else is the Trainer's."""
+"""ESAM in Hugging Face's Trainer, through `compute_loss`."""
 
 import copy
 
@@ -57,14 +57,14 @@ def test_trainer_trains(transformers, kind):
     assert all("sharpness" in row for row in logged)
 
 
-# The compiler's own, of tensors that it traces.
+# A warning of the compiler about tensors that it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
     "option",
     ["bf16", "gradient_checkpointing", pytest.param("torch_compile", marks=pytest.mark.slow)],
 )
-def test_the_trainers_other_ways_to_run_a_model(transformers, option):
-    """Each pass runs the model as the Trainer would: the weights move the same way."""
+def test_other_ways_in_which_trainer_runs_a_model(transformers, option):
+    """Each pass runs the model like Trainer: the weights change in the same way."""
     options = {"optim": "sgd", "max_grad_norm": 0.0, "esam": {"rho": 0.5, "select": All()}}
     if option == "torch_compile":
         options["torch_compile_backend"] = "eager"
@@ -81,8 +81,8 @@ def test_the_trainers_other_ways_to_run_a_model(transformers, option):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_trainer_is_the_plain_loop(transformers, accumulate):
-    """Whatever is written around `optimizer.loss`: accumulation, and the Trainer's own updates."""
+def test_trainer_equals_the_plain_loop(transformers, accumulate):
+    """Everything around `optimizer.loss`: accumulation, and Trainer's updates."""
     from esam_torch.integrations.transformers import per_sample_losses
 
     options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -115,8 +115,8 @@ def test_trainer_is_the_plain_loop(transformers, accumulate):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_trainer_without_perturbation_is_the_trainer(transformers, smoothing):
-    """rho = 0 and all samples: what Trainer itself does, with accumulation and clipping."""
+def test_without_perturbation_it_equals_trainer(transformers, smoothing):
+    """rho = 0 and all samples: the same as Trainer, with accumulation and clipping."""
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "sgd"}
     options["label_smoothing_factor"] = smoothing
     ours = _trainer(transformers, esam={"rho": 0.0, "select": All()}, **options)
@@ -125,8 +125,8 @@ def test_trainer_without_perturbation_is_the_trainer(transformers, smoothing):
         args=ours.args,
         train_dataset=Sentences("classes"),
     )
-    # This model says that it divides its loss by the number of accumulated batches, and does not;
-    # the Trainer's own smoothed loss is divided.
+    # This model claims to divide its loss by the number of accumulated batches, but does not.
+    # Trainer's own smoothed loss is divided.
     theirs.loss_is_scaled_for_ga = smoothing > 0.0
     for trainer in (ours, theirs):
         transformers.set_seed(0)
@@ -134,7 +134,7 @@ def test_trainer_without_perturbation_is_the_trainer(transformers, smoothing):
     same(ours.model, theirs.model, rtol=1e-4, atol=1e-5)
 
 
-def test_losses_that_cannot_be_taken_per_sample_are_refused(transformers):
+def test_losses_that_cannot_be_computed_per_sample_are_refused(transformers):
     def loss_by_hand(logits, labels, **_):
         return -logits.log_softmax(-1).gather(-1, labels[..., None]).mean()
 
@@ -176,7 +176,7 @@ def test_the_first_check_changes_nothing(transformers):
 
 
 @pytest.mark.parametrize("kind", ["classes", "causal"])
-def test_smoothed_losses_are_those_of_the_trainer(transformers, kind):
+def test_smoothed_losses_equal_those_of_trainer(transformers, kind):
     trainer = _trainer(transformers, kind, label_smoothing_factor=0.2)
     model, batch = trainer.model.eval(), sentences(kind)
     found = trainer.compute_losses(model, batch)
@@ -189,8 +189,8 @@ def test_smoothed_losses_are_those_of_the_trainer(transformers, kind):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_with_tokens_weighted_trainer_is_the_trainer(transformers, accumulate):
-    """rho = 0 and all samples: what Trainer itself does with samples of several lengths."""
+def test_with_token_weighting_it_equals_trainer(transformers, accumulate):
+    """rho = 0 and all samples: the same as Trainer, with samples of different lengths."""
 
     class Ragged(Sentences):
         def __getitem__(self, i):
@@ -220,7 +220,7 @@ def test_with_tokens_weighted_trainer_is_the_trainer(transformers, accumulate):
         same(*trained(False), rtol=1e-4, atol=1e-6)
 
 
-def test_tokens_are_weighted_where_they_are_counted(transformers):
+def test_token_weighting_needs_counted_tokens(transformers):
     from esam_torch.integrations.transformers import ESAMTrainer
 
     class Own(ESAMTrainer):
@@ -235,7 +235,7 @@ def test_tokens_are_weighted_where_they_are_counted(transformers):
         trainer.train()
 
 
-def test_losses_that_would_not_be_trained_with_are_refused(transformers):
+def test_an_overridden_compute_loss_is_refused(transformers):
     from esam_torch.integrations.transformers import ESAMTrainer
 
     class Own(ESAMTrainer):
@@ -258,8 +258,8 @@ def test_deepspeed_is_refused(transformers):
         _trainer(transformers, cls=Deep)
 
 
-def test_losses_of_ones_own_are_trained_with(transformers):
-    """By `compute_losses`, by `compute_loss_func`, by a Trainer with a `compute_loss`."""
+def test_custom_losses(transformers):
+    """With `compute_losses`, `compute_loss_func`, or a Trainer that has a `compute_loss`."""
     from esam_torch.integrations.transformers import ESAMTrainer
 
     weights = torch.tensor([1.0, 2.0, 4.0])
@@ -306,18 +306,18 @@ def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):
     assert found == pytest.approx([sum(seen[:4]) / 4, sum(seen[4:]) / 4], rel=1e-5)
 
 
-def test_a_scaler_is_the_trainers_own_affair(transformers):
+def test_trainer_handles_the_scaler(transformers):
     trainer, twin = (_trainer(transformers, max_grad_norm=0.0) for _ in range(2))
     scaler = trainer.accelerator.scaler = RecordingScaler()
     for each in (trainer, twin):
         transformers.set_seed(0)
         each.train()
     assert len(scaler.seen) == trainer.optimizer.optimizer.count == 8
-    assert scaler.get_scale() == 8.0  # no overflow: every update was made
+    assert scaler.get_scale() == 8.0  # no overflow: every update ran
     same(trainer.model, twin.model, rtol=1e-4, atol=1e-4)
 
 
-def test_training_again_goes_on(transformers):
+def test_training_again_continues(transformers):
     trainer = _trainer(transformers, num_train_epochs=1)
     for epochs in (1, 2):
         trainer.train()
@@ -334,7 +334,7 @@ def test_a_given_esam_is_used(transformers):
     assert trainer.optimizer.optimizer is mine and mine.count == 8
 
 
-def test_evaluation_is_the_trainers_own(transformers):
+def test_evaluation_is_that_of_trainer(transformers):
     trainer = _trainer(transformers, more={"eval_dataset": Sentences("classes")})
     trainer.train()
     count = trainer.optimizer.optimizer.count
@@ -346,7 +346,7 @@ def test_evaluation_is_the_trainers_own(transformers):
     assert trainer.optimizer.optimizer.count == count
 
 
-def test_trainer_goes_on_from_its_checkpoint(transformers, tmp_path):
+def test_trainer_resumes_from_its_checkpoint(transformers, tmp_path):
     whole = _trainer(transformers, save_strategy="epoch", output_dir=str(tmp_path / "a"))
     whole.train()
     resumed = _trainer(transformers, save_strategy="no", output_dir=str(tmp_path / "b"))

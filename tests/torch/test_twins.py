@@ -1,4 +1,4 @@
-"""Each fast path beside its literal twin in esam-core, on many random and awkward inputs."""
+"""Fast implementations compared with the reference in esam-core, on random and difficult inputs."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from esam_torch.targets import Targets
 
 
 def scores_of(kind, b, rng):
-    """Return b scores of a kind that has tripped somebody up."""
+    """Return b scores of a difficult kind."""
     drawn = rng.standard_normal(b)
     return {
         "random": drawn,
@@ -105,8 +105,8 @@ def test_select(selector, dtype):
         )
 
 
-def aims(parameters, scales, rho, adaptive, idle=(), idle_adaptive=()):
-    """Return what is perturbed, as a step finds it from its mask."""
+def targets_of(parameters, scales, rho, adaptive, idle=(), idle_adaptive=()):
+    """Return the targets that a step derives from its mask."""
     return Targets(
         tensors=parameters,
         names=tuple(map(str, range(len(parameters)))),
@@ -163,7 +163,7 @@ def test_perturbations(norm, masks, dtype):
         theta = [torch.tensor(p, dtype=dtype) for p in parameters]
         ascent = perturb(
             [torch.tensor(gradients[t], dtype=dtype) for t in moved + still],
-            aims(
+            targets_of(
                 [theta[t] for t in moved],
                 [1.0 / probability[t] for t in moved],
                 [rho[t] for t in moved],
@@ -184,7 +184,7 @@ def test_perturbations(norm, masks, dtype):
         total = np.sqrt(sum(float(np.sum(e * e)) for e in wanted))
         np.testing.assert_allclose(float(ascent.perturbation_norm), total, rtol=tolerance)
         assert float(ascent.flaw) == 0.0
-        for t in moved:  # parameters are looked at, and left alone
+        for t in moved:  # parameters are read but not changed
             assert theta[t].tolist() == torch.tensor(parameters[t], dtype=dtype).tolist()
 
 
@@ -197,7 +197,7 @@ def test_nonfinite_makes_no_perturbation(norm, bad, where):
     (gradients[0] if where == "gradient" else losses)[1] = bad
     ascent = perturb(
         gradients,
-        aims([torch.ones(3), torch.ones(2)], [2.0, 1.0], [0.1, 0.1], [True, False]),
+        targets_of([torch.ones(3), torch.ones(2)], [2.0, 1.0], [0.1, 0.1], [True, False]),
         losses,
         ONE,
         norm=norm,
@@ -213,7 +213,7 @@ def test_nonfinite_makes_no_perturbation(norm, bad, where):
 def test_a_zero_gradient_gives_a_zero_perturbation(dtype, norm_eps):
     ascent = perturb(
         [torch.zeros(3, dtype=dtype), torch.zeros(2, dtype=dtype)],
-        aims(
+        targets_of(
             [torch.ones(3, dtype=dtype), torch.ones(2, dtype=dtype)],
             [2.0, 1.0],
             [0.1, 0.3],
@@ -230,12 +230,12 @@ def test_a_zero_gradient_gives_a_zero_perturbation(dtype, norm_eps):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_digits(dtype):
-    """The norm is accumulated wide, and the small factor is not rounded before it is used."""
+    """The norm is accumulated in float32, and the small factor is not rounded before use."""
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(s, generator=generator).to(dtype) for s in (50_000, 300)]
     ascent = perturb(
         [g.clone() for g in exact],
-        aims([torch.ones_like(g) for g in exact], [1.6, 1.6], [0.05, 0.05], [False, False]),
+        targets_of([torch.ones_like(g) for g in exact], [1.6, 1.6], [0.05, 0.05], [False, False]),
         torch.ones(4),
         ONE,
         norm="masked",

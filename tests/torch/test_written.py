@@ -1,6 +1,6 @@
-"""What a forward writes beside its result is, after a step, as after one forward.
+"""State that a forward writes is, after a step, the same as after one forward.
 
-The oracle makes each pass on a copy of the model as it was when the step began.
+For comparison, each pass runs on a copy of the model from the start of the step.
 """
 
 import copy
@@ -19,7 +19,7 @@ from esam_torch.written import Writes
 
 
 class Base(nn.Module):
-    """A trained layer and a head; `shift` is what a subclass adds and writes."""
+    """A trained layer and a head; subclasses write state in `shift`."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class MomentumEncoder(Base):
 
 
 class MomentumEncoderByData(MomentumEncoder):
-    """The same, as MoCo's code has it."""
+    """The same, with `.data`, as in MoCo's code."""
 
     def update(self):
         for key, query in zip(self.key.parameters(), self.encoder.parameters(), strict=True):
@@ -72,7 +72,7 @@ class HiddenTeacher(MomentumEncoder):
 
 
 class Recurrent(Base):
-    """A hidden state in an attribute that is assigned to."""
+    """A hidden state in an attribute that is assigned."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class RecurrentInPlace(Base):
 
 
 class Counter(Base):
-    """A number, and a name that the first forward makes."""
+    """A counter, and an attribute that the first forward creates."""
 
     calls = 0
 
@@ -158,7 +158,7 @@ class BufferQueueInEval(BufferQueue):
 
 
 class NewBuffer(Base):
-    """A buffer that each forward puts anew."""
+    """A buffer that each forward replaces."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class OwnNorm(nn.Module):
 
 
 class WithOwnNorm(Base):
-    """Its statistics, which torch writes without counting a version."""
+    """A model with `OwnNorm`, whose statistics torch writes without counting a version."""
 
     def __init__(self):
         super().__init__()
@@ -245,7 +245,7 @@ def losses_of(model):
 
 
 def written(model):
-    """Return all values that a model holds, in attributes too, as lists of numbers."""
+    """Return all values in a model, including attributes, as lists of numbers."""
 
     def plain(value):
         if isinstance(value, torch.Tensor):
@@ -308,8 +308,8 @@ def batches(n):
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
-def test_written_once_a_step(kind, gamma):
-    """And each pass starts from what the first has found: gradients are those by hand."""
+def test_state_is_written_once_per_step(kind, gamma):
+    """Each pass starts from the same state: gradients equal those computed by hand."""
     torch.manual_seed(0)
     model = kind()
     optimizer = ESAM(
@@ -333,7 +333,7 @@ def test_written_once_a_step(kind, gamma):
 
 @pytest.mark.parametrize("perturbed", [True, False])
 def test_trained_weights_that_a_forward_clips(perturbed):
-    """Weights are as the first forward has left them, also where `.data` is another tensor now."""
+    """Weights are as the first forward left them, even if `.data` is another tensor now."""
     torch.manual_seed(0)
     model = MaxNorm()
     groups = [
@@ -354,7 +354,7 @@ def test_trained_weights_that_a_forward_clips(perturbed):
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("earlier", [0, 4])
-def test_a_failed_step_has_written_nothing(kind, call, earlier):
+def test_a_failed_step_writes_nothing(kind, call, earlier):
     torch.manual_seed(0)
     model = kind()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -378,7 +378,7 @@ def test_a_failed_step_has_written_nothing(kind, call, earlier):
 
 
 def test_two_losses_at_once():
-    """Their forwards have both written, in their order."""
+    """Both forwards have written, in order."""
     model = ListQueue()
     optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.5)
     twin = copy.deepcopy(model)
@@ -389,7 +389,7 @@ def test_two_losses_at_once():
 
 
 class LargeBase(Base):
-    """A small adapter beside frozen weights that a forward may average."""
+    """A small adapter with large frozen weights that a forward may average."""
 
     def __init__(self, since):
         super().__init__()
@@ -430,8 +430,8 @@ def test_a_large_frozen_base_is_not_copied():
 
 
 @pytest.mark.parametrize("since", [1, 5])
-def test_what_is_written_without_a_copy_is_told(since):
-    """Once a step all the same, from the first time on."""
+def test_a_warning_for_writes_without_a_copy(since):
+    """From then on, the state is written once per step."""
     model = LargeBase(since)
     model.large.weight.zero_()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -444,8 +444,8 @@ def test_what_is_written_without_a_copy_is_told(since):
     assert len([w for w in caught if "had not copied" in str(w.message)]) == 1
 
 
-def test_one_sample_and_a_batchnorm_of_ones_own():
-    """The descent on one sample uses the running statistics, as with torch's own."""
+def test_one_sample_with_a_custom_batchnorm():
+    """The descent pass on one sample uses the running statistics, as with torch's BatchNorm."""
     torch.manual_seed(0)
     mine = nn.Sequential(nn.Linear(4, 6), OwnNorm(6), nn.Tanh(), nn.Linear(6, 3))
     theirs = nn.Sequential(

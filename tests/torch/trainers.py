@@ -1,4 +1,4 @@
-"""A small problem for other people's trainers, and the plain loop that they must agree with."""
+"""A small problem for trainers of other libraries, and the plain loop for comparison."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 
 from esam_torch import ESAM
 
-#: Warnings of the libraries' own making; ours stay errors.
+#: Warnings of the libraries, which are ignored; ours stay errors.
 THEIRS = (
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
@@ -55,13 +55,13 @@ def same(model, twin, **tolerance):
 
 
 class RecordingScaler(torch.amp.GradScaler):
-    """Keeps the losses that it is asked to scale."""
+    """Records the losses that it scales."""
 
     def __init__(self):
         super().__init__("cpu", init_scale=8.0)
         self.seen = []
 
     def scale(self, outputs):
-        if outputs.requires_grad:  # a loss, and no look at the scale
+        if outputs.requires_grad:  # a loss, not a query of the scale
             self.seen.append(float(outputs.detach()))
         return super().scale(outputs)

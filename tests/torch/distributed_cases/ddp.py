@@ -61,7 +61,7 @@ def counted(model):
 
 
 def bits(model):
-    """Return the exact weights as a short text."""
+    """Return a hash of the exact weights."""
     data = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
     return hashlib.sha256(data).hexdigest()
 
@@ -73,7 +73,7 @@ def gap(model, twin):
 
 
 def by_hand(model, steps, sizes, **options):
-    """Train without DDP: every rank's ESAM gradient in turn, and their average."""
+    """Train without DDP, on the average of all ranks' ESAM gradients."""
     base = sgd(model)
     replicas = [copy.deepcopy(model) for _ in range(WORLD)]
     optimizers = [ESAM(sgd(replica), replica, **options) for replica in replicas]
@@ -115,7 +115,7 @@ OPTIONS = {
 
 
 def case_many_steps():
-    """Each kind of step: weights on both ranks, reductions a step, distance to the average."""
+    """Each kind of step: weights on both ranks, reductions per step, distance to the average."""
     found = {}
     for name, options in OPTIONS.items():
         steps = 25 if name == "esam" else 6
@@ -131,7 +131,7 @@ def case_many_steps():
 
 
 def case_uneven_batches():
-    """Other batch sizes, so other k, on each rank; one sample selected beside a BatchNorm."""
+    """Different batch sizes and k on each rank; one selected sample with BatchNorm."""
     found = []
     for sizes, batchnorm in (((8, 5), True), ((7, 2), False), ((2, 9), True)):
         model, counts, reports = trained(5, sizes, batchnorm=batchnorm)
@@ -184,7 +184,7 @@ def case_nonfinite():
 
 
 def case_accumulation():
-    """Two micro-batches a step, the first under no_sync: one reduction, gradients add up."""
+    """Two micro-batches per step, the first under no_sync: one reduction, gradients add up."""
     rank = dist.get_rank()
     model = DistributedDataParallel(model_of())
     counts = counted(model)
@@ -234,7 +234,7 @@ def case_join():
 
 
 def case_fault():
-    """Both ranks fail in the descent pass; the weights are intact and training goes on."""
+    """Both ranks fail in the descent pass; the weights are intact and training continues."""
     rank = dist.get_rank()
     model = DistributedDataParallel(model_of())
     optimizer = ESAM(sgd(model), model)
@@ -323,7 +323,7 @@ def case_buffers():
 
 
 def case_synchronised_statistics():
-    """SyncBatchNorm refuses a CPU, so this asks whom one selected sample concerns."""
+    """SyncBatchNorm does not run on a CPU, so this only checks which layers are affected."""
     layers = nn.Sequential(nn.SyncBatchNorm(3), nn.BatchNorm1d(3))
     return [type(layer).__name__ for layer in statistics_layers(layers)]
 

@@ -1,4 +1,4 @@
-"""Cases for two ranks that climb along something else than their batch; see launch.py."""
+"""Cases for ascent directions on two ranks; see launch.py."""
 
 import copy
 import os
@@ -37,7 +37,7 @@ OPTIONS = {
 
 
 def by_hand(model, steps, **options):
-    """Train without DDP: every rank's gradient in turn, and their average, which is remembered."""
+    """Train without DDP on the ranks' mean gradient, which is also the next direction."""
     base = sgd(model)
     replicas = [copy.deepcopy(model) for _ in range(WORLD)]
     optimizers = [ESAM(sgd(replica), replica, **options) for replica in replicas]
@@ -65,7 +65,7 @@ def by_hand(model, steps, **options):
 
 
 def case_replicas():
-    """Weights on both ranks, reductions a step, distance to the average of single ranks."""
+    """Weights on both ranks, reductions per step, distance to the average of single ranks."""
     rank, found, steps = dist.get_rank(), {}, 5
     for name, ascend in SOURCES.items():
         for kind, options in OPTIONS.items():
@@ -92,7 +92,7 @@ def case_replicas():
 
 
 def case_accumulation():
-    """Two batches an update, the first under no_sync: one reduction, and one model."""
+    """Two batches per update, the first under no_sync: one reduction, and equal models."""
     rank, found = dist.get_rank(), {}
     for name, ascend in SOURCES.items():
         model = DistributedDataParallel(model_of())
@@ -109,7 +109,7 @@ def case_accumulation():
 
 
 def sharded_by_hand(model, step, ascend, before):
-    """Return the gradient of one step on a model that is not sharded, by the equations."""
+    """Return the gradient of one step on an unsharded model, computed from the equations."""
     parameters = list(model.parameters())
     batches = [fsdp.batch_of(rank, step) for rank in range(WORLD)]
 
@@ -168,7 +168,7 @@ def case_sharded():
 
 
 def case_checkpoints():
-    """Saved by torch.distributed.checkpoint and loaded into fresh objects: the run goes on."""
+    """Saved by torch.distributed.checkpoint and loaded into new objects: the run resumes."""
     rank, found = dist.get_rank(), {}
     for name, ascend in SOURCES.items():
         for kind in ("sharded", "replicas"):

@@ -47,7 +47,7 @@ def trained(folder, kind="esam", epochs=3, **options):
     rows = [
         {k: v for k, v in row.items() if k[:7] not in ("seconds", "samples")} for row in history
     ]
-    # By hand, on all samples at once: what the ranks' shares must add up to.
+    # By hand, on all samples together: the ranks' shares must add up to this.
     model.eval()
     inputs, targets = data(31).tensors
     with torch.no_grad():
@@ -66,7 +66,7 @@ def trained(folder, kind="esam", epochs=3, **options):
 
 
 def reduced(accumulate, bad=None, **options):
-    """Train on six batches of this rank; return how often gradients were added up, and the bits."""
+    """Train on six batches of this rank; return the number of reductions, and a hash."""
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     model = nn.parallel.DistributedDataParallel(bare)

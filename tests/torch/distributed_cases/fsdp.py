@@ -109,7 +109,7 @@ OPTIONS = {
 
 
 def case_like_one_process():
-    """With gamma = 1: what one process does on both ranks' samples together."""
+    """With gamma = 1: the same as one process with both ranks' samples."""
     rank, found = dist.get_rank(), {}
     for name, options in OPTIONS.items():
         model, twin = sharded(), plain()
@@ -134,7 +134,7 @@ def case_like_one_process():
 
 
 def by_hand(model, step, size, perturbed):
-    """Return the gradient of one step and each rank's selected samples, by the equations."""
+    """Return the gradient of a step and each rank's selected samples, from the equations."""
     losses, names = losses_of(model), [name for name, _ in model.named_parameters()]
     parameters = list(model.parameters())
 
@@ -166,7 +166,7 @@ def by_hand(model, step, size, perturbed):
 
 
 def case_selection_on_each_rank():
-    """With gamma = 0.5 and other batch sizes: one epsilon, and a selection on each rank."""
+    """With gamma = 0.5 and different batch sizes: one epsilon, and one selection per rank."""
     rank, size, found = dist.get_rank(), (8, 5), []
     model, twin = sharded(), plain()
     optimizer = ESAM(sgd(model), model, rho=RHO)
@@ -182,14 +182,14 @@ def case_selection_on_each_rank():
 
 
 def case_weights_come_back():
-    """After backward, between evaluations: the weights in every bit, and forwards see them."""
+    """After a backward the weights are restored bit for bit, and forwards use them."""
     rank = dist.get_rank()
     model = sharded(dropout=0.1)
     optimizer = ESAM(sgd(model), model, rho=1.0)
     intact, seen = [], []
     for step in range(4):
         batch = batch_of(rank, step)
-        with torch.no_grad():  # leaves the root's gathered weights behind
+        with torch.no_grad():  # keeps the root's gathered weights
             model.eval()
             before, outputs = weights(model), model(batch[0])
             model(batch[0])
@@ -210,7 +210,7 @@ def case_weights_come_back():
 
 
 def case_accumulation():
-    """What `.grad` holds is set aside in the ascent, and added to in the descent."""
+    """Existing gradients are kept in the ascent pass, and added to in the descent pass."""
     rank = dist.get_rank()
     model = sharded()
     optimizer = ESAM(sgd(model), model)
@@ -228,8 +228,8 @@ def case_accumulation():
     return gap([a + b for a, b in zip(first, second, strict=True)], both)
 
 
-def case_trained_by_nobody_else():
-    """Parameters that the optimizer does not hold get the descent's gradient, once."""
+def case_outside_the_optimizer():
+    """Parameters outside the optimizer get the descent gradient, once."""
     rank, found = dist.get_rank(), {}
     for name, held in {"first": "middle last", "last": "first middle", "root": "middle"}.items():
         model, twin = sharded(), plain()
@@ -239,7 +239,7 @@ def case_trained_by_nobody_else():
             optimizer = ESAM(torch.optim.SGD(of_base, lr=0.1), net, rho=RHO, select=All())
             both = [torch.cat(parts) for parts in zip(batch_of(0, 0), batch_of(1, 0), strict=True)]
             mine = batch_of(rank, 0) if net is model else both
-            for _ in range(2):  # what is there already is added to
+            for _ in range(2):  # existing gradients are added to
                 optimizer.backward(losses_of(net), *mine)
             gradients.append(
                 [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in net.parameters()]
@@ -268,9 +268,9 @@ CHECKPOINTED = {
 
 
 def case_checkpoints():
-    """A run saved by torch.distributed.checkpoint and loaded into fresh objects goes on alike.
+    """A run saved by torch.distributed.checkpoint and loaded into new objects resumes exactly.
 
-    The fresh ones are made with other options, so that all of them come from the checkpoint.
+    The new objects have other options, so that all options must come from the checkpoint.
     """
     found = {}
     for base, make in BASES.items():
@@ -295,7 +295,7 @@ def case_checkpoints():
 
 
 def case_whole_checkpoints():
-    """A state that rank 0 alone has, whole, is loaded by both."""
+    """A whole state that only rank 0 has is loaded by both ranks."""
     model = sharded()
     optimizer = ESAM(sgd(model), model, seed=7)
     go_on(model, optimizer, range(3))
@@ -341,7 +341,7 @@ def case_nonfinite():
 
 
 def case_fault():
-    """All ranks fail in one pass after another; the weights are intact and training goes on."""
+    """All ranks fail in each pass in turn; the weights are intact and training continues."""
     rank = dist.get_rank()
     model, twin = sharded(), sharded()
     optimizer, other = ESAM(sgd(model), model), ESAM(sgd(twin), twin)
@@ -362,7 +362,7 @@ def case_fault():
             outputs = model(batch_of(rank, 7)[0])
         with contextlib.suppress(KeyboardInterrupt):
             optimizer.backward(losses, *batch_of(rank, 7))
-        with torch.no_grad():  # before anything else has dropped gathered weights
+        with torch.no_grad():  # before anything else drops the gathered weights
             intact.append(torch.equal(outputs, model(batch_of(rank, 7)[0])))
         intact.append(same(before, weights(model)))
         intact.append(all(p.grad is None for p in model.parameters()))
@@ -373,7 +373,7 @@ def case_fault():
 
 
 def case_refusals():
-    """Unreduced gradients, and the first FSDP."""
+    """Errors for unreduced gradients and for FSDP1."""
     model = sharded()
     optimizer = ESAM(sgd(model), model)
     model.set_requires_gradient_sync(False)
@@ -410,7 +410,7 @@ def case_meshes_and_precision():
         reference = reference or weights(model)
         found[name] = gap(reference, weights(model))
     model = sharded()
-    model.set_reshard_after_backward(False)  # gathered weights stay until somebody drops them
+    model.set_reshard_after_backward(False)  # gathered weights stay until they are dropped
     optimizer = ESAM(sgd(model), model, norm="estimated")
     for step in range(4):
         optimizer.step(losses_of(model), *batch_of(rank, step))

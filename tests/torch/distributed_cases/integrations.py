@@ -1,4 +1,4 @@
-"""ESAM in other people's trainers on two ranks; see launch.py."""
+"""ESAM in trainers of other libraries on two ranks; see launch.py."""
 
 import hashlib
 import logging
@@ -47,13 +47,13 @@ def agrees(model, interleaved, accumulate=1, left_out=()):
     """Return whether weights are those of one process that averages the two ranks' gradients.
 
     Args:
-        model: what the ranks have trained, for one epoch.
-        interleaved: whether ranks take samples in turn, or batches.
-        accumulate: over how many batches gradients are averaged.
-        left_out: the batches that both ranks leave out, since one has seen NaN.
+        model: the model that the ranks have trained, for one epoch.
+        interleaved: whether ranks alternate samples, or batches.
+        accumulate: the number of batches over which gradients are averaged.
+        left_out: the batches that both ranks skip, because one had NaN.
     """
     twin = network()
-    # A rank climbs on its own samples, under the same mask.
+    # Each rank has its own perturbation, with the same mask.
     each = [esam_of(twin, on_nonfinite="skip") for _ in range(2)]
     inputs, targets = data().tensors
     order = torch.arange(32).view(4, 4, 2) if interleaved else torch.arange(32).view(4, 2, 4).mT
@@ -65,7 +65,7 @@ def agrees(model, interleaved, accumulate=1, left_out=()):
             )
         if step % accumulate == 0:
             for parameter in twin.parameters():
-                if parameter.grad is not None:  # unless all was left out
+                if parameter.grad is not None:  # unless all batches were skipped
                     parameter.grad /= 2 * accumulate
             each[0].step()
             each[0].zero_grad()
@@ -148,7 +148,7 @@ def case_trainer():
         assert arguments.world_size == 2
         trainer.train()
         assert trainer.optimizer.optimizer.count == 4
-        dist.barrier()  # before one of the ranks takes the other's folder away
+        dist.barrier()  # before one rank removes the other's folder
     return bits(model)
 
 

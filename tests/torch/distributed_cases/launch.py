@@ -1,7 +1,7 @@
-"""Runs a file of cases in two processes that torchrun starts, and collects what each returned.
+"""Runs a file of cases in two processes started by torchrun, and collects their results.
 
-A case is a function called `case_...` of no argument that returns plain data. Both ranks run all
-cases in order, so that two processes are started once for many tests.
+A case is a function `case_...` without arguments that returns plain data. Both ranks run all cases
+in order, so that the processes are started only once for many tests.
 """
 
 import json
@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 
 def main(cases, folder):
-    """Run on one rank: every case, each with its result or its error."""
+    """Run all cases on one rank, and record each result or error."""
     torch.set_num_threads(1)
-    # A deadlock ends in an error, on gloo, after this time.
+    # On gloo, a deadlock ends with an error after this time.
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     results = {}
     for name, case in cases.items():
@@ -29,13 +29,13 @@ def main(cases, folder):
                 results[name.removeprefix("case_")] = {"value": case()}
             except Exception:
                 results[name.removeprefix("case_")] = {"error": traceback.format_exc()}
-                break  # the ranks may be out of step with each other
+                break  # the ranks may no longer be synchronised
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 def launch(script, folder, *, processes=2, timeout=120):
-    """Start the ranks and return their results, a dictionary a rank."""
+    """Start the ranks and return their results, one dictionary per rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
@@ -53,7 +53,7 @@ def launch(script, folder, *, processes=2, timeout=120):
 
 
 def value(results, case):
-    """Return what a case returned on each rank; its error as an assertion."""
+    """Return a case's result on each rank; raise an AssertionError if it failed."""
     for rank, found in enumerate(results):
         assert case in found, f"rank {rank} did not come to {case}: {[*found][-1:]}, {found}"
         assert "error" not in found[case], f"rank {rank}:\n{found[case]['error']}"
