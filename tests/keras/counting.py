@@ -5,14 +5,17 @@ from contextlib import contextmanager
 import keras
 from keras import ops
 
-from esam_keras.passes import Step
+from esam_keras.step import Step
 from esam_keras.training import ATTRIBUTE
 
 BACKEND = keras.backend.backend()
 
 
 def flops(model, x, y):
-    """Floating-point operations of a step of a compiled model, plain or ESAM's."""
+    """Floating-point operations of a step of a compiled model, plain or ESAM's; not of the first.
+
+    ESAM's has a direction of earlier steps, as far as it can know.
+    """
     batch = (ops.convert_to_tensor(x), ops.convert_to_tensor(y))
     training = vars(model).get(ATTRIBUTE)
     model._symbolic_build(data_batch=batch)
@@ -20,6 +23,7 @@ def flops(model, x, y):
     if training is not None:
         model.make_train_function()
         training.prepare(batch)
+        training.esam.base_optimizer.iterations.assign(1)
     return {"torch": _counted, "jax": _analysed, "tensorflow": _optimised_products}[BACKEND](
         model, training, batch
     )

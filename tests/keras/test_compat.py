@@ -95,6 +95,45 @@ def test_averages_of_an_optimizer(model):
     base.build(model.trainable_variables)
     assert len(compat.ema_variables(base)) == len(model.trainable_variables)
 
+    class Around(compat.AveragesOfTheBase):
+        base_optimizer = base
+
+    assert Around()._model_variables_moving_average is base._model_variables_moving_average
+
+
+def test_variables_of_an_optimizer(model):
+    base = keras.optimizers.SGD(0.1, momentum=0.9, clipvalue=0.5, gradient_accumulation_steps=2)
+    variables = model.trainable_variables
+    base.build(variables)
+    assert compat.own_variables(base) == base.variables
+    assert "iteration" in compat.own_variables(base)[0].path
+    assert compat.known_variables(base) == variables
+    other = keras.optimizers.SGD(0.1)
+    compat.know_variables(other, variables)
+    assert compat.known_variables(other) == variables
+    assert not {id(v) for v in other.variables} & {id(v) for v in variables}
+    moments = [compat.first_moment(base, v, name="momentums") for v in variables[::-1]]
+    assert [m.shape for m in moments] == [v.shape for v in variables[::-1]]
+    assert all("momentum" in m.path for m in moments)
+    plain = keras.optimizers.SGD(0.1)
+    plain.build(variables)
+    assert compat.first_moment(plain, variables[0], name="momentums") is None
+    so_far = compat.gradients_so_far(base, variables[1:])
+    assert [v.shape for v in so_far] == [v.shape for v in variables[1:]]
+    assert all("gradient_accumulator" in v.path for v in so_far)
+    (clipped,) = compat.clipped(base, [ops.convert_to_tensor([1.0, -2.0, 0.25])])
+    assert ops.convert_to_numpy(clipped).tolist() == [0.5, -0.5, 0.25]
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has none")
+def test_several_optimizers(model):
+    optimizers = keras.optimizers
+    first, second = optimizers.SGD(0.1), optimizers.Adam()
+    several = optimizers.MultiOptimizer(optimizers.OptimizerMap(first, {".*head/.*": second}))
+    several.build(model.trainable_variables)
+    found = [compat.optimizer_of(several, v) for v in model.trainable_variables]
+    assert [f is second for f in found] == [False] * 4 + [True] * 2
+
 
 def test_dense_tensors_are_not_sparse():
     assert not compat.is_sparse(ops.ones((3,)))

@@ -10,7 +10,9 @@ from esam_keras import (
     ESAM,
     Bernoulli,
     Every,
+    Momentum,
     Only,
+    Part,
     Proportional,
     RandomSuffix,
     Suffix,
@@ -120,6 +122,8 @@ def test_a_scaled_model(tmp_path):
         {"perturb": Every(5, Only("norm", RandomSuffix(("first", "head"))))},
         {"perturb": Bernoulli(0.5, unit="weight"), "select": Proportional(0.5, score="increase")},
         {"on_nonfinite": "skip", "norm_eps": 1e-8, "name": "mine"},
+        {"ascend": Part(0.25)},
+        {"ascend": Momentum(1)},
     ],
 )
 def test_config_round_trip(arguments):
@@ -134,6 +138,12 @@ def test_config_round_trip(arguments):
     read = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     assert isinstance(read, ESAM)
     assert read.config == optimizer.config
+
+
+def test_a_config_from_before_there_were_directions():
+    config = ESAM("sgd").get_config()
+    assert config.pop("ascend") == {"name": "Batch"}
+    assert ESAM.from_config(config).config == ESAM("sgd").config
 
 
 def test_a_sampler_that_holds_a_function_says_so_when_it_is_read():

@@ -14,24 +14,32 @@ from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mas
 from keras.src.callbacks.monitor_callback import MonitorCallback
 
 __all__ = [
+    "AveragesOfTheBase",
     "PassScope",
     "build_from",
     "calls_replaced",
+    "clipped",
     "compiled_losses",
     "distribution_strategy",
     "ema_variables",
+    "first_moment",
     "flat_layers",
     "flat_metrics",
     "get_keras_mask",
+    "gradients_so_far",
     "has_compiled_loss",
     "hold_jax_state",
     "inbound_tensors",
     "is_sparse",
     "is_torch_batchnorm",
     "jax_shardings",
+    "know_variables",
+    "known_variables",
     "masks_of",
+    "optimizer_of",
     "output_spec",
     "own_trainable_variables",
+    "own_variables",
     "reads_optionals",
     "set_keras_mask",
     "takes_training",
@@ -202,6 +210,55 @@ def teach_monitors(directions: dict[str, str], logs_of: Callable[[Any], tuple[st
 def ema_variables(optimizer: Any) -> list[Any]:
     """Return the moving averages that an optimizer keeps, for `SwapEMAWeights`."""
     return optimizer._model_variables_moving_average
+
+
+class AveragesOfTheBase:
+    """Has the `SwapEMAWeights` callback swap in the averages of an optimizer's `base_optimizer`."""
+
+    @property
+    def _model_variables_moving_average(self) -> Any:
+        return ema_variables(self.base_optimizer)  # type: ignore[attr-defined]
+
+
+def own_variables(optimizer: Any) -> list[Any]:
+    """Return an optimizer's variables, the counter of its updates first; not of one inside it."""
+    return list(optimizer._variables)
+
+
+def know_variables(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Tell an optimizer which variables of a model it trains.
+
+    Straight into the instance: Keras would track them as the optimizer's own.
+    """
+    optimizer.__dict__["_trainable_variables"] = list(variables)
+
+
+def known_variables(optimizer: Any) -> list[Any]:
+    """Return the variables of a model that an optimizer trains."""
+    return list(optimizer._trainable_variables)
+
+
+def first_moment(optimizer: Any, variable: Any, *, name: str) -> Any:
+    """Return what an optimizer keeps for a variable in its list `name`, or None."""
+    found = getattr(optimizer, name)
+    return found[optimizer._get_variable_index(variable)] if found else None
+
+
+def gradients_so_far(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
+    """Return the sums of the gradients that an optimizer has accumulated, of these variables."""
+    places = [optimizer._get_variable_index(variable) for variable in variables]
+    return [optimizer._accumulated_gradients[place] for place in places]
+
+
+def clipped(optimizer: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients as an optimizer clips them."""
+    return list(optimizer._clip_gradients(list(gradients)))
+
+
+def optimizer_of(optimizer: Any, variable: Any) -> Any:
+    """Return which of a `MultiOptimizer`'s optimizers trains a variable."""
+    place = optimizer._var_to_optimizer_idx[optimizer._var_key(variable)]
+    return optimizer.optimizers[place]
 
 
 def torch_parameter(variable: Any) -> Any:

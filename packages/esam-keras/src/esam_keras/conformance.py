@@ -224,6 +224,7 @@ class KerasSession:
             perturbed_losses=self._array(report.perturbed_losses),
             indices=self._array(report.indices),
             sample_weights=self._array(report.sample_weights),
+            part=self._array(report.part),
             perturbed=tuple(self.names[path] for path in report.perturbed),
             perturbation_norm=float(report.perturbation_norm),
             gradient_norm=None if report.gradient_norm is None else float(report.gradient_norm),
@@ -296,7 +297,6 @@ class KerasSession:
 
 
 GAPS = {
-    "ascend": "not implemented yet",
     "backward": "Keras's training step makes gradients and update in one",
     "groups": "Keras's optimizers have no parameter groups: `Only` and other samplers choose",
 }

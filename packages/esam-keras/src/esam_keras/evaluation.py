@@ -16,7 +16,7 @@ from keras import ops, tree
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.losses import Batch, check_scalar, weighted
-from esam_keras.selection import Selected
+from esam_keras.rows import Fill, rows
 from esam_keras.units import statistics_layers
 
 __all__ = ["Evaluated", "Evaluator", "State", "Variables", "batch_size"]
@@ -96,52 +96,75 @@ class Evaluator:
         *,
         cut: Cut | None = None,
         running: bool = False,
+        records: bool = False,
     ) -> Evaluated:
-        """Return the loss of the whole batch in a state, sample i counted factor_i-fold."""
+        """Return the loss of the whole batch in a state, sample i counted factor_i-fold.
+
+        Args:
+            state: in which the model is run.
+            factor: (b,), or None for 1.
+            cut: see `esam_keras.backends.base.Cut`.
+            running: whether normalisation is by running statistics.
+            records: whether this pass is the one that leaves its statistics and random state.
+        """
         with self.scope(state, cut) as scope:
-            y_pred = self._forward(self.batch[0], running=running)
+            y_pred = self._forward(self.batch[0], running=running, records=records)
             masks = compat.masks_of(y_pred)
             loss = self._loss(y_pred, factor)
+        return self._evaluated(scope, state, loss, y_pred, masks)
+
+    def evaluate_rows(
+        self,
+        state: State,
+        factor: Tensor | None,
+        indices: Tensor,
+        fill: Fill,
+        *,
+        cut: Cut | None = None,
+        running: bool = False,
+        records: bool = False,
+    ) -> Evaluated:
+        """Return the loss of some samples of the batch; the model runs on them alone.
+
+        Args:
+            state: in which the model is run.
+            factor: (b,), 0 for the samples that are not run; or None where none are told apart.
+            indices: (k,), the places of the samples.
+            fill: returns the predictions for the whole batch from those for these samples.
+            cut: as for `evaluate`.
+            running: as for `evaluate`.
+            records: as for `evaluate`.
+        """
+        with self.scope(state, cut) as scope:
+            run = self._forward(rows(self.batch[0], indices), running=running, records=records)
+            y_pred, masks = fill(run, compat.masks_of(run))
+            loss = self._loss(compat.with_masks(y_pred, masks), factor)
+        return self._evaluated(scope, state, loss, y_pred, masks)
+
+    def predict_rows(
+        self, state: State, indices: Tensor, *, running: bool = False
+    ) -> tuple[Any, list[Tensor | None]]:
+        """Return predictions for some samples without a graph, and their masks."""
+        still = state._replace(
+            trainable=[self.backend.without_gradient(value) for value in state.trainable]
+        )
+        with self.scope(still):
+            run = self._forward(rows(self.batch[0], indices), running=running, records=False)
+        return tree.map_structure(self.backend.without_gradient, run), compat.masks_of(run)
+
+    def _evaluated(
+        self,
+        scope: compat.PassScope,
+        state: State,
+        loss: Tensor,
+        y_pred: Any,
+        masks: list[Tensor | None],
+    ) -> Evaluated:
+        """Return what a pass in a scope has left."""
         strangers = []
         if self.backend.keeps_assigned:
             strangers = [(v, scope.state_mapping[id(v)]) for v in scope.strangers]
         return Evaluated(loss, y_pred, masks, self._left(scope, state), strangers)
-
-    def evaluate_selected(
-        self,
-        state: State,
-        b: int | Tensor,
-        at_theta: Evaluated,
-        selected: Selected,
-        *,
-        cut: Cut,
-        running: bool,
-    ) -> Tensor:
-        """Return the loss of the batch in which only the selected samples count and are run."""
-        chosen = tree.map_structure(
-            lambda leaf: None if leaf is None else ops.take(leaf, selected.indices, axis=0),
-            self.batch[0],
-        )
-        places = ops.expand_dims(selected.indices, axis=-1)
-        weights = selected.weights * ops.cast(b, selected.weights.dtype)
-        zeros = ops.zeros((b,), dtype=keras.config.floatx())
-        factor = ops.scatter_update(zeros, places, weights)
-        with self.scope(state, cut):
-            run = self._forward(chosen, running=running)
-            leaves, masks = [], []
-            for before, mask, now in zip(
-                tree.flatten(at_theta.y_pred), at_theta.masks, tree.flatten(run), strict=True
-            ):
-                # What has no prediction for each sample is that of the selected, as it is.
-                rows = _has_rows(before, now, selected.indices)
-                leaves.append(
-                    ops.scatter_update(self.backend.without_gradient(before), places, now)
-                    if rows
-                    else now
-                )
-                masks.append(mask if rows else None)
-            y_pred = tree.pack_sequence_as(at_theta.y_pred, leaves)
-            return self._loss(compat.with_masks(y_pred, masks), factor)
 
     def scope(self, state: State, cut: Cut | None = None) -> compat.PassScope:
         """Return a scope in which the model's variables have a state's values."""
@@ -170,10 +193,10 @@ class Evaluator:
             [values[id(v)] for v in self.variables.metrics],
         )
 
-    def _forward(self, x: Any, *, running: bool) -> Any:
+    def _forward(self, x: Any, *, running: bool, records: bool) -> Any:
         """Return the predictions in training mode; `running` is for a single sample."""
-        model = self.model
-        with self.backend.pass_context(model, running), _running_statistics(model, when=running):
+        model, context = self.model, self.backend.pass_context
+        with context(model, running, records), _running_statistics(model, when=running):
             return model(x, training=True) if compat.takes_training(model) else model(x)
 
     def _loss(self, y_pred: Any, factor: Tensor | None) -> Tensor:
@@ -199,13 +222,6 @@ class Evaluator:
 def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
     """Return the function that makes a leaf of what is assigned to one variable."""
     return lambda value: cut(place, value)
-
-
-def _has_rows(before: Any, now: Any, indices: Any) -> bool:
-    """Return whether an output has one row per sample: of the batch then, of the selected now."""
-    if len(before.shape) == 0 or len(now.shape) == 0:
-        return False
-    return now.shape[0] is None or now.shape[0] == indices.shape[0]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from esam_core import ESAMTypeError, ESAMValueError
 from esam_keras import compat
 from esam_keras.losses import has_own_compute_loss
 from esam_keras.optimizer import ESAM, find_esam
+from esam_keras.plan import needs_rows
 from esam_keras.training import ATTRIBUTE, Training, train_step
 
 __all__ = ["install"]
@@ -94,11 +95,12 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
     if (
         arguments.get("loss") is None
         and not has_own_compute_loss(model)
-        and esam.config.select.gamma < 1.0
+        and needs_rows(esam.config)
     ):
         raise ESAMValueError(
-            "`loss` must be given: ESAM selects samples by their losses. Received: loss=None. A "
-            "model that brings its losses by `add_loss` has none a sample and needs gamma=1.0."
+            "`loss` must be given: ESAM tells samples apart by their losses. Received: loss=None. "
+            "A model that brings its losses by `add_loss` has none a sample and needs gamma=1.0, "
+            "and another `ascend` than `Part`."
         )
     if isinstance(esam.base_optimizer, keras.optimizers.LossScaleOptimizer):
         if isinstance(arguments["optimizer"], keras.optimizers.LossScaleOptimizer):
@@ -112,6 +114,7 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
 def _attach(model: Any, esam: ESAM) -> None:
     """Give a model instance our step."""
     training = Training(model, esam)
+    esam.keep_gradients_of(training.kept)
     mine = vars(model)
     mine[ATTRIBUTE] = training
     mine["make_train_function"] = functools.partial(_make_train_function, model)

@@ -28,8 +28,8 @@ Tensor = Any
 Batch = tuple[Any, Any, Any]
 
 ADVICE = (
-    "Without one, no sample can be selected: use gamma=1.0, which keeps them all, or a loss with "
-    "a value a sample."
+    "Without one, samples cannot be told apart: use gamma=1.0 and no ascend=Part(...), which take "
+    "the whole batch, or a loss with a value a sample."
 )
 
 

@@ -1,4 +1,4 @@
-"""What the logs show: loss and metrics of the pass at theta, and the means that ESAM adds."""
+"""What the logs show: loss and metrics of what a step saw first, and the means that ESAM adds."""
 
 from typing import Any
 
@@ -7,7 +7,9 @@ from keras import ops
 
 from esam_core.selectors import subset_size
 from esam_keras import compat
-from esam_keras.evaluation import Evaluated, batch_size
+from esam_keras.evaluation import batch_size
+from esam_keras.rows import rows_of_batch
+from esam_keras.step import Outcome
 
 __all__ = ["log_means", "log_sums", "logs_unless", "metrics_after"]
 
@@ -15,21 +17,27 @@ Tensor = Any
 
 
 def metrics_after(
-    model: keras.Model, variables: list[Any], at_theta: Evaluated, batch: Any
+    model: keras.Model, variables: list[Any], outcome: Outcome, batch: Any
 ) -> tuple[dict[str, Any], list[Tensor]]:
-    """Return the logs and the values of the metrics' variables after a pass.
+    """Return the logs and the values of the metrics' variables after the passes of a step.
 
     Args:
         model: compiled.
         variables: `model.metrics_variables`.
-        at_theta: the pass, on the whole batch.
+        outcome: of the passes.
         batch: (x, y, sample_weight).
     """
+    seen, y_pred = outcome.seen, outcome.seen.evaluated.predictions()
+    if seen.indices is not None:
+        y_pred, masks = seen.evaluated.y_pred, seen.evaluated.masks
+        b = batch_size(batch[0])
+        batch, y_pred, masks = rows_of_batch((batch, y_pred, masks), seen.indices, b)
+        y_pred = compat.with_masks(y_pred, masks)
     x, y, sample_weight = batch
-    values = {id(v): value for v, value in zip(variables, at_theta.state.metrics, strict=True)}
+    values = {id(v): value for v, value in zip(variables, outcome.left.state.metrics, strict=True)}
     with compat.PassScope(values):
-        compat.track_loss(model, at_theta.loss, batch_size(x))
-        logs = model.compute_metrics(x, y, at_theta.predictions(), sample_weight)
+        compat.track_loss(model, seen.loss, batch_size(x))
+        logs = model.compute_metrics(x, y, y_pred, sample_weight)
     return logs, [values[id(v)] for v in variables]
 
 
@@ -55,7 +63,7 @@ def log_sums(before: list[Tensor], report: dict[str, Tensor], gamma: float, b: A
         b: the batch size.
     """
     total, number, share, steps = before
-    if "perturbed_losses" in report:
+    if "perturbed_losses" in report and "losses" in report:
         rise = ops.mean(report["perturbed_losses"] - report["losses"])
         total, number = total + ops.cast(rise, "float32"), number + 1.0
     kept: Any = 1.0

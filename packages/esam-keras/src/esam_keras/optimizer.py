@@ -1,82 +1,39 @@
 """The optimizer: any Keras optimizer, and what the training step needs to know beside it."""
 
-import contextlib
 import copy
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any, Never
 
 import keras
 
 from esam_core import (
+    Batch,
+    Direction,
     ESAMConfig,
-    ESAMRuntimeError,
     ESAMTypeError,
     ESAMValueError,
+    Momentum,
     Sampler,
     Selector,
     StepReport,
 )
 from esam_core.config import OnNonfinite
+from esam_core.directions import check_saved_direction
 from esam_core.perturbation import Norm
 from esam_core.validation import flag
 from esam_keras import compat
+from esam_keras.bases import OfTheBase, checked_base, refuse_others
+from esam_keras.directions import Earlier, check_moment, earlier_direction
+from esam_keras.handover import require_step
 
-__all__ = ["ESAM", "OfAStep", "applying", "find_esam"]
+__all__ = ["ESAM", "find_esam"]
 
 #: The sums from which the logged means are made, in the order of the variables.
 LOG_SUMS = ("sharpness_total", "sharpness_count", "share_total", "share_count")
 
 
-class OfAStep(list[Any]):
-    """Variables, or their values, that `apply` gets with the descent gradients of an ESAM step.
-
-    A loss scaler hands them on as they are. Gradients that come with any other list are refused:
-    they were not made by ESAM's two passes.
-    """
-
-
-#: Whether a step's update is being made: on JAX a loss scaler returns the values that it was given
-#: from a branch of a condition, where both branches must return plain lists.
-_APPLYING: ContextVar[bool] = ContextVar("esam_keras_applying", default=False)
-
-
-@contextlib.contextmanager
-def applying() -> Iterator[None]:
-    """Let `stateless_apply` know, while this lasts, that the gradients are an ESAM step's."""
-    token = _APPLYING.set(True)
-    try:
-        yield
-    finally:
-        _APPLYING.reset(token)
-
-
-class _OfTheBase:
-    """An attribute that is the base optimizer's, for callbacks and `LossScaleOptimizer`.
-
-    Keras's constructor assigns each before there is a base; those assignments are dropped.
-    """
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        if optimizer is None:
-            return self
-        base = vars(optimizer).get("base_optimizer")
-        if base is None:
-            return None
-        return getattr(base, self.name)
-
-    def __set__(self, optimizer: Any, value: Any) -> None:
-        base = vars(optimizer).get("base_optimizer")
-        if base is not None:
-            setattr(base, self.name, value)
-
-
 @keras.saving.register_keras_serializable(package="esam_keras")
-class ESAM(keras.optimizers.Optimizer):
+class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
     """Efficient sharpness-aware minimisation around any Keras optimizer.
 
     Give it to `model.compile` and train as ever. A Keras optimizer sees only gradients, and the
@@ -98,6 +55,9 @@ class ESAM(keras.optimizers.Optimizer):
         adaptive: scale the perturbation with the weights (ASAM). Default False.
         norm: "masked" (default), "estimated", "full" or "none".
         norm_eps: added to the gradient's norm, > 0. Default 1e-12.
+        ascend: the ascent direction: the gradient of the batch (`Batch()`, default) or of a part of
+            it (`Part(share)`); or, without an ascent pass, the gradient of the previous update
+            (`Previous()`) or the base optimizer's first moment (`Momentum()`).
         seed: of masks and random selections, in [0, 2**63). Default 0.
         on_nonfinite: "propagate" (default), "skip" or "raise": see `esam_core.config`.
         logs: whether "sharpness" and "sample_share" appear in the logs. Default True.
@@ -116,15 +76,15 @@ class ESAM(keras.optimizers.Optimizer):
         ['loss', 'sample_share', 'sharpness']
     """
 
-    gradient_accumulation_steps = _OfTheBase()
-    loss_scale_factor = _OfTheBase()
-    weight_decay = _OfTheBase()
-    clipnorm = _OfTheBase()
-    clipvalue = _OfTheBase()
-    global_clipnorm = _OfTheBase()
-    use_ema = _OfTheBase()
-    ema_momentum = _OfTheBase()
-    ema_overwrite_frequency = _OfTheBase()
+    gradient_accumulation_steps = OfTheBase()
+    loss_scale_factor = OfTheBase()
+    weight_decay = OfTheBase()
+    clipnorm = OfTheBase()
+    clipvalue = OfTheBase()
+    global_clipnorm = OfTheBase()
+    use_ema = OfTheBase()
+    ema_momentum = OfTheBase()
+    ema_overwrite_frequency = OfTheBase()
 
     def __init__(
         self,
@@ -138,14 +98,19 @@ class ESAM(keras.optimizers.Optimizer):
         adaptive: bool = False,
         norm: Norm = "masked",
         norm_eps: float = 1e-12,
+        ascend: Direction | None = None,
         seed: int = 0,
         on_nonfinite: OnNonfinite = "propagate",
         logs: bool = True,
         name: str = "esam",
         **others: Never,
     ) -> None:
-        _refuse_others(base_optimizer, others)
-        base = _base_optimizer(base_optimizer)
+        refuse_others(base_optimizer, others)
+        base = checked_base(base_optimizer)
+        if find_esam(base) is not None:
+            raise ESAMTypeError(
+                f"`base_optimizer` must not be another ESAM. Received: base_optimizer={base!r}."
+            )
         config = ESAMConfig.from_arguments(
             rho=rho,
             beta=beta,
@@ -155,16 +120,19 @@ class ESAM(keras.optimizers.Optimizer):
             adaptive=adaptive,
             norm=norm,
             norm_eps=norm_eps,
+            ascend=Batch() if ascend is None else ascend,
             seed=seed,
             on_nonfinite=on_nonfinite,
         )
         flag("logs", logs)
+        if isinstance(config.ascend, Momentum):
+            check_moment(base)
         with _on_the_host():
             # The learning rate is the base's; a function keeps Keras from making a variable.
             super().__init__(learning_rate=lambda: base.learning_rate, name=name)
             # JAX keeps one buffer for equal constants, and will not donate it twice: the base
             # optimizer counts from 0 as well.
-            self._iterations.assign(keras.ops.zeros((), dtype=self._iterations.dtype))
+            self.count.assign(keras.ops.zeros((), dtype=self.count.dtype))
         self._log_sums = [
             self.add_variable((), dtype="float32", name=variable) for variable in LOG_SUMS
         ]
@@ -172,6 +140,8 @@ class ESAM(keras.optimizers.Optimizer):
         self.config = config
         self.logs = logs
         self._report: StepReport | None = None
+        self._kept_of: Callable[[Sequence[Any]], Sequence[bool]] | None = None
+        self._earlier: Earlier | None = None
 
     # -- what is the base's ---------------------------------------------------------------------
 
@@ -190,23 +160,21 @@ class ESAM(keras.optimizers.Optimizer):
         return self.base_optimizer.iterations
 
     @property
-    def _model_variables_moving_average(self) -> Any:
-        """The base's averages: what the `SwapEMAWeights` callback swaps in."""
-        return compat.ema_variables(self.base_optimizer)
-
-    @property
     def variables(self) -> list[Any]:
         """ESAM's own variables (the counter first), then the base optimizer's."""
-        return self._variables[:] + self.base_optimizer.variables
+        return compat.own_variables(self) + self.base_optimizer.variables
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Create the base optimizer's variables."""
+        """Create the base optimizer's variables, and those in which `Previous` keeps gradients."""
         if getattr(self, "built", False):
             return
         if not self.base_optimizer.built:
             self.base_optimizer.build(variables)
-        # Straight into the instance: Keras would track the model's variables as our own.
-        self.__dict__["_trainable_variables"] = list(variables)
+        kept = self._kept_of(variables) if self._kept_of else [True] * len(variables)
+        self._earlier = earlier_direction(
+            self.config.ascend, self, self.base_optimizer, variables, kept
+        )
+        compat.know_variables(self, variables)
         self.built = True
 
     def scale_loss(self, loss: Any) -> Any:
@@ -229,8 +197,14 @@ class ESAM(keras.optimizers.Optimizer):
         Raises:
             ESAMRuntimeError: called by anything but an ESAM step: gradients alone cannot make one.
         """
-        _require_step(trainable_variables)
+        require_step(trainable_variables)
+        variables = (
+            compat.known_variables(self) if trainable_variables is None else trainable_variables
+        )
+        changed = self._earlier.after(grads, variables) if self._earlier else []
         self.base_optimizer.apply(grads, trainable_variables)
+        for variable, value in changed:
+            variable.assign(value)
 
     def stateless_apply(
         self,
@@ -239,30 +213,51 @@ class ESAM(keras.optimizers.Optimizer):
         trainable_variables: Sequence[Any],
     ) -> tuple[list[Any], list[Any]]:
         """Make the base optimizer's stateless update: see `apply`."""
-        _require_step(trainable_variables)
-        own = len(self._variables)
-        trainable, base = self.base_optimizer.stateless_apply(
-            optimizer_variables[own:], grads, trainable_variables
-        )
+        require_step(trainable_variables)
+        own = compat.own_variables(self)
         # A loss scaler hands over its scope's variables, and wants their values back.
-        mine = [v.value if isinstance(v, keras.Variable) else v for v in optimizer_variables[:own]]
-        return trainable, [*mine, *base]
+        values = [v.value if isinstance(v, keras.Variable) else v for v in optimizer_variables]
+        state = {id(v): value for v, value in zip(self.variables, values, strict=True)}
+        if self._earlier:
+            with compat.PassScope(state.copy()):
+                changed = self._earlier.after(grads, compat.known_variables(self))
+            state.update({id(v): value for v, value in changed})
+        trainable, base = self.base_optimizer.stateless_apply(
+            optimizer_variables[len(own) :], grads, trainable_variables
+        )
+        return trainable, [*(state[id(v)] for v in own), *base]
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Refuse: updates are the base optimizer's, and come through `apply`."""
-        _require_step(None)
+        require_step(None)
 
     def reset_logs(self) -> None:
         """Begin new means of what is logged."""
         for variable in self._log_sums:
             variable.assign(keras.ops.zeros((), dtype=variable.dtype))
 
+    # -- directions from earlier steps ------------------------------------------------------------
+
+    def keep_gradients_of(self, kept_of: Callable[[Sequence[Any]], Sequence[bool]]) -> None:
+        """Set the function that returns for which variables `Previous` keeps gradients."""
+        self._kept_of = kept_of
+
+    def has_direction(self) -> Any:
+        """Return whether earlier steps provide an ascent direction, a boolean."""
+        return self._earlier is not None and self._earlier.exists()
+
+    def direction(self, variables: Sequence[Any]) -> list[Any]:
+        """Return the ascent direction from earlier steps by variable, None where there is none."""
+        return (
+            [None] * len(variables) if self._earlier is None else self._earlier.direction(variables)
+        )
+
     # -- what a step leaves -----------------------------------------------------------------------
 
     @property
     def count(self) -> Any:
         """The variable that counts ascents: on it depend masks, and it is saved."""
-        return self._variables[0]
+        return compat.own_variables(self)[0]
 
     @property
     def report(self) -> StepReport | None:
@@ -282,13 +277,11 @@ class ESAM(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """Return everything that `from_config` needs, the base optimizer included."""
-        config = self.config.to_dict()
-        config.pop("ascend", None)  # no argument of this optimizer
         return {
             "name": self.name,
             "base_optimizer": keras.saving.serialize_keras_object(self.base_optimizer),
             "logs": self.logs,
-            **config,
+            **self.config.to_dict(),
         }
 
     @classmethod
@@ -304,18 +297,30 @@ class ESAM(keras.optimizers.Optimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Write ESAM's own variables; the base writes its own beside them."""
-        for i, variable in enumerate(self._variables):
+        for i, variable in enumerate(compat.own_variables(self)):
             store[str(i)] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Read what `save_own_variables` wrote."""
-        if len(store.keys()) != len(self._variables):
+        """Read what `save_own_variables` wrote; without a direction, the next step is a base step.
+
+        Raises:
+            ESAMValueError: it is of another optimizer, or the direction of another model.
+        """
+        own = compat.own_variables(self)
+        always = 1 + len(LOG_SUMS)
+        if len(store.keys()) not in (len(own), always):
             raise ESAMValueError(
-                f"The saved optimizer must be an ESAM with {len(self._variables)} variables of "
-                f"its own. Received: {len(store.keys())} variables."
+                f"The saved optimizer must be an ESAM with {len(own)} variables of its own, or "
+                f"{always} without a direction to climb along. Received: {len(store.keys())} "
+                "variables."
             )
-        for i, variable in enumerate(self._variables):
-            variable.assign(store[str(i)])
+        found = [store[str(i)] for i in range(len(store.keys()))]
+        directions = list(zip(own, found, strict=False))[always:]
+        check_saved_direction(
+            {v.path: value.shape for v, value in directions}, {v.path: v.shape for v in own}
+        )
+        for variable, value in zip(own, found, strict=False):
+            variable.assign(value)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all of `variables`, the base optimizer's included."""
@@ -328,63 +333,11 @@ class ESAM(keras.optimizers.Optimizer):
             variable.assign(weight)
 
 
-def _require_step(variables: Any) -> None:
-    """Raise unless variables come from an ESAM step."""
-    if not (isinstance(variables, OfAStep) or _APPLYING.get()):
-        raise ESAMRuntimeError(
-            "ESAM was handed gradients, and makes its own: it needs model, loss and batch for two "
-            "passes. Train with `model.compile(optimizer=ESAM(...))` and `model.fit`. In a "
-            "`train_step` of your own, call `esam_keras.train_step(self, ...)` or "
-            "`super().train_step(...)` with the arguments that it received, instead of computing "
-            "and applying gradients."
-        )
-
-
 def find_esam(optimizer: Any) -> ESAM | None:
     """Return the ESAM that an optimizer is, or that a loss scaler holds; else None."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer if isinstance(optimizer, ESAM) else None
-
-
-def _refuse_others(base: Any, others: Mapping[str, Any]) -> None:
-    """Raise if there are arguments that ESAM does not have."""
-    for name, value in others.items():
-        message = f"`{name}` is not an argument of ESAM. Received: {name}={value!r}."
-        kind = type(_base_optimizer(base))
-        if name in inspect.signature(kind).parameters:
-            message += (
-                " Give it to the base optimizer: "
-                f"ESAM(keras.optimizers.{kind.__name__}({name}={value!r}), ...)."
-            )
-        raise ESAMTypeError(message)
-
-
-def _base_optimizer(given: Any) -> keras.optimizers.Optimizer:
-    """Return the base optimizer, or raise: an instance, or a name that Keras knows."""
-    if isinstance(given, str):
-        try:
-            return keras.optimizers.get(given)
-        except ValueError as error:
-            raise ESAMValueError(
-                "`base_optimizer` must be a Keras optimizer or a name that "
-                f"`keras.optimizers.get` knows. Received: base_optimizer={given!r}."
-            ) from error
-    if isinstance(given, type):
-        raise ESAMTypeError(
-            "`base_optimizer` must be an instance, such as keras.optimizers.SGD(0.1), and not a "
-            f"class. Received: base_optimizer={given!r}."
-        )
-    if find_esam(given) is not None:
-        raise ESAMTypeError(
-            f"`base_optimizer` must not be another ESAM. Received: base_optimizer={given!r}."
-        )
-    if not isinstance(given, keras.optimizers.Optimizer):
-        raise ESAMTypeError(
-            "`base_optimizer` must be a Keras optimizer such as keras.optimizers.SGD(0.1). "
-            f"Received: base_optimizer={given!r}."
-        )
-    return given
 
 
 def _on_the_host() -> Any:

@@ -1,65 +1,59 @@
-"""The passes of one step as a pure function of the model's state, the same on every backend.
+"""The passes of one step as pure functions of the model's state, the same on every backend.
 
-Nothing here assigns to a variable. What the ascent pass made of the state is returned, to be kept
-by the caller once nothing can fail any more.
+Nothing here assigns to a variable. What a pass made of the state is returned, to be kept by the
+caller once nothing can fail any more.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import keras
 from keras import ops
 
-from esam_core import ESAMConfig
+from esam_core import ESAMConfig, ESAMRuntimeError
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluated, Evaluator, State, batch_size
 from esam_keras.perturbation import widened
 from esam_keras.plan import Plan
-from esam_keras.selection import Selected, select
+from esam_keras.rows import Fill, among, beside, repeated, spread
+from esam_keras.selection import Selected
 
-__all__ = ["Climb", "Outcome", "Step", "loss_scale"]
+__all__ = ["AtTheta", "Descent", "Passes", "loss_scale"]
 
 Tensor = Any
 
 
-class Climb(NamedTuple):
-    """What phases 2 and 3 leave.
+class AtTheta(NamedTuple):
+    """What a pass at theta leaves.
 
     Args:
-        at_theta: the ascent pass: its state is the one to keep.
-        climbed: T tensors theta + epsilon.
-        losses: (b,) losses at theta, or None where the loss has no value a sample.
-        gradient_norm: ||g||.
-        perturbation_norm: ||epsilon||.
-        finite: whether everything seen was finite.
-    """
-
-    at_theta: Evaluated
-    climbed: list[Tensor]
-    losses: Tensor | None
-    gradient_norm: Tensor
-    perturbation_norm: Tensor
-    finite: Tensor
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the passes of a step return.
-
-    Args:
-        gradients: T descent gradients, scaled as the optimizer scales its loss; None where the
-            loss does not depend on a variable.
-        at_theta: the ascent pass: its state is the one to keep.
-        finite: whether everything seen was finite.
-        report: arrays for the `StepReport`, by field name.
+        gradients: scaled as the optimizer scales its loss, by the variables that were asked for;
+            None where the loss does not depend on one.
+        evaluated: the state that it left, and predictions: for the whole batch where all its
+            samples were run, else for the part, repeated.
+        losses: of the samples that were run, or None where the loss has no value a sample.
     """
 
     gradients: list[Tensor | None]
-    at_theta: Evaluated
-    finite: Tensor
-    report: dict[str, Tensor] = field(default_factory=dict)
+    evaluated: Evaluated
+    losses: Tensor | None
+
+
+class Descent(NamedTuple):
+    """What the descent pass leaves.
+
+    Args:
+        gradients: T gradients, scaled as the optimizer scales its loss; None where the loss does
+            not depend on a variable.
+        evaluated: what it left if it records, else None.
+        losses: of the samples that were run, where no pass at theta has seen them; else None.
+    """
+
+    gradients: list[Tensor | None]
+    evaluated: Evaluated | None
+    losses: Tensor | None
 
 
 def loss_scale(optimizer: Any) -> Tensor | None:
@@ -69,8 +63,8 @@ def loss_scale(optimizer: Any) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class Step:
-    """The passes of one step.
+class Passes:
+    """The passes of one step, each a method.
 
     Args:
         evaluator: of the model and its loss on the batch.
@@ -80,6 +74,8 @@ class Step:
         state: at entry.
         loss_scale: what the optimizer multiplies losses by, or None for 1.
         fixed: places of variables that no mask may hit.
+        earlier: T ascent directions from earlier steps, None where there is none; empty if the step
+            has an ascent pass.
     """
 
     evaluator: Evaluator
@@ -89,80 +85,16 @@ class Step:
     state: State
     loss_scale: Tensor | None = None
     fixed: frozenset[int] = frozenset()
+    earlier: Sequence[Tensor | None] = ()
 
-    def run(self) -> Outcome:
-        """Return the gradients for the update and all that the pass at theta left."""
-        return self.descend(self.climb()) if self.plan.active else self.base_step()
+    def at_theta(self, chosen: Sequence[int]) -> AtTheta:
+        """The pass at theta, on the batch or on a part of it, differentiated by chosen variables.
 
-    def base_step(self) -> Outcome:
-        """Return what a step without a perturbation leaves: forward and backward, and no more."""
-        everything = list(range(len(self.state.trainable)))
-        gradients, at_theta, losses = self._pass_at_theta(everything)
-        report = {} if losses is None else {"losses": losses}
-        return Outcome(gradients, at_theta, ops.isfinite(at_theta.loss), report)
-
-    def climb(self) -> Climb:
-        """Phases 2 and 3: the pass at theta, its gradient for the masked units, and epsilon."""
-        count = len(self.state.trainable)
-        chosen = [t for t in range(count) if t not in self.fixed and self._needs_gradient(t)]
-        found, at_theta, losses = self._pass_at_theta(chosen)
-        theta = at_theta.state.trainable
-        gradients: list[Tensor | None] = [None] * count
-        for t, g in zip(chosen, found, strict=True):
-            gradients[t] = self._unscaled(theta[t], g)
-        masks = None
-        if self.plan.weight_beta is not None:
-            seed = self.inputs["weight_seed"]
-            masks = self._backend.weight_masks(seed, theta, self.plan.weight_beta)
-        scale = self.inputs["scale"] if self.plan.scale is None else self.plan.scale
-        rho = self.config.rho * self.plan.rho_factor
-        perturbed = self._backend.perturb(gradients, theta, scale, rho, self.config, masks)
-        finite = perturbed.finite
-        if losses is not None:
-            finite = ops.logical_and(finite, ops.all(ops.isfinite(losses)))
-        return Climb(
-            at_theta,
-            perturbed.climbed,
-            losses,
-            perturbed.gradient_norm,
-            perturbed.perturbation_norm,
-            finite,
-        )
-
-    def descend(self, climb: Climb) -> Outcome:
-        """Phases 4 and 5: the samples to keep, and their gradient at theta + epsilon."""
-        b = batch_size(self.evaluator.batch[0])
-        report = {
-            "perturbation_norm": climb.perturbation_norm,
-            "gradient_norm": climb.gradient_norm,
-        }
-        finite, selected = climb.finite, None
-        if climb.losses is not None:
-            report["losses"] = climb.losses
-        if self._selects(b):
-            perturbed = None
-            if self.config.select.score == "increase":
-                perturbed = self._selection(climb.climbed, b)
-                report["perturbed_losses"] = perturbed
-                finite = ops.logical_and(finite, ops.all(ops.isfinite(perturbed)))
-            selected = select(self.config.select, climb.losses, perturbed, self.inputs, b)
-        # What is not finite must be seen in the gradient, even if the samples that were selected
-        # are harmless.
-        poison = ops.where(finite, 1.0, float("nan"))
-        gradients = self._descent(climb, b, selected, poison)
-        if selected is not None:
-            report["indices"] = selected.indices
-            report["sample_weights"] = selected.weights * ops.cast(poison, selected.weights.dtype)
-        return Outcome(gradients, climb.at_theta, finite, report)
-
-    # -- passes ------------------------------------------------------------------------------------
-
-    def _pass_at_theta(
-        self, chosen: Sequence[int]
-    ) -> tuple[list[Tensor | None], Evaluated, Tensor | None]:
-        """Return the scaled gradients by the chosen variables, the evaluation, and the losses."""
+        With no variable chosen only the losses are differentiated, by the factors.
+        """
         b = batch_size(self.evaluator.batch[0])
         routed = self.evaluator.route is not None
+        on_a_part = self.plan.ascent.of == "part"
 
         def state(arguments: list[Tensor]) -> State:
             trainable = list(self.state.trainable)
@@ -171,14 +103,14 @@ class Step:
             return self.state._replace(trainable=trainable)
 
         def scaled_loss(arguments: list[Tensor], cut: Cut) -> tuple[Tensor, Evaluated]:
-            evaluated = self.evaluator.evaluate(
-                state(arguments), arguments[-1] if routed else None, cut=self._cut(cut, chosen)
-            )
+            factor = arguments[-1] if routed else None
+            evaluate = self._evaluate_part if on_a_part else self._evaluate_batch
+            evaluated = evaluate(state(arguments), factor, self._cut(cut, chosen))
             return self._scaled(evaluated.loss), evaluated
 
         arguments = [self.state.trainable[t] for t in chosen]
         if routed:
-            arguments.append(_ones(b))
+            arguments.append(self._part_factor(b) if on_a_part else _ones(b))
         found, evaluated = self._backend.gradients(
             scaled_loss, arguments, again=lambda values: self._again(state(values))
         )
@@ -186,9 +118,48 @@ class Step:
             kept = evaluated.state._replace(trainable=self.state.trainable)
             evaluated = evaluated._replace(state=kept)
         losses = self._per_sample(found.pop(), b) if routed else None
-        return found, evaluated, losses
+        if on_a_part and not self.plan.ascent.scores:
+            losses = ops.take(losses, self.inputs["part"], axis=0)
+        return AtTheta(found, evaluated, losses)
 
-    def _selection(self, climbed: list[Tensor], b: int | Tensor) -> Tensor:
+    def _evaluate_batch(self, state: State, factor: Tensor | None, cut: Cut) -> Evaluated:
+        """Return the loss of the whole batch."""
+        records = self.plan.ascent.records
+        return self.evaluator.evaluate(state, factor, cut=cut, records=records)
+
+    def _evaluate_part(self, state: State, factor: Tensor | None, cut: Cut) -> Evaluated:
+        """Return the loss of the part of the batch.
+
+        If the selection needs the losses of the other samples, their predictions are those of a
+        pass without a graph; if not, the part's predictions are repeated.
+        """
+        ascent, part = self.plan.ascent, self.inputs["part"]
+        fill: Fill = repeated(part, batch_size(self.evaluator.batch[0]))
+        if ascent.scores:
+            rest = self.inputs["rest"]
+
+            def others() -> Any:
+                return self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
+
+            fill = beside(others, part, rest)
+        return self.evaluator.evaluate_rows(
+            state,
+            factor,
+            part,
+            fill,
+            cut=cut,
+            running=ascent.part_alone,
+            records=ascent.records,
+        )
+
+    def _part_factor(self, b: int | Tensor) -> Tensor:
+        """Return the factors with which the batch's loss is the loss of the part."""
+        part = self.inputs["part"]
+        n = ops.shape(part)[0]
+        share = ops.cast(b, keras.config.floatx()) / ops.cast(n, keras.config.floatx())
+        return spread(part, ops.broadcast_to(share, (n,)), b)
+
+    def perturbed_losses(self, climbed: list[Tensor], b: int | Tensor) -> Tensor:
         """Phase 4: the losses at theta + epsilon; only they are differentiated, by the factors."""
         state = self.state._replace(trainable=climbed)
 
@@ -200,38 +171,60 @@ class Step:
         )
         return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
 
-    def _descent(
-        self, climb: Climb, b: int | Tensor, selected: Selected | None, poison: Tensor
-    ) -> list[Tensor | None]:
+    def descent(
+        self,
+        climbed: list[Tensor],
+        at_theta: Evaluated | None,
+        selected: Selected | None,
+        poison: Tensor,
+    ) -> Descent:
         """Phase 5: the gradient of the sum of w_i l_i(theta + epsilon) for every variable.
 
         The predictions of the selected samples take their places among the ascent's, and the loss
         is that of the whole batch with the factors b w_i, and 0 for the rejected: so l_i is one
         and the same function in every pass, whatever the loss divides by.
+
+        Args:
+            climbed: T tensors theta + epsilon.
+            at_theta: the pass at theta, or None if there is none.
+            selected: the samples, or None for all.
+            poison: 1, or NaN where something was not finite.
         """
-        evaluator, running = self.evaluator, self.plan.kept == "one"
+        evaluator, b = self.evaluator, batch_size(self.evaluator.batch[0])
+        running, records = self.plan.kept == "one", not self.plan.ascent.records
+        count = len(climbed)
         rest = self.state
-        if running:
+        if running and at_theta is not None:
             entry = self.state.non_trainable
-            statistics = evaluator.with_statistics_of(climb.at_theta.state, entry)
+            statistics = evaluator.with_statistics_of(at_theta.state, entry)
             rest = self.state._replace(non_trainable=statistics)
 
-        def scaled_loss(trainable: list[Tensor], cut: Cut) -> tuple[Tensor, None]:
-            state = rest._replace(trainable=trainable)
+        def scaled_loss(arguments: list[Tensor], cut: Cut) -> tuple[Tensor, Evaluated | None]:
+            state = rest._replace(trainable=arguments[:count])
+            factor = arguments[count] if len(arguments) > count else self._factor(selected, b)
+            how: Any = {"cut": cut, "running": running, "records": records}
             if selected is None:
-                loss = evaluator.evaluate(state, None, cut=cut, running=running).loss
+                evaluated = evaluator.evaluate(state, factor, **how)
             else:
-                loss = evaluator.evaluate_selected(
-                    state, b, climb.at_theta, selected, cut=cut, running=running
-                )
-            return self._scaled(loss * ops.cast(poison, loss.dtype)), None
+                fill = self._fill(selected, at_theta, b)
+                evaluated = evaluator.evaluate_rows(state, factor, selected.indices, fill, **how)
+            loss = self._scaled(evaluated.loss * ops.cast(poison, evaluated.loss.dtype))
+            return loss, evaluated if records else None
 
-        gradients, _ = self._backend.gradients(
+        arguments = list(climbed)
+        if at_theta is None and evaluator.route is not None:
+            arguments.append(_ones(b) if selected is None else self._factor(selected, b))
+        gradients, evaluated = self._backend.gradients(
             scaled_loss,
-            climb.climbed,
-            again=lambda trainable: self._again(rest._replace(trainable=trainable)),
+            arguments,
+            again=lambda values: self._again(rest._replace(trainable=values[:count])),
         )
-        return gradients
+        losses = self._per_sample(gradients.pop(), b) if len(arguments) > count else None
+        if losses is not None and selected is not None:
+            losses = ops.take(losses, selected.indices, axis=0)
+        if evaluated is not None:
+            evaluated = self._at_theta_again(evaluated, climbed, at_theta)
+        return Descent(gradients, evaluated, losses)
 
     # -- small things ------------------------------------------------------------------------------
 
@@ -239,6 +232,40 @@ class Step:
     def _backend(self) -> Backend:
         """The native parts."""
         return self.evaluator.backend
+
+    def _factor(self, selected: Selected | None, b: int | Tensor) -> Tensor | None:
+        """Return the factors b w_i of the samples, None for 1."""
+        if selected is None:
+            return None
+        return spread(selected.indices, selected.weights * ops.cast(b, selected.weights.dtype), b)
+
+    def _fill(self, selected: Selected, at_theta: Evaluated | None, b: int | Tensor) -> Fill:
+        """Return the predictions for rejected samples."""
+        if at_theta is None or not self.plan.ascent.sees_all:
+            return repeated(selected.indices, b)
+        without = self._backend.without_gradient
+        return among(at_theta.y_pred, at_theta.masks, selected.indices, without)
+
+    def _at_theta_again(
+        self, evaluated: Evaluated, climbed: list[Tensor], at_theta: Evaluated | None
+    ) -> Evaluated:
+        """Return the descent pass with the trained weights at theta.
+
+        Raises:
+            ESAMRuntimeError: it assigned trained weights, and there was no pass at theta to do so.
+        """
+        if at_theta is not None:
+            trainable = at_theta.state.trainable
+        else:
+            trainable = self.state.trainable
+            left = zip(evaluated.state.trainable, climbed, strict=True)
+            if self._backend.keeps_assigned and any(new is not old for new, old in left):
+                raise ESAMRuntimeError(
+                    "A model whose calls assign trained weights, as `SpectralNormalization` does, "
+                    "must be run at the unperturbed weights, and with "
+                    f"ascend={self.config.ascend!r} it is not. Use ascend=Batch() or Part(share)."
+                )
+        return evaluated._replace(state=evaluated.state._replace(trainable=trainable))
 
     def _again(self, state: State) -> AbstractContextManager[Any]:
         """Return a scope in which what is checkpointed finds the values of its forward."""
@@ -252,16 +279,6 @@ class Step:
             return cut(at[t], value) if t in at else self._backend.without_gradient(value)
 
         return of_chosen
-
-    def _needs_gradient(self, t: int) -> bool:
-        """Return whether the ascent needs a variable's gradient."""
-        scale = self.plan.scale
-        return self.config.norm == "full" or scale is None or scale[t] > 0.0
-
-    def _selects(self, b: int | Tensor) -> bool:
-        """Return whether this step leaves samples out."""
-        alone = isinstance(b, int) and b == 1
-        return self.plan.kept == "some" or (self.plan.kept == "one" and not alone)
 
     def _per_sample(self, derivative: Tensor, b: int | Tensor) -> Tensor:
         """Return l_i from the derivative of the scaled loss by the factors."""

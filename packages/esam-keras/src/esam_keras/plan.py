@@ -11,12 +11,43 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from esam_core import ESAMConfig, Mask, Unit, selectors
+from esam_core import ESAMConfig, Mask, Momentum, Part, Previous, Unit, selectors
+from esam_core.directions import climbing_indices, records_at_theta
 
-__all__ = ["BASE", "Drawn", "Plan", "Planner"]
+__all__ = ["BASE", "WHOLE", "Ascent", "Drawn", "Plan", "Planner", "needs_rows"]
 
 #: Names of the inputs of a compiled step.
 Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """The source of a step's ascent direction, and what the step evaluates at theta.
+
+    Args:
+        of: the "batch", a "part" of it, or an "earlier" step.
+        scores: whether another pass at theta computes the losses of the samples that are not in the
+            ascent pass, because the selection needs them.
+        records: whether a pass at theta updates the statistics and the random state; if not, the
+            descent pass does.
+        part_alone: whether the part is one sample of several, which has no batch statistics.
+        rest_alone: the same for the samples outside the part.
+    """
+
+    of: str = "batch"
+    scores: bool = False
+    records: bool = True
+    part_alone: bool = False
+    rest_alone: bool = False
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether the predictions for the whole batch at theta are known."""
+        return self.of == "batch" or self.scores
+
+
+#: The ascent pass is on the whole batch.
+WHOLE = Ascent()
 
 
 @dataclass(frozen=True)
@@ -30,6 +61,7 @@ class Plan:
         rho_factor: what rho is multiplied by.
         weight_beta: share of the scalar weights that are perturbed where those are drawn singly.
         kept: "all" samples enter the descent pass, "some", or "one", which has no statistics.
+        ascent: the source of the ascent direction.
     """
 
     active: bool = True
@@ -37,11 +69,12 @@ class Plan:
     rho_factor: float = 1.0
     weight_beta: float | None = None
     kept: str = "all"
+    ascent: Ascent = WHOLE
 
     @property
     def after_climb(self) -> "Plan":
         """The plan of phases 4 to 7, which is the same for all masks."""
-        return Plan(kept=self.kept)
+        return Plan(kept=self.kept, ascent=self.ascent)
 
 
 #: An ordinary step of the base optimizer.
@@ -50,11 +83,19 @@ BASE = Plan(active=False)
 
 @dataclass(frozen=True)
 class Drawn:
-    """One step's plan, inputs and mask."""
+    """One step's plan and mask, the size of its batch, and its inputs."""
 
     plan: Plan
     mask: Mask
+    batch_size: int
     inputs: Inputs = field(default_factory=dict)
+
+
+def needs_rows(config: ESAMConfig) -> bool:
+    """Return whether steps run the model on some of the samples of a batch."""
+    return config.select.gamma < 1.0 or (
+        isinstance(config.ascend, Part) and config.ascend.share < 1.0
+    )
 
 
 class Planner:
@@ -80,7 +121,21 @@ class Planner:
         """Whether several masks are listed that perturb something."""
         return self._listed is not None and sum(mask.active for mask in self._listed) > 1
 
-    def draw(self, count: int, batch_size: int, *, compiled: bool) -> Drawn:
+    def subset_sizes(self, b: int) -> set[int]:
+        """Return the sizes of the subsets of b samples on which the model is run."""
+        config = self.config
+        sizes = {selectors.subset_size(config.select.gamma, b)}
+        if isinstance(config.ascend, Part):
+            n = selectors.subset_size(config.ascend.share, b)
+            sizes |= {n, b - n if selectors.needs_losses(config.select, b) else n}
+        return sizes - {0} if needs_rows(config) else set()
+
+    @property
+    def needs_earlier(self) -> bool:
+        """Whether the directions are those of earlier steps."""
+        return isinstance(self.config.ascend, Previous | Momentum) and any(self.allowed)
+
+    def draw(self, count: int, batch_size: int, *, compiled: bool, directed: bool = True) -> Drawn:
         """Return what ascent number `count` does on a batch of this size.
 
         Args:
@@ -88,14 +143,17 @@ class Planner:
             batch_size: b >= 1.
             compiled: whether the step is compiled for its plan. If not, a plan a mask costs
                 nothing, and each step gets its own.
+            directed: whether there is a direction. If not, the step is a base step.
         """
         config = self.config
         if not self.units:
-            return Drawn(BASE, Mask((), ()))
+            return Drawn(BASE, Mask((), ()), batch_size)
         mask = config.perturb.draw(self.units, seed=config.seed, count=count).within(self.allowed)
+        if not directed:
+            mask = mask.within([False] * len(self.units))
         if not mask.active:
-            return Drawn(BASE, mask)
-        inputs: Inputs = {}
+            return Drawn(BASE, mask, batch_size)
+        ascent, inputs = self._ascent(batch_size, count)
         scale = mask.scale if not compiled or self._is_listed(mask) else None
         if scale is None:
             inputs["scale"] = np.asarray(mask.scale, dtype=np.float32)
@@ -105,8 +163,24 @@ class Planner:
         kept = "one" if k == 1 else "all" if k == batch_size else "some"
         if kept != "all" and k < batch_size:
             inputs.update(self._selection_inputs(batch_size, k, count))
-        plan = Plan(True, scale, mask.rho_factor, mask.weight_beta, kept)
-        return Drawn(plan, mask, inputs)
+        plan = Plan(True, scale, mask.rho_factor, mask.weight_beta, kept, ascent)
+        return Drawn(plan, mask, batch_size, inputs)
+
+    def _ascent(self, b: int, count: int) -> tuple[Ascent, Inputs]:
+        """Return the source of the direction, and the inputs of the step if it is a part."""
+        ascend, select = self.config.ascend, self.config.select
+        part = climbing_indices(ascend, b, seed=self.config.seed, count=count)
+        if len(part) == b:
+            return WHOLE, {}
+        scores = selectors.needs_losses(select, b)
+        records = records_at_theta(ascend, select, b)
+        if not isinstance(ascend, Part):
+            return Ascent("earlier", scores, records), {}
+        inputs = {"part": part.astype(np.int32)}
+        rest = np.setdiff1d(np.arange(b), part)
+        if scores:
+            inputs["rest"] = rest.astype(np.int32)
+        return Ascent("part", scores, records, len(part) == 1, scores and len(rest) == 1), inputs
 
     def _is_listed(self, mask: Mask) -> bool:
         """Return whether the sampler listed this mask, which makes it worth compiling for."""

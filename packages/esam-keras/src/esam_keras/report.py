@@ -14,12 +14,13 @@ __all__ = ["KerasReport"]
 class KerasReport(StepReport):
     """A `StepReport` whose properties are computed by `keras.ops`: TensorFlow's have no methods.
 
-    `losses` is None where the loss has no value a sample.
+    `losses` is None also where the loss has no value a sample, and then `loss` is None.
     """
 
     @property
     def loss(self) -> Any:
-        return None if self.losses is None else ops.mean(self.losses)
+        seen = self.perturbed_losses if self.losses is None else self.losses
+        return None if seen is None else ops.mean(seen)
 
     @property
     def perturbed_loss(self) -> Any:

@@ -64,7 +64,7 @@ def find_route(model: keras.Model, needed: bool, data: Any, state: Any = None) -
 
 
 def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None:
-    """Raise where a model cannot be run on k selected samples alone.
+    """Raise where a model cannot be run on k samples alone.
 
     Args:
         model: compiled and built.
@@ -78,8 +78,9 @@ def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     if any(compat.is_sparse(leaf) for leaf in tree.flatten(x)):
         raise ESAMValueError(
-            "Samples cannot be selected from a sparse tensor: use gamma=1.0, which keeps them all, "
-            "or dense inputs. Received: a sparse tensor among the inputs."
+            "Samples cannot be taken out of a sparse tensor: use gamma=1.0 and no "
+            "ascend=Part(...), which take the whole batch, or dense inputs. Received: a sparse "
+            "tensor among the inputs."
         )
     stateful = [layer for layer in compat.flat_layers(model) if getattr(layer, "stateful", False)]
     fixed = f"the stateful layer '{stateful[0].name}'" if stateful else _fixed_input(model)
@@ -93,9 +94,9 @@ def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None
     except Exception as error:
         cause = error
     raise ESAMValueError(
-        "A model with a batch size of its own cannot be run on the selected samples alone: use "
-        "gamma=1.0, which keeps them all, or leave the batch size open. Received: "
-        f"{fixed}, and {k} selected samples."
+        "A model with a batch size of its own cannot be run on some samples alone: use gamma=1.0 "
+        "and no ascend=Part(...), which take the whole batch, or leave the batch size open. "
+        f"Received: {fixed}, and {k} samples."
     ) from cause
 
 

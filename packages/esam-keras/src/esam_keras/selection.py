@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, cast
 
+import keras
 from keras import ops
 
 from esam_core import selectors
@@ -33,7 +34,7 @@ def subset_size(gamma: float, b: int | Tensor) -> int | Tensor:
 
 def select(
     selector: selectors.Selector,
-    losses: Tensor,
+    losses: Tensor | None,
     perturbed_losses: Tensor | None,
     inputs: dict[str, Tensor],
     b: int | Tensor,
@@ -42,17 +43,19 @@ def select(
 
     Args:
         selector: any selector of esam-core but `All`.
-        losses: (b,) losses at theta.
+        losses: (b,) losses at theta; where the score needs none, of any samples, or None.
         perturbed_losses: (b,) losses at theta + epsilon, or None where its score needs none.
         inputs: "indices" of a random subset or "offset" of a systematic sample, from the host.
         b: the batch size.
     """
     k = subset_size(selector.gamma, b)
     if selector.rule == "random":
-        return Selected(inputs["indices"], _even(k, losses))
+        dtype = keras.config.floatx() if losses is None else losses.dtype
+        return Selected(inputs["indices"], _even(k, dtype))
+    losses = cast(Tensor, losses)
     scores = losses if selector.score == "loss" else perturbed_losses - losses
     if selector.rule == "top":
-        return Selected(_top(scores, k), _even(k, losses))
+        return Selected(_top(scores, k), _even(k, losses.dtype))
     floor = cast(selectors.Proportional, selector).floor  # the rules are these four
     pi = _inclusion_probabilities(scores, k, b, floor)
     indices = _systematic(pi, k, b, inputs["offset"])
@@ -60,9 +63,9 @@ def select(
     return Selected(indices, ops.cast(weights, losses.dtype))
 
 
-def _even(k: int | Tensor, like: Tensor) -> Tensor:
+def _even(k: int | Tensor, dtype: Any) -> Tensor:
     """Return the k weights 1/k."""
-    number = ops.cast(k, like.dtype)
+    number = ops.cast(k, dtype)
     return ops.broadcast_to(1.0 / number, (k,))
 
 

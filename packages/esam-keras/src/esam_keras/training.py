@@ -1,22 +1,22 @@
 """What belongs to one compiled model: its units, its plans, and the step that it trains with."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
-from esam_core.selectors import subset_size
+from esam_core.directions import kept_units
 from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
 from esam_keras.metrics import log_means
 from esam_keras.optimizer import ESAM
-from esam_keras.plan import Drawn, Plan, Planner
+from esam_keras.plan import Drawn, Plan, Planner, needs_rows
 from esam_keras.report import KerasReport
 from esam_keras.routes import check_rows, find_route
 from esam_keras.units import unit_records
@@ -42,6 +42,8 @@ class Training:
         self.esam = esam
         self.backend: Backend = current_backend()
         self._prepared: _Prepared | None = None
+        #: The count at which earlier steps are known to provide a direction.
+        self._directed_at: int | None = None
 
     @staticmethod
     def of(model: keras.Model) -> "Training":
@@ -85,17 +87,26 @@ class Training:
         variables = model.trainable_variables
         if not variables:
             warnings.warn("The model has no trainable weights: nothing is trained.", stacklevel=2)
-        fixed = frozenset(
-            t for t, v in enumerate(variables) if getattr(v, "overwrite_with_gradient", False)
-        )
-        allowed = [t not in fixed for t in range(len(variables))]
-        planner = Planner(self.esam.config, unit_records(model), allowed)
-        selects = self.esam.config.select.gamma < 1.0
-        if selects and any(planner.allowed):
-            k = subset_size(self.esam.config.select.gamma, _batch_size(data))
-            check_rows(model, data, k, state)
-        route = find_route(model, selects, data, state)
+        planner = self._planner()
+        fixed = frozenset(t for t, v in enumerate(variables) if _is_stored(v))
+        if any(planner.allowed):
+            for k in planner.subset_sizes(_batch_size(data)):
+                check_rows(model, data, k, state)
+        route = find_route(model, needs_rows(self.esam.config), data, state)
         self._prepared = _Prepared(planner, route, fixed, _identities(model))
+
+    def _planner(self) -> Planner:
+        """Return the planner for the model's trainable variables."""
+        perturbable = [not _is_stored(v) for v in self.model.trainable_variables]
+        return Planner(self.esam.config, unit_records(self.model), perturbable)
+
+    def kept(self, variables: Sequence[Any]) -> list[bool]:
+        """Return for each variable whether `Previous` keeps its gradient."""
+        config, planner = self.esam.config, self._planner()
+        kept = kept_units(config.perturb, planner.units, planner.allowed, norm=config.norm)
+        trained = zip(self.model.trainable_variables, kept, strict=True)
+        found = {id(v): keep and not _is_stored(v) for v, keep in trained}
+        return [found.get(id(v), True) for v in variables]
 
     @property
     def prepared(self) -> "_Prepared":
@@ -110,9 +121,35 @@ class Training:
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def draw(self, count: int, data: Any, *, compiled: bool) -> Drawn:
-        """Return what the step on a batch is to do."""
-        return self.prepared.planner.draw(count, _batch_size(data), compiled=compiled)
+    def draw(self, count: int, data: Any, *, compiled: bool, state: Any = None) -> Drawn:
+        """Return what the step on a batch is to do.
+
+        Args:
+            count: the number of the ascent.
+            data: the batch.
+            compiled: whether the step is compiled for its plan.
+            state: JAX's state where it is not in the variables, else None.
+        """
+        planner, b = self.prepared.planner, _batch_size(data)
+        directed = not planner.needs_earlier or self._has_direction(count, state)
+        return planner.draw(count, b, compiled=compiled, directed=directed)
+
+    def _has_direction(self, count: int, state: Any) -> bool:
+        """Return whether earlier steps provide a direction.
+
+        This waits for the device until there is one. Later it waits only if the count is not the
+        expected one, as after loading a state.
+        """
+        if self._directed_at != count:
+            values: dict[int, Any] = {}
+            if state is not None:
+                optimizer = zip(self.model.optimizer.variables, state[2], strict=True)
+                values = {id(v): value for v, value in optimizer}
+            with compat.PassScope(values):
+                if not bool(self.esam.has_direction()):
+                    return False
+        self._directed_at = count + 1
+        return True
 
     @property
     def has_own_train_step(self) -> bool:
@@ -148,17 +185,20 @@ class Training:
         chosen = [u for u, m in zip(planner.units, drawn.mask.perturbed, strict=True) if m]
         whole = sum(u.size for u, p in zip(planner.units, planner.allowed, strict=True) if p)
         share = sum(unit.size for unit in chosen) / whole if chosen else 0.0
-        losses, indices = arrays.get("losses"), arrays.get("indices")
+        arrays = {"losses": None, **arrays}
+        indices, part = arrays.get("indices"), drawn.inputs.get("part")
+        if skipped:
+            seen = "perturbed_losses" if arrays["losses"] is None else "losses"
+            arrays = {"losses": None, seen: arrays.get(seen)}
         self.esam.keep_report(
             KerasReport(
                 count=count,
                 perturbed=() if skipped else tuple(unit.name for unit in chosen),
                 weight_share=0.0 if skipped else share * (drawn.mask.weight_beta or 1.0),
-                sample_share=1.0
-                if indices is None or losses is None
-                else len(indices) / len(losses),
+                sample_share=1.0 if indices is None else len(indices) / drawn.batch_size,
                 skipped=skipped,
-                **({"losses": losses} if skipped else {"losses": None, **arrays}),
+                part=None if part is None else ops.convert_to_tensor(part),
+                **arrays,
             )
         )
         if skipped and self.esam.config.on_nonfinite == "raise":
@@ -206,6 +246,11 @@ class _Prepared:
     route: str | None
     fixed: frozenset[int]
     variables: tuple[int, ...]
+
+
+def _is_stored(variable: Any) -> bool:
+    """Return whether a variable's gradient is a value to be stored, as in float8 training."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def _identities(model: keras.Model) -> tuple[int, ...]:

@@ -14,10 +14,11 @@ from keras import ops
 
 from esam_keras.backends.base import Backend
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
+from esam_keras.handover import OfAStep
 from esam_keras.metrics import log_sums, logs_unless, metrics_after
-from esam_keras.optimizer import OfAStep
-from esam_keras.passes import Step, loss_scale
+from esam_keras.passes import loss_scale
 from esam_keras.plan import Plan
+from esam_keras.step import Step
 
 __all__ = ["AssigningBackend"]
 
@@ -40,6 +41,7 @@ class AssigningBackend(Backend):
         batch = keras.utils.unpack_x_y_sample_weight(data)
         variables = Variables.of(model)
         entry = State(*([self.value(v) for v in group] for group in variables))
+        earlier = esam.direction(variables.trainable) if plan.ascent.of == "earlier" else ()
         with self.whole_step(model):
             outcome = Step(
                 Evaluator(self, model, prepared.route, variables, batch),
@@ -49,9 +51,10 @@ class AssigningBackend(Backend):
                 entry,
                 loss_scale(model.optimizer),
                 prepared.fixed,
+                earlier,
             ).run()
-        left = outcome.at_theta.state
-        logs, counted = metrics_after(model, variables.metrics, outcome.at_theta, batch)
+        left = outcome.left.state
+        logs, counted = metrics_after(model, variables.metrics, outcome, batch)
         before = [self.value(v) for v in esam.log_variables]
         gamma = esam.config.select.gamma
         sums = log_sums(before, outcome.report, gamma, batch_size(batch[0]))
@@ -63,7 +66,7 @@ class AssigningBackend(Backend):
         ]
 
         def commit() -> None:
-            for variable, new in outcome.at_theta.strangers:
+            for variable, new in outcome.left.strangers:
                 variable.assign(new)
             for variable, old, new in assigned:
                 if new is not old:

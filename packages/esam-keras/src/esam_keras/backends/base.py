@@ -75,10 +75,15 @@ class Backend(Protocol):
         """Return tensors of booleans, drawn natively, of the parameters' shapes."""
         ...
 
-    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+    def pass_context(
+        self, model: keras.Model, running: bool, records: bool
+    ) -> AbstractContextManager[Any]:
         """Return the context of one pass: state that Keras does not know starts as at entry.
 
-        `running` says that normalisation is by running statistics, those after the ascent pass.
+        Args:
+            model: that is run.
+            running: whether normalisation is by running statistics, those after the ascent pass.
+            records: whether what the pass makes of that state stays.
         """
         ...
 

@@ -20,11 +20,12 @@ from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
+from esam_keras.handover import applying
 from esam_keras.metrics import log_sums, logs_unless, metrics_after
-from esam_keras.optimizer import applying
-from esam_keras.passes import Climb, Outcome, Step, loss_scale
+from esam_keras.passes import loss_scale
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
+from esam_keras.step import Climb, Outcome, Step
 
 __all__ = ["BACKEND", "JaxBackend", "compiled_steps"]
 
@@ -76,7 +77,9 @@ class JaxBackend(Backend):
             for key, theta in zip(keys, like, strict=True)
         ]
 
-    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+    def pass_context(
+        self, model: keras.Model, running: bool, records: bool
+    ) -> AbstractContextManager[Any]:
         return nullcontext()  # all state is Keras's
 
     # -- a step of a model -------------------------------------------------------------------------
@@ -109,7 +112,7 @@ class JaxBackend(Backend):
             )
         training.prepare(data, state)
         count = int(state[2][_places(training)[0]])
-        drawn = training.draw(count, data, compiled=False)
+        drawn = training.draw(count, data, compiled=False, state=state)
         found, report = self.step(training, drawn.plan, _native(drawn.inputs), state, data)
         training.finish(count, drawn, report)
         return found
@@ -147,7 +150,7 @@ class JaxBackend(Backend):
                     training.prepare(data, state)
                     place = _places(training)[0]
                     count = counter.read(state[2][place])
-                    drawn = training.draw(count, data, compiled=compiled)
+                    drawn = training.draw(count, data, compiled=compiled, state=state)
                     (logs, state), report = one_step(drawn, state, data)
                     training.finish(count, drawn, report)
                     counter.passed_on(state[2][place])
@@ -201,6 +204,13 @@ def _apart_from(state: Any, climb: Climb) -> Climb:
     What is as in the state is left out; what the next function needs nevertheless is copied.
     """
     entry = State(state[0], state[1], state[3])
+    climbed = [
+        jnp.copy(new) if new is old else new
+        for new, old in zip(climb.climbed, entry.trainable, strict=True)
+    ]
+    climb = climb._replace(climbed=climbed)
+    if climb.at_theta is None:
+        return climb
     changed = [
         [None if new is old else new for new, old in zip(*groups, strict=True)]
         for groups in zip(climb.at_theta.state, entry, strict=True)
@@ -208,15 +218,13 @@ def _apart_from(state: Any, climb: Climb) -> Climb:
     at_theta = climb.at_theta._replace(
         y_pred=jax.tree_util.tree_map(jnp.copy, climb.at_theta.y_pred), state=State(*changed)
     )
-    climbed = [
-        jnp.copy(new) if new is old else new
-        for new, old in zip(climb.climbed, entry.trainable, strict=True)
-    ]
-    return climb._replace(at_theta=at_theta, climbed=climbed)
+    return climb._replace(at_theta=at_theta)
 
 
 def _together_with(state: Any, climb: Climb) -> Climb:
     """Return the climb that `_apart_from` took apart."""
+    if climb.at_theta is None:
+        return climb
     entry = State(state[0], state[1], state[3])
     whole = [
         [old if new is None else new for new, old in zip(*groups, strict=True)]
@@ -234,17 +242,22 @@ def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> S
     trainable, non_trainable, optimizer_variables, metrics = state
     optimizer = model.optimizer
     values = zip(optimizer.variables, optimizer_variables, strict=True)
+    variables = Variables.of(model)
     with compat.PassScope({id(v): value for v, value in values}):
         scale = loss_scale(optimizer)
+        earlier = ()
+        if plan.ascent.of == "earlier":
+            earlier = training.esam.direction(variables.trainable)
     batch = keras.utils.unpack_x_y_sample_weight(data)
     return Step(
-        Evaluator(BACKEND, model, prepared.route, Variables.of(model), batch),
+        Evaluator(BACKEND, model, prepared.route, variables, batch),
         training.esam.config,
         plan,
         inputs,
         State(trainable, non_trainable, metrics),
         scale,
         prepared.fixed,
+        earlier,
     )
 
 
@@ -273,8 +286,8 @@ def _after(
     for place, value, before in zip(places, [own[0] + 1, *sums], own, strict=True):
         updated[place] = jnp.asarray(value, dtype=before.dtype)
     variables = model.metrics_variables
-    logs, counted = metrics_after(model, variables, outcome.at_theta, batch)
-    after = (moved, outcome.at_theta.state.non_trainable, updated, counted)
+    logs, counted = metrics_after(model, variables, outcome, batch)
+    after = (moved, outcome.left.state.non_trainable, updated, counted)
     report = outcome.report
     if esam.config.on_nonfinite != "propagate":
         finite = [jnp.all(jnp.isfinite(g)) for g in gradients]

@@ -12,7 +12,7 @@ from esam_core import ESAMRuntimeError
 from esam_keras import compat
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, refuse_distribution
-from esam_keras.optimizer import OfAStep
+from esam_keras.handover import OfAStep
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
 
@@ -64,7 +64,9 @@ class TensorFlowBackend(AssigningBackend):
             for t, theta in enumerate(like)
         ]
 
-    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+    def pass_context(
+        self, model: keras.Model, running: bool, records: bool
+    ) -> AbstractContextManager[Any]:
         return nullcontext()  # all state is Keras's
 
     def value(self, variable: Any) -> Tensor:

@@ -13,7 +13,7 @@ from esam_core import ESAMConfig, ESAMValueError
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
-from esam_keras.optimizer import OfAStep
+from esam_keras.handover import OfAStep
 from esam_keras.perturbation import Perturbation, norm_weights, perturb, representable
 from esam_keras.plan import Drawn
 
@@ -114,9 +114,15 @@ class TorchBackend(AssigningBackend, threading.local):
         generator = torch.Generator(device).manual_seed((high << 32) | low)
         return [torch.rand(t.shape, generator=generator, device=device) < beta for t in like]
 
-    def pass_context(self, model: keras.Model, running: bool) -> AbstractContextManager[Any]:
+    def pass_context(
+        self, model: keras.Model, running: bool, records: bool
+    ) -> AbstractContextManager[Any]:
         """Start a forward from the state at entry, of which Keras does not know all."""
-        return nullcontext() if self._unknown is None else self._unknown.one_pass(running=running)
+        return (
+            nullcontext()
+            if self._unknown is None
+            else self._unknown.one_pass(running=running, records=records)
+        )
 
     def value(self, variable: Any) -> Tensor:
         return variable.value.detach()

@@ -2,7 +2,7 @@
 
 Unseeded Dropout on Keras's torch backend draws from torch's global generators, and a
 `TorchModuleWrapper` holds a module whose parameters and buffers are used as they are. Each pass of
-a step starts from the generators and buffers at entry; what the ascent pass leaves stays.
+a step starts from the generators and buffers at entry; what one of them leaves stays.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ __all__ = ["UnknownState"]
 
 
 class UnknownState:
-    """The state at the entry of a step, and after its first pass.
+    """The state at the entry of a step, and after the pass that leaves its traces.
 
     Args:
         model: any model.
@@ -51,11 +51,12 @@ class UnknownState:
             torch.cuda.set_rng_state(state, device)
 
     @contextmanager
-    def one_pass(self, *, running: bool) -> Iterator[None]:
+    def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
         """Run a forward from the state at entry, with the variables' values of the moment.
 
         Args:
             running: whether wrapped BatchNorm layers use their running statistics.
+            records: whether generators and buffers are left as this pass leaves them.
         """
         self._set_random_state(self._entry)
         buffers: list[dict[str, torch.Tensor]] = []
@@ -68,11 +69,11 @@ class UnknownState:
                 call = _functional(layer, buffers[-1], running)
                 stack.enter_context(compat.calls_replaced([(layer, call)]))
             yield
-        if self._after is None:
+        if records:
             self._after, self._buffers = self._random_state(), buffers
 
     def keep(self) -> None:
-        """Leave generators and buffers as the first pass did."""
+        """Leave generators and buffers as the pass that records did."""
         if self._after is None:
             return
         self._set_random_state(self._after)

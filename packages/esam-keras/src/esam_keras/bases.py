@@ -1,0 +1,70 @@
+"""The optimizers that can make the update: any of Keras's."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from esam_core import ESAMTypeError, ESAMValueError
+
+__all__ = ["OfTheBase", "checked_base", "refuse_others"]
+
+
+class OfTheBase:
+    """An attribute that is the base optimizer's, for callbacks and `LossScaleOptimizer`.
+
+    Keras's constructor assigns each before there is a base; those assignments are dropped.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        base = vars(optimizer).get("base_optimizer")
+        if base is None:
+            return None
+        return getattr(base, self.name)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        base = vars(optimizer).get("base_optimizer")
+        if base is not None:
+            setattr(base, self.name, value)
+
+
+def refuse_others(base: Any, others: Mapping[str, Any]) -> None:
+    """Raise if there are arguments that ESAM does not have."""
+    for name, value in others.items():
+        message = f"`{name}` is not an argument of ESAM. Received: {name}={value!r}."
+        kind = type(checked_base(base))
+        if name in inspect.signature(kind).parameters:
+            message += (
+                " Give it to the base optimizer: "
+                f"ESAM(keras.optimizers.{kind.__name__}({name}={value!r}), ...)."
+            )
+        raise ESAMTypeError(message)
+
+
+def checked_base(given: Any) -> keras.optimizers.Optimizer:
+    """Return the base optimizer, or raise: an instance, or a name that Keras knows."""
+    if isinstance(given, str):
+        try:
+            return keras.optimizers.get(given)
+        except ValueError as error:
+            raise ESAMValueError(
+                "`base_optimizer` must be a Keras optimizer or a name that "
+                f"`keras.optimizers.get` knows. Received: base_optimizer={given!r}."
+            ) from error
+    if isinstance(given, type):
+        raise ESAMTypeError(
+            "`base_optimizer` must be an instance, such as keras.optimizers.SGD(0.1), and not a "
+            f"class. Received: base_optimizer={given!r}."
+        )
+    if not isinstance(given, keras.optimizers.Optimizer):
+        raise ESAMTypeError(
+            "`base_optimizer` must be a Keras optimizer such as keras.optimizers.SGD(0.1). "
+            f"Received: base_optimizer={given!r}."
+        )
+    return given

@@ -1,0 +1,140 @@
+"""Rows of a batch and of predictions, for passes on some of the samples.
+
+The loss is always that of the whole batch, in which the other samples have weight 0, so that a
+sample's loss is the same function in every pass, whatever the loss divides by. A `Fill` provides
+the predictions for the other samples.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+__all__ = ["Fill", "among", "beside", "repeated", "rows", "rows_of_batch", "spread"]
+
+Tensor = Any
+
+#: Predictions, and the masks of their leaves, None where there is none.
+Predicted = tuple[Any, list[Tensor | None]]
+
+#: Returns the predictions for the whole batch from those for some of its samples.
+Fill = Callable[[Any, list[Tensor | None]], Predicted]
+
+
+def rows(structure: Any, indices: Tensor) -> Any:
+    """Return the rows of all leaves of a structure; None stays None."""
+    return tree.map_structure(
+        lambda leaf: None if leaf is None else ops.take(leaf, indices, axis=0), structure
+    )
+
+
+def rows_of_batch(structure: Any, indices: Tensor, b: int | Tensor) -> Any:
+    """Return the rows of those leaves of a structure that have b rows; others stay as they are."""
+
+    def taken(leaf: Any) -> Any:
+        if leaf is None or len(leaf.shape) == 0:
+            return leaf
+        known = isinstance(b, int) and leaf.shape[0] is not None
+        return leaf if known and leaf.shape[0] != b else ops.take(leaf, indices, axis=0)
+
+    return tree.map_structure(taken, structure)
+
+
+def spread(indices: Tensor, values: Tensor, b: int | Tensor) -> Tensor:
+    """Return (b,) numbers: the values at the indices, 0 elsewhere."""
+    zeros = ops.zeros((b,), dtype=keras.config.floatx())
+    return ops.scatter_update(zeros, ops.expand_dims(indices, axis=-1), values)
+
+
+def among(
+    y_pred: Any,
+    masks: Sequence[Tensor | None],
+    indices: Tensor,
+    without_gradient: Callable[[Tensor], Tensor],
+) -> Fill:
+    """Return the `Fill` that puts predictions among those of a pass on the whole batch.
+
+    Args:
+        y_pred: for the whole batch.
+        masks: of its leaves.
+        indices: (k,), the places of the samples.
+        without_gradient: returns a tensor that no gradient flows through.
+    """
+
+    def fill(run: Any, _: list[Tensor | None]) -> Predicted:
+        places = ops.expand_dims(indices, axis=-1)
+        leaves, kept = [], []
+        for before, mask, now in zip(tree.flatten(y_pred), masks, tree.flatten(run), strict=True):
+            # What has no prediction for each sample is that of the selected, as it is.
+            has_rows = len(before.shape) > 0 and _has_rows(now, indices)
+            leaves.append(
+                ops.scatter_update(without_gradient(before), places, now) if has_rows else now
+            )
+            kept.append(mask if has_rows else None)
+        return tree.pack_sequence_as(y_pred, leaves), kept
+
+    return fill
+
+
+def repeated(indices: Tensor, b: int | Tensor) -> Fill:
+    """Return the `Fill` that repeats the predictions, for samples whose predictions are unknown.
+
+    Args:
+        indices: (k,), the places of the samples.
+        b: the batch size.
+    """
+
+    def fill(run: Any, masks: list[Tensor | None]) -> Predicted:
+        k = ops.shape(indices)[0]
+        order = ops.arange(b, dtype="int32") % k
+        order = ops.scatter_update(
+            order, ops.expand_dims(indices, axis=-1), ops.arange(k, dtype="int32")
+        )
+        leaves = [
+            ops.take(leaf, order, axis=0) if _has_rows(leaf, indices) else leaf
+            for leaf in tree.flatten(run)
+        ]
+        kept = [
+            None if mask is None or not _has_rows(leaf, indices) else ops.take(mask, order, axis=0)
+            for leaf, mask in zip(tree.flatten(run), masks, strict=True)
+        ]
+        return tree.pack_sequence_as(run, leaves), kept
+
+    return fill
+
+
+def beside(others: Callable[[], Predicted], part: Tensor, rest: Tensor) -> Fill:
+    """Return the `Fill` that joins the predictions for a part of the batch and for the rest.
+
+    Args:
+        others: returns the latter, with their masks. It is called after the pass on the part.
+        part: (n,), the places of the part's samples.
+        rest: (b - n,), the places of the others.
+    """
+
+    def fill(run: Any, masks: list[Tensor | None]) -> Predicted:
+        y_pred, other_masks = others()
+        order = ops.argsort(ops.concatenate([part, rest], axis=0))
+
+        def joined(now: Tensor, other: Tensor) -> Tensor:
+            return ops.take(ops.concatenate([now, other], axis=0), order, axis=0)
+
+        flat = list(zip(tree.flatten(run), tree.flatten(y_pred), strict=True))
+        leaves = [joined(now, other) if _has_rows(now, part) else now for now, other in flat]
+        kept = [
+            None
+            if mask is None or other is None or not _has_rows(now, part)
+            else joined(mask, other)
+            for (now, _), mask, other in zip(flat, masks, other_masks, strict=True)
+        ]
+        return tree.pack_sequence_as(run, leaves), kept
+
+    return fill
+
+
+def _has_rows(now: Any, indices: Any) -> bool:
+    """Return whether an output has one row for each of the samples that were run."""
+    if len(now.shape) == 0:
+        return False
+    return now.shape[0] is None or now.shape[0] == indices.shape[0]

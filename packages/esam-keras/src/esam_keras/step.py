@@ -1,0 +1,180 @@
+"""One step, phase by phase: from the state at entry to the gradients for the update.
+
+The phases are those of the table in the documentation; what they run is in `esam_keras.passes`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+from keras import ops
+
+from esam_keras.evaluation import Evaluated, batch_size
+from esam_keras.passes import Passes
+from esam_keras.selection import Selected, select
+
+__all__ = ["Climb", "Outcome", "Seen", "Step"]
+
+Tensor = Any
+
+
+class Climb(NamedTuple):
+    """What phases 2 and 3 leave.
+
+    Args:
+        at_theta: the pass at theta, or None if there is none.
+        climbed: T tensors theta + epsilon.
+        losses: at theta: (b,), or (n,) of the part; None where there are none.
+        gradient_norm: ||g||.
+        perturbation_norm: ||epsilon||.
+        finite: whether everything seen was finite.
+    """
+
+    at_theta: Evaluated | None
+    climbed: list[Tensor]
+    losses: Tensor | None
+    gradient_norm: Tensor
+    perturbation_norm: Tensor
+    finite: Tensor
+
+
+class Seen(NamedTuple):
+    """The samples that the step sees first, whose loss and metrics are logged.
+
+    Args:
+        loss: their loss.
+        evaluated: with predictions for the whole batch; for other samples they are repetitions.
+        indices: (n,), the places of the samples; None for the whole batch.
+    """
+
+    loss: Tensor
+    evaluated: Evaluated
+    indices: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the passes of a step return.
+
+    Args:
+        gradients: T descent gradients, scaled as the optimizer scales its loss; None where the
+            loss does not depend on a variable.
+        left: the pass whose state is kept.
+        seen: the samples that the logs show.
+        finite: whether everything seen was finite.
+        report: arrays for the `StepReport`, by field name.
+    """
+
+    gradients: list[Tensor | None]
+    left: Evaluated
+    seen: Seen
+    finite: Tensor
+    report: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step(Passes):
+    """One step: see `Passes` for its arguments."""
+
+    def run(self) -> Outcome:
+        """Return the gradients for the update and all that the step leaves."""
+        return self.descend(self.climb()) if self.plan.active else self.base_step()
+
+    def base_step(self) -> Outcome:
+        """Return what a step without a perturbation leaves: forward and backward, and no more."""
+        gradients, left, losses = self.at_theta(list(range(len(self.state.trainable))))
+        report = {} if losses is None else {"losses": losses}
+        return Outcome(gradients, left, Seen(left.loss, left), ops.isfinite(left.loss), report)
+
+    def climb(self) -> Climb:
+        """Phases 2 and 3: the ascent direction of the masked units, and epsilon."""
+        count = len(self.state.trainable)
+        chosen = [t for t in range(count) if t not in self.fixed and self._needs_gradient(t)]
+        gradients: list[Tensor | None] = [None] * count
+        at_theta, losses, theta = None, None, self.state.trainable
+        if self.plan.ascent.of == "earlier":
+            if self.plan.ascent.scores:
+                _, at_theta, losses = self.at_theta([])
+                theta = at_theta.state.trainable
+            for t in chosen:
+                kept = self.earlier[t]
+                gradients[t] = ops.zeros_like(theta[t]) if kept is None else kept
+        else:
+            found, at_theta, losses = self.at_theta(chosen)
+            theta = at_theta.state.trainable
+            for t, g in zip(chosen, found, strict=True):
+                gradients[t] = self._unscaled(theta[t], g)
+        masks = None
+        if self.plan.weight_beta is not None:
+            seed = self.inputs["weight_seed"]
+            masks = self._backend.weight_masks(seed, theta, self.plan.weight_beta)
+        scale = self.inputs["scale"] if self.plan.scale is None else self.plan.scale
+        rho = self.config.rho * self.plan.rho_factor
+        perturbed = self._backend.perturb(gradients, theta, scale, rho, self.config, masks)
+        finite = perturbed.finite
+        if losses is not None:
+            finite = ops.logical_and(finite, ops.all(ops.isfinite(losses)))
+        return Climb(
+            at_theta,
+            perturbed.climbed,
+            losses,
+            perturbed.gradient_norm,
+            perturbed.perturbation_norm,
+            finite,
+        )
+
+    def descend(self, climb: Climb) -> Outcome:
+        """Phases 4 and 5: the samples to keep, and their gradient at theta + epsilon."""
+        b = batch_size(self.evaluator.batch[0])
+        report = {
+            "perturbation_norm": climb.perturbation_norm,
+            "gradient_norm": climb.gradient_norm,
+        }
+        finite, selected = climb.finite, None
+        if climb.losses is not None:
+            report["losses"] = climb.losses
+        if self._selects(b):
+            perturbed = None
+            if self.config.select.score == "increase":
+                perturbed = self.perturbed_losses(climb.climbed, b)
+                report["perturbed_losses"] = perturbed
+                finite = ops.logical_and(finite, ops.all(ops.isfinite(perturbed)))
+            selected = select(self.config.select, climb.losses, perturbed, self.inputs, b)
+        # What is not finite must be seen in the gradient, even if the samples that were selected
+        # are harmless.
+        poison = ops.where(finite, 1.0, float("nan"))
+        descent = self.descent(climb.climbed, climb.at_theta, selected, poison)
+        if descent.losses is not None:
+            report["perturbed_losses"] = descent.losses
+        if selected is not None:
+            report["indices"] = selected.indices
+            report["sample_weights"] = selected.weights * ops.cast(poison, selected.weights.dtype)
+        # One of them records.
+        left = cast(Evaluated, climb.at_theta if descent.evaluated is None else descent.evaluated)
+        return Outcome(
+            descent.gradients, left, self._seen(climb, descent.evaluated, selected), finite, report
+        )
+
+    def _seen(self, climb: Climb, descent: Evaluated | None, selected: Selected | None) -> Seen:
+        """Return the samples that the step sees first: at theta if there is such a pass."""
+        at_theta, part = climb.at_theta, self.inputs.get("part")
+        if at_theta is None:
+            descent = cast(Evaluated, descent)
+            return Seen(descent.loss, descent, None if selected is None else selected.indices)
+        if self.plan.ascent.of != "part":
+            return Seen(at_theta.loss, at_theta)
+        if not self.plan.ascent.scores:
+            return Seen(at_theta.loss, at_theta, part)
+        # The loss is that of the part, and linear in the factors of the samples.
+        losses = ops.cast(climb.losses, at_theta.loss.dtype)
+        others = ops.mean(losses) - ops.mean(ops.take(losses, part, axis=0))
+        return Seen(at_theta.loss + others, at_theta)
+
+    def _needs_gradient(self, t: int) -> bool:
+        """Return whether the ascent needs a variable's gradient."""
+        scale = self.plan.scale
+        return self.config.norm == "full" or scale is None or scale[t] > 0.0
+
+    def _selects(self, b: int | Tensor) -> bool:
+        """Return whether this step leaves samples out."""
+        alone = isinstance(b, int) and b == 1
+        return self.plan.kept == "some" or (self.plan.kept == "one" and not alone)

@@ -1,0 +1,253 @@
+"""`ascend=` in `fit`: what is shown, saved, compiled and left behind."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tests.keras.counting import traces
+from tests.keras.scene import Oracle, close, cross_entropy, data, mlp, same, trainable, weights
+
+import esam_keras
+from esam_core.cost import expected_cost
+from esam_keras import (
+    ESAM,
+    All,
+    Everything,
+    Momentum,
+    Part,
+    Previous,
+    Random,
+    RandomSuffix,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+    unit_records,
+)
+from esam_keras.plan import BASE
+
+BACKEND = keras.backend.backend()
+X, Y = data(16)
+SOURCES = (Part(0.5), Previous(), Momentum())
+
+
+def esam(momentum=0.9, **settings):
+    settings = {"rho": 0.3, "perturb": Everything(), "gamma": 1.0, **settings}
+    return ESAM(keras.optimizers.SGD(0.1, momentum=momentum), **settings)
+
+
+def normalised(*more):
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, name="first"),
+            keras.layers.BatchNormalization(name="norm"),
+            *more,
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+
+
+def everything(model):
+    variables = (*model.variables, *model.optimizer.variables)
+    return [np.array(ops.convert_to_numpy(v.value)) for v in variables]
+
+
+def train(model, epochs=1, **kwargs):
+    return model.fit(X, Y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, **kwargs).history
+
+
+@pytest.mark.parametrize("ascend", SOURCES, ids=repr)
+def test_a_saved_model_goes_on_as_if_it_had_not_been_interrupted(ascend, tmp_path):
+    model = normalised()
+    model.compile(esam(perturb=Suffix("norm"), gamma=0.5, ascend=ascend, seed=9), cross_entropy())
+    train(model)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    loaded = keras.saving.load_model(path)
+    assert loaded.optimizer.config.ascend == ascend
+    same(everything(loaded), everything(model))
+    train(model)
+    train(loaded)
+    same(everything(loaded), everything(model))
+    assert loaded.optimizer.report.perturbed
+
+
+@pytest.mark.parametrize("ascend", SOURCES, ids=repr)
+def test_it_is_another_direction(ascend):
+    """No test of a direction that the whole batch's passes is one of it."""
+    found = []
+    for source in (ascend, None):
+        keras.utils.set_random_seed(2)
+        model = mlp()
+        model.compile(esam(ascend=source), cross_entropy(), run_eagerly=True)
+        train(model)
+        found.append(trainable(model))
+    assert max(np.abs(a - b).max() for a, b in zip(*found, strict=True)) > 1e-4
+
+
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize("ascend", SOURCES, ids=repr)
+def test_compiled_steps_are_the_uncompiled_ones(ascend):
+    """With masks that are compiled in one by one; on JAX what follows the climb is shared."""
+    found = []
+    for eager in (False, True):
+        keras.utils.set_random_seed(2)
+        model = normalised(keras.layers.Dropout(0.3, seed=7))
+        model.compile(
+            esam(perturb=RandomSuffix(("norm", "head")), gamma=0.5, ascend=ascend),
+            cross_entropy(),
+            run_eagerly=eager,
+            **({} if eager else {"steps_per_execution": 2}),
+        )
+        train(model)
+        found.append(everything(model))
+    close(*found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.backends("tensorflow", "jax")
+def test_a_first_base_step_is_one_more_function(monkeypatch):
+    model = mlp()
+    model.compile(esam(ascend=Previous()), cross_entropy())
+    with traces(monkeypatch) as seen:
+        train(model, 2)
+    assert len(seen) == 2
+    assert seen[0] == BASE and seen[1].ascent.of == "earlier"
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+class Seen(keras.metrics.Metric):
+    """How many samples the metrics were shown."""
+
+    def __init__(self):
+        super().__init__(name="seen")
+        self.seen = self.add_variable((), "zeros", name="seen")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        assert y_true.shape[0] == y_pred.shape[0]
+        self.seen.assign_add(ops.cast(ops.shape(y_pred)[0], "float32"))
+
+    def result(self):
+        return self.seen + 0.0
+
+
+SHOWN = (
+    (Part(0.25), All(), 4),
+    (Part(0.25), Random(0.5), 4),
+    (Part(0.25), TopLoss(0.5), 16),
+    (Previous(), All(), 16),
+    (Previous(), Random(0.5), 8),
+    (Previous(), TopIncrease(0.5), 16),
+)
+
+
+@pytest.mark.parametrize(("ascend", "select", "number"), SHOWN, ids=repr)
+def test_loss_and_metrics_are_of_what_the_step_saw_first(ascend, select, number):
+    model = mlp()
+    oracle = Oracle(model, {"loss": cross_entropy()}, (X, Y))
+    settings = {"metrics": ["accuracy", Seen()], "run_eagerly": True}
+    optimizer = esam(0.0, gamma=None, select=select, ascend=ascend)
+    model.compile(optimizer, cross_entropy(), **settings)
+    if ascend == Previous():
+        model.train_on_batch(X, Y)
+    theta = trainable(model)
+    logs = model.train_on_batch(X, Y, return_dict=True)
+    report = optimizer.report
+    assert float(logs["seen"]) == number
+    np.testing.assert_allclose(float(logs["loss"]), float(report.loss), rtol=1e-5)
+    if report.losses is None:
+        places = np.arange(16) if report.indices is None else np.array(report.indices)
+        assert len(report.perturbed_losses) == len(places) == number
+        assert report.sharpness is None
+    else:
+        places = np.arange(16) if number == 16 else np.array(report.part)
+        expected = oracle_losses(oracle, theta)[places]
+        np.testing.assert_allclose(np.array(report.losses), expected, rtol=1e-4)
+        right = predicted(oracle, theta)[places] == Y[places]
+        np.testing.assert_allclose(float(logs["accuracy"]), right.mean(), rtol=1e-6)
+    assert ("sharpness" in logs) == (report.sharpness is not None)
+    if "sharpness" in logs:
+        np.testing.assert_allclose(float(logs["sharpness"]), float(report.sharpness), rtol=1e-5)
+
+
+def at(oracle, theta, function):
+    before = weights(oracle.model)
+    oracle.model.set_weights(theta)
+    found = function()
+    oracle.model.set_weights(before)
+    return found
+
+
+def predicted(oracle, theta):
+    return at(oracle, theta, lambda: oracle.model.predict(X, verbose=0).argmax(axis=1))
+
+
+def oracle_losses(oracle, theta):
+    def losses():
+        y_pred = oracle.model.predict(X, verbose=0)
+        found = keras.losses.sparse_categorical_crossentropy(Y, y_pred, from_logits=True)
+        return ops.convert_to_numpy(found)
+
+    return at(oracle, theta, losses)
+
+
+# -- what a step leaves ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ascend", SOURCES, ids=repr)
+def test_generators_are_left_as_one_forward_leaves_them(ascend):
+    """Unseeded Dropout and modules of torch have state that Keras does not know."""
+    found = []
+    for source in (ascend, None):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential(
+            [keras.Input((6,)), keras.layers.Dropout(0.5), keras.layers.Dense(3)]
+        )
+        model.compile(esam(ascend=source, rho=1e-20), cross_entropy(), run_eagerly=True)
+        for _ in range(3):
+            model.train_on_batch(X, Y)
+        found.append(weights(model))
+    close(*found)
+
+
+@pytest.mark.backends("torch")
+def test_buffers_of_torchs_modules_are_those_of_the_descent():
+    import torch
+
+    norm = torch.nn.BatchNorm1d(6)
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.TorchModuleWrapper(norm), keras.layers.Dense(3)]
+    )
+    model.compile(esam(ascend=Part(0.25), rho=1e-20), cross_entropy())
+    model.train_on_batch(X, Y)
+    np.testing.assert_allclose(norm.running_mean.numpy(), 0.1 * X.mean(0), rtol=1e-4, atol=1e-6)
+    assert int(norm.num_batches_tracked) == 1
+
+
+def test_in_a_train_step_of_the_users_own():
+    class Mine(keras.Sequential):
+        def train_step(self, *arguments):
+            return esam_keras.train_step(self, *arguments)
+
+    for ascend in (Part(0.5), Previous()):
+        found = []
+        for kind in (Mine, keras.Sequential):
+            keras.utils.set_random_seed(2)
+            model = kind([keras.Input((6,)), keras.layers.Dense(3)])
+            model.compile(esam(ascend=ascend), cross_entropy(), run_eagerly=True)
+            train(model)
+            found.append(trainable(model))
+        close(*found)
+
+
+def test_the_cost_model_prices_keras_models():
+    units = unit_records(mlp())
+    for ascend, select, ratio in (
+        (Part(0.25), All(), 1.25),
+        (Part(0.5), Random(0.5), 1.0),
+        (Previous(), All(), 1.0),
+        (Momentum(), Random(0.5), 0.5),
+    ):
+        found = expected_cost(Everything(), units, select, ascend=ascend, batch_size=16)
+        assert found.ratio == pytest.approx(ratio)
