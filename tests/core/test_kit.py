@@ -40,13 +40,13 @@ class TestComparisons:
     @pytest.mark.parametrize(
         ("actual", "message"),
         [
-            (ONES * (1 + 1e-12), "off by 1e-12"),
+            (ONES * (1 + 1e-12), "the error is 1e-12"),
             (np.array([1.0, np.nan, 1.0]), "at (1,)"),
-            (np.array([1.0, np.inf, 1.0]), "off by inf"),
-            (np.ones((3, 1)), "shape (3, 1), and (3,) is expected"),
-            (np.ones(1), "shape (1,)"),  # would broadcast
-            (np.ones(3, np.float32), "dtype float32, and float64 is expected"),
-            (np.ones(3, int), "dtype int64"),
+            (np.array([1.0, np.inf, 1.0]), "the error is inf"),
+            (np.ones((3, 1)), "expected shape (3,), got (3, 1)"),
+            (np.ones(1), "got (1,)"),  # would broadcast
+            (np.ones(3, np.float32), "expected dtype float64, got float32"),
+            (np.ones(3, int), "got int64"),
             (None, "got None"),
             (["a", "b", None], "expected numbers"),
         ],

@@ -1,6 +1,6 @@
-"""The conformance kit: what every backend of ESAM must do, as checks that it runs on itself.
+"""The conformance kit: checks that every backend of ESAM must pass.
 
     python -m esam_core.conformance my_package:adapter
 
-`adapter` describes what a backend implements for it.
+The module `adapter` describes what a backend must implement.
 """

@@ -15,16 +15,16 @@ from esam_core.errors import ESAMValueError
 
 __all__ = ["load_adapter", "main"]
 
-# What `adapter.Adapter` asks for.
+# The attributes that `adapter.Adapter` requires.
 _PARTS = ("name", "dtypes", "conventions", "gaps", "session")
 _MARKS = {"passed": "passed", "failed": "FAILED", "gap": "gap   "}
 
 
 def load_adapter(address: str) -> Any:
-    """Return the adapter at "package.module:name"; a class or function is called for it.
+    """Return the adapter at "package.module:name"; a class or function there is called.
 
     Raises:
-        ESAMValueError: nothing is there, or what is there is no adapter.
+        ESAMValueError: there is nothing at this address, or it is not an adapter.
     """
     module, colon, name = address.partition(":")
     if not (module and colon and name) or module.startswith("."):
@@ -40,7 +40,7 @@ def load_adapter(address: str) -> Any:
     if absent or isinstance(adapter, type):
         raise ESAMValueError(
             f"The adapter must be an object with {', '.join(_PARTS)}, or a class or function that "
-            f"makes one without arguments. Received: {address!r}, {adapter!r}."
+            f"creates one without arguments. Received: {address!r}, {adapter!r}."
         )
     return adapter
 
@@ -49,7 +49,7 @@ def _needs_nothing(function: Callable[..., Any]) -> bool:
     """Return whether a class or function can be called without arguments."""
     try:
         inspect.signature(function).bind()
-    except (TypeError, ValueError):  # arguments are missing; a built-in that does not tell
+    except (TypeError, ValueError):  # arguments are missing, or a built-in has no signature
         return False
     return True
 
@@ -58,16 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the kit from the command line.
 
     Args:
-        arguments: default those of the process.
+        arguments: the command line arguments; default: those of the process.
 
     Returns:
-        The exit status: 0 if no check failed, 1 if one did, 2 if there was nothing to run.
+        The exit status: 0 if no check failed, 1 if a check failed, 2 if there was nothing to run.
     """
     parser = argparse.ArgumentParser(
         prog="python -m esam_core.conformance",
-        description="Check that a backend of ESAM does what it must.",
+        description="Check a backend of ESAM.",
     )
-    parser.add_argument("adapter", help="where the adapter is, as package.module:name")
+    parser.add_argument("adapter", help="the adapter, as package.module:name")
     parser.add_argument(
         "-k",
         metavar="TEXT",
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dest="pattern",
         help="run only the checks with TEXT in their names",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="list failures and gaps only")
+    parser.add_argument("-q", "--quiet", action="store_true", help="list only failures and gaps")
     given = parser.parse_args(arguments)
     sys.path.insert(0, os.getcwd())
     names = [name for name in CHECKS if given.pattern in name]

@@ -1,8 +1,8 @@
-"""What a backend implements so that the conformance kit can drive it.
+"""The interface that a backend implements for the conformance kit.
 
-The kit never sees a framework. It hands a problem as data to an *adapter*, which builds the
-native model, optimizer and batches, and gives a *session* back: one training run that the kit
-steps and looks at through NumPy arrays. A backend needs two small classes:
+The kit does not use a framework. It passes a problem as data to an *adapter*, which builds the
+framework's model, optimizer and batches, and returns a *session*: one training run that the kit
+steps and reads through NumPy arrays. A backend needs two small classes:
 
     class Adapter:
         name = "my backend"
@@ -17,7 +17,7 @@ steps and looks at through NumPy arrays. A backend needs two small classes:
         def weights(self): ...
         ...
 
-Layouts. Problems are written channels last, and the adapter translates on the way in and out:
+Layouts. Problems have channels last; the adapter converts inputs and outputs:
 
 - `Dense.weight` is (in, out): the layer computes `x @ weight + bias`. torch transposes it.
 - `Conv.weight` is (height, width, in, out); stride 1, no padding ("valid"), cross-correlation.
@@ -27,11 +27,11 @@ Layouts. Problems are written channels last, and the adapter translates on the w
 - `GlobalMean` averages over every axis between the first and the last of that layout.
 
 Names. A parameter is "<layer's name>.weight" or "<layer's name>.bias" (in a `BatchNorm`: scale
-and shift), a running statistic "<layer's name>.mean" or "<layer's name>.variance", what a `Carry`
-holds "<layer's name>.state", whatever the framework calls it. Where a sampler needs blocks, the
-block of a parameter is its layer's name, and the blocks run in the order of `Problem.layers`.
+and shift), a running statistic "<layer's name>.mean" or "<layer's name>.variance", the state of a
+`Carry` "<layer's name>.state", for every framework. If a sampler needs blocks, the block of a
+parameter is its layer's name, and the blocks run in the order of `Problem.layers`.
 
-What a backend cannot show, it declares in `gaps`, with the reason: no check is left out silently.
+A backend declares what it cannot show in `gaps`, with the reason: no check is skipped silently.
 """
 
 from collections.abc import Collection, Mapping
@@ -46,8 +46,8 @@ __all__ = ["CAPABILITIES", "Adapter", "Fault", "Observed", "Session"]
 
 Array = NDArray[Any]
 
-#: What a session can be asked for beyond `step`, `weights` and `buffers`. Each is taken for
-#: granted unless the adapter's `gaps` names it; the checks that need it are then reported as gaps.
+#: What a session may support in addition to `step`, `weights` and `buffers`. Each is expected
+#: unless the adapter's `gaps` names it; the checks that need it are then reported as gaps.
 CAPABILITIES: Mapping[str, str] = {
     "losses": "`Observed.losses`",
     "perturbed_losses": "`Observed.perturbed_losses`",
@@ -56,14 +56,14 @@ CAPABILITIES: Mapping[str, str] = {
     "perturbed": "`Observed.perturbed`",
     "perturbation_norm": "`Observed.perturbation_norm`",
     "gradient_norm": "`Observed.gradient_norm`",
-    "gradient": "`Observed.gradient`, the descent gradient that the base optimizer was given",
+    "gradient": "`Observed.gradient`, the descent gradient that the base optimizer used",
     "passes": "`Observed.passes`, how many samples each pass evaluated",
-    "backward": "`Session.backward`, `gradients`, `zero_gradients`, `apply`: update set apart",
+    "backward": "`Session.backward`, `gradients`, `zero_gradients`, `apply`: separate update",
     "faults": "the `fault` argument of `step`: raise inside a pass",
     "state": "`Session.state` and `load`: save and resume",
     "random": "`Session.random_probe`: the state of the native random generators",
     "dropout": "`Dropout` layers",
-    "carry": "`Carry` layers: forwards that write what later ones read",
+    "carry": "`Carry` layers: forwards that write state for later ones",
     "groups": "`groups`: rho, adaptive and perturb of single parameters",
     "frozen": "`frozen`: parameters that are not trained",
     "ascend": "`ascend=`: directions other than `Batch()`, and `Observed.part`",
@@ -73,10 +73,10 @@ CAPABILITIES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What is to go wrong inside a step: in evaluation number `call` of the losses, raise `error`.
+    """A fault inside a step: raise `error` in evaluation number `call` of the losses.
 
     Args:
-        call: 1 for the first pass (the ascent), then on in the order of `Observed.passes`.
+        call: 1 for the first pass (the ascent), then in the order of `Observed.passes`.
         error: the exception to raise there, after the forward of that pass.
     """
 
@@ -86,10 +86,10 @@ class Fault:
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What one step showed, as NumPy arrays and Python numbers, copied.
+    """The observations of one step, as copied NumPy arrays and Python numbers.
 
-    A field is None where the step had no reason to compute it, exactly as in `StepReport`, or
-    where `gaps` names it. The first eight are the report's fields of that name.
+    A field is None if the step did not need to compute it, exactly as in `StepReport`, or if `gaps`
+    names it. The first eight are the report's fields with the same names.
 
     Args:
         losses: (b,), in the session's dtype.
@@ -100,11 +100,11 @@ class Observed:
         perturbation_norm: 0.0 for a base step.
         gradient_norm: None for a base step.
         part: (n,) integers or None.
-        gradient: by name, the gradients that the base optimizer's update was given (for `step`)
-            or that this call left (for `backward`).
+        gradient: by name, the gradients that the base optimizer's update used (for `step`) or that
+            this call added (for `backward`).
         passes: the number of samples of each evaluation of the losses, in order: (8, 8, 4) for
             b = 8 and gamma = .5; (8,) for a base step. With `Part(0.25)`, `TopIncrease(0.5)`:
-            (2, 6, 8, 4), the part, the other samples without a graph, selection and descent.
+            (2, 6, 8, 4), for the part, the other samples without a graph, selection and descent.
     """
 
     losses: Array | None = None
@@ -120,22 +120,22 @@ class Observed:
 
 
 class Session(Protocol):
-    """One training run. Methods named in `CAPABILITIES` are called only without such a gap."""
+    """One training run. Methods in `CAPABILITIES` are called only if they are not declared gaps."""
 
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
-        """Make one whole training step, update included, as the backend's user would.
+        """Run one whole training step, including the update, like the backend's user.
 
-        Gradients of earlier steps do not enter. Without ESAM (`esam=None`): one step of the base
-        optimizer on the mean loss; only `Observed.losses` may then be filled.
+        Gradients of earlier steps are not used. Without ESAM (`esam=None`) this is one step of the
+        base optimizer on the mean loss; then only `Observed.losses` needs to be set.
         """
         ...
 
     def weights(self) -> dict[str, Array]:
-        """Return copies of all parameters by name, frozen ones included, bit for bit."""
+        """Return exact copies of all parameters by name, including frozen ones."""
         ...
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics, and of what `Carry` layers hold, by name."""
+        """Return copies of all running statistics and states of `Carry` layers, by name."""
         ...
 
     def trainable(self) -> dict[str, bool]:
@@ -143,50 +143,50 @@ class Session(Protocol):
         ...
 
     def backward(self, batch: Batch) -> Observed:
-        """Make the passes of one step, adding to the gradients, without the update."""
+        """Run the passes of one step, adding to the gradients, without the update."""
         ...
 
     def gradients(self) -> dict[str, Array]:
-        """Return copies of the gradients as the framework holds them; absent ones left out."""
+        """Return copies of the framework's gradients, without absent ones."""
         ...
 
     def zero_gradients(self) -> None:
-        """Forget all gradients, as the framework's user would before a step."""
+        """Reset all gradients, like the framework's user before a step."""
         ...
 
     def apply(self) -> None:
-        """Make the base optimizer's own update with the gradients as they stand."""
+        """Run the base optimizer's update with the current gradients."""
         ...
 
     def state(self) -> Any:
-        """Return all that a checkpoint holds: weights, buffers and the optimizer's state."""
+        """Return the contents of a checkpoint: weights, buffers and the optimizer's state."""
         ...
 
     def load(self, state: Any) -> None:
-        """Go on from what `state` of another session, made with the same arguments, returned."""
+        """Load a state returned by another session with the same arguments."""
         ...
 
     def random_probe(self) -> Array:
-        """Return numbers that tell states of the native generators apart, and change none.
+        """Return numbers that identify the state of the framework's random generators.
 
-        For example their raw state, or what they would draw next.
+        They must not change the state. Examples are the raw state, or the next numbers to be drawn.
         """
         ...
 
 
 class Adapter(Protocol):
-    """How the kit reaches a backend.
+    """The kit's interface to a backend.
 
     Attributes:
-        name: shown in reports.
-        dtypes: "float64" and/or "float32"; most checks run in the first, some in all.
+        name: the name in reports.
+        dtypes: "float64" and/or "float32"; most checks use the first, some use all.
         conventions: see `Conventions`.
         gaps: capability (a key of `CAPABILITIES`) or name of a check -> why the backend cannot.
     """
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """The name in reports."""
         ...
 
     @property
@@ -196,12 +196,12 @@ class Adapter(Protocol):
 
     @property
     def conventions(self) -> Conventions:
-        """Where the framework differs lawfully."""
+        """Where the framework's conventions differ."""
         ...
 
     @property
     def gaps(self) -> Mapping[str, str]:
-        """What the backend cannot do or show, each with the reason."""
+        """What the backend cannot do or show, with reasons."""
         ...
 
     def session(
@@ -215,16 +215,16 @@ class Adapter(Protocol):
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> Session:
-        """Build model, base optimizer and ESAM, and return them as a run to be stepped.
+        """Build model, base optimizer and ESAM, and return them as a training run.
 
         Args:
             problem: the model; in training mode.
             base: the base optimizer over all parameters that are not frozen.
-            esam: keyword arguments of the backend's `ESAM` beside base optimizer and model, given
-                to it as they are (errors must come from there); None for the base alone.
-            dtype: of weights, inputs, losses and gradients.
+            esam: keyword arguments of the backend's `ESAM` other than base optimizer and model,
+                passed on unchanged (it must raise the errors); None for the base optimizer alone.
+            dtype: the dtype of weights, inputs, losses and gradients.
             frozen: names of parameters that are not trained; always whole layers.
             groups: name of a parameter -> its own "rho", "adaptive" or "perturb"; or None.
-            seed: of the native random generators (dropout, masks of single weights).
+            seed: the seed of the framework's random generators (dropout, masks of single weights).
         """
         ...

@@ -1,6 +1,6 @@
-"""Comparisons that fail with a message worth reading: what, where, and by how much.
+"""Comparisons whose errors state what differs, where, and by how much.
 
-Shape and dtype come before values: a broadcast can hide any defect.
+Shape and dtype are compared before values, because broadcasting can hide any fault.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def _array(what: str, value: Any) -> NDArray[Any]:
-    """Return what a backend showed as an array, refusing None and anything but numbers."""
+    """Return a backend's value as an array; raise for None and anything except numbers."""
     require(value is not None, f"{what}: expected numbers, got None.")
     array = np.asarray(value)
     require(array.dtype != object, f"{what}: expected numbers, got {type(value).__name__}.")
@@ -44,32 +44,32 @@ def close(what: str, actual: Any, expected: Any, *, kind: str, dtype: str) -> No
     """Require equality within the tolerance of a kind.
 
     Args:
-        what: names the quantity in the message.
-        actual: what the backend showed: an array of this dtype, or a Python number.
-        expected: what the reference says.
+        what: the name of the quantity in the message.
+        actual: the backend's value: an array of this dtype, or a Python number.
+        expected: the reference's value.
         kind: a row of `TOLERANCES`.
-        dtype: of the session.
+        dtype: the session's dtype.
     """
     scale = float(np.max(np.abs(expected), initial=0.0))
     _close(what, actual, expected, scale * tolerance(kind, dtype), f"{kind}, {dtype}", dtype)
 
 
 def _close(what: str, actual: Any, expected: Any, allowed: float, row: str, dtype: str) -> None:
-    """Require an array of the dtype and of the expected shape, each entry within `allowed`."""
+    """Require an array with this dtype and the expected shape, with each error within `allowed`."""
     found, wanted = _array(what, actual), np.asarray(expected, dtype=np.float64)
     require(
         found.shape == wanted.shape,
-        f"{what}: shape {found.shape}, and {wanted.shape} is expected.",
+        f"{what}: expected shape {wanted.shape}, got {found.shape}.",
     )
-    # A Python number is a float64: only arrays have a dtype of the backend's choosing.
+    # A Python number is a float64: only arrays have a dtype chosen by the backend.
     if isinstance(actual, np.ndarray) and actual.ndim:
-        require(found.dtype == dtype, f"{what}: dtype {found.dtype}, and {dtype} is expected.")
+        require(found.dtype == dtype, f"{what}: expected dtype {dtype}, got {found.dtype}.")
     error = np.abs(found.astype(np.float64) - wanted)
     if not np.all(error <= allowed):  # not `any >`: NaN must fail
         place = np.unravel_index(int(np.argmax(np.nan_to_num(error, nan=np.inf))), error.shape)
         raise ConformanceError(
-            f"{what}: {found[place]!r} at {tuple(map(int, place))}, and {wanted[place]!r} is "
-            f"expected: off by {error[place]:.3g}, and {allowed:.3g} is allowed ({row})."
+            f"{what}: expected {wanted[place]!r} at {tuple(map(int, place))}, got "
+            f"{found[place]!r}: the error is {error[place]:.3g}, allowed is {allowed:.3g} ({row})."
         )
 
 
@@ -106,18 +106,17 @@ def equal_all(what: str, actual: Mapping[str, Any], expected: Mapping[str, Any])
         found = actual[name]
         require(
             found.dtype == wanted.dtype and found.shape == wanted.shape,
-            f"{what} {name!r}: {found.dtype}{found.shape} in place of "
-            f"{wanted.dtype}{wanted.shape}.",
+            f"{what} {name!r}: {found.dtype}{found.shape} instead of {wanted.dtype}{wanted.shape}.",
         )
         if found.tobytes() != wanted.tobytes():
             gap = np.max(np.abs(found.astype(np.float64) - wanted.astype(np.float64)))
             raise ConformanceError(
-                f"{what} {name!r}: not what it was bit for bit; off by up to {gap:.3g}."
+                f"{what} {name!r}: not equal bit for bit; the largest error is {gap:.3g}."
             )
 
 
 def has_nonfinite(arrays: Mapping[str, Any]) -> dict[str, bool]:
-    """Return for each array whether it holds anything that is not finite."""
+    """Return, for each array, whether it contains a non-finite value."""
     return {name: not bool(np.isfinite(a).all()) for name, a in arrays.items()}
 
 
@@ -131,6 +130,6 @@ def _same_names(what: str, actual: Mapping[str, Any], expected: Mapping[str, Any
 
 
 def _short(value: Any) -> str:
-    """Return a value's text, cut where it is long."""
+    """Return a value's text, shortened if it is long."""
     text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
     return text if len(text) <= 200 else text[:197] + "..."

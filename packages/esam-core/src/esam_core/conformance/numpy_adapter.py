@@ -1,4 +1,4 @@
-"""The reference behind the adapter's face: the kit's oracle, and its first customer.
+"""The adapter of the reference, with which the kit compares backends.
 
 python -m esam_core.conformance esam_core.conformance.numpy_adapter:adapter
 """
@@ -24,17 +24,17 @@ Array = NDArray[Any]
 
 
 class WatchedNetwork(Network):
-    """A network that notes how many samples each pass evaluates, and can fail in one."""
+    """A network that records the number of samples of each pass, and can fail in one."""
 
     def watch(self, fault: Fault | None) -> None:
-        """Forget earlier passes; fail where the fault says."""
+        """Forget earlier passes, and set the fault."""
         self.passes: list[int] = []
         self.fault = fault
 
     def evaluate(
         self, batch: Batch, *, statistics: str = "batch", update: bool = False
     ) -> Evaluation:
-        """Return what `Network.evaluate` does, unless a fault is due."""
+        """Run `Network.evaluate`, unless a fault is due."""
         evaluation = super().evaluate(batch, statistics=statistics, update=update)
         self.passes.append(len(evaluation.losses))
         if self.fault is not None and self.fault.call == len(self.passes):
@@ -43,7 +43,7 @@ class WatchedNetwork(Network):
 
 
 class NumpySession:
-    """A training run of the reference: see `Session` for the methods.
+    """A training run of the reference; see `Session` for the methods.
 
     Args:
         network: the model.
@@ -55,14 +55,14 @@ class NumpySession:
         self.network = network
         self.base = base
         self.esam = step
-        self.left: dict[str, Array] = {}  # what torch calls .grad
+        self.left: dict[str, Array] = {}  # the gradients, like `.grad` in torch
         self.pending = False
 
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
-        """Make one whole training step."""
+        """Run one whole training step."""
         if self.pending:
             raise ESAMRuntimeError(
-                "`step` with a batch must not follow a `backward` that no update has used."
+                "`step` with a batch must not follow a `backward` without an update."
             )
         self.zero_gradients()
         observed = self.passes(batch, fault)
@@ -70,7 +70,7 @@ class NumpySession:
         return observed
 
     def passes(self, batch: Batch, fault: Fault | None) -> Observed:
-        """Make the passes of a step and add to the gradients."""
+        """Run the passes of a step and add to the gradients."""
         self.network.watch(fault)
         if self.esam is None:
             evaluation = self.network.evaluate(batch, statistics="batch", update=True)
@@ -98,7 +98,7 @@ class NumpySession:
             self.left[name] = self.left[name] + g if name in self.left else g.copy()
 
     def backward(self, batch: Batch) -> Observed:
-        """Make the passes of one step, adding to the gradients, without the update."""
+        """Run the passes of one step, adding to the gradients, without the update."""
         observed = self.passes(batch, None)
         self.pending = True
         return observed
@@ -108,12 +108,12 @@ class NumpySession:
         return {name: g.copy() for name, g in self.left.items()}
 
     def zero_gradients(self) -> None:
-        """Forget all gradients."""
+        """Reset all gradients."""
         self.left = {}
         self.pending = False
 
     def apply(self) -> None:
-        """Make the base optimizer's own update."""
+        """Run the base optimizer's update."""
         self.base.update(self.network.parameters, self.left)
         if self.esam:
             self.esam.memory.record_update(self.left)
@@ -124,7 +124,7 @@ class NumpySession:
         return {name: theta.copy() for name, theta in self.network.parameters.items()}
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics, and of what is carried."""
+        """Return copies of all running statistics and carried states."""
         return {name: values.copy() for name, values in self.network.buffers.items()}
 
     def trainable(self) -> dict[str, bool]:
@@ -133,7 +133,7 @@ class NumpySession:
         return {name: name in trained for name in self.network.parameters}
 
     def state(self) -> dict[str, Any]:
-        """Return all that a checkpoint holds."""
+        """Return the contents of a checkpoint."""
         return {
             "weights": self.weights(),
             "buffers": self.buffers(),
@@ -143,7 +143,7 @@ class NumpySession:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Load a state that `state` returned."""
         for name, theta in state["weights"].items():
             self.network.parameters[name][...] = theta
         for name, values in state["buffers"].items():
@@ -154,7 +154,7 @@ class NumpySession:
             self.esam.memory.load(state["direction"])
 
     def random_probe(self) -> Array:
-        """Return what the generator would draw next."""
+        """Return the next number that the generator would draw."""
         copied = np.random.PCG64()
         copied.state = self.network.random_state
         return np.asarray(copied.random_raw(4))
@@ -164,10 +164,10 @@ class NumpyAdapter:
     """The reference as a backend.
 
     Args:
-        conventions: whose base optimizers and BatchNorm to follow. Default torch's.
-        step: the class of the step: `Step`, or one that is wrong on purpose.
-        session: the class of the session, likewise.
-        network: the class of the network, likewise.
+        conventions: the conventions of base optimizers and BatchNorm. Default: torch's.
+        step: the class of the step: `Step`, or a deliberately wrong one.
+        session: the class of the session.
+        network: the class of the network.
     """
 
     name = "NumPy reference"
@@ -198,7 +198,7 @@ class NumpyAdapter:
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> NumpySession:
-        """Build a run: see `Adapter.session`."""
+        """Build a run; see `Adapter.session`."""
         network = self._network(
             problem.layers,
             dtype=dtype,

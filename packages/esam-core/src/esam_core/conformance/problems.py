@@ -1,7 +1,7 @@
-"""The problems that the kit trains: small models and batches, as data.
+"""The problems of the kit: small models and batches, as data.
 
-Every number is a multiple of 2**-10 below 4, so that float32 and float64 start from the very
-same problem, and comes from the raw words of a counter-based generator, so that the problems are
+All numbers are multiples of 2**-10 below 4, so that float32 and float64 start from exactly the same
+problem. They are drawn from the raw words of a counter-based generator, so that the problems are
 the same on every platform and with every version of NumPy.
 """
 
@@ -42,7 +42,7 @@ __all__ = [
 
 Array = NDArray[Any]
 
-# The kit's own draws: apart from every seed that its configurations use.
+# The kit's own seed, different from all seeds in its configurations.
 _SEED = 20220425
 
 
@@ -53,7 +53,7 @@ def numbers(shape: tuple[int, ...], scale: float, key: int) -> Array:
 
 
 def batches(n: int, size: int, shape: tuple[int, ...], classes: int, key: int) -> tuple[Batch, ...]:
-    """Return n batches of one size: inputs in [-2, 2] and labels of all classes."""
+    """Return n batches of the same size: inputs in [-2, 2] and labels of all classes."""
     found = []
     for i in range(n):
         inputs = numbers((size, *shape), 2.0, key + 10 * i)
@@ -70,7 +70,7 @@ def _dense(name: str, fan_in: int, fan_out: int, key: int, scale: float = 1.0) -
 
 
 def _norm(name: str, channels: int, key: int) -> BatchNorm:
-    """Return a BatchNorm whose parameters and running statistics are all of consequence."""
+    """Return a BatchNorm whose parameters and running statistics all have an effect."""
     return BatchNorm(
         name,
         weight=1.0 + numbers((channels,), 0.5, key),
@@ -86,7 +86,7 @@ def softmax(size: int = 8) -> Problem:
 
 
 def mlp() -> Problem:
-    """Return two hidden layers of tanh: smooth, six parameters."""
+    """Return an MLP with two tanh layers: smooth, six parameters."""
     layers = (
         _dense("first", 6, 7, 200),
         Tanh("first_tanh"),
@@ -100,8 +100,8 @@ def mlp() -> Problem:
 def batchnorm() -> Problem:
     """Return a hidden layer with BatchNorm.
 
-    No bias before it: BatchNorm takes it out again, so that its gradient is rounding noise, which
-    Adam would blow up.
+    There is no bias before it: BatchNorm would cancel it, and its gradient would be rounding noise,
+    which Adam would amplify.
     """
     layers = (
         Dense("first", numbers((5, 6), 1.0, 300)),
@@ -113,7 +113,7 @@ def batchnorm() -> Problem:
 
 
 def convolution() -> Problem:
-    """Return two convolutions with BatchNorm, a mean over places and a dense layer."""
+    """Return two convolutions with BatchNorm, a global mean and a dense layer."""
     layers = (
         Conv("stem", numbers((3, 3, 2, 3), 0.5, 400)),
         _norm("stem_norm", 3, 410),
@@ -128,7 +128,7 @@ def convolution() -> Problem:
 
 
 def dropout() -> Problem:
-    """Return a hidden layer with dropout behind it."""
+    """Return a hidden layer followed by dropout."""
     layers = (
         _dense("first", 5, 32, 500),
         Tanh("tanh"),
@@ -139,7 +139,7 @@ def dropout() -> Problem:
 
 
 def carry() -> Problem:
-    """Return a hidden layer with what earlier forwards left added to it."""
+    """Return a hidden layer to which the state of earlier forwards is added."""
     layers = (
         _dense("first", 5, 6, 900),
         Carry("carry", numbers((6,), 1.0, 910)),
@@ -150,7 +150,7 @@ def carry() -> Problem:
 
 
 def embedding() -> Problem:
-    """Return a bag of embedded integers, of which a batch uses some."""
+    """Return a mean of embedded integers; a batch uses only some of them."""
     layers = (
         Embedding("table", numbers((12, 4), 1.0, 600)),
         GlobalMean("mean"),
@@ -169,15 +169,15 @@ def embedding() -> Problem:
 
 
 def flat(size: int = 8) -> Problem:
-    """Return a layer without bias on inputs of zero: its gradient is exactly zero."""
+    """Return a layer without bias, with inputs of zero: its gradient is exactly zero."""
     batch = Batch(np.zeros((size, 4)), np.arange(size) % 3)
     return Problem("flat", (Dense("head", numbers((4, 3), 1.0, 700)),), (batch,) * 3)
 
 
 def linear(size: int = 8) -> Problem:
-    """Return a layer so sure of a class that is always wrong that its loss is linear in theta.
+    """Return a layer whose loss is linear in theta, because it is certain of a wrong class.
 
-    The probability of that class is 1 to the last bit: its gradient does not depend on theta.
+    The probability of that class is exactly 1: the gradient does not depend on theta.
     """
     head = Dense("head", numbers((5, 3), 1.0, 800), np.array([0.0, 0.0, 64.0]))
     labels = np.arange(size) % 2
@@ -186,7 +186,7 @@ def linear(size: int = 8) -> Problem:
 
 
 def with_nan(batch: Batch, sample: int) -> Batch:
-    """Return the batch with one sample's inputs made NaN."""
+    """Return the batch with NaN as the inputs of one sample."""
     inputs = batch.inputs.copy()
     inputs[sample] = np.nan
     return Batch(inputs, batch.targets)

@@ -1,4 +1,4 @@
-"""Running checks, and saying what came of each."""
+"""Running checks and collecting their results."""
 
 import time
 import traceback
@@ -15,14 +15,14 @@ __all__ = ["Result", "check_gaps", "run_check", "run_checks"]
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a check.
+    """The result of a check.
 
     Args:
-        name: of the check.
+        name: the name of the check.
         status: "passed", "failed" or "gap".
         reason: why it failed, or why the backend declares the gap; "" if passed.
         seconds: how long it took.
-        error: what the check raised, if it failed.
+        error: the exception of the check, if it failed.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Result:
 
 
 def check_gaps(adapter: Adapter) -> None:
-    """Refuse gaps that name neither a capability nor a check, or give no reason."""
+    """Raise for gaps that name neither a capability nor a check, or have no reason."""
     for name, reason in adapter.gaps.items():
         if name not in CAPABILITIES and name not in CHECKS:
             raise ESAMValueError(
@@ -45,10 +45,10 @@ def check_gaps(adapter: Adapter) -> None:
 
 
 def run_check(adapter: Adapter, name: str) -> Result:
-    """Run one check on a backend, unless the backend lacks what it needs.
+    """Run one check on a backend, unless the backend lacks a capability that it needs.
 
-    A check that the backend names in its gaps is run all the same, and must fail: a gap that has
-    been closed may not stay declared.
+    A check that the backend declares as a gap is still run, and must fail: a closed gap must not
+    stay declared.
     """
     function = CHECKS[name]
     absent = missing(function, adapter)
@@ -65,14 +65,14 @@ def run_check(adapter: Adapter, name: str) -> Result:
     if name in adapter.gaps:
         if raised is not None:
             return Result(name, "gap", adapter.gaps[name], seconds)
-        raised = ConformanceError(f"it passes, and is declared a gap: {adapter.gaps[name]}")
+        raised = ConformanceError(f"it passes, but is declared a gap: {adapter.gaps[name]}")
     if raised is None:
         return Result(name, "passed", "", seconds)
     return Result(name, "failed", _reason(raised), seconds, raised)
 
 
 def _reason(error: Exception) -> str:
-    """Return what a failure says; where an error is not the kit's own, also where it came from."""
+    """Return the message of a failure, with the place of an error that is not the kit's own."""
     if isinstance(error, ConformanceError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -80,7 +80,7 @@ def _reason(error: Exception) -> str:
 
 
 def run_checks(adapter: Adapter, names: Iterable[str] | None = None) -> Iterator[Result]:
-    """Run checks, all of them by default, yielding what came of each as it comes."""
+    """Run checks, by default all of them, and yield their results."""
     check_gaps(adapter)
     for name in CHECKS if names is None else names:
         yield run_check(adapter, name)

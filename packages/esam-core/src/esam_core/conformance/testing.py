@@ -31,7 +31,7 @@ def _run(adapter: Adapter, name: str) -> None:
 
 
 def conformance(adapter: Adapter) -> Callable[[Any], Any]:
-    """Return a decorator that makes one test of every check.
+    """Return a decorator that creates one test for each check.
 
     Args:
         adapter: the backend.

@@ -1,10 +1,10 @@
-"""The one table of tolerances: how far a backend may be from the float64 reference, and why.
+"""The table of tolerances: how much a backend may differ from the float64 reference, and why.
 
 A tolerance is a multiple of eps, the dtype's distance from 1 to the next number (float32:
-1.19e-7, float64: 2.22e-16), times the largest magnitude of what is compared: errors of sums and
-products scale with their terms, not with what is left of them after cancellation. The multiples
-are ten times and more what NumPy in float32 and torch were seen to need: other libraries round and
-order their sums otherwise, and the faults that the kit is for are thousands of times larger.
+1.19e-7, float64: 2.22e-16), times the largest magnitude of the compared values: errors of sums and
+products scale with their terms, not with their result after cancellation. The multiples are at
+least ten times what NumPy in float32 and torch need, because other libraries round and order sums
+differently. The faults that the kit looks for are thousands of times larger.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Tolerance:
     reason: str
 
 
-#: Row by kind of quantity.
+#: Rows by kind of quantity.
 TOLERANCES = {
     "losses": Tolerance(
         64.0,
@@ -46,9 +46,9 @@ TOLERANCES = {
         128.0,
         "Adam divides by the gradient's size: small entries carry the error of the large ones",
     ),
-    "buffers": Tolerance(32.0, 32.0, "a mean and a variance of activations, mixed once a step"),
+    "buffers": Tolerance(32.0, 32.0, "a mean and a variance of activations, mixed once per step"),
     "same": Tolerance(
-        32.0, 32.0, "the same mathematics twice in one backend, compiled or fused differently"
+        32.0, 32.0, "the same computation twice in one backend, compiled or fused differently"
     ),
     "sample weights": Tolerance(
         128.0, 128.0, "b times a score over the sum of the scores, each with its own error"

@@ -1,4 +1,4 @@
-"""A run of the backend beside a run of the reference, compared after every step."""
+"""A run of the backend, compared with a run of the reference after every step."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from esam_core.problem import Base, Batch, Problem
 
 __all__ = ["SGD", "Run", "compare_observed", "compare_state", "follow", "shows"]
 
-#: The base optimizer of most checks: a wrong momentum buffer shows in the second step.
+#: The base optimizer of most checks: a wrong momentum buffer is visible in the second step.
 SGD = Base("sgd", lr=0.1, momentum=0.9)
 
 
 def shows(adapter: Adapter, capability: str) -> bool:
-    """Return whether a backend has a capability, that is, declares no gap for it."""
+    """Return whether a backend has a capability, so that it declares no gap for it."""
     return capability not in adapter.gaps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What to run: everything that `Adapter.session` takes."""
+    """A run: all arguments of `Adapter.session`."""
 
     problem: Problem
     esam: Mapping[str, Any] | None
@@ -32,7 +32,7 @@ class Run:
     seed: int = 0
 
     def on(self, adapter: Adapter, dtype: str | None = None) -> Session:
-        """Return this run on a backend, in its first dtype unless told otherwise."""
+        """Return this run on a backend, by default in its first dtype."""
         return adapter.session(
             self.problem,
             self.base,
@@ -57,17 +57,17 @@ def compare_observed(
     *,
     gradient: bool = True,
 ) -> None:
-    """Require everything that a backend shows of a step to be as expected.
+    """Require that all observations of a step are as expected.
 
     Args:
         adapter: the backend.
-        where: begins the message of a failure.
-        actual: what the backend showed.
-        expected: what the reference showed, or a recording of it.
-        dtype: of the backend's session.
-        gradient: whether to compare the gradient too, which recordings leave out.
+        where: the start of the message of a failure.
+        actual: the backend's observations.
+        expected: the reference's observations, or a recording of them.
+        dtype: the dtype of the backend's session.
+        gradient: whether to compare the gradient too, which recordings do not have.
     """
-    # Exact things first: with another mask or selection no number can be right.
+    # Exact values first: with another mask or selection all numbers differ.
     for name in ("perturbed", "part", "indices", "passes"):
         if shows(adapter, "ascend" if name == "part" else name):
             equal(f"{where}: {name}", getattr(actual, name), getattr(expected, name))
@@ -100,7 +100,7 @@ def compare_observed(
 def compare_state(
     where: str, actual: Session, expected: Session, dtype: str, kind: str = "weights"
 ) -> None:
-    """Require the weights, and what forwards have written, to be the reference's."""
+    """Require that weights and written states match the reference."""
     close_all(f"{where}: weights", actual.weights(), expected.weights(), kind=kind, dtype=dtype)
     close_all(
         f"{where}: buffers", actual.buffers(), expected.buffers(), kind="buffers", dtype=dtype
@@ -116,15 +116,15 @@ def follow(
     kind: str = "weights",
     batches: Sequence[Batch] | None = None,
 ) -> tuple[Session, Session]:
-    """Step a backend and the reference side by side; require all they show to agree.
+    """Step a backend and the reference together; require that all observations agree.
 
     Args:
         adapter: the backend.
-        run: what to run on both.
-        steps: how many.
-        dtype: of the backend's session; default its first.
-        kind: row of the tolerance table for the weights.
-        batches: default the problem's own.
+        run: the run.
+        steps: the number of steps.
+        dtype: the dtype of the backend's session; default: its first.
+        kind: the row of the tolerance table for the weights.
+        batches: the batches; default: those of the problem.
 
     Returns:
         The backend's session and the reference's, after the last step.
@@ -142,7 +142,7 @@ def follow(
 
 
 def _written(esam: Mapping[str, Any] | None) -> str:
-    """Return hyperparameters as they would be written in a call."""
+    """Return hyperparameters as in a Python call."""
     if esam is None:
         return "base optimizer"
     return ", ".join(f"{name}={value!r}" for name, value in esam.items())

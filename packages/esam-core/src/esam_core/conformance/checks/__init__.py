@@ -19,7 +19,7 @@ from esam_core.conformance.checks.registry import Check, check, missing, needs_o
 
 __all__ = ["CHECKS", "Check", "check", "missing", "needs_of"]
 
-#: Every check by name, in the order in which reports list them.
+#: All checks by name, in the order of reports.
 CHECKS: dict[str, Check] = {
     function.__name__: function
     for module in (

@@ -1,4 +1,4 @@
-"""Arguments that must be refused, with an error that names them."""
+"""Invalid arguments must raise an error that names them."""
 
 from typing import Any
 
@@ -44,16 +44,16 @@ _BAD: tuple[tuple[dict[str, Any], str, type[Exception]], ...] = (
 
 @check()
 def check_bad_hyperparameters_are_refused(adapter: Adapter) -> None:
-    """Each bad, doubled or misspelt hyperparameter raises at once, and the message names it."""
+    """Invalid, duplicate or misspelt hyperparameters raise immediately; the message names them."""
     for arguments, name, expected in _BAD:
         raised: Exception | None = None
         try:
             Run(problem=softmax(), esam=arguments).on(adapter)
-        except Exception as error:  # which one is what is under test
+        except Exception as error:  # the type is checked below
             raised = error
         require(
             isinstance(raised, expected),
-            f"{arguments}: a {expected.__name__} is expected, and {raised!r} came.",
+            f"{arguments}: expected a {expected.__name__}, got {raised!r}.",
         )
         require(name in str(raised), f"{arguments}: the message does not name {name!r}: {raised}")
 
@@ -70,11 +70,9 @@ def check_an_empty_batch_is_refused(adapter: Adapter) -> None:
     except ValueError:
         equal_all("weights after an empty batch", session.weights(), before)
     except Exception as error:
-        raise ConformanceError(
-            f"an empty batch raised {error!r}, and a ValueError is expected."
-        ) from error
+        raise ConformanceError(f"an empty batch: expected a ValueError, got {error!r}.") from error
     else:
-        raise ConformanceError("an empty batch: a ValueError is expected, and none came.")
+        raise ConformanceError("an empty batch: expected a ValueError, got none.")
 
 
 CHECKS = (check_bad_hyperparameters_are_refused, check_an_empty_batch_is_refused)

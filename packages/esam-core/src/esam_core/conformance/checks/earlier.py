@@ -1,4 +1,4 @@
-"""`ascend=Previous()` and `Momentum()`: the climb along what earlier steps have left."""
+"""`ascend=Previous()` and `Momentum()`: ascent directions from earlier steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ _EARLIER: tuple[Direction, ...] = (Previous(), Momentum())
 
 @check("ascend")
 def check_first_step_is_a_base_step(adapter: Adapter) -> None:
-    """Without an earlier step there is nothing to climb along: a base step, at its price."""
+    """Without an earlier step there is no direction: a base step, at its cost."""
     problem = batchnorm()
     for ascend in _EARLIER:
         esam = {"rho": 0.5, "beta": 1.0, "gamma": 0.5, "ascend": ascend}
@@ -35,7 +35,7 @@ def check_first_step_is_a_base_step(adapter: Adapter) -> None:
         shown = ours.step(problem.batches[0])
         base.step(problem.batches[0])
         if shows(adapter, "passes"):
-            equal(f"{ascend}, first step: samples a pass", shown.passes, (8,))
+            equal(f"{ascend}, first step: samples per pass", shown.passes, (8,))
         if shows(adapter, "perturbation_norm"):
             equal(f"{ascend}, first step: perturbation_norm", shown.perturbation_norm, 0.0)
         for what in ("weights", "buffers"):
@@ -50,7 +50,7 @@ def check_first_step_is_a_base_step(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_climb_along_the_previous_gradient(adapter: Adapter) -> None:
-    """`Previous()` is SAM along the gradient of the update before: written out from gradients."""
+    """`Previous()` is SAM along the previous update's gradient, computed here by hand."""
     dtype, problem, rho, lr = adapter.dtypes[0], mlp(), 0.3, 0.1
     for sign in (1, -1):
         esam = {
@@ -85,7 +85,7 @@ def check_climb_along_the_previous_gradient(adapter: Adapter) -> None:
 
 @check("ascend", "perturbed_losses", "gradient_norm")
 def check_previous_is_sam_where_the_gradient_is_constant(adapter: Adapter) -> None:
-    """On a loss that is linear in the weights `Previous()` is SAM, from the second step on.
+    """On a loss that is linear in the weights, `Previous()` equals SAM from the second step on.
 
     The loss at theta + epsilon is then higher by exactly rho ||g||.
     """
@@ -147,7 +147,7 @@ def check_earlier_directions_beside_the_reference(adapter: Adapter) -> None:
 
 @check("ascend", "passes")
 def check_passes_without_an_ascent(adapter: Adapter) -> None:
-    """A direction of earlier steps costs no pass; losses at theta are evaluated where needed."""
+    """A direction from earlier steps needs no pass, and losses at theta only if used."""
     problem = softmax()
     cases: tuple[tuple[Any, tuple[int, ...]], ...] = (
         (All(), (8,)),
@@ -163,7 +163,7 @@ def check_passes_without_an_ascent(adapter: Adapter) -> None:
             session = Run(problem=problem, esam=esam).on(adapter)
             session.step(problem.batches[0])
             shown = session.step(problem.batches[1])
-            equal(f"{ascend}, {select}: samples a pass", shown.passes, passes)
+            equal(f"{ascend}, {select}: samples per pass", shown.passes, passes)
             if shows(adapter, "losses"):
                 known = shown.losses is not None
                 equal(f"{ascend}, {select}: losses at theta", known, len(passes) > 1)
@@ -171,7 +171,7 @@ def check_passes_without_an_ascent(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_rho_zero_with_any_direction(adapter: Adapter) -> None:
-    """With rho = 0 a step is the base optimizer's, wherever its direction would come from."""
+    """With rho = 0 a step is a base step, for every direction."""
     problem = batchnorm()
     directions: tuple[Direction, ...] = (Batch(), Part(0.5), *_EARLIER)
     for ascend in directions:
@@ -182,7 +182,7 @@ def check_rho_zero_with_any_direction(adapter: Adapter) -> None:
             shown = ours.step(batch)
             base.step(batch)
             if shows(adapter, "passes"):
-                equal(f"{ascend}, step {i}: samples a pass", shown.passes, (8,))
+                equal(f"{ascend}, step {i}: samples per pass", shown.passes, (8,))
             for what in ("weights", "buffers"):
                 close_all(
                     f"{ascend}, step {i}: {what} against the base optimizer's",
@@ -195,7 +195,7 @@ def check_rho_zero_with_any_direction(adapter: Adapter) -> None:
 
 @check("ascend", "backward")
 def check_one_direction_an_update(adapter: Adapter) -> None:
-    """All batches of an accumulated update climb along the gradient of the update before it."""
+    """All batches of an accumulated update use the gradient of the previous update."""
     dtype, problem = adapter.dtypes[0], mlp()
     for ascend in _EARLIER:
         run = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 1.0, "ascend": ascend})
@@ -223,7 +223,7 @@ def check_one_direction_an_update(adapter: Adapter) -> None:
 
 @check("ascend", "state")
 def check_direction_is_saved(adapter: Adapter) -> None:
-    """A run saved and loaded goes on bit for bit, wherever its direction comes from."""
+    """A saved and loaded run resumes bit for bit, for every direction."""
     problem = batchnorm()
     directions: tuple[Direction, ...] = (Part(0.5), *_EARLIER)
     for ascend in directions:
@@ -234,7 +234,7 @@ def check_direction_is_saved(adapter: Adapter) -> None:
             whole.step(batch)
             first.step(batch)
         saved: Any = first.state()
-        first.step(problem.batches[2])  # a saved state must not be one that goes on changing
+        first.step(problem.batches[2])  # a saved state must not change later
         second = run.on(adapter)
         second.load(saved)
         for i, batch in enumerate(problem.batches[2:4]):
@@ -250,7 +250,7 @@ def check_direction_is_saved(adapter: Adapter) -> None:
 
 @check("ascend", "faults")
 def check_a_failed_step_keeps_the_direction(adapter: Adapter) -> None:
-    """If a pass raises, the step can be made again along the same direction."""
+    """If a pass raises, the step can be repeated with the same direction."""
     problem = batchnorm()
     cases: tuple[tuple[Direction, tuple[int, ...]], ...] = (
         (Previous(), (1, 2, 3)),
@@ -271,7 +271,7 @@ def check_a_failed_step_keeps_the_direction(adapter: Adapter) -> None:
             smooth.step(batch)
             for what in ("weights", "buffers"):
                 close_all(
-                    f"{ascend}, step {i} made again after failures: {what}",
+                    f"{ascend}, step {i} repeated after failures: {what}",
                     getattr(failing, what)(),
                     getattr(smooth, what)(),
                     kind="same",
@@ -281,7 +281,7 @@ def check_a_failed_step_keeps_the_direction(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_nonfinite_steps_with_any_direction(adapter: Adapter) -> None:
-    """`on_nonfinite="skip"`, `"raise"`: the step after a bad one climbs as if it had not been."""
+    """`on_nonfinite="skip"`, `"raise"`: a bad step does not affect the next direction."""
     problem = batchnorm()
     directions: tuple[Direction, ...] = (Part(0.5), *_EARLIER)
     for ascend in directions:

@@ -1,4 +1,4 @@
-"""Where ESAM must be something simpler: the base optimizer, or SAM."""
+"""Special cases in which ESAM equals the base optimizer or SAM."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ __all__ = ["CHECKS"]
 
 
 def _is_base(adapter: Adapter, esam: dict[str, object]) -> None:
-    """Require ESAM with these settings to be the backend's own base optimizer."""
+    """Require that ESAM with these settings equals the backend's base optimizer."""
     dtype = adapter.dtypes[0]
     problem = batchnorm()
     ours = Run(problem=problem, esam=esam).on(adapter)
@@ -25,7 +25,7 @@ def _is_base(adapter: Adapter, esam: dict[str, object]) -> None:
         base.step(batch)
         where = f"step {i}"
         if shows(adapter, "passes"):
-            equal(f"{where}: samples a pass", shown.passes, (len(batch.targets),))
+            equal(f"{where}: samples per pass", shown.passes, (len(batch.targets),))
         if shows(adapter, "perturbed"):
             equal(f"{where}: perturbed", shown.perturbed, ())
         for name in ("perturbed_losses", "indices", "sample_weights", "gradient_norm"):
@@ -51,21 +51,21 @@ def _is_base(adapter: Adapter, esam: dict[str, object]) -> None:
 
 @check()
 def check_rho_zero_is_the_base_optimizer(adapter: Adapter) -> None:
-    """With rho = 0 a step is the base optimizer's on the whole batch, and costs no more."""
+    """With rho = 0 a step is a base step on the whole batch, at its cost."""
     _is_base(adapter, {"rho": 0.0, "beta": 0.6, "gamma": 0.5})
 
 
 @check()
 def check_empty_mask_is_a_base_step(adapter: Adapter) -> None:
-    """A step that perturbs nothing is the base optimizer's on the whole batch, at its price."""
+    """A step that perturbs nothing is a base step on the whole batch, at its cost."""
     _is_base(adapter, {"rho": 0.5, "perturb": Between(50), "gamma": 0.5})
 
 
 @check()
 def check_everything_is_sam(adapter: Adapter) -> None:
-    """With beta = gamma = 1 a step is SAM's: written out here from gradients alone."""
+    """With beta = gamma = 1 a step is SAM's, computed here from gradients."""
     dtype, problem, rho, lr = adapter.dtypes[0], mlp(), 0.3, 0.1
-    # A norm_eps too small to be seen: SAM's equation has none.
+    # A negligible norm_eps: SAM's equation has none.
     esam = {"rho": rho, "beta": 1.0, "gamma": 1.0, "norm_eps": 1e-30}
     session = Run(problem=problem, esam=esam, base=Base("sgd", lr=lr)).on(adapter)
     network = Network(problem.layers)
@@ -93,7 +93,7 @@ def check_everything_is_sam(adapter: Adapter) -> None:
 
 @check("losses", "perturbed_losses")
 def check_losses_before_and_after(adapter: Adapter) -> None:
-    """The losses reported are those at theta, and with the full perturbation they rise."""
+    """The reported losses are those at theta, and the full perturbation increases them."""
     dtype, problem = adapter.dtypes[0], mlp()
     session = Run(problem=problem, esam={"rho": 0.05, "beta": 1.0, "gamma": 0.5}, base=SGD).on(
         adapter
@@ -104,7 +104,8 @@ def check_losses_before_and_after(adapter: Adapter) -> None:
     require(
         shown.perturbed_losses is not None
         and float(np.mean(shown.perturbed_losses)) > float(np.mean(losses)),
-        "perturbed_losses: their mean must be above that of the losses: theta + epsilon is uphill.",
+        "perturbed_losses: their mean must be above that of the losses: the perturbation "
+        "increases the loss.",
     )
 
 

@@ -26,7 +26,7 @@ def _perturbed(problem: Problem, sampler: Sampler, seed: int, count: int) -> tup
 
 @check("perturbed")
 def check_each_step_has_its_own_mask(adapter: Adapter) -> None:
-    """The mask is that of (seed, count) for this very step, and another seed gives others."""
+    """The mask is that of (seed, count) for this step, and another seed gives other masks."""
     problem, masks = mlp(), []
     for seed in (3, 11):
         session = Run(problem=problem, esam={"beta": 0.5, "gamma": 0.5, "seed": seed}).on(adapter)
@@ -35,12 +35,12 @@ def check_each_step_has_its_own_mask(adapter: Adapter) -> None:
             shown = session.step(batch).perturbed
             equal(f"seed {seed}, step {count}: perturbed", shown, expected)
             masks.append(shown)
-    require(len(set(masks)) > 4, "perturbed: hardly any two steps differ; the kit needs them to.")
+    require(len(set(masks)) > 4, "perturbed: the masks of most steps are equal, but must differ.")
 
 
 @check()
 def check_perturbation_follows_the_mask(adapter: Adapter) -> None:
-    """With random masks of tensors and all samples, gradient and weights are the reference's."""
+    """With random masks and all samples, gradient and weights match the reference."""
     follow(
         adapter,
         Run(problem=mlp(), esam={"rho": 0.3, "beta": 0.5, "gamma": 1.0, "seed": 3}),
@@ -50,7 +50,7 @@ def check_perturbation_follows_the_mask(adapter: Adapter) -> None:
 
 @check("perturbed")
 def check_suffix(adapter: Adapter) -> None:
-    """`Suffix` perturbs the named block and all behind it, in every step, without rescaling."""
+    """`Suffix` perturbs the named block and all later ones, in every step, without rescaling."""
     problem = convolution()
     run = Run(problem=problem, esam={"rho": 0.3, "perturb": Suffix("body"), "gamma": 0.5})
     session = run.on(adapter)
@@ -68,7 +68,7 @@ def check_suffix(adapter: Adapter) -> None:
 
 @check()
 def check_random_suffix(adapter: Adapter) -> None:
-    """`RandomSuffix` draws one cut a step and divides by each unit's own probability."""
+    """`RandomSuffix` draws one cut per step and divides by each unit's own probability."""
     sampler = RandomSuffix(("first", "second", "head"), (0.25, 0.25, 0.5))
     follow(
         adapter, Run(problem=mlp(), esam={"rho": 0.3, "perturb": sampler, "gamma": 1.0}), steps=6
@@ -100,10 +100,10 @@ def check_schedules(adapter: Adapter) -> None:
 
 @check("perturbation_norm", "weight_masks")
 def check_masks_of_single_weights(adapter: Adapter) -> None:
-    """`unit="weight"`: each scalar weight on its own with probability beta, anew in each step.
+    """`unit="weight"`: each scalar weight is drawn with probability beta, independently per step.
 
     With norm="none", epsilon = (rho / beta) m g: at lr = 0, (beta ||eps|| / rho)^2 / ||g||^2 has
-    the mean beta. The draw is the backend's own, so only this law is checked.
+    the mean beta. The backend draws with its own generator, so only this distribution is checked.
     """
     rho, beta, steps, problem = 0.01, 0.3, 60, softmax()
     esam: dict[str, Any] = {
@@ -127,24 +127,24 @@ def check_masks_of_single_weights(adapter: Adapter) -> None:
     mean = float(np.mean(shares))
     require(
         abs(mean - beta) < 5 * deviation / np.sqrt(steps),
-        f"share of ||g||^2 that is perturbed: {mean:.3f} on average, and {beta} is expected.",
+        f"mean perturbed share of ||g||^2: expected {beta}, got {mean:.3f}.",
     )
     require(
         float(np.std(shares)) > deviation / 3,
-        "the share of ||g||^2 that is perturbed hardly varies: the mask is not drawn anew.",
+        "the perturbed share of ||g||^2 hardly varies: the mask is not drawn in each step.",
     )
     again = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
     repeated = [again.step(batch).perturbation_norm for _ in range(3)]
     expected = [rho / beta * np.sqrt(share * total) for share in shares[:3]]
     require(
         bool(np.allclose(np.asarray(repeated, dtype=float), expected, rtol=1e-4)),
-        "a second run from the same seed draws other masks of single weights.",
+        "a second run with the same seed draws different masks of single weights.",
     )
 
 
 @check("frozen")
 def check_frozen_parameters(adapter: Adapter) -> None:
-    """Frozen parameters are neither perturbed nor updated, nor in the norm, and stay frozen."""
+    """Frozen parameters are not perturbed, updated or in the norm, and stay frozen."""
     problem = mlp()
     frozen = ("first.weight", "first.bias")
     run = Run(
@@ -172,7 +172,7 @@ def check_frozen_parameters(adapter: Adapter) -> None:
 
 @check()
 def check_schedule_that_scales_rho(adapter: Adapter) -> None:
-    """`Every(n, scale_rho=True)` climbs n times as far on the steps that climb, by every norm."""
+    """`Every(n, scale_rho=True)` multiplies rho by n on the steps that perturb, for every norm."""
     for norm in ("masked", "estimated", "none"):
         perturb = Every(2, Bernoulli(0.5), scale_rho=True)
         esam = {"rho": 0.2, "perturb": perturb, "gamma": 0.5, "norm": norm, "seed": 3}

@@ -1,4 +1,4 @@
-"""`ascend=Momentum()`: the climb along the base optimizer's first moment."""
+"""`ascend=Momentum()`: the base optimizer's first moment as the ascent direction."""
 
 import numpy as np
 
@@ -17,7 +17,7 @@ __all__ = ["CHECKS"]
 
 @check("ascend")
 def check_climb_along_the_momentum(adapter: Adapter) -> None:
-    """`Momentum()` climbs against the base's first moment as the update before has left it."""
+    """`Momentum()` perturbs against the base optimizer's first moment after the last update."""
     dtype, problem, rho, lr, mu = adapter.dtypes[0], mlp(), 0.3, 0.1, 0.9
     for sign in (-1, 1):
         esam = {
@@ -52,7 +52,7 @@ def check_climb_along_the_momentum(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_momentum_of_each_base(adapter: Adapter) -> None:
-    """The first moments of SGD in its kinds, of Adam and of AdamW, beside the reference."""
+    """The first moments of SGD's variants, Adam and AdamW match the reference."""
     bases = (
         (Base("sgd", lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01), "weights"),
         (Base("adam", lr=0.01), "adaptive weights"),
@@ -65,7 +65,7 @@ def check_momentum_of_each_base(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_momentum_without_a_past_is_previous(adapter: Adapter) -> None:
-    """Where the first moment is the last gradient (Adam's beta_1 = 0), `Momentum` is `Previous`."""
+    """`Momentum` equals `Previous` if the moment is the last gradient (Adam, beta_1 = 0)."""
     problem, base = mlp(), Base("adam", lr=0.01, betas=(0.0, 0.999))
     for sign in (1, -1):
         esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3}
@@ -85,16 +85,16 @@ def check_momentum_without_a_past_is_previous(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_a_base_without_a_first_moment_is_refused(adapter: Adapter) -> None:
-    """`Momentum` around SGD without momentum raises a ValueError that names `ascend`, at once."""
+    """`Momentum` with SGD without momentum immediately raises a ValueError that names `ascend`."""
     raised: Exception | None = None
     esam = {"rho": 0.1, "ascend": Momentum()}
     try:
         Run(problem=softmax(), esam=esam, base=Base("sgd", lr=0.1)).on(adapter)
-    except Exception as error:  # which one is what is under test
+    except Exception as error:  # the type is checked below
         raised = error
     require(
         isinstance(raised, ValueError) and "ascend" in str(raised),
-        f"Momentum without momentum: a ValueError that names `ascend` is expected: {raised!r}.",
+        f"Momentum without momentum: expected a ValueError that names `ascend`, got {raised!r}.",
     )
 
 

@@ -1,4 +1,4 @@
-"""`ascend=Part(share)`: the climb along a part of the batch."""
+"""`ascend=Part(share)`: the ascent direction from a part of the batch."""
 
 from typing import Any
 
@@ -29,9 +29,9 @@ __all__ = ["CHECKS"]
 
 @check("ascend")
 def check_climb_along_a_part(adapter: Adapter) -> None:
-    """`Part(share)` is SAM whose climb sees some samples: written out here from gradients alone.
+    """`Part(share)` is SAM with an ascent pass on some samples, computed here from gradients.
 
-    The part is that of (seed, count), with the draws of `Random`.
+    The part is that of (seed, count), with the same draws as `Random`.
     """
     dtype, problem, rho, lr, seed = adapter.dtypes[0], mlp(), 0.3, 0.1, 5
     for share in (0.25, 0.5, 0.01):
@@ -65,7 +65,7 @@ def check_climb_along_a_part(adapter: Adapter) -> None:
 
 @check("ascend", "indices")
 def check_smaller_parts_lie_within_larger_ones(adapter: Adapter) -> None:
-    """The samples of `Part(.25)` are among those of `Part(.5)`, which are those of `Random(.5)`."""
+    """`Part(.25)` is a subset of `Part(.5)`, which has the samples of `Random(.5)`."""
     problem = softmax()
     base = Base("sgd", lr=0.01)
 
@@ -82,7 +82,7 @@ def check_smaller_parts_lie_within_larger_ones(adapter: Adapter) -> None:
         require(inside, f"step {i}: Part(0.25) is {few.part}, and Part(0.5) is {many.part}.")
         equal(f"step {i}: Part(0.5) against Random(0.5)", many.part, many.indices)
         drawn.append(tuple(np.asarray(few.part).tolist()))
-    require(len(set(drawn)) > 1, f"part: {drawn[0]} in every step; each must draw its own.")
+    require(len(set(drawn)) > 1, f"part: {drawn[0]} in every step; each step must draw its own.")
 
 
 @check("ascend")
@@ -109,9 +109,9 @@ def check_part_of_everything_is_the_batch(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_parts_with_every_selector(adapter: Adapter) -> None:
-    """A part that climbs, beside the reference: samplers, selectors, norms, BatchNorm.
+    """Samplers, selectors, norms and BatchNorm with a part match the reference.
 
-    A selector by loss needs those of the other samples too, which a forward without a graph gives.
+    A selector by loss also needs the losses of the other samples, from a forward without a graph.
     """
     cases: tuple[dict[str, Any], ...] = (
         {"beta": 0.5, "select": All()},
@@ -121,7 +121,7 @@ def check_parts_with_every_selector(adapter: Adapter) -> None:
         {"beta": 0.5, "select": Proportional(0.5), "norm": "full"},
         {"perturb": Bernoulli(0.5), "select": TopIncrease(0.25), "norm": "none"},
         {"beta": 1.0, "select": All(), "adaptive": True},
-        # One sample that climbs, one that descends: both take the running statistics.
+        # One sample in the ascent and one in the descent pass: both use the running statistics.
         {"beta": 1.0, "select": TopLoss(0.125)},
     )
     for case in cases:
@@ -132,9 +132,9 @@ def check_parts_with_every_selector(adapter: Adapter) -> None:
 
 @check("ascend")
 def check_statistics_with_a_part(adapter: Adapter) -> None:
-    """Where the climb sees a part, the descent updates the running statistics, and it alone.
+    """If the ascent pass sees a part, only the descent pass updates the running statistics.
 
-    Under a perturbation too small to be seen they are then those of the whole batch at theta.
+    With a negligible perturbation they are then those of the whole batch at theta.
     """
     dtype, problem = adapter.dtypes[0], batchnorm()
     first, norm = problem.layers[0], problem.layers[1]
@@ -156,7 +156,7 @@ def check_statistics_with_a_part(adapter: Adapter) -> None:
 
 @check("ascend", "passes")
 def check_passes_with_a_part(adapter: Adapter) -> None:
-    """A part that climbs is evaluated alone; the others only where the selector needs them."""
+    """The part is evaluated separately; other samples only if the selector needs them."""
     problem = softmax()
     cases: tuple[tuple[Any, float, tuple[int, ...]], ...] = (
         (All(), 0.25, (2, 8)),
@@ -170,12 +170,12 @@ def check_passes_with_a_part(adapter: Adapter) -> None:
         esam = {"rho": 0.1, "beta": 1.0, "select": select, "ascend": Part(share)}
         run = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.01))
         shown = run.on(adapter).step(problem.batches[0])
-        equal(f"Part({share}), {select}: samples a pass", shown.passes, passes)
+        equal(f"Part({share}), {select}: samples per pass", shown.passes, passes)
 
 
 @check("ascend", "dropout", "random")
 def check_random_state_with_a_part(adapter: Adapter) -> None:
-    """If the climb sees a part, the generators are still left as one forward of the batch does."""
+    """With `Part`, random generators advance as in one forward of the whole batch."""
     problem = dropout()
     esam = {"rho": 0.1, "beta": 1.0, "gamma": 1.0, "ascend": Part(0.25)}
     ours = Run(problem=problem, esam=esam, seed=4).on(adapter)

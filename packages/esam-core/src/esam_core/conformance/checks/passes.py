@@ -1,4 +1,4 @@
-"""What the passes share: running statistics, noise, random generators."""
+"""State shared by the passes: running statistics, noise, random generators."""
 
 import random
 
@@ -19,7 +19,7 @@ __all__ = ["CHECKS"]
 
 @check()
 def check_running_statistics_are_updated_once(adapter: Adapter) -> None:
-    """Once a step, by the ascent pass, at theta, on the whole batch: written out here."""
+    """They are updated once per step, by the ascent pass, at theta, on the whole batch."""
     dtype, problem = adapter.dtypes[0], batchnorm()
     first, norm = problem.layers[0], problem.layers[1]
     if not (isinstance(first, Dense) and isinstance(norm, BatchNorm)):
@@ -37,7 +37,7 @@ def check_running_statistics_are_updated_once(adapter: Adapter) -> None:
             variance = (1 - new) * variance + new * x.var(axis=0, ddof=int(unbiased))
             found = session.buffers()
             for name, wanted in (("norm.mean", mean), ("norm.variance", variance)):
-                require(name in found, f"buffers: {name!r} is missing among {sorted(found)}.")
+                require(name in found, f"buffers: {name!r} is missing in {sorted(found)}.")
                 close(
                     f"gamma={gamma}, step {i}: {name}",
                     found[name],
@@ -49,20 +49,20 @@ def check_running_statistics_are_updated_once(adapter: Adapter) -> None:
 
 @check()
 def check_batch_statistics_are_those_of_each_pass(adapter: Adapter) -> None:
-    """BatchNorm normalises each pass by the samples of that pass: whole batch, then selected."""
+    """BatchNorm normalises each pass by its own samples: all, then the selected ones."""
     follow(adapter, Run(problem=batchnorm(), esam={"rho": 0.2, "beta": 1.0, "gamma": 0.5}), steps=3)
 
 
 @check()
 def check_one_selected_sample_with_batchnorm(adapter: Adapter) -> None:
-    """With k = 1 the descent pass uses the running statistics: one sample has none of its own."""
+    """With k = 1 the descent pass uses the running statistics, since one sample has no others."""
     esam = {"rho": 0.2, "beta": 1.0, "gamma": 0.125}
     follow(adapter, Run(problem=batchnorm(), esam=esam), steps=3)
 
 
 @check("losses", "perturbed_losses", "dropout")
 def check_selection_pass_sees_the_same_noise(adapter: Adapter) -> None:
-    """Under a tiny perturbation losses hardly change: dropout is the same in both passes."""
+    """With a tiny perturbation losses hardly change: dropout is the same in both passes."""
     problem = dropout()
     esam = {"rho": 1e-5, "beta": 1.0, "gamma": 0.5}
     session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
@@ -73,18 +73,18 @@ def check_selection_pass_sees_the_same_noise(adapter: Adapter) -> None:
         change = float(np.max(np.abs(np.asarray(shown.perturbed_losses) - seen[-1])))
         require(
             change < 1e-3,
-            f"step {i}: losses change by {change:.3g} under a perturbation of 1e-5: the passes "
-            "do not see the same dropout noise.",
+            f"step {i}: losses change by {change:.3g} under a perturbation of 1e-5: the passes do "
+            "not use the same dropout noise.",
         )
     require(
         float(np.max(np.abs(seen[0] - seen[1]))) > 1e-3,
-        "losses: dropout noise is the same in every step; each must draw its own.",
+        "losses: dropout noise is the same in every step; each step must draw its own.",
     )
 
 
 @check("dropout")
 def check_descent_pass_sees_the_same_noise(adapter: Adapter) -> None:
-    """Under a tiny perturbation and with gamma = 1, weights move as the base optimizer's do."""
+    """With a tiny perturbation and gamma = 1, weights change as with the base optimizer."""
     problem = dropout()
     esam = {"rho": 1e-5, "beta": 1.0, "gamma": 1.0}
     plain = Base("sgd", lr=1.0)
@@ -98,13 +98,13 @@ def check_descent_pass_sees_the_same_noise(adapter: Adapter) -> None:
         require(
             gap < 1e-3,
             f"step {i}: weights differ by {gap:.3g} from those of the base optimizer with equal "
-            "noise: the descent pass sees other dropout noise than the ascent pass.",
+            "noise: the descent pass uses different dropout noise than the ascent pass.",
         )
 
 
 @check("dropout", "random")
 def check_random_state_after_a_step(adapter: Adapter) -> None:
-    """A step leaves the native generators as one forward does, however many it makes."""
+    """A step advances the framework's random generators like one forward."""
     problem = dropout()
     for gamma in (0.5, 1.0):
         ours = Run(problem=problem, esam={"rho": 0.1, "beta": 0.5, "gamma": gamma}, seed=4).on(
@@ -118,27 +118,27 @@ def check_random_state_after_a_step(adapter: Adapter) -> None:
             after = np.asarray(ours.random_probe())
             require(
                 not np.array_equal(before, after),
-                "random_probe: a step with dropout moves the generator; the probe shows nothing.",
+                "random_probe: it must change after a step with dropout.",
             )
             equal(f"gamma={gamma}, step {i}: random state", after, np.asarray(base.random_probe()))
 
 
 @check()
 def check_global_generators_are_left_alone(adapter: Adapter) -> None:
-    """Python's and NumPy's global generators are never drawn from, nor seeded."""
+    """Python's and NumPy's global generators are never used or seeded."""
     problem = mlp()
     esam = {"perturb": Sometimes(0.5, Bernoulli(0.5)), "select": Proportional(0.5)}
     session = Run(problem=problem, esam=esam).on(adapter)
     python = random.getstate()
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - the generator under test
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - the tested generator
     for batch in problem.batches[:3]:
         session.step(batch)
-    require(random.getstate() == python, "Python's global random generator has moved.")
+    require(random.getstate() == python, "Python's global random generator was changed.")
     after = np.random.get_state(legacy=False)  # noqa: NPY002
     same = np.array_equal(numpy["state"]["key"], after["state"]["key"])
     require(
         same and numpy["state"]["pos"] == after["state"]["pos"],
-        "NumPy's global random generator has moved.",
+        "NumPy's global random generator was changed.",
     )
 
 

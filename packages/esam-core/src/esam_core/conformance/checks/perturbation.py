@@ -1,4 +1,4 @@
-"""How far, and by which norm, the weights are perturbed."""
+"""The size of the perturbation, and its norms."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def check_radius(adapter: Adapter) -> None:
         (Bernoulli(1.0), rho),
         (Suffix("second"), rho),
     ):
-        # A norm_eps so small that it cannot be seen even in float64.
+        # A norm_eps that is negligible even in float64.
         esam = {"rho": rho, "perturb": sampler, "gamma": 0.5, "seed": 3, "norm_eps": 1e-30}
         run = Run(problem=problem, esam=esam)
         session = run.on(adapter)
@@ -41,7 +41,7 @@ def check_radius(adapter: Adapter) -> None:
 
 @check("gradient_norm", "perturbed")
 def check_norm_is_that_of_the_masked_units(adapter: Adapter) -> None:
-    """With the default norm, ||g|| is one norm over the perturbed parameters, and only those."""
+    """With the default norm, ||g|| is one norm over only the perturbed parameters."""
     dtype, problem = adapter.dtypes[0], mlp()
     run = Run(problem=problem, esam={"rho": 0.2, "beta": 0.5, "gamma": 0.5, "seed": 3})
     session = run.on(adapter)
@@ -50,7 +50,10 @@ def check_norm_is_that_of_the_masked_units(adapter: Adapter) -> None:
     even = np.full(len(batch.targets), 1.0 / len(batch.targets))
     gradient = Network(problem.layers).evaluate(batch).gradient(even)
     perturbed = shown.perturbed or ()
-    require(0 < len(perturbed) < len(gradient), f"perturbed: {perturbed}; the kit needs a part.")
+    require(
+        0 < len(perturbed) < len(gradient),
+        f"perturbed: {perturbed}; expected some of them, not all.",
+    )
     expected = np.sqrt(sum(np.sum(gradient[name] ** 2) for name in perturbed))
     close("gradient_norm", shown.gradient_norm, expected, kind="norms", dtype=dtype)
 
@@ -72,7 +75,7 @@ def check_norm_eps(adapter: Adapter) -> None:
 
 @check()
 def check_adaptive(adapter: Adapter) -> None:
-    """`adaptive`: epsilon is along theta^2 g, and its norm that of |theta| g."""
+    """`adaptive`: epsilon is along theta^2 g, with the norm of |theta| g."""
     for beta in (1.0, 0.5):
         esam = {"rho": 0.5, "beta": beta, "gamma": 0.5, "adaptive": True, "seed": 3}
         follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
@@ -88,7 +91,7 @@ def check_zero_gradient(adapter: Adapter) -> None:
     if shows(adapter, "perturbation_norm"):
         require(
             float(shown.perturbation_norm or 0.0) == 0.0,
-            f"perturbation_norm: {shown.perturbation_norm}, and 0 is expected of a zero gradient.",
+            f"perturbation_norm: expected 0 for a zero gradient, got {shown.perturbation_norm}.",
         )
     bad = [name for name, found in has_nonfinite(session.weights()).items() if found]
     require(not bad, f"weights {bad} are not finite after a step on a zero gradient.")
@@ -97,7 +100,7 @@ def check_zero_gradient(adapter: Adapter) -> None:
 
 @check("groups")
 def check_groups(adapter: Adapter) -> None:
-    """Parameters may have their own rho, adaptive and perturb; one norm runs over all of them."""
+    """Parameters may have their own rho, adaptive and perturb, with one norm over all of them."""
     groups: dict[str, dict[str, Any]] = {
         "first.weight": {"rho": 0.6},
         "first.bias": {"rho": 0.6},

@@ -1,4 +1,4 @@
-"""How a function becomes a check: it says what it needs of a backend."""
+"""The decorator for checks, with the capabilities that they need."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,5 +31,5 @@ def needs_of(function: Check) -> tuple[str, ...]:
 
 
 def missing(function: Check, adapter: Adapter) -> tuple[str, ...]:
-    """Return those that the backend declares it does not have."""
+    """Return those of them that the backend declares as gaps."""
     return tuple(need for need in needs_of(function) if need in adapter.gaps)

@@ -1,4 +1,4 @@
-"""Weights are sacred: theta comes back bit for bit, whatever happens."""
+"""Weights are always restored bit for bit."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,15 +25,15 @@ __all__ = ["CHECKS", "InjectedError", "make_failing_step"]
 
 
 class InjectedError(Exception):
-    """What a fault raises: an error that no backend can mistake for its own."""
+    """The error of a fault, which no backend raises itself."""
 
 
 class InjectedInterrupt(BaseException):
-    """What a fault raises in place of a KeyboardInterrupt."""
+    """The interrupt of a fault, instead of a KeyboardInterrupt."""
 
 
 def _uneven(problem: Problem) -> Problem:
-    """Return the problem with weights that use all their bits, so that rounding shows."""
+    """Return the problem with weights that use all their bits, so that rounding is visible."""
     layers = tuple(
         replace(layer, weight=layer.weight / 3.0) if isinstance(layer, Dense) else layer
         for layer in problem.layers
@@ -43,7 +43,7 @@ def _uneven(problem: Problem) -> Problem:
 
 @check()
 def check_weights_come_back_bit_for_bit(adapter: Adapter) -> None:
-    """At lr = 0, twenty steps leave every weight as it was, to the last bit."""
+    """At lr = 0, twenty steps do not change any bit of the weights."""
     for dtype in adapter.dtypes:
         for problem in (_uneven(mlp()), _uneven(batchnorm())):
             run = Run(
@@ -60,10 +60,10 @@ def check_weights_come_back_bit_for_bit(adapter: Adapter) -> None:
 
 @check("faults")
 def check_a_failed_step_leaves_no_trace(adapter: Adapter) -> None:
-    """If a pass raises, all is as on entry: the step can be made again as if nothing had been.
+    """If a pass raises, everything is restored, and the step can be repeated.
 
     In each of the three passes, for an error and for an interrupt: weights, running statistics,
-    flags and random state are those before, and what the pass raised comes out unchanged.
+    flags and random state are as before, and the exception is passed on unchanged.
     """
     errors: tuple[BaseException, ...] = (InjectedError("in a pass"), InjectedInterrupt())
     for problem in (batchnorm(), dropout()):
@@ -79,9 +79,9 @@ def check_a_failed_step_leaves_no_trace(adapter: Adapter) -> None:
                     )
             shown, wanted = failing.step(batch), smooth.step(batch)
             if shows(adapter, "perturbed"):
-                equal(f"step {i} made again: perturbed", shown.perturbed, wanted.perturbed)
+                equal(f"step {i} repeated: perturbed", shown.perturbed, wanted.perturbed)
             close_all(
-                f"step {i} made again after failures: weights",
+                f"step {i} repeated after failures: weights",
                 failing.weights(),
                 smooth.weights(),
                 kind="same",
@@ -92,18 +92,18 @@ def check_a_failed_step_leaves_no_trace(adapter: Adapter) -> None:
 def make_failing_step(
     adapter: Adapter, session: Session, fault: Fault, batch: Any, where: str
 ) -> None:
-    """Make a step that must fail, and require everything to be as before."""
+    """Run a step that must fail, and require that everything is as before."""
     weights, buffers = session.weights(), session.buffers()
     flags = session.trainable() if shows(adapter, "frozen") else {}
     probe = np.asarray(session.random_probe()) if shows(adapter, "random") else None
     raised: BaseException | None = None
     try:
         session.step(batch, fault)
-    except BaseException as error:  # whatever comes out is what is under test
+    except BaseException as error:  # the type is checked below
         raised = error
     require(
         raised is fault.error,
-        f"{where}: {fault.error!r} was raised inside, and {raised!r} came out.",
+        f"{where}: expected {fault.error!r}, got {raised!r}.",
     )
     equal_all(f"{where} raised: weights", session.weights(), weights)
     equal_all(f"{where} raised: buffers", session.buffers(), buffers)
@@ -114,13 +114,13 @@ def make_failing_step(
 
 
 def _overflowing(dtype: str) -> float:
-    """Return a radius that no weight of the dtype survives."""
+    """Return a radius with which all weights of the dtype overflow."""
     return 1e39 if dtype == "float32" else 1e308
 
 
 @check()
 def check_overflow_at_the_peak(adapter: Adapter) -> None:
-    """If the perturbed losses overflow and such steps are skipped, weights are as they were."""
+    """If the perturbed losses overflow and such steps are skipped, weights do not change."""
     for dtype in adapter.dtypes:
         problem = mlp()
         run = Run(
@@ -149,9 +149,9 @@ def _bad_batch(count: int) -> tuple[Any, int]:
 
 @check()
 def check_nonfinite_values_propagate(adapter: Adapter) -> None:
-    """By default a NaN reaches every gradient, also from a sample that is not selected.
+    """By default a NaN reaches every gradient, even from a rejected sample.
 
-    Otherwise a gradient scaler would not see it, and one rank would step where others do not.
+    Otherwise a gradient scaler would not detect it, and only some ranks would skip the step.
     """
     for select in (Random(0.5), TopIncrease(0.5), TopIncrease(1.0)):
         esam = {"rho": 0.3, "beta": 1.0, "select": select, "seed": 9}
@@ -185,7 +185,7 @@ def check_nonfinite_values_leave_theta_alone(adapter: Adapter) -> None:
 
 
 def _steps_beside_reference(adapter: Adapter, esam: Mapping[str, Any], problem: Problem) -> None:
-    """Make a good, a bad and two good steps on both sides; the bad one must count for nothing."""
+    """Run a good, a bad and two good steps on both sides; the bad one must have no effect."""
     dtype = adapter.dtypes[0]
     run = Run(problem=problem, esam=esam)
     actual, expected = run.on(adapter), run.on_reference(adapter)
@@ -201,28 +201,28 @@ def _steps_beside_reference(adapter: Adapter, esam: Mapping[str, Any], problem: 
 
 
 def _raises_nonfinite(session: Session, batch: Any) -> bool:
-    """Make a step; say whether it raised the error that `on_nonfinite="raise"` asks for."""
+    """Run a step; return whether it raised the error of `on_nonfinite="raise"`."""
     try:
         session.step(batch)
     except FloatingPointError:
         return True
     except Exception as error:
         raise ConformanceError(
-            f"a non-finite loss raised {error!r}, and a FloatingPointError is expected."
+            f"a non-finite loss: expected a FloatingPointError, got {error!r}."
         ) from error
     return False
 
 
 @check()
 def check_nonfinite_steps_are_skipped(adapter: Adapter) -> None:
-    """`on_nonfinite="skip"`: weights, momenta and running statistics as if it had not been."""
+    """`on_nonfinite="skip"`: a skipped step changes no weights, momenta or running statistics."""
     esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "skip"}
     _steps_beside_reference(adapter, esam, batchnorm())
 
 
 @check()
 def check_nonfinite_steps_raise(adapter: Adapter) -> None:
-    """`on_nonfinite="raise"`: a FloatingPointError, and everything as on entry."""
+    """`on_nonfinite="raise"`: a FloatingPointError, and everything is restored."""
     esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "raise"}
     _steps_beside_reference(adapter, esam, batchnorm())
 

@@ -1,4 +1,4 @@
-"""Which samples the descent gradient is taken on, and with which weights."""
+"""The samples of the descent gradient, and their weights."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ __all__ = ["CHECKS"]
 
 @check("indices", "losses", "perturbed_losses")
 def check_largest_increases_are_selected(adapter: Adapter) -> None:
-    """Selected are the k samples whose loss rose most, by the very losses that are reported."""
+    """The k samples whose reported losses increase most are selected."""
     problem = mlp()
     session = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}).on(adapter)
     for i, batch in enumerate(problem.batches):
@@ -37,13 +37,13 @@ def check_largest_increases_are_selected(adapter: Adapter) -> None:
 
 @check()
 def check_descent_is_on_the_selected_samples(adapter: Adapter) -> None:
-    """The update is made with the mean gradient of the selected samples at theta + epsilon."""
+    """The update uses the mean gradient of the selected samples at theta + epsilon."""
     follow(adapter, Run(problem=mlp(), esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}), steps=4)
 
 
 @check("indices")
 def check_number_of_selected_samples(adapter: Adapter) -> None:
-    """k = max(1, ceil(gamma b)) exactly, where floats or a strict threshold go wrong by one."""
+    """k = max(1, ceil(gamma b)) exactly, despite rounding and ties at the threshold."""
     cases: tuple[tuple[float, int, int], ...] = (
         (0.5, 16, 8),
         (0.5, 7, 4),
@@ -64,7 +64,7 @@ def check_number_of_selected_samples(adapter: Adapter) -> None:
 
 @check("indices")
 def check_ties_go_to_the_lower_index(adapter: Adapter) -> None:
-    """Samples that are all alike tie exactly: the first k are selected, not none."""
+    """Equal samples tie exactly: the first k are selected, not none."""
     one = softmax().batches[0]
     layers = softmax().layers
     alike = Batch(np.zeros_like(one.inputs), np.zeros_like(one.targets))
@@ -77,7 +77,7 @@ def check_ties_go_to_the_lower_index(adapter: Adapter) -> None:
 
 @check()
 def check_batches_of_one_and_two(adapter: Adapter) -> None:
-    """A batch of one sample is all selected; of two, the sharper one."""
+    """Of one sample, it is selected; of two, the sharper one."""
     problem = mlp()
     small = tuple(
         Batch(batch.inputs[:size], batch.targets[:size])
@@ -93,7 +93,7 @@ def check_batches_of_one_and_two(adapter: Adapter) -> None:
 
 @check()
 def check_selectors(adapter: Adapter) -> None:
-    """`TopLoss`, `Random` and `All` select what they say, on every step."""
+    """`TopLoss`, `Random` and `All` select the right samples in every step."""
     for selector in (TopLoss(0.5), Random(0.5), All(), TopIncrease(0.25)):
         esam = {"rho": 0.3, "beta": 1.0, "select": selector, "seed": 7}
         follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
@@ -116,7 +116,7 @@ def check_random_selection_is_that_of_the_step(adapter: Adapter) -> None:
 
 @check("indices", "sample_weights", "losses", "perturbed_losses")
 def check_proportional_selection(adapter: Adapter) -> None:
-    """`Proportional` draws exactly k by score, each weighted 1 / (b pi), by the losses reported."""
+    """`Proportional` draws exactly k samples by score, with weights 1 / (b pi)."""
     dtype, problem, seed = adapter.dtypes[0], mlp(), 7
     for selector in (Proportional(0.5), Proportional(0.5, score="increase", floor=0.5)):
         esam = {"rho": 0.3, "beta": 1.0, "select": selector, "seed": seed}
@@ -142,7 +142,7 @@ def check_proportional_selection(adapter: Adapter) -> None:
 
 @check()
 def check_sample_weights_enter_the_descent(adapter: Adapter) -> None:
-    """`Proportional`: the update is made with the weighted gradient, as in the reference."""
+    """`Proportional`: the update uses the weighted gradient, as in the reference."""
     for score in ("loss", "increase"):
         esam = {"rho": 0.3, "beta": 1.0, "select": Proportional(0.5, score=score), "seed": 7}
         follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
@@ -150,7 +150,7 @@ def check_sample_weights_enter_the_descent(adapter: Adapter) -> None:
 
 @check("passes")
 def check_no_pass_is_wasted(adapter: Adapter) -> None:
-    """A step evaluates just what it needs: no selection pass where nothing hangs on it."""
+    """A step evaluates only what it needs: no selection pass if its losses are not used."""
     problem = softmax()
     cases: tuple[tuple[dict[str, object], tuple[int, ...]], ...] = (
         ({"gamma": 0.5}, (8, 8, 4)),
@@ -167,7 +167,7 @@ def check_no_pass_is_wasted(adapter: Adapter) -> None:
             problem=problem, esam={"rho": 0.1, "beta": 1.0, **arguments}, base=Base("sgd", lr=0.01)
         )
         shown = run.on(adapter).step(problem.batches[0])
-        equal(f"{arguments}: samples a pass", shown.passes, passes)
+        equal(f"{arguments}: samples per pass", shown.passes, passes)
         if len(passes) == 2 and shows(adapter, "perturbed_losses"):
             equal(f"{arguments}: perturbed_losses", shown.perturbed_losses, None)
         if passes == (8, 8) and shows(adapter, "indices"):

@@ -1,4 +1,4 @@
-"""Runs recorded once and for all."""
+"""Recorded runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ["CHECKS"]
 
 
 def _observed(step: dict[str, Any]) -> Observed:
-    """Return a recorded step as what a session would show."""
+    """Return a recorded step as the observations of a session."""
 
     def array(name: str) -> Any:
         return None if step[name] is None else np.asarray(step[name])
@@ -35,18 +35,18 @@ def _observed(step: dict[str, Any]) -> Observed:
 
 @check()
 def check_golden_traces(adapter: Adapter) -> None:
-    """Several steps of several configurations are as recorded, in every dtype of the backend."""
+    """Steps of several configurations match the recording, in every dtype of the backend."""
     _compare(adapter, golden.RUNS)
 
 
 @check("ascend")
 def check_golden_traces_of_directions(adapter: Adapter) -> None:
-    """The same, where the direction of the climb is not the whole batch's gradient."""
+    """The same for ascent directions other than the whole batch's gradient."""
     _compare(adapter, golden.DIRECTION_RUNS)
 
 
 def _compare(adapter: Adapter, runs: Mapping[str, Run]) -> None:
-    """Require runs to be as recorded."""
+    """Require that runs match the recording."""
     traces = golden.load()["traces"]
     for name, run in runs.items():
         for dtype in adapter.dtypes:

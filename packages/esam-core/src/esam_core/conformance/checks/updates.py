@@ -1,4 +1,4 @@
-"""What reaches the base optimizer, and what it makes of it."""
+"""The gradients for the base optimizer, and its updates."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _ESAM = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3}
 
 @check()
 def check_base_optimizers(adapter: Adapter) -> None:
-    """The update is the base optimizer's own, made once: SGD in its kinds, Adam, AdamW."""
+    """The base optimizer's update runs once: SGD's variants, Adam, AdamW."""
     bases = (
         (Base("sgd", lr=0.1), "weights"),
         (Base("sgd", lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01), "weights"),
@@ -37,7 +37,7 @@ def check_paper_settings(adapter: Adapter) -> None:
 
 @check("backward")
 def check_backward_adds_the_descent_gradient(adapter: Adapter) -> None:
-    """`backward` adds the descent gradient, and nothing else, to the gradients that are there."""
+    """`backward` adds only the descent gradient to the existing gradients."""
     dtype, problem = adapter.dtypes[0], mlp()
     run = Run(problem=problem, esam=_ESAM)
     actual, expected = run.on(adapter), run.on_reference(adapter)
@@ -69,7 +69,7 @@ def check_backward_adds_the_descent_gradient(adapter: Adapter) -> None:
 
 @check("backward")
 def check_step_refuses_pending_gradients(adapter: Adapter) -> None:
-    """A whole `step` zeroes gradients, so it refuses where a `backward` still waits for one."""
+    """A whole `step` zeroes gradients, so it raises if gradients of a `backward` are pending."""
     problem = mlp()
     session = Run(problem=problem, esam=_ESAM).on(adapter)
     session.zero_gradients()
@@ -80,14 +80,14 @@ def check_step_refuses_pending_gradients(adapter: Adapter) -> None:
         session.step(problem.batches[1])
     except RuntimeError:
         refused = True
-    require(refused, "step with a batch after a backward: a RuntimeError is expected, none came.")
+    require(refused, "step with a batch after a backward: expected a RuntimeError, got none.")
     equal_all("weights after the refusal", session.weights(), weights)
     equal_all("gradients after the refusal", session.gradients(), gradients)
 
 
 @check("state")
 def check_resuming(adapter: Adapter) -> None:
-    """A run saved and loaded goes on as if it had not been cut: masks, momenta and statistics."""
+    """A saved and loaded run resumes exactly: masks, momenta and statistics."""
     problem = batchnorm()
     run = Run(problem=problem, esam=_ESAM, base=Base("adamw", lr=0.01, weight_decay=0.1), seed=2)
     whole, first = run.on(adapter), run.on(adapter)
@@ -95,7 +95,7 @@ def check_resuming(adapter: Adapter) -> None:
         whole.step(batch)
         first.step(batch)
     saved: Any = first.state()
-    first.step(problem.batches[2])  # a saved state must not be one that goes on changing
+    first.step(problem.batches[2])  # a saved state must not change later
     second = run.on(adapter)
     second.load(saved)
     for i, batch in enumerate(problem.batches[2:4]):

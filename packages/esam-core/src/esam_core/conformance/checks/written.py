@@ -1,4 +1,4 @@
-"""What a forward writes and later ones read: once a step, whatever the passes are."""
+"""State that forwards write and later ones read: written once per step, for all passes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ __all__ = ["CHECKS"]
 
 Array = NDArray[Any]
 
-#: Steps with one, two and three passes, with none of the weights perturbed, and with one sample.
+#: Steps with one, two and three passes, without perturbed weights, and with one sample.
 _CASES: tuple[Mapping[str, Any], ...] = (
     {"beta": 0.5, "gamma": 0.5},
     {"beta": 1.0, "select": TopLoss(0.125)},
@@ -32,7 +32,7 @@ _CASES: tuple[Mapping[str, Any], ...] = (
     {"perturb": Between(50), "gamma": 0.5},
 )
 
-#: The same where the climb sees no sample or some. The first has a pass at theta on the batch.
+#: The same with an ascent pass on no sample or some. The first has a pass at theta on the batch.
 _DIRECTIONS: tuple[Mapping[str, Any], ...] = (
     {"ascend": Previous(), "select": TopIncrease(0.5)},
     {"ascend": Part(0.5), "select": TopLoss(0.125)},
@@ -44,7 +44,7 @@ _DIRECTIONS: tuple[Mapping[str, Any], ...] = (
 
 
 def _after_one_forward(batch: Batch, state: Array) -> Array:
-    """Return what one forward at theta leaves of a state, for the weights of the problem."""
+    """Return the state after one forward at theta, for the weights of the problem."""
     first = carry().layers[0]
     if not isinstance(first, Dense):
         raise TypeError("The problem must start with a dense layer.")
@@ -53,14 +53,14 @@ def _after_one_forward(batch: Batch, state: Array) -> Array:
 
 
 def _start() -> Array:
-    """Return what the problem's layer holds at the start."""
+    """Return the initial state of the problem's layer."""
     (layer,) = (layer for layer in carry().layers if isinstance(layer, Carry))
     return layer.state
 
 
 @check("carry")
 def check_forwards_write_once(adapter: Adapter) -> None:
-    """After a step all is written as by one forward at theta on the batch: written out here."""
+    """After a step the state is the same as after one forward at theta on the batch."""
     for case in _CASES:
         esam, state = {"rho": 2.0, "seed": 3, **case}, _start()
         session = Run(problem=carry(), esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
@@ -78,21 +78,21 @@ def check_forwards_write_once(adapter: Adapter) -> None:
 
 @check("carry")
 def check_passes_read_the_same(adapter: Adapter) -> None:
-    """Every pass of a step reads what the first has read, and not what it has written."""
+    """Every pass of a step reads the same state as the first, not what the first wrote."""
     for case in _CASES[:3]:
         follow(adapter, Run(problem=carry(), esam={"rho": 0.2, "seed": 3, **case}), steps=3)
 
 
 @check("carry", "ascend")
 def check_forwards_write_once_with_any_direction(adapter: Adapter) -> None:
-    """By the pass that updates BatchNorm's statistics: at theta if one sees the batch there."""
+    """The pass that updates BatchNorm's statistics writes: at theta if one sees the whole batch."""
     for case in _DIRECTIONS:
         follow(adapter, Run(problem=carry(), esam={"rho": 0.2, "beta": 1.0, **case}), steps=3)
 
 
 @check("carry", "faults")
 def check_a_failed_step_writes_nothing(adapter: Adapter) -> None:
-    """If a pass raises, nothing is written, and the step can be made again."""
+    """If a pass raises, nothing is written, and the step can be repeated."""
     problem = carry()
     run = Run(problem=problem, esam={"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3})
     failing, smooth = run.on(adapter), run.on(adapter)
@@ -102,13 +102,13 @@ def check_a_failed_step_writes_nothing(adapter: Adapter) -> None:
             make_failing_step(adapter, failing, fault, batch, f"step {i}, pass {call}")
         failing.step(batch)
         smooth.step(batch)
-        where = f"step {i} made again after failures"
+        where = f"step {i} repeated after failures"
         equal_all(f"{where}: buffers", failing.buffers(), smooth.buffers())
 
 
 @check("carry")
 def check_a_skipped_step_writes_nothing(adapter: Adapter) -> None:
-    """Nor does a step that is left out because a loss is not finite."""
+    """A step that is skipped because a loss is not finite writes nothing."""
     problem = carry()
     esam = {"rho": 0.3, "beta": 1.0, "gamma": 0.5, "on_nonfinite": "skip"}
     session = Run(problem=problem, esam=esam).on(adapter)

@@ -1,7 +1,8 @@
 """Golden traces: runs of several steps as numbers in a file, recorded once from the reference.
 
-A check against the reference moves when the reference moves. These do not: a change of the
-specification shows here, and must be meant. Regenerate them, and say why in the commit, with
+A check against the reference changes with the reference. These do not: a change of the
+specification is visible here, and must be intended. Regenerate them, and give the reason in the
+commit, with
 
     python -m esam_core.conformance.golden
 """
@@ -23,11 +24,11 @@ from esam_core.selectors import Proportional, Random, TopLoss
 
 __all__ = ["DIRECTION_RUNS", "RUNS", "STEPS", "load", "record"]
 
-#: Each trace has as many steps.
+#: The number of steps in each trace.
 STEPS = 4
 
-#: What is recorded. Nothing here depends on a framework's conventions: no weight decay in SGD, an
-#: eps of Adam too small to be seen, and running variances that no pass uses.
+#: The recorded runs. They do not depend on a framework's conventions: no weight decay in SGD, a
+#: negligible eps in Adam, and running variances that no pass uses.
 RUNS: dict[str, Run] = {
     "SAM on softmax regression": Run(
         problem=softmax(), esam={"rho": 0.1, "beta": 1.0, "gamma": 1.0}, base=Base("sgd", lr=0.1)
@@ -70,7 +71,7 @@ RUNS: dict[str, Run] = {
     ),
 }
 
-#: The same with other directions than the whole batch's gradient.
+#: The same with ascent directions other than the whole batch's gradient.
 DIRECTION_RUNS: dict[str, Run] = {
     "a quarter climbs, the paper's selector": Run(
         problem=batchnorm(),
@@ -88,7 +89,7 @@ DIRECTION_RUNS: dict[str, Run] = {
 
 
 def record(run: Run) -> list[dict[str, Any]]:
-    """Return what the float64 reference shows of each step, as plain data."""
+    """Return the observations of each step of the float64 reference, as plain data."""
     session = run.on(NumpyAdapter(), "float64")
     steps = []
     for i in range(STEPS):
@@ -123,7 +124,7 @@ def _plain(value: Any) -> Any:
 
 
 def load() -> dict[str, Any]:
-    """Return the file: "provenance" and "traces", by the names of both kinds of runs."""
+    """Return the contents of the file: "provenance" and "traces", by the names of all runs."""
     text = resources.files(__package__).joinpath("traces.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found

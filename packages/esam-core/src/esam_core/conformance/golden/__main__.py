@@ -1,4 +1,4 @@
-"""Record the golden traces anew: `python -m esam_core.conformance.golden`."""
+"""Record the golden traces again: `python -m esam_core.conformance.golden`."""
 
 import datetime as dt
 import json
@@ -11,7 +11,7 @@ import numpy as np
 import esam_core
 from esam_core.conformance.golden import DIRECTION_RUNS, RUNS, record
 
-#: Beside this file: to be run from a checkout.
+#: Next to this file: run the command from a checkout.
 PATH = Path(__file__).with_name("traces.json")
 
 
@@ -27,7 +27,7 @@ def main() -> None:
         },
         "traces": {name: record(run) for name, run in (RUNS | DIRECTION_RUNS).items()},
     }
-    # A line a step: changes can be read in a diff, and the file stays small.
+    # One line per step: changes are readable in a diff, and the file is small.
     traces = ",\n".join(
         f"  {json.dumps(name)}: [\n"
         + ",\n".join("   " + json.dumps(step) for step in steps)
