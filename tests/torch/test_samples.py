@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from esam_core import ESAMTypeError
 from esam_torch import ESAM, Everything, Rows, Whole
 from esam_torch.batch import Samples
-from esam_torch.containers import INSIDE, detached, map_values
+from esam_torch.containers import INSIDE, detach_tree, map_values
 
 CHOSEN = torch.tensor([1, 3])
 
@@ -89,7 +89,7 @@ def test_values_that_contain_themselves():
     node["children"] = [{"parent": node}]
     args, _ = Samples().bare(((node, Whole(table(5))), {}))
     assert args[0] is node and torch.equal(args[1], table(5))
-    assert detached(node)["children"][0]["parent"] is not None
+    assert detach_tree(node)["children"][0]["parent"] is not None
     with pytest.raises(
         ESAMTypeError, match=r"must not contain itself.*take=.*Received: a (dict|list)"
     ):
@@ -117,10 +117,10 @@ def test_outputs_of_known_types_are_detached():
     grown = torch.ones(2, requires_grad=True) * 2
     strange = Holder(grown)
     store = SharedStore({"x": grown})
-    found = detached({"a": [grown, None], "b": Pair(grown, 1), "c": strange, "d": store})
+    found = detach_tree({"a": [grown, None], "b": Pair(grown, 1), "c": strange, "d": store})
     assert not found["a"][0].requires_grad and not found["b"].inputs.requires_grad
     assert found["c"] is strange and found["d"] is store and store["x"] is grown
-    both = detached(torch.max(torch.ones(2, 2, requires_grad=True), 1))
+    both = detach_tree(torch.max(torch.ones(2, 2, requires_grad=True), 1))
     assert not both.values.requires_grad and type(both).__name__ == "max"
 
 

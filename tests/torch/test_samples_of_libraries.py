@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from esam_core import ESAMTypeError
 from esam_torch import ESAM, Everything
 from esam_torch.batch import Samples
-from esam_torch.containers import detached
+from esam_torch.containers import detach_tree
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # both use features that this torch deprecates
@@ -170,7 +170,7 @@ def test_a_model_output_in_the_batch():
 
 def test_a_model_output_returned_with_the_losses_is_detached():
     grown = torch.ones(5, requires_grad=True) * 2
-    output = detached(CausalLMOutput(logits=grown, hidden_states=(grown,)))
+    output = detach_tree(CausalLMOutput(logits=grown, hidden_states=(grown,)))
     assert isinstance(output, CausalLMOutput)
     assert not output.logits.requires_grad and not output["logits"].requires_grad
     assert not output.hidden_states[0].requires_grad and grown.requires_grad

@@ -73,5 +73,5 @@ def test_the_step_that_torch_runs_for_a_checkpoint_does_not_warn():
         get_optimizer_state_dict(model, optimizer)
     before.check(but=("gradients",))
     assert optimizer.count == 0
-    with pytest.warns(UserWarning, match="without any sharpness"):
+    with pytest.warns(UserWarning, match="without sharpness-aware gradients"):
         optimizer.step()

@@ -59,7 +59,7 @@ def by_hand(model, steps, **options):
                 p.grad = parameter.grad.clone()
         for optimizer in optimizers:
             run = optimizer._run
-            run.memory.updated(run._layout, run.config)
+            run.memory.record_update(run._layout, run.config)
         base.step()
     return model
 

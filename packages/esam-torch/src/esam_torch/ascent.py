@@ -1,4 +1,4 @@
-"""Gradients of the passes: of the perturbed parameters in the ascent, of all in the descent."""
+"""Gradients of the passes: for perturbed parameters in the ascent, for all in the descent."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from esam_torch.compat import without_hooks
 from esam_torch.notes import own_backward
 from esam_torch.sharded import local
 
-__all__ = ["ascent_gradients", "gradients_of", "leaves_behind"]
+__all__ = ["ascent_gradients", "gradients_of", "graph_leaves"]
 
 
 def gradients_of(
@@ -18,15 +18,15 @@ def gradients_of(
 ) -> list[Tensor | None]:
     """Return the gradients of scale * loss; None for tensors that the loss does not depend on.
 
-    No hook of a tensor runs and no `.grad` changes: that is for the backward in which ESAM's
-    gradient is handed over.
+    No tensor hook runs and no `.grad` changes; this happens only in the backward that passes on
+    ESAM's gradient.
 
     Args:
         loss: 0-d.
-        tensors: for which to compute them.
-        scale: 0-d, what the backward starts with.
-        every: None, or, on a sharded model, all parameters that have a gradient. Those of FSDP2 get
-            theirs only from a whole backward, reduced over the ranks and in `.grad`.
+        tensors: the tensors to compute gradients for.
+        scale: 0-d, the initial gradient of the backward.
+        every: None or, for a sharded model, all parameters with a gradient. FSDP2 computes
+            gradients only in a whole backward, reduced over the ranks and in `.grad`.
     """
     if every is None:
         with without_hooks(tensors), own_backward():
@@ -51,12 +51,12 @@ def gradients_of(
 def ascent_gradients(
     loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Return dense gradients of scale * loss, zeros for tensors that it does not depend on.
+    """Return dense gradients of scale * loss, with zeros for tensors that it does not depend on.
 
-    Args: as for `gradients_of`. Of sharded parameters, this rank's shards are returned.
+    Arguments as for `gradients_of`. For sharded parameters, this rank's shards are returned.
 
     Raises:
-        ESAMRuntimeError: the loss went through a reentrant checkpoint.
+        ESAMRuntimeError: the loss was computed through a reentrant checkpoint.
     """
     found = gradients_of(loss, tensors, scale, every=every)
     gradients = []
@@ -71,20 +71,20 @@ def ascent_gradients(
 def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:
     """Raise if a reentrant checkpoint is why parameters have no gradient.
 
-    Its backward is a backward of its own, which `torch.autograd.grad` does not see: parameters
-    used inside would seem to be unused.
+    It runs a separate backward, which `torch.autograd.grad` does not see: parameters used inside it
+    seem to be unused.
     """
-    for node in nodes_behind(loss):
+    for node in graph_nodes(loss):
         if node.name() == "CheckpointFunctionBackward":
             raise ESAMRuntimeError(
-                "Activation checkpointing must be the non-reentrant kind: call "
+                "Activation checkpointing must be non-reentrant: call "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False). Received: a loss "
-                "that went through a reentrant checkpoint."
+                "computed through a reentrant checkpoint."
             ) from cause
 
 
-def nodes_behind(tensor: Tensor) -> list[torch.autograd.graph.Node]:
-    """Return the nodes of a tensor's graph, each once."""
+def graph_nodes(tensor: Tensor) -> list[torch.autograd.graph.Node]:
+    """Return the nodes of a tensor's graph, without duplicates."""
     waiting = [] if tensor.grad_fn is None else [tensor.grad_fn]
     seen = set(waiting)
     found = []
@@ -98,6 +98,6 @@ def nodes_behind(tensor: Tensor) -> list[torch.autograd.graph.Node]:
     return found
 
 
-def leaves_behind(tensor: Tensor) -> list[Tensor]:
-    """Return the leaves, parameters above all, that a tensor's graph ends in."""
-    return [node.variable for node in nodes_behind(tensor) if hasattr(node, "variable")]
+def graph_leaves(tensor: Tensor) -> list[Tensor]:
+    """Return the leaves (mainly parameters) of a tensor's graph."""
+    return [node.variable for node in graph_nodes(tensor) if hasattr(node, "variable")]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.containers import INSIDE, NestedTooDeepError, is_container, is_record, map_values
-from esam_torch.entries import Index, described, entries, items
+from esam_torch.entries import Index, describe, entries, items
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading
 
@@ -208,7 +208,7 @@ def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: boo
         raise
     except Exception as error:  # another library's object may raise anything
         raise ESAMTypeError(
-            f"`{path}` must be a value that can be indexed by sample. Received: {described(x)}, "
+            f"`{path}` must be a value that can be indexed by sample. Received: {describe(x)}, "
             f"which raised: {error} {WAYS_OUT}"
         ) from error
 
@@ -223,13 +223,13 @@ def _take_by(take: Callable[..., Any], batch: Batch, indices: Tensor) -> Batch:
     if not isinstance(chosen, tuple) or len(chosen) != len(args) or set(named) != set(kwargs):
         wanted = f"a tuple of {len(args)} arguments of `losses`"
         more = f", and a dictionary with {sorted(kwargs)}" if kwargs else ""
-        raise ESAMTypeError(f"`take` must return {wanted}{more}. Received: {described(found)}.")
+        raise ESAMTypeError(f"`take` must return {wanted}{more}. Received: {describe(found)}.")
     return chosen, named
 
 
 def _list_values(values: list[tuple[str, Any]]) -> str:
     """Return a list of places and kinds of values in one line."""
-    return ", ".join(f"{path} ({described(x)})" for path, x in values[:12]) or "nothing"
+    return ", ".join(f"{path} ({describe(x)})" for path, x in values[:12]) or "nothing"
 
 
 def _no_samples_message(reader: Reader) -> str:

@@ -15,7 +15,7 @@ from esam_torch.marks import WAYS_OUT
 
 __all__ = [
     "INSIDE",
-    "detached",
+    "detach_tree",
     "is_container",
     "is_record",
     "is_tensor_collection",
@@ -89,7 +89,7 @@ class NestedTooDeepError(ESAMTypeError):
     """A container contains itself, or containers are nested too deep."""
 
 
-def detached(tree: Any) -> Any:
+def detach_tree(tree: Any) -> Any:
     """Return the same nested containers with every tensor detached; unknown types are kept."""
     if tree is None:
         return None

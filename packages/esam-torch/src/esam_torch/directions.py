@@ -111,7 +111,7 @@ class Memory:
         self._key: Any = None
         self._kept: tuple[bool, ...] = ()
 
-    def updated(self, layout: Layout, config: ESAMConfig) -> None:
+    def record_update(self, layout: Layout, config: ESAMConfig) -> None:
         """Keep the gradients that the base optimizer is about to use, if there are any."""
         if all(tensor.grad is None for tensor in layout.tensors):
             return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import disagreement
-from esam_torch.finiteness import flaw_in, poisoned
+from esam_torch.finiteness import flaw_in, nan_if_flawed
 from esam_torch.guards import RandomState, Weights
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
@@ -79,7 +79,7 @@ class EarlierStep(Step):
             self._written.restore()
             left.restore()
         # Non-finite values must reach the gradient, even if all selected samples are finite.
-        return poisoned(total, flaw)
+        return nan_if_flawed(total, flaw)
 
     def _direction(self) -> Ascent:
         """Return epsilon, computed from the direction of earlier steps."""

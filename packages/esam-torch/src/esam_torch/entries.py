@@ -11,7 +11,7 @@ from esam_core import ESAMTypeError
 from esam_torch.devices import on_device
 from esam_torch.marks import WAYS_OUT, Whole
 
-__all__ = ["Index", "described", "entries", "items"]
+__all__ = ["Index", "describe", "entries", "items"]
 
 
 class Index:
@@ -34,10 +34,10 @@ class Index:
         return np.asarray(self.host, dtype=np.intp)
 
 
-def described(x: Any) -> str:
+def describe(x: Any) -> str:
     """Return a short description of a value: its type, and its shape or length."""
     if isinstance(x, Whole):
-        return f"{described(x.value)}, marked"
+        return f"{describe(x.value)}, marked"
     name = type(x).__name__
     if isinstance(x, Tensor | np.ndarray):
         return f"{name} of shape {tuple(x.shape)}"

@@ -8,7 +8,7 @@ from torch import Tensor
 from esam_torch.devices import on_device
 from esam_torch.sharded import local
 
-__all__ = ["all_finite", "flaw_in", "poisoned"]
+__all__ = ["all_finite", "flaw_in", "nan_if_flawed"]
 
 
 def flaw_in(values: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def flaw_in(values: Tensor) -> Tensor:
     return (values.detach() * 0.0).sum(dtype=torch.float32)
 
 
-def poisoned(total: Tensor, flaw: Tensor) -> Tensor:
+def nan_if_flawed(total: Tensor, flaw: Tensor) -> Tensor:
     """Return the loss, times NaN if it is not finite or a flaw is given: all gradients are NaN."""
     return total * (flaw + total.detach() * 0.0 + 1.0)
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from esam_core import ESAMRuntimeError
-from esam_torch.ascent import leaves_behind
+from esam_torch.ascent import graph_leaves
 from esam_torch.containers import INSIDE, map_values
 from esam_torch.marks import Rows, Whole
 
@@ -50,7 +50,7 @@ def with_own_leaves(
         return batch, []
     trained = {id(p) for group in groups for p in group["params"]}
     for given, _ in found.values():
-        if any(id(leaf) in trained for leaf in leaves_behind(given)):
+        if any(id(leaf) in trained for leaf in graph_leaves(given)):
             raise ESAMRuntimeError(
                 "`losses` must compute everything that depends on trained parameters, because a "
                 "step evaluates it again at other weights. Received: a tensor of shape "

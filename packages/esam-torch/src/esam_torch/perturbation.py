@@ -1,6 +1,6 @@
-"""Epsilon from the ascent gradient, in a few fused kernels: the fast twin of the core's.
+"""Epsilon from the ascent gradient, in a few fused kernels; see `esam_core.perturbation`.
 
-No value leaves the device, so that the host never waits.
+No value leaves the device, so the host never waits.
 """
 
 import functools
@@ -25,12 +25,12 @@ class Ascent:
     """The perturbation of a step.
 
     Args:
-        perturbations: epsilon_t for each perturbed parameter. Where a loss or gradient is not
-            finite, 0 on a CPU; on other devices, which are not waited for, what comes of it.
+        perturbations: epsilon_t for each perturbed parameter. If a loss or gradient is not finite,
+            it is 0 on a CPU, and not finite on other devices, which are not waited for.
         gradient_norm: 0-d, the ||g|| of equation 2 as `norm` defines it; that of "masked" with
             norm="none".
         perturbation_norm: 0-d, ||epsilon||.
-        flaw: 0-d, 0 if every loss and gradient was finite, else NaN.
+        flaw: 0-d, 0 if all losses and gradients were finite, else NaN.
     """
 
     perturbations: list[Tensor]
@@ -49,23 +49,23 @@ def perturb(
     norm_eps: float,
     weight_masks: list[Tensor] | None = None,
 ) -> Ascent:
-    """Turn gradients into perturbations.
+    """Compute perturbations from gradients.
 
     Equations: SAM (Foret et al. 2021, eq. 2), SWP (Du et al. 2022, eq. 6), ASAM (Kwon et al. 2021,
     with its eta = 0); see `esam_core.perturbation`.
 
     Args:
-        gradients: scale * g_t of the perturbed parameters, dense, and with `norm="full"` of the
-            idle ones behind them. Emptied, so that their memory can be used again. Where a
-            parameter is sharded over ranks, this rank's part.
-        targets: the perturbed parameters, and how far each goes.
+        gradients: scale * g_t of the perturbed parameters, dense, followed by those of the idle
+            ones with `norm="full"`. The list is emptied, so that their memory can be reused. For a
+            sharded parameter, this rank's part.
+        targets: the perturbed parameters, and their factors.
         losses: (b,) losses at theta.
-        scale: 0-d, what the gradients were multiplied by. What is minimised is climbed, so a
-            negative scale turns the direction; with a scale of 0 there is none.
+        scale: 0-d, the factor of the gradients. The perturbation increases what is minimised, so a
+            negative scale reverses the direction; with a scale of 0 there is none.
         norm: "masked", "estimated", "full" or "none".
         norm_eps: added to the norm.
-        weight_masks: None, or one boolean tensor per parameter for masks of single weights.
-            Emptied as well.
+        weight_masks: None, or one boolean tensor per parameter for masks of single weights. The
+            list is emptied too.
     """
     device = losses.device
     parameters = targets.tensors
@@ -93,17 +93,17 @@ def perturb(
             idle.clear()
         else:
             length = torch.linalg.vector_norm(masked)
-        # The norm is finite only if every gradient is.
+        # The norm is finite only if all gradients are.
         flaw = flaw_in(losses) + length * 0.0
         magnitude = on_device(scale, device).to(length.dtype).abs()
         length = length / magnitude
         divisor = torch.ones_like(length) if norm == "none" else length + norm_eps
         tiny = torch.finfo(divisor.dtype).tiny
-        if norm_eps < tiny:  # it vanishes: a gradient of zero must give zero, not 0 * inf
+        if norm_eps < tiny:  # it is negligible: a zero gradient must give zero, not 0 * inf
             divisor = divisor.clamp_min(tiny)
         usable = magnitude + flaw > 0.0
         common = torch.where(usable, divisor.reciprocal() / magnitude, 0.0)
-        if on_host(device) and flaw.item() != 0.0:  # 0 * inf is not a number; looking is free here
+        if on_host(device) and flaw.item() != 0.0:  # 0 * inf is NaN; checking is free here
             directions = [torch.zeros_like(d) for d in directions]
             masked = torch.zeros_like(masked)
         if targets.any_adaptive:
@@ -121,7 +121,7 @@ def perturb(
 
 
 def draw_weight_masks(mask: Mask, like: Sequence[Tensor]) -> list[Tensor] | None:
-    """Draw the masks of single weights natively, from the seed that the host drew."""
+    """Draw the masks of single weights with torch's generator, from the mask's seed."""
     if mask.weight_beta is None or mask.weight_seed is None:
         return None
     generators: dict[torch.device, torch.Generator] = {}

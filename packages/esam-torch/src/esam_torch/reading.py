@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.containers import is_container, is_record, is_tensor_collection, parts
-from esam_torch.entries import described
+from esam_torch.entries import describe
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 
 __all__ = ["Reader", "Reading"]
@@ -114,7 +114,7 @@ class Reader:
         if length != self.b:
             raise ESAMValueError(
                 f"`{path}` must have one entry per sample, since it is marked with Rows. "
-                f"Received: {described(x)}, and {self.b} losses."
+                f"Received: {describe(x)}, and {self.b} losses."
             )
         return Reading.ITEMS if simple else Reading.ROWS
 
@@ -218,7 +218,7 @@ class Reader:
         if within is not None:
             raise ESAMTypeError(
                 f"`{path}` seems to contain samples, in `{within}`, but cannot be split. "
-                f"{WAYS_OUT} Received: {described(x)}, and {self.b} losses."
+                f"{WAYS_OUT} Received: {describe(x)}, and {self.b} losses."
             )
         return self._learn(path, "object", Reading.WHOLE)
 
@@ -272,14 +272,14 @@ class Reader:
         """Raise for an ambiguous value."""
         raise ESAMTypeError(
             f"`{path}` is ambiguous: {one}, or {other}. {WAYS_OUT} "
-            f"Received: {described(x)}, and {self.b} losses."
+            f"Received: {describe(x)}, and {self.b} losses."
         )
 
     def _refuse_changed(self, x: Any, path: str) -> NoReturn:
         """Raise for a value that had one entry per sample in an earlier batch, but has not now."""
         raise ESAMValueError(
             f"`{path}` had one entry per sample in an earlier batch, and must have one now. If "
-            f"that was a coincidence: {WAYS_OUT} Received: {described(x)}, and {self.b} losses."
+            f"that was a coincidence: {WAYS_OUT} Received: {describe(x)}, and {self.b} losses."
         )
 
     def _refuse_ragged(self, x: Any, path: str) -> NoReturn:

@@ -1,6 +1,6 @@
-"""A training run: everything that steps change, in one object.
+"""A training run: all state that steps change, in one object.
 
-Trainers copy an optimizer's attributes into wrappers of their own; the copies share this object.
+Trainers copy an optimizer's attributes into their own wrappers; the copies share this object.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from esam_core import (
     StepReport,
 )
 from esam_core.budget import Plan
-from esam_torch.ascent import leaves_behind
+from esam_torch.ascent import graph_leaves
 from esam_torch.batch import Batch, Samples
 from esam_torch.compat import (
     COMPILED_MODELS_SEE_REQUIRES_GRAD,
@@ -47,30 +47,30 @@ from esam_torch.wrappers import holds_compiled, refuse_cached
 
 __all__ = ["Run"]
 
-#: With more masks than these, a compiler is not asked to compile the model once for each.
+#: With more masks than this, the model is not compiled once for each mask.
 _MOST_COMPILED_MASKS = 4
 
-#: In how many steps of a layout gradients of tensors that are not the model's are looked for.
+#: In how many steps of a layout to look for tensors outside the model that require a gradient.
 _WATCHED_STEPS = 3
 
 
 class Run:
-    """A model, its base optimizer and hyperparameters, and how far the training is.
+    """A model, its base optimizer and hyperparameters, and the state of training.
 
     Args:
         base: the base optimizer.
-        model: what `losses` calls.
+        model: the model that `losses` calls.
         config: the hyperparameters.
-        samples: takes samples out of batches.
+        samples: selects samples from batches.
         blocks: the user's blocks, or None.
-        budget: what a step may cost, or None.
+        budget: the maximum cost of a step, or None.
 
     Attributes:
-        count: how many ascents there have been.
-        report: the last step's.
-        pending: whether gradients of a backward wait for a step.
-        skipped: whether a backward since the last step has left its gradients out.
-        plan: what the budget has bought, or None.
+        count: the number of steps so far.
+        report: the report of the last step.
+        pending: whether there are gradients of a backward without an update.
+        skipped: whether a backward since the last update was skipped.
+        plan: the plan for the budget, or None.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Run:
         self.set_model(model)
 
     def set_model(self, model: nn.Module) -> None:
-        """Train this model, which may be a wrapper around the one before."""
-        parameters_of(model, self.base.param_groups)  # refuses parameters of another model
+        """Train this model, which may be a wrapper of the previous one."""
+        parameters_of(model, self.base.param_groups)  # raises for parameters of another model
         self.model = model
         self.forget_layout()
 
     def forget_layout(self) -> None:
-        """Look at the model anew in the next step."""
+        """Inspect the model again in the next step."""
         self._layout: Layout | None = None
         self._ranks = Ranks(self.model)
         self._strangers: list[Tensor] = []
@@ -116,15 +116,15 @@ class Run:
     def resume(
         self, config: ESAMConfig, count: int, budget: float | None, plan: Plan | None
     ) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self.config, self.count, self.budget, self.plan = config, count, budget, plan
-        self.forget_layout()  # the sampler may be another one
+        self.forget_layout()  # the sampler may be different
         self.pending = self.skipped = False
 
     # -- one step ---------------------------------------------------------------------------------
 
     def loss(self, losses: LossFunction, batch: Batch) -> Tensor:
-        """Return the mean loss at theta, whose backward makes the rest of a step."""
+        """Return the mean loss at theta, whose backward runs the rest of a step."""
         if torch.is_grad_enabled():
             return self._begun(losses, batch)[1]
         check_losses(losses)
@@ -138,7 +138,7 @@ class Run:
         batch: Batch,
         before_descent: Callable[[], None] | None = None,
     ) -> tuple[Step, Tensor]:
-        """Return a step that has made its ascent's forward, and its loss."""
+        """Return a step that has run the forward of its ascent pass, and its loss."""
         self._losses_computed += 1
         check_losses(losses)
         check_groups(self.base.param_groups)
@@ -157,11 +157,11 @@ class Run:
             raise
 
     def _seam(self, step: Step, mean: Tensor, leaves: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the loss at theta with a backward that makes the rest of the step."""
+        """Return the loss at theta with a backward that runs the rest of the step."""
         task, value = step.task, step.value
         self._watch_strangers(mean, leaves, task.layout)
         natural = not task.perturbs and self.config.on_nonfinite == "propagate" and not leaves
-        if natural:  # an ordinary step: the graph that is there gives its gradient
+        if natural:  # an ordinary step: the existing graph gives its gradient
             return loss_with_backward(value, [mean], once(lambda scale: self._base(step, scale)))
         trained = [p for p in (*task.layout.tensors, *task.layout.others) if p.requires_grad]
         inputs = [*trained, *self._strangers, *(inner for _, inner in leaves)]
@@ -171,8 +171,8 @@ class Run:
                 value, outer, once(lambda scale: self._finish(step, scale, inputs))
             )
 
-        # The descent's forward has told the ranks which parameters it does not use, and a backward
-        # through this loss would reach those as well.
+        # The forward of the descent pass has marked its unused parameters for the ranks, and a
+        # backward through this loss would reach these too.
         def gradients(scale: Tensor) -> list[Tensor | None]:
             found = self._finish(step, scale, inputs)
             used = [(p, g) for p, g in zip(trained, found, strict=False) if g is not None]
@@ -189,7 +189,7 @@ class Run:
         batch: Batch,
         before_descent: Callable[[], None] | None = None,
     ) -> StepReport:
-        """Make a step's passes, add its gradient to `.grad` and return its report."""
+        """Run a step's passes, add its gradient to `.grad` and return its report."""
         count = self.count
         with torch.enable_grad():
             step: Step | None = None
@@ -203,21 +203,21 @@ class Run:
         return cast(StepReport, self.report)
 
     def step(self, losses: LossFunction, batch: Batch) -> StepReport:
-        """Make a whole step with gradients of its own, and the base optimizer's update."""
+        """Run a whole step with new gradients, and the base optimizer's update."""
         if self.pending:
             raise ESAMRuntimeError(
-                "step(losses, ...) zeroes the gradients, and those of an earlier backward still "
-                "wait for a step(). Call step() or zero_grad() first."
+                "step(losses, ...) zeroes the gradients, but those of an earlier backward are "
+                "pending. Call step() or zero_grad() first."
             )
         report = self.backward(losses, batch, before_descent=self.zero_grad)
         self.update(None)
         return report
 
     def update(self, closure: Callable[[], Any] | None) -> Any:
-        """Make the base optimizer's update with the gradients there are.
+        """Run the base optimizer's update with the existing gradients.
 
         Args:
-            closure: None, or a function that goes backward itself, as torch's optimizers take it.
+            closure: None, or a function that runs the backward itself, as for torch's optimizers.
         """
         if closure is None:
             if not (self.pending or self.skipped or self._moves_nothing()):
@@ -228,33 +228,33 @@ class Run:
             before = self._losses_computed
             with torch.enable_grad():
                 result = closure()
-            # Lightning's weight averaging runs closures that compute a loss and do not go backward.
+            # Lightning's weight averaging runs closures that compute a loss without a backward.
             if self._losses_computed == before and result is not None:
                 raise ESAMTypeError(CLOSURE)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False
         if isinstance(self.config.ascend, Previous) and self._layout is not None and not skipped:
-            self.memory.updated(self._layout, self.config)
+            self.memory.record_update(self._layout, self.config)
         with without_global_step_hooks():
             updated = None if skipped else self.base.step()
         return updated if closure is None else result
 
     def _moves_nothing(self) -> bool:
-        """Return whether every learning rate is 0: so torch's checkpoints have state made."""
+        """Return whether all learning rates are 0, as when torch's checkpoints create state."""
         return all(float(group.get("lr", 1.0)) == 0.0 for group in self.base.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Reset the gradients."""
         self.pending = self.skipped = False
         self.base.zero_grad(set_to_none)
 
     def _base(self, step: Step, scale: Tensor) -> list[Tensor]:
-        """Note a base step, whose backward goes on behind the loss."""
+        """Record a base step, whose backward continues through the loss."""
         self._note(step.finish_base())
         return [scale]
 
     def _finish(self, step: Step, scale: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
-        """Make the rest of a step, take note of it, and return its gradients."""
+        """Run the rest of a step, record it, and return its gradients."""
         try:
             result = step.finish(scale, inputs)
             self._note(result)
@@ -264,7 +264,7 @@ class Run:
         return list(result.gradients)
 
     def _note(self, result: StepResult) -> None:
-        """Take note of a step."""
+        """Record a step."""
         self.report = result.report
         self.pending = self.pending or not result.report.skipped
         self.skipped = self.skipped or result.report.skipped
@@ -272,14 +272,14 @@ class Run:
             self.notices.add("rounding", rounded(float(result.rounded)))
         if result.disagreement is not None:
             self.notices.add("agreement", result.disagreement)
-        if result.report.perturbed_losses is not None:  # one comparison a run: the host waits
+        if result.report.perturbed_losses is not None:  # one comparison per run: the host waits
             self.notices.add("agreement", None)
         self.count += 1
 
     def _task(
         self, losses: LossFunction, batch: Any, before_descent: Callable[[], None] | None
     ) -> Task:
-        """Return what the coming step works on."""
+        """Return the task of the next step."""
         layout = self.layout(losses, batch)
         config = self.config
         mask = config.perturb.draw(layout.units, seed=config.seed, count=self.count)
@@ -289,7 +289,7 @@ class Run:
         climb = find_climb(
             config, targets, self.memory, self.base, layout, count=self.count, size=size
         )
-        if climb is None:  # nothing to climb along yet
+        if climb is None:  # there is no ascent direction yet
             mask = mask.within([False] * len(mask.perturbed))
             climb, targets = Climb(), layout.targets(mask, options)
         return Task(
@@ -311,7 +311,7 @@ class Run:
         )
 
     def _prunes(self, losses: LossFunction, layout: Layout, targets: Targets) -> bool:
-        """Return whether the ascent's graph is built for the perturbed weights alone."""
+        """Return whether the ascent pass builds its graph only for the perturbed weights."""
         if not targets.idle or not (self._compiled or is_compiled_function(losses)):
             return True
         masks = self.config.perturb.masks(layout.units)
@@ -324,21 +324,21 @@ class Run:
     def _watch_strangers(
         self, mean: Tensor, leaves: list[tuple[Tensor, Tensor]], layout: Layout
     ) -> None:
-        """Find leaves with a gradient that are neither the model's nor the batch's."""
+        """Find leaves that require a gradient and belong to neither the model nor the batch."""
         if self._watched >= _WATCHED_STEPS:
             return
         self._watched += 1
         known = {id(p) for p in (*layout.tensors, *layout.others, *self._strangers)}
         known |= {id(inner) for _, inner in leaves}
         if layout.shards is None:  # a sharded model's graph ends in gathered weights
-            self._strangers += [leaf for leaf in leaves_behind(mean) if id(leaf) not in known]
+            self._strangers += [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]
 
     # -- the layout and the budget ----------------------------------------------------------------
 
     def layout(self, losses: LossFunction, batch: Any) -> Layout:
-        """Return what is known of the model; spend the budget when that is new.
+        """Return the layout of the model; apply the budget when it is new.
 
-        Made anew when the optimizer's groups hold other parameters.
+        It is created again if the parameters in the optimizer's groups change.
         """
         if self._layout is None or not self._layout.holds(self.base.param_groups):
             unspent = self.budget is not None and self.plan is None
@@ -354,7 +354,7 @@ class Run:
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:
-        """Return what is known of the model as it is now."""
+        """Return the layout of the current model."""
 
         def forward() -> Any:
             args, kwargs = copy_tensors(self.samples.bare(batch))
@@ -370,7 +370,7 @@ class Run:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copy.deepcopy: what is known of a model is found anew for its copy.
+        # For copy.deepcopy: the layout is found again for the copy.
         return {**self.__dict__, "_layout": None, "_strangers": [], "_ranks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -380,5 +380,5 @@ class Run:
 
 _PLAIN = (
     "step() without a backward of optimizer.loss(losses, ...) since the last one: this update is "
-    "the base optimizer's own, without any sharpness in it."
+    "the base optimizer's own, without sharpness-aware gradients."
 )

@@ -1,4 +1,4 @@
-"""The loss as the seam: an ordinary tensor whose backward makes the rest of a step."""
+"""The loss of a step: an ordinary tensor whose backward runs the rest of the step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["loss_with_backward", "once"]
 
 
 class _Seam(torch.autograd.Function):
-    """Has the value of a loss, and for its gradient what a function returns."""
+    """A loss with a given value, whose gradients are computed by a function."""
 
     @staticmethod
     def forward(
@@ -23,7 +23,7 @@ class _Seam(torch.autograd.Function):
         value: Tensor,
         *inputs: Tensor,
     ) -> Tensor:
-        """Return the value; the inputs are where its gradient goes."""
+        """Return the value; gradients are returned for the inputs."""
         ctx.gradients = gradients
         return value.clone()
 
@@ -39,14 +39,14 @@ def loss_with_backward(
     inputs: Sequence[Tensor],
     gradients: Callable[[Tensor], Sequence[Tensor | None]],
 ) -> Tensor:
-    """Return a differentiable 0-d tensor with a gradient that a function computes when asked.
+    """Return a differentiable 0-d tensor whose gradient a function computes in the backward.
 
-    Autograd hands the gradients on as those of any operation: it accumulates them into `.grad`,
+    Autograd handles these gradients like those of any operation: it accumulates them into `.grad`,
     runs hooks, and lets DistributedDataParallel reduce them.
 
     Args:
         value: 0-d, without a graph.
-        inputs: the tensors that gradients are returned for.
+        inputs: the tensors to return gradients for.
         gradients: from the gradient with respect to the returned tensor, 0-d, to those with respect
             to the inputs.
     """
@@ -57,14 +57,14 @@ def loss_with_backward(
 def once(
     gradients: Callable[[Tensor], Sequence[Tensor | None]],
 ) -> Callable[[Tensor], Sequence[Tensor | None]]:
-    """Return a function that can be called once, and then lets go of what it holds."""
+    """Return a function that can be called once, and then releases its references."""
     waiting = [gradients]
 
     def called(scale: Tensor) -> Sequence[Tensor | None]:
         if not waiting:
             raise ESAMRuntimeError(
                 "The backward of one of ESAM's losses must be called once. Received: a second "
-                "call, for a loss whose step has been made. Call optimizer.loss(...) again."
+                "call, for a loss whose step has already run. Call optimizer.loss(...) again."
             )
         return waiting.pop()(scale)
 

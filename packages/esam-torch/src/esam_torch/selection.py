@@ -1,4 +1,4 @@
-"""Data selection on the device: the fast twin of `esam_core.selectors.select`."""
+"""Data selection on the device; see `esam_core.selectors.select` for the reference."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -23,7 +23,7 @@ class Selected:
 def top_indices(scores: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest scores, ascending; ties go to the lower index.
 
-    NaN counts as infinite: a sample that went wrong must not be selected away.
+    NaN counts as infinite, so that a sample with a NaN loss is never rejected.
     """
     known = torch.where(torch.isnan(scores), torch.inf, scores)
     order = torch.sort(known, descending=True, stable=True).indices
@@ -33,11 +33,12 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
 def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
     """Return (b,) probabilities proportional to score plus floor, at most 1, that sum to k.
 
-    The reference finds the certain samples in a loop, which would wait for the device. Without
-    one: with the scores in ascending order, of which the first m are shared out, each of those gets
-    (k - (b - m)) score / (the sum of the first m), which is at most 1 for the largest such m.
+    The reference finds the certain samples in a loop, which would wait for the device. Here the
+    scores are sorted in ascending order. If all but the first m samples are certain, each of the
+    first m gets (k - (b - m)) score / (the sum of the first m). The largest m for which this is at
+    most 1 is used.
     """
-    # Wide, where the device has it: the probabilities are summed up and compared with integers.
+    # In float64 if the device supports it: sums of probabilities are compared with integers.
     wide = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
     clipped = wide.clamp_min(0.0)
     mean = clipped.mean()
@@ -46,16 +47,16 @@ def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
     ascending = torch.sort(q).values
     sums = ascending.cumsum(0)
     left = torch.arange(k - len(q) + 1, k + 1, device=q.device, dtype=q.dtype)
-    last = (left * ascending <= sums).sum(0, keepdim=True) - 1  # they are the first m
-    share = left.gather(0, last) / sums.gather(0, last)  # no indexing: it would wait
+    last = (left * ascending <= sums).sum(0, keepdim=True) - 1  # the uncertain ones are the first m
+    share = left.gather(0, last) / sums.gather(0, last)  # indexing would wait
     return (share * q).clamp_max(1.0)
 
 
 def systematic_indices(pi: Tensor, k: int, offset: float) -> Tensor:
-    """Return k ascending indices, i with probability pi_i: the intervals that hold a point."""
+    """Return k ascending indices, i with probability pi_i: the intervals that contain a point."""
     ends = pi.cumsum(0)
     points = offset + torch.arange(k, device=pi.device, dtype=pi.dtype)
-    # A point that rounding puts behind the last end belongs to the last sample, once.
+    # A point that rounding places after the last interval belongs to the last sample, once.
     last = torch.arange(len(pi) - k, len(pi), device=pi.device)
     return torch.minimum(torch.searchsorted(ends, points, right=True), last)
 
@@ -69,15 +70,15 @@ def select(
     seed: int,
     count: int,
 ) -> Selected:
-    """Return what `selector` keeps of a batch of which it does not keep everything.
+    """Return the samples that `selector` selects, if it does not select all.
 
     Args:
         selector: any selector of esam-core.
-        b: how many samples there are.
-        losses: (b,) losses at theta; of any length where the selector does not look at them.
-        perturbed_losses: (b,) losses at theta + epsilon, or None where its score needs none.
+        b: the number of samples.
+        losses: (b,) losses at theta; of any length if the selector does not use them.
+        perturbed_losses: (b,) losses at theta + epsilon, or None if its score does not need them.
         seed: in [0, 2**63).
-        count: the number of the ascent, >= 0.
+        count: the step count, >= 0.
     """
     device = losses.device
     k = selectors.subset_size(selector.gamma, b)

@@ -1,9 +1,9 @@
 """One step, pass by pass: ascent, perturbation, selection, descent, restore.
 
-Reads top to bottom as the table in the documentation does; each pass is one method. The ascent's
-forward is a method of its own (`ascend`), since the user's script computes the loss first and
-calls its backward later, which runs the rest (`finish`). Whatever fails or interrupts, weights,
-buffers and random state are as they were.
+The order is that of the table in the documentation; each pass is one method. The forward of the
+ascent pass is a separate method (`ascend`), because the user's script computes the loss first and
+calls its backward later, which runs the rest (`finish`). After any error or interrupt, weights,
+buffers and random state are restored.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_siz
 from esam_torch.agreement import buffer_versions, comparable, disagreement
 from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.batch import Batch
-from esam_torch.containers import detached
+from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
-from esam_torch.finiteness import all_finite, flaw_in, poisoned
+from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
 from esam_torch.guards import (
     Autocast,
     RandomState,
@@ -45,7 +45,7 @@ class Step:
     """One step on one batch.
 
     Args:
-        task: what to work on.
+        task: the inputs of the step.
         losses: the user's function.
         batch: its arguments and keyword arguments.
     """
@@ -67,7 +67,7 @@ class Step:
     # -- the two halves ---------------------------------------------------------------------------
 
     def ascend(self) -> Tensor:
-        """Run the forward of the ascent and return the mean loss at theta, with its graph."""
+        """Run the forward of the ascent pass and return the mean loss at theta, with its graph."""
         layout, ranks = self.task.layout, self.task.ranks
         if layout.shards is not None:
             layout.shards.check_reducing()
@@ -86,11 +86,11 @@ class Step:
         return self._mean.detach()
 
     def finish(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
-        """Run what is left of the step, and return its gradient.
+        """Run the rest of the step, and return its gradient.
 
         Args:
             scale: 0-d, the gradient of what is minimised with respect to the mean loss.
-            inputs: the tensors whose gradients are wanted.
+            inputs: the tensors to compute gradients for.
         """
         with torch.enable_grad(), self._autocast.restored():
             if self.task.perturbs:
@@ -100,15 +100,15 @@ class Step:
             return self._checked(result)
 
     def finish_base(self) -> StepResult:
-        """Return what a base step found whose gradient the script's own backward computes."""
+        """Return the result of a base step whose gradient is computed by the script's backward."""
         if self.task.before_descent is not None:
             self.task.before_descent()
         return StepResult((), self._base_report())
 
     def undo(self) -> None:
-        """Put back everything that the step may have changed."""
+        """Restore everything that the step may have changed."""
         if not hasattr(self, "_synchronised"):
-            return  # the copies are not complete, and nothing has been changed
+            return  # the copies are incomplete, but nothing has been changed
         for parameter in self._switched_off():
             parameter.requires_grad_(True)
         if self._weights is not None:
@@ -120,7 +120,7 @@ class Step:
     # -- passes -----------------------------------------------------------------------------------
 
     def _first_pass(self) -> Tensor:
-        """Return the mean loss at theta of the samples to climb along, with its graph."""
+        """Return the mean loss at theta of the samples in the ascent pass, with its graph."""
         task = self.task
         with self._climbing(), self._watching():
             if task.climb.part is None or not task.perturbs:
@@ -130,19 +130,20 @@ class Step:
                 self._after_part = RandomState(task.layout.devices)
         self._first.note()
         if task.perturbs and not task.records_at_theta:
-            self._first.undo()  # what the descent writes stays
+            self._first.undo()  # keep what the descent pass writes
         self._expected = self._b
-        # A base step in place of one that climbs along an earlier direction, which must know the
-        # samples before its first pass: here they are known for nothing.
+        # A base step instead of one with an earlier direction. The latter needs the samples before
+        # its first pass; here they are known anyway.
         first = isinstance(task.config.ascend, Previous | Momentum)
         if (task.perturbs or first) and self._selected < self._b:
             task.samples.check(self._batch, self._b)
         return self._values.mean()
 
     def _forward_of(self, indices: Tensor) -> tuple[Tensor, Any]:
-        """Return what `_forward` returns for some samples of the batch.
+        """Run `_forward` on some samples of the batch.
 
-        One sample of several has no statistics of its own: BatchNorm uses the running ones.
+        A single sample of a larger batch has no batch statistics: BatchNorm then uses the running
+        statistics.
         """
         samples, k, b = self.task.samples, len(indices), self._b
         with contextlib.ExitStack() as stack:
@@ -155,21 +156,21 @@ class Step:
             return self._forward(part, expected=k)
 
     def _base_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
-        """Nothing is perturbed: the backward of the pass that has been run, and no more."""
+        """Run only the backward of the first pass: nothing is perturbed."""
         if self.task.before_descent is not None:
             self.task.before_descent()
-        total = poisoned(self._mean, flaw_in(self._values))
+        total = nan_if_flawed(self._mean, flaw_in(self._values))
         return StepResult(self._gradients(total, scale, inputs), self._base_report())
 
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Passes 2 to 6 of the step."""
         task, random = self.task, RandomState(self.task.layout.devices)
-        self._written = task.layout.writes.kept()  # as the pass at theta has left it
+        self._written = task.layout.writes.kept()  # after the pass at theta
         others_drew = not task.records_at_theta and self._after_part.moved()
         b, k = self._b, self._selected
         with self._climbing():
             ascent = self._ascent(scale)
-        # A clone: where a compiled model replays CUDA graphs, the next pass writes over the losses.
+        # A clone: if a compiled model replays CUDA graphs, the next pass overwrites the losses.
         before = self._values.detach().clone()
         del self._values, self._mean
         flaw = ascent.flaw
@@ -210,12 +211,12 @@ class Step:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
         task, targets = self.task, self.task.targets
         wanted = [*targets.tensors]
-        if task.config.norm == "full":  # of all that is trained, whether it may be perturbed or not
+        if task.config.norm == "full":  # for all trained parameters, perturbable or not
             wanted += targets.idle
         loss = self._mean
         if task.layout.shards is not None:
-            # Ranks share one epsilon, so all must see a loss that is not finite on one of them.
-            loss = poisoned(loss, flaw_in(self._values))
+            # Ranks share one epsilon, so a non-finite loss on one rank must affect all.
+            loss = nan_if_flawed(loss, flaw_in(self._values))
         found = ascent_gradients(loss, wanted, scale, every=self._every())
         return perturb(
             found,
@@ -228,14 +229,14 @@ class Step:
         )
 
     def _scored(self, losses: Tensor, part: Tensor) -> Tensor:
-        """Return the (b,) losses at theta: those of the part, and of the others without a graph."""
+        """Return the (b,) losses at theta; only those of the part have a graph."""
         b = self._b
         rest = torch.ones(b, dtype=torch.bool).index_fill_(0, part, False).nonzero().flatten()
         places = on_device(torch.cat([part, rest]).argsort(), losses.device)
         return torch.cat([losses, self._without_a_graph(b, rest)]).index_select(0, places)
 
     def _without_a_graph(self, b: int, indices: Tensor | None = None) -> Tensor:
-        """Return the losses of the batch, or of some of its samples, where the weights stand."""
+        """Return the losses of the batch, or of some samples, at the current weights."""
         self._first.rewind()
         without = note_errors(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
         with torch.no_grad(), self.task.ranks.apart(), without:
@@ -259,13 +260,13 @@ class Step:
                 self._disagreement = disagreement(after, selected.indices, values)
         if self.task.before_descent is not None:
             self.task.before_descent()
-        # What was not finite must be seen in the gradient, even if the selected samples are not it.
-        return self._gradients(poisoned(total, flaw), scale, inputs)
+        # Non-finite values must reach the gradient, even if all selected samples are finite.
+        return self._gradients(nan_if_flawed(total, flaw), scale, inputs)
 
     def _descent_loss(self, selected: Selected | None) -> tuple[Tensor, Tensor, Any]:
         """Return the weighted loss of the selected samples, their losses, and other outputs."""
         self._first.rewind()
-        # BatchNorm reads its running statistics on one sample, and writes them if no pass has yet.
+        # On one sample BatchNorm uses its running statistics, and updates them if no pass has yet.
         if not self.task.records_at_theta or (selected and len(selected.indices) == 1):
             self._written.statistics.restore()
         if selected is None:
@@ -276,13 +277,13 @@ class Step:
         return (selected.weights.to(values.dtype) * values).sum(), values, outputs
 
     def _forward(self, batch: Batch, expected: int | None = None) -> tuple[Tensor, Any]:
-        """Return (b,) losses with their graph, and what else the user's function returned."""
+        """Return (b,) losses with their graph, and the other outputs of the user's function."""
         args, kwargs = batch
-        # Autocast, open around the step, keeps casts: of other weights, or without a graph.
+        # An autocast context around the step caches casts: of other weights, or without a graph.
         torch.clear_autocast_cache()
         found, closure = self._losses(*args, **kwargs), not (args or kwargs)
         values, outputs = per_sample(found, expected=expected, closure=closure)
-        outputs = detached(outputs)  # or a kept report would keep the graph
+        outputs = detach_tree(outputs)  # otherwise a kept report would keep the graph
         if torch.is_grad_enabled() and not values.requires_grad:
             raise ESAMValueError(WITHOUT_PARAMETERS)
         return values, outputs
@@ -291,17 +292,17 @@ class Step:
 
     @property
     def _b(self) -> int:
-        """How many samples the batch holds."""
+        """The number of samples in the batch."""
         return len(self._values) if self._expected is None else self._expected
 
     @functools.cached_property
     def _selected(self) -> int:
-        """How many samples the descent takes."""
+        """The number of samples in the descent pass."""
         return subset_size(self.task.config.select.gamma, self._b)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        """Find out whether the losses of a sample can be compared between the passes."""
+        """Find whether the losses of a sample can be compared between the passes."""
         versions = buffer_versions(self.task.model) if self.task.compare else []
         yield
         if self.task.compare:
@@ -312,7 +313,7 @@ class Step:
 
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:
-        """Compute gradients of perturbed weights alone, on this rank alone, while this lasts."""
+        """Compute gradients only of perturbed weights, only on this rank, inside the context."""
         if not self.task.perturbs:
             yield
             return
@@ -325,7 +326,7 @@ class Step:
                 yield
 
     def _switched_off(self) -> Sequence[Tensor]:
-        """Return the trained parameters of which the ascent computes no gradients."""
+        """Return the trained parameters for which the ascent pass computes no gradients."""
         task = self.task
         whole = task.config.norm == "full" or task.layout.shards is not None or not task.prune
         return () if whole or not task.perturbs else task.targets.idle
@@ -344,13 +345,13 @@ class Step:
         return gradients_of(total, inputs, scale, every=self._every())
 
     def _weights_changed(self) -> None:
-        """Let sharded models gather the weights anew, and autocast cast them anew."""
+        """Let sharded models gather the weights again, and autocast cast them again."""
         if self.task.layout.shards is not None:
             self.task.layout.shards.reshard()
         torch.clear_autocast_cache()
 
     def _checked(self, result: StepResult) -> StepResult:
-        """Return the result; skip or refuse it where it is not finite and the user wants that."""
+        """Return the result; skip it or raise if it is not finite, depending on `on_nonfinite`."""
         task = self.task
         if task.config.on_nonfinite == "propagate":
             return result
@@ -360,7 +361,7 @@ class Step:
             raise NonFiniteError(
                 f"A loss or gradient of step {task.count} is not finite; weights and buffers are "
                 "as before the call, and nothing was added to the gradients. "
-                'Use on_nonfinite="skip" to leave such steps out.'
+                'Use on_nonfinite="skip" to skip such steps.'
             )
         self._first.undo()
         seen = result.report
@@ -375,7 +376,7 @@ class Step:
         return dataclasses.replace(result, gradients=[None] * len(result.gradients), report=report)
 
     def _base_report(self) -> StepReport:
-        """Return what a step without a perturbation saw."""
+        """Return the report of a base step."""
         return StepReport(
             count=self.task.count, losses=self._values.detach(), outputs=self._outputs
         )
@@ -383,7 +384,7 @@ class Step:
     def _report(
         self, before: Tensor | None, after: Tensor | None, selected: Selected | None, ascent: Ascent
     ) -> StepReport:
-        """Return what the step saw."""
+        """Return the report of the step."""
         return StepReport(
             count=self.task.count,
             losses=before,

@@ -1,4 +1,4 @@
-"""Values of modules' attributes and tensors, remembered and put back."""
+"""Saving and restoring values of modules' attributes and tensors."""
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -12,18 +12,18 @@ __all__ = [
     "tensors_in",
 ]
 
-#: A place that holds a value: a dictionary of a module, and a name in it.
+#: The place of a value: a dictionary of a module, and a name in it.
 Place = tuple[dict[str, Any], str]
 
-#: Stands for the value of a name that is not there.
+#: Represents the value of a name that does not exist.
 MISSING = object()
 
-#: How deep containers within containers are looked into.
+#: The maximum depth of nested containers.
 _DEPTH = 4
 
 
 def copy_values(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy values in few kernels: those of one device and type together."""
+    """Copy values in few kernels, grouped by device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, target in enumerate(targets):
         kinds.setdefault((target.device, target.dtype), []).append(i)
@@ -37,7 +37,7 @@ def is_half(tensor: Tensor) -> bool:
 
 
 def is_expanded(tensor: Tensor) -> bool:
-    """Return whether several elements of a tensor are one place in memory, as after `expand`."""
+    """Return whether several elements of a tensor share memory, as after `expand`."""
     return (
         tensor.layout == torch.strided
         and not tensor.is_contiguous()
@@ -50,7 +50,7 @@ def is_expanded(tensor: Tensor) -> bool:
 def is_plain(value: Any) -> bool:
     """Return whether a value is a dense tensor of torch's own class, whose values can be copied.
 
-    Nothing can write where several elements are one place in memory.
+    Nothing can write to a tensor whose elements share memory.
     """
     return (
         type(value) in (Tensor, nn.Parameter)
@@ -61,14 +61,14 @@ def is_plain(value: Any) -> bool:
 
 
 def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """Yield the tensors in a value, and in containers in it, that are not parameters."""
+    """Yield the tensors in a value and in its containers, except parameters."""
     for part in parts_of(value, depth):
         if is_plain(part) and not isinstance(part, nn.Parameter):
             yield part
 
 
 def parts_of(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
-    """Yield what is in a value: itself, or what is in the container that it is."""
+    """Yield a value itself or, if it is a container, its contents."""
     if depth and isinstance(value, list | tuple | deque | dict):
         for part in value.values() if isinstance(value, dict) else value:
             yield from parts_of(part, depth - 1)
@@ -77,7 +77,7 @@ def parts_of(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
 
 
 class _Contents:
-    """An object, and what is in it where it is a container that can be written to."""
+    """An object and, if it is a mutable container, its contents."""
 
     def __init__(self, value: Any, depth: int = _DEPTH) -> None:
         self._value = value
@@ -102,7 +102,7 @@ class _Contents:
         return all(p.is_in(part) for p, part in zip(self._parts, value, strict=True))
 
     def put_back(self) -> Any:
-        """Return the object, with what was in it put back."""
+        """Return the object, with its contents restored."""
         value, parts = self._value, self._parts
         if parts is None or self.is_in(value):
             return value
@@ -124,13 +124,14 @@ class _Contents:
 
 
 class State:
-    """What is in some places and tensors, to be put back bit for bit.
+    """The values of some places and tensors, to be restored bit for bit.
 
-    Copied back only *after* a backward: autograd still reads it between forward and backward.
+    They are restored only *after* a backward, because autograd reads them between forward and
+    backward.
 
     Args:
-        places: each with a name or without.
-        tensors: whose values are copied.
+        places: existing or missing names.
+        tensors: the tensors to copy.
     """
 
     def __init__(self, places: Iterable[Place], tensors: Iterable[Tensor]) -> None:
@@ -141,7 +142,7 @@ class State:
         copy_values(self._copies, values)
 
     def restore(self) -> None:
-        """Put everything back, also where a forward has put other objects there."""
+        """Restore everything, even if a forward has replaced the objects."""
         for names, name, contents in self._contents:
             value = contents.put_back()
             if value is not MISSING:
@@ -155,16 +156,16 @@ class State:
         copy_values([t.data for t in self._tensors], self._copies)
 
     def changed(self) -> list[Place]:
-        """Return the places where other objects are now."""
+        """Return the places whose objects were replaced."""
         return [
             (d, n) for d, n, contents in self._contents if not contents.is_in(d.get(n, MISSING))
         ]
 
     def unlike(self, *, without: Collection[int]) -> list[Tensor]:
-        """Return the tensors whose values are not those of the copies. Waits for the device.
+        """Return the tensors whose values differ from the copies. This waits for the device.
 
         Args:
-            without: ids of tensors that are not to be compared.
+            without: ids of tensors to leave out.
         """
         rows: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
@@ -177,13 +178,13 @@ class State:
         return found
 
     def tensors(self) -> set[int]:
-        """Return the ids of the tensors whose values are copied."""
+        """Return the ids of the copied tensors."""
         return {id(t) for t in self._tensors}
 
     def part(self, places: Iterable[Place], tensors: Iterable[Tensor]) -> "State":
         """Return the state of some places and tensors.
 
-        What has not been recorded: a place was empty then, and a tensor was as it is now.
+        For unrecorded ones, a place counts as missing, and a tensor as unchanged.
         """
         contents = {(id(row[0]), row[1]): row for row in self._contents}
         copies = {id(t): copy for t, copy in zip(self._tensors, self._copies, strict=True)}
@@ -197,7 +198,7 @@ class State:
         return found
 
     def joined(self, *others: "State") -> "State":
-        """Return this state with what others have recorded beside it."""
+        """Return this state combined with others."""
         found = self.part((), ())
         for state in (self, *others):
             known, copied = {(id(d), n) for d, n, _ in found._contents}, found.tensors()
@@ -209,5 +210,5 @@ class State:
         return found
 
 
-#: What is in a place where nothing is.
+#: The contents of an empty place.
 _EMPTY = _Contents(MISSING)

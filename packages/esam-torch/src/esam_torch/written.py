@@ -1,8 +1,7 @@
-"""What a forward writes beside its result: buffers, frozen weights, attributes of modules.
+"""State that a forward writes: buffers, frozen weights, attributes of modules.
 
-A step runs several forwards, and all that they write must be as after the first. What the forwards
-of a model write is found in the first steps and kept from then on: only what was seen to change is
-copied.
+A step runs several forwards, but written state must be as after the first one. The first steps find
+what the forwards of a model write; from then on only these values are copied.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,13 +16,14 @@ from esam_torch.wrappers import bare_model
 
 __all__ = ["Forward", "Kept", "Writes"]
 
-#: In how many first steps everything is looked at; after that, where their number is a power of 2.
+#: The number of first steps in which everything is checked; later, if the step number is a power of
+#: 2.
 _WATCHED_STEPS = 3
 
-#: Bytes that may be copied to find out what is written, where the trained weights are smaller.
+#: Bytes that may be copied to find writes, if the trained weights are smaller.
 _ALLOWANCE = 2**20
 
-#: What every module has, and no forward of the user's writes.
+#: Attributes of every module that users' forwards do not write.
 _MODULES_OWN = frozenset(vars(nn.Module()))
 
 _Key = tuple[int, str]
@@ -35,8 +35,8 @@ class _Candidate:
 
     Args:
         tensor: the tensor.
-        place: where it is, or None for a parameter.
-        steady: whether it is a parameter or a buffer, of which a model has the same ones for long.
+        place: its place, or None for a parameter.
+        steady: whether it is a parameter or a buffer, which are rarely replaced.
         trained: whether the optimizer trains it.
     """
 
@@ -48,11 +48,11 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class Kept:
-    """What forwards write, as it was.
+    """Saved values of what forwards write.
 
     Args:
-        restarted: what each pass finds as at the start of the step.
-        statistics: running statistics of batches, which only the descent on one sample reads.
+        restarted: values that each pass must read as at the start of the step.
+        statistics: running statistics, which only a descent pass on one sample reads.
         trained: trained weights.
     """
 
@@ -61,26 +61,26 @@ class Kept:
     trained: State
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         self.restarted.restore()
         self.statistics.restore()
         self.trained.restore()
 
 
 class Writes:
-    """Finds what the forwards of a model write, and copies it.
+    """Finds and copies what the forwards of a model write.
 
-    In the first three steps, and later where their number is a power of two, everything is looked
-    at: parameters, buffers and attributes of all modules. In the other steps version counters of
-    buffers and of weights that are not trained are compared, and nothing else.
+    In the first three steps, and in later steps whose number is a power of two, everything is
+    checked: parameters, buffers and attributes of all modules. The other steps only compare version
+    counters of buffers and of frozen weights.
 
     Args:
-        model: what `losses` calls; wrappers are looked through.
-        trained: the parameters that the optimizer holds.
-        weights: whether to look at parameters: not with FSDP2, where forwards put others there.
+        model: the model that `losses` calls; wrappers are unwrapped.
+        trained: the parameters in the optimizer.
+        weights: whether to check parameters: not with FSDP2, whose forwards replace them.
 
     Attributes:
-        late: whether something was written for the first time, of which there was no copy.
+        late: whether a value without a copy was written for the first time.
     """
 
     def __init__(self, model: nn.Module, trained: Iterable[Tensor], *, weights: bool) -> None:
@@ -89,7 +89,7 @@ class Writes:
         self._weights = weights
         self._steps = 0
         self._places: dict[_Key, Place] = {}
-        self._values: set[_Key] = set()  # of the places, those whose tensors are written in place
+        self._values: set[_Key] = set()  # the places whose tensors are written in place
         self._parameters: dict[int, _Candidate] = {}
         self._idle: list[_Candidate] = []
         self._norms = [
@@ -107,7 +107,7 @@ class Writes:
         return Forward(self, _Watch(self, by_value=self._steps == 1) if watched else None)
 
     def kept(self, start: State | None = None) -> Kept:
-        """Return what is written, as it is now, or as it was in a state with copies of it."""
+        """Return the written values, as they are now or as in a saved state."""
         norms = [module for module in self._norms if module.training]
         statistics = [
             (buffers_by_name(module), name)
@@ -125,11 +125,11 @@ class Writes:
         )
 
     def versions(self) -> list[int]:
-        """Return the version counters of what has not been seen to be written."""
+        """Return the version counters of values that have not been seen to change."""
         return [times_written(c.tensor) for c in self._idle]
 
     def learn(self, places: Iterable[Place], written: Iterable[_Candidate]) -> None:
-        """Take note of places where other objects are now, and of tensors written in place."""
+        """Record places whose objects were replaced, and tensors written in place."""
         self._places.update({_key(place): place for place in places})
         for candidate in written:
             if candidate.place is None:
@@ -139,7 +139,7 @@ class Writes:
                 self._values.add(_key(candidate.place))
 
     def learn_versions(self, versions: Sequence[int]) -> list[Tensor]:
-        """Take note of what has been written since these were the version counters; return it."""
+        """Record and return the tensors written since the given version counters."""
         rows = zip(self._idle, versions, strict=True)
         found = [c for c, version in rows if times_written(c.tensor) != version]
         if found:
@@ -149,7 +149,7 @@ class Writes:
         return [c.tensor for c in found]
 
     def set_idle(self, candidates: Iterable[_Candidate]) -> None:
-        """Compare the version counters of those that are not kept, in the steps to come."""
+        """Compare the version counters of the other candidates in later steps."""
         self._idle = [
             c
             for c in candidates
@@ -160,9 +160,9 @@ class Writes:
         ]
 
     def find_statistics(self) -> None:
-        """Find the modules that normalise by statistics of the batch and are not torch's."""
+        """Find the modules of other libraries that normalise by batch statistics."""
         modules = _modules(self._model)
-        # What computes a weight (spectral_norm) has other statistics than the batch's.
+        # A module that computes a weight (spectral_norm) has no batch statistics.
         lists = [m for m in modules if isinstance(m, ParametrizationList)]
         inside = {id(m) for those in lists for m in those.modules()}
         for module in modules:
@@ -173,7 +173,7 @@ class Writes:
                 self.statistics_layers.append(module)
 
     def candidates(self) -> tuple[list[Place], list[_Candidate]]:
-        """Return the places where a forward may put something, and the tensors it may write."""
+        """Return the places that a forward may set, and the tensors that it may write."""
         places: list[Place] = []
         found: list[_Candidate] = []
         known = {id(module) for module in self._norms if module.training}
@@ -193,18 +193,18 @@ class Writes:
         return places, found
 
     def new_places(self, known: Iterable[Place]) -> list[Place]:
-        """Return the places that are not among those known: names that a forward has made."""
+        """Return new places: names that a forward has created."""
         keys = {_key(place) for place in known}
         return [place for place in self.candidates()[0] if _key(place) not in keys]
 
 
 class _Watch:
-    """Everything that a forward may write, as it was before.
+    """Saved values of everything that a forward may write.
 
     Args:
-        writes: takes note of what is found.
+        writes: records what is found.
         by_value: whether to compare values too, which waits for the device: batch_norm writes
-            without a count.
+            without increasing the version.
     """
 
     def __init__(self, writes: Writes, *, by_value: bool) -> None:
@@ -218,9 +218,10 @@ class _Watch:
         )
 
     def _affordable(self) -> list[Tensor]:
-        """Return what may be copied: the smallest tensors, together not more than what is trained.
+        """Return the tensors to copy: the smallest, in total not larger than the trained weights.
 
-        The frozen weights under a small adapter are not copied; an average of the trained ones is.
+        Large frozen weights with a small adapter are not copied; an average of the trained weights
+        is.
         """
         left = max(_ALLOWANCE, sum(_bytes(c.tensor) for c in self._candidates if c.trained))
         chosen: list[Tensor] = []
@@ -235,7 +236,7 @@ class _Watch:
         return chosen
 
     def compare(self) -> None:
-        """Find what has been written."""
+        """Find what was written."""
         written = {
             id(c.tensor)
             for c, mark in zip(self._candidates, self._marks, strict=True)
@@ -254,18 +255,18 @@ class _Watch:
         self._writes.set_idle(self._candidates)
 
     def undo(self) -> None:
-        """Put everything back, and take away the names that the forward has made."""
+        """Restore everything, and delete names that the forward created."""
         for names, name in self._writes.new_places(self._places):
             del names[name]
         self.state.restore()
 
 
 class Forward:
-    """The state before a step's first forward, to which later passes and errors go back.
+    """The state before a step's first forward, which later passes and errors restore.
 
     Args:
-        writes: what is known to be written.
-        watch: what looks at everything, or None in most steps.
+        writes: the known written values.
+        watch: checks everything; None in most steps.
     """
 
     def __init__(self, writes: Writes, watch: _Watch | None) -> None:
@@ -277,7 +278,7 @@ class Forward:
         self._noted = False
 
     def note(self) -> None:
-        """Take note of what the forward, which has just been run, has written; once."""
+        """Record what the forward has written; called once, after it."""
         if self._noted:
             return
         self._noted = True
@@ -289,14 +290,14 @@ class Forward:
             self._late = State((), late) if late else None
 
     def rewind(self) -> None:
-        """Let the next pass find what it reads as the first has found it."""
+        """Restore the values that the next pass reads."""
         if self._start is not None:
             self._start.restarted.restore()
         if self._late is not None:
             self._late.restore()
 
     def undo(self) -> None:
-        """Put everything back that the forward may have written."""
+        """Restore everything that the forward may have written."""
         if self._watch is not None:
             self._watch.undo()
         if self._start is not None:
@@ -304,28 +305,28 @@ class Forward:
 
 
 def _key(place: Place) -> _Key:
-    """Return what tells a place apart."""
+    """Return a key that identifies a place."""
     return id(place[0]), place[1]
 
 
 def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:
-    """Yield the tensors that are in some places."""
+    """Yield the tensors in some places."""
     for names, name in places:
         yield from tensors_in(names.get(name))
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Return how much memory a tensor's elements take."""
+    """Return the memory of a tensor's elements in bytes."""
     return tensor.numel() * tensor.element_size()
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Return what changes where a tensor is written in place, or given other memory by `.data`."""
+    """Return a mark that changes if a tensor is written in place or its `.data` is replaced."""
     return times_written(tensor), tensor.data_ptr()
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """Return all modules, those included that others hold in lists and the like."""
+    """Return all modules, including those that others keep in lists and other containers."""
     found = dict.fromkeys(model.modules())
     waiting = list(found)
     while waiting:
@@ -342,9 +343,10 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _keeps_statistics(module: nn.Module, written: Sequence[Place]) -> bool:
-    """Return whether a module, not torch's, seems to normalise by statistics of the batch.
+    """Return whether a module of another library seems to normalise by batch statistics.
 
-    It has no modules inside and writes floating buffers: two of one shape, or it is called a norm.
+    It has no submodules and writes floating buffers: two of the same shape, or its name contains a
+    norm.
     """
     if isinstance(module, NORM_LAYERS):
         return False
