@@ -265,7 +265,9 @@ def tests_torch(session: nox.Session) -> None:
 def tests_keras(session: nox.Session, backend: str) -> None:
     """Run esam-keras's tests and docstring examples, one Keras backend per process."""
     python = python_of(session, "torch", "keras", "backends")
-    where = ("tests/keras", "packages/esam-keras/src")
+    # Compiling the slow tests takes minutes: `keras_suites` runs them on the other backends.
+    quick = () if backend == "torch" else ("-m", "not slow")
+    where = ("tests/keras", "packages/esam-keras/src", *quick)
     run_pytest(session, python, *where, keras=backend, processes=2)
 
 
@@ -289,6 +291,17 @@ def tests_keras_lowest(session: nox.Session, backend: str) -> None:
     """Run esam-keras's tests with the lowest Keras and the lowest backend that it declares."""
     python = python_of(session, "torch-lowest" if backend == "torch" else "keras-lowest")
     run_pytest(session, python, "tests/keras", keras=backend)
+
+
+@nox.session(venv_backend="none")
+@BACKENDS
+def keras_suites(session: nox.Session, backend: str) -> None:
+    """Run Keras's own tests with ESAM at rho = 0 as the optimizer, and the slow tests of ours."""
+    python = python_of(session, "torch", "keras", "backends")
+    env = {"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"}
+    session.run(python, "tests/keras_suites/compare.py", *session.posargs, env=env)
+    if not session.posargs:
+        run(session, python, "pytest", "tests/keras", "-m", "slow", keras=backend)
 
 
 @nox.session(venv_backend="none")

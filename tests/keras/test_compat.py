@@ -55,6 +55,17 @@ def test_masks_go_with_tensors():
     assert again is mask
 
 
+def test_direct_layers(model):
+    class WithLayers(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = keras.layers.Dense(3), mlp()
+
+    assert compat.direct_layers(model) == model.layers
+    layer = WithLayers()
+    assert compat.direct_layers(layer) == [layer.first, layer.second]
+
+
 def test_layers_and_their_variables(model):
     inner = keras.Sequential([keras.layers.Dense(3)])
     outer = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6), inner])

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tests.keras.scene import close, cross_entropy, data, mlp, trainable
+from tests.keras.scene import close, cross_entropy, data, mlp, same, trainable
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError
 from esam_keras import ESAM, Everything, Suffix
@@ -222,3 +222,70 @@ def test_history_is_the_base_optimizer_s_where_nothing_is_perturbed():
     assert any("weighted" in name for name in base)
     for name, values in base.items():
         np.testing.assert_allclose(ours[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_a_layer_with_keras_trainer_as_a_mixin():
+    """It has no `layers`, as a `keras.Model` has; its sublayers are its blocks all the same."""
+    trainer = next(c for c in keras.Model.__mro__ if c.__name__.endswith("Trainer"))
+
+    class Trained(trainer, keras.layers.Layer):
+        def __init__(self):
+            keras.layers.Layer.__init__(self)
+            trainer.__init__(self)
+            self.first = keras.layers.Dense(8, activation="tanh", name="first")
+            self.head = keras.layers.Dense(3, name="head")
+
+        def call(self, x):
+            return self.head(self.first(x))
+
+    def trained(optimizer):
+        keras.utils.set_random_seed(0)
+        model = Trained()
+        model.compile(optimizer, cross_entropy())
+        model.fit(*data(16), batch_size=8, verbose=0, shuffle=False)
+        return model
+
+    report = trained(ESAM("sgd", rho=0.5, perturb=Suffix("head"))).optimizer.report
+    assert len(report.perturbed) == 2
+    assert all("head" in name for name in report.perturbed)
+    same(trained(ESAM("sgd", rho=0.0)).get_weights(), trained("sgd").get_weights())
+
+
+def test_a_loss_that_returns_a_number():
+    """It has no value per sample, and needs none with gamma=1."""
+
+    class Penalised(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(keras.ops.mean(x * x))
+            return x
+
+    def trained(optimizer):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Penalised()])
+        model.compile(optimizer, loss=lambda y, y_pred: 0)
+        model.fit(*data(16), batch_size=8, verbose=0, shuffle=False)
+        return model.get_weights()
+
+    same(trained(ESAM("sgd", rho=0.0, gamma=1.0)), trained("sgd"))
+    with pytest.raises(ESAMValueError, match="must have a value for each sample"):
+        trained(ESAM("sgd"))
+
+
+@pytest.mark.backends("tensorflow")
+def test_optional_inputs_that_a_generator_leaves_out():
+    def trained(optimizer):
+        keras.utils.set_random_seed(0)
+        x, other = keras.Input((6,), name="x"), keras.Input((6,), name="other", optional=True)
+
+        class Sum(keras.layers.Layer):
+            def call(self, x, other=None):
+                return x if other is None else x + other
+
+        model = keras.Model({"x": x, "other": other}, keras.layers.Dense(3)(Sum()(x, other)))
+        model.compile(optimizer, cross_entropy())
+        inputs, targets = data(8)
+        batches = (({"x": inputs, "other": None}, targets) for _ in range(3))
+        model.fit(batches, steps_per_epoch=2, verbose=0, shuffle=False)
+        return model.get_weights()
+
+    same(trained(ESAM("sgd", rho=0.0)), trained("sgd"))

@@ -20,6 +20,7 @@ __all__ = [
     "calls_replaced",
     "clipped",
     "compiled_losses",
+    "direct_layers",
     "distribution_strategy",
     "ema_variables",
     "first_moment",
@@ -127,6 +128,16 @@ def build_from(model: keras.Model, data: Any) -> None:
 def flat_layers(layer: Any, include_self: bool = True) -> list[Any]:
     """Return a layer and all in it, however deep."""
     return list(layer._flatten_layers(include_self=include_self))
+
+
+def direct_layers(model: Any) -> list[Any]:
+    """Return the layers of a model, in the order of execution where it is known.
+
+    Not every class that trains is a `keras.Model`: a layer can have Keras's trainer as a mixin.
+    """
+    if hasattr(model, "layers"):
+        return list(model.layers)
+    return list(model._flatten_layers(include_self=False, recursive=False))
 
 
 def own_trainable_variables(layer: Any) -> list[Any]:

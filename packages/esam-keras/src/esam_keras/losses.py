@@ -86,7 +86,8 @@ def _weighted_call(loss: Any, factor: Tensor) -> Any:
 
 def _check_values(name: str, values: Tensor, factor: Tensor) -> None:
     """Raise if a loss's values do not have the batch as their first axis."""
-    shape, b = tuple(values.shape), factor.shape[0]
+    # A loss function may return a number.
+    shape, b = tuple(getattr(values, "shape", ())), factor.shape[0]
     if shape and (shape[0] is None or b is None or shape[0] == b):
         return
     raise ESAMValueError(

@@ -75,7 +75,7 @@ def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 def _blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Yield (block, layer, whether its sublayers belong to it) in the order of execution."""
-    for layer in model.layers:
+    for layer in compat.direct_layers(model):
         block = f"{prefix}{layer.name}"
         if isinstance(layer, keras.Model):
             yield from _blocks(layer, prefix=f"{block}.")

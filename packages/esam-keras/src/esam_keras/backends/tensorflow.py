@@ -127,6 +127,8 @@ class TensorFlowBackend(AssigningBackend):
         def train_function(iterator: Iterator[Any]) -> dict[str, Any]:
             logs = None
             for _, data in zip(range(model.steps_per_execution), iterator, strict=False):
+                if compat.reads_optionals(model):
+                    data = _without_optionals(data)
                 training.prepare(data)
                 count = int(training.esam.count.numpy())
                 drawn: Drawn = training.draw(count, data, compiled=compiled)
@@ -152,8 +154,6 @@ def step_function(training: Any, plan: Plan) -> Callable[[Any, Any], Any]:
         step = tf.function(
             step, autograph=False, reduce_retracing=True, jit_compile=model.jit_compile
         )
-    if compat.reads_optionals(model):
-        return lambda inputs, data: step(inputs, _without_optionals(data))
     return step
 
 
