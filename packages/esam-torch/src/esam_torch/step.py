@@ -23,13 +23,7 @@ from esam_torch.batch import Batch
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import (
-    Autocast,
-    RandomState,
-    Weights,
-    running_statistics,
-    without_gradients,
-)
+from esam_torch.guards import Autocast, RandomState, Weights, running_statistics, without_gradients
 from esam_torch.inputs import read_only
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
