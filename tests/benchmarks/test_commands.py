@@ -1,4 +1,4 @@
-"""What command lines are refused, before anything is trained, and what all of them take."""
+"""Command lines that are refused before training, and the common options."""
 
 import pytest
 from benchmarks import __main__ as runner
@@ -8,7 +8,7 @@ TRAINING = sorted(set(BENCHMARKS) - {"host", "memory", "speed", "study", "table4
 
 
 def _refused(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> str:
-    """Run a command that its parser must refuse; return what it said."""
+    """Run a command that its parser must refuse; return the message."""
     with pytest.raises(SystemExit) as ended:
         runner.run(name, list(arguments))
     assert ended.value.code == 2
@@ -16,7 +16,7 @@ def _refused(capsys: pytest.CaptureFixture[str], name: str, *arguments: str) -> 
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_each_takes_what_all_are_given(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_accepts_the_common_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         runner.run(name, ["--help"])
     assert ended.value.code == 0

@@ -1,4 +1,4 @@
-"""Data: files are read as published, batches depend on (seed, epoch) alone, subsets balance."""
+"""Data: files are read as published, batches depend only on (seed, epoch), subsets are balanced."""
 
 import gzip
 import pickle
@@ -35,7 +35,7 @@ def test_cifar_rows_are_channels_rows_columns(tmp_path: Path) -> None:
     assert data.test.labels.tolist() == list(range(40))
 
 
-def test_fashion_files_are_read_packed_or_not(tmp_path: Path) -> None:
+def test_fashion_files_are_read_gzipped_or_not(tmp_path: Path) -> None:
     pixels = np.arange(2 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(2, 28, 28)
     head = bytes([0, 0, 8, 3]) + np.array([2, 28, 28], ">i4").tobytes()
     labels = bytes([0, 0, 8, 1]) + np.array([2], ">i4").tobytes() + bytes([4, 9])
@@ -49,7 +49,7 @@ def test_fashion_files_are_read_packed_or_not(tmp_path: Path) -> None:
     assert data.train.labels.tolist() == [4, 9]
 
 
-def test_a_wrong_folder_says_what_was_expected(tmp_path: Path) -> None:
+def test_an_error_for_a_wrong_folder_lists_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)must be digits.*cifar-100-python/train.*Received"):
         load_source(str(tmp_path), batch=4, seed=0)
 
@@ -85,7 +85,7 @@ def test_subset_is_balanced_and_labels_stay_in_range() -> None:
     assert "52 of 1297" in data.note
 
 
-def test_spare_images_are_tested_on_and_never_trained_on() -> None:
+def test_spare_images_are_only_for_testing() -> None:
     data = balanced_subset(digits(), images=100, spare=True)
     assert len(data.train) + len(data.test) == 1797
     images = {image.tobytes() for image in data.train.images}
@@ -93,7 +93,7 @@ def test_spare_images_are_tested_on_and_never_trained_on() -> None:
     assert "tested on 1697 others" in data.note
 
 
-def test_noise_makes_the_asked_share_wrong_and_leaves_the_test_alone() -> None:
+def test_noise_changes_the_given_share_of_training_labels_only() -> None:
     clean = digits()
     noisy = noisy_labels(clean, 0.3)
     wrong = (clean.train.labels != noisy.train.labels).mean()
@@ -139,7 +139,7 @@ def test_a_training_image_is_cropped_and_mirrored_as_drawn(
     draws: tuple[float, ...], corners: str, tmp_path: Path
 ) -> None:
     colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255), "d": (255, 255, 255)}
-    pixels = np.zeros((40, 40, 3), np.uint8)  # a left of b, c left of d below them
+    pixels = np.zeros((40, 40, 3), np.uint8)  # a is left of b; below them, c is left of d
     for name, (row, column) in zip("abcd", ((0, 0), (0, 20), (20, 0), (20, 20)), strict=True):
         pixels[row : row + 20, column : column + 20] = colours[name]
     write_small_folder(tmp_path, classes=1, train=1, test=1)
@@ -153,7 +153,7 @@ def test_a_training_image_is_cropped_and_mirrored_as_drawn(
         torch.testing.assert_close(seen, expected, atol=0.02, rtol=0)
 
 
-def test_crops_of_a_folder_are_drawn_anew_in_each_epoch(tmp_path: Path) -> None:
+def test_crops_of_a_folder_differ_between_epochs(tmp_path: Path) -> None:
     write_small_folder(tmp_path, classes=1, train=1, test=1)
     folder = ImageFolder(tmp_path, batch=1, seed=0, size=16)
     images = [next(folder.epoch(epoch))[0] for epoch in range(4)]

@@ -1,10 +1,10 @@
-"""What a step costs the host: the number of operations that it dispatches, exactly."""
+"""The host time of a step: the exact number of operations that it dispatches."""
 
 import pytest
 from benchmarks.host import STEPS, Scene, main, operations
 
-#: The most operations that a step dispatches beyond the same written by hand, at any number of
-#: parameter tensors: norms of the gradients, finiteness, the report, the selection of samples.
+#: The maximum number of operations of a step beyond a hand-written one, for any number of parameter
+#: tensors: gradient norms, finiteness, the report, the selection of samples.
 EXTRA = {"SAM": ("SAM by hand", 32), "RECOMMENDED": ("RECOMMENDED by hand", 58)}
 
 
@@ -13,7 +13,7 @@ EXTRA = {"SAM": ("SAM by hand", 32), "RECOMMENDED": ("RECOMMENDED by hand", 58)}
 def test_operations_beyond_those_written_by_hand(name, tensors):
     by_hand, extra = EXTRA[name]
     ours, theirs = (operations(STEPS[n](Scene(tensors))) for n in (name, by_hand))
-    perturbed = tensors if name == "SAM" else tensors // 2  # copied in one call, not one by one
+    perturbed = tensors if name == "SAM" else tensors // 2  # copied in a single call
     assert ours <= theirs - perturbed + extra
 
 
@@ -23,7 +23,7 @@ def test_an_empty_mask_dispatches_an_ordinary_step():
 
 
 @pytest.mark.parametrize("name", ["SAM", "RECOMMENDED", "empty mask"])
-def test_operations_grow_with_the_number_of_tensors_and_not_with_its_square(name):
+def test_operations_grow_linearly_with_the_number_of_tensors(name):
     short, middle, long = (operations(STEPS[name](Scene(t))) for t in (20, 40, 60))
     assert long - middle == middle - short
 

@@ -1,10 +1,10 @@
-"""The networks are the published ones: they have as many parameters, and run."""
+"""The networks have the published number of parameters, and run."""
 
 import pytest
 import torch
 from benchmarks.models import MODELS, TEXT_MODELS, build
 
-# Published counts: (millions, within); the counts without CIFAR classes are those for 10.
+# Published counts: (millions, within); counts without CIFAR classes are for 10 classes.
 PUBLISHED = {
     "resnet18": (11.17, 0.005, 10),
     "resnet20": (0.27, 0.005, 10),
@@ -27,7 +27,7 @@ def test_parameter_count_is_the_published_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_forward_gives_one_row_of_logits_a_sample(name: str) -> None:
+def test_forward_gives_one_row_of_logits_per_sample(name: str) -> None:
     size = {"resnet50": 64, "resnet101": 64, "vit-s16": 32}.get(name, 16)
     narrow = {
         "wrn28-10": 1,
@@ -51,7 +51,7 @@ def test_the_named_blocks_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
-def test_a_text_model_gives_logits_at_every_place_and_looks_at_no_later_one(name: str) -> None:
+def test_a_text_model_is_causal_with_logits_at_every_position(name: str) -> None:
     model = build(name, classes=7, size=16, width=8).eval()
     x = torch.randint(7, (2, 16))
     logits = model(x)

@@ -1,4 +1,4 @@
-"""Momentum-SAM, which is `ascend=Momentum()`, against its equations written out."""
+"""Momentum-SAM, which is `ascend=Momentum()`, compared with its equations."""
 
 import copy
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 def msam_step(
     sgd: torch.optim.SGD, backward: Callable[[], None], rho: float, *, adaptive: bool
 ) -> None:
-    """Take one step of SGD with the gradient at theta - rho v / ||v||.
+    """Run one step of SGD with the gradient at theta - rho v / ||v||.
 
-    Becker, Altrock and Risse 2024 (arXiv 2401.12033); adaptive, as ASAM weighs the gradient, at
-    theta - rho theta^2 v / || |theta| v ||.
+    Becker, Altrock and Risse 2024 (arXiv 2401.12033); if adaptive, as in ASAM, at theta - rho
+    theta^2 v / || |theta| v ||.
     """
     weights = [p.data for group in sgd.param_groups for p in group["params"] if p in sgd.state]
     momenta = [s["momentum_buffer"] for s in sgd.state.values()]
@@ -55,7 +55,7 @@ def test_three_steps_follow_the_equations(adaptive: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["momentum", "momentum-adaptive", "msam", "msam-adaptive"])
-def test_the_method_is_that_bit_for_bit(name: str) -> None:
+def test_the_method_equals_it_bit_for_bit(name: str) -> None:
     method = METHODS[name]
     torch.manual_seed(0)
     model = build("resnet10", classes=4, channels=3, size=16, width=4)

@@ -1,4 +1,4 @@
-"""The paper's tables and figures: each runs in its smallest form and writes what it should."""
+"""The paper's tables and figures: each runs in its smallest form and writes its files."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from torch import nn
 
 PAPER = sorted(name for name in BENCHMARKS if name.startswith(("table", "fig")))
 
-#: What makes each as small as can be, on top of --quick.
+#: Options that make each as small as possible, in addition to --quick.
 SMALLEST = {
     "table1": ["--epochs", "1", "--width", "2", "--seeds", "0"],
     "table2": ["--methods", "sgd", "esam", "--width", "2"],
@@ -47,7 +47,7 @@ def test_smallest_form_writes_json_table_and_figure(name: str, tmp_path: Path) -
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_every_name_of_the_issue_is_there() -> None:
+def test_all_tables_and_figures_exist() -> None:
     assert sorted(SMALLEST) == PAPER
 
 
@@ -58,7 +58,7 @@ def test_recipes_take_rho_beta_gamma_from_the_presets() -> None:
     assert RECIPES["wrn28-10"].fields(same_weight_decay=True)["sharp_weight_decay"] is None
 
 
-def test_filters_keep_the_networks_norms_and_vectors_stay() -> None:
+def test_filters_have_the_networks_norms_and_vectors_are_zero() -> None:
     parameters = [torch.randn(4, 3, 2, 2), torch.randn(4), torch.randn(5, 7)]
     direction = filter_normalised(parameters, torch.Generator().manual_seed(0))
     torch.testing.assert_close(
@@ -94,7 +94,7 @@ def test_zeta_is_0_for_a_linear_loss_and_the_square_for_a_square() -> None:
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_shifted_puts_the_weights_back_also_after_an_error() -> None:
+def test_shifted_restores_the_weights_even_after_an_error() -> None:
     point, *_ = _line()
     before = point.parameters[0].detach().clone()
     seen: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""What the paper's tables and figures show is what they say: each against known numbers."""
+"""The quantities in the paper's tables and figures, compared with known numbers."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 SMALL = {"data": "digits", "model": "resnet8", "width": 2, "epochs": 1, "batch": 32, "images": 64}
 
 
-def test_figure_5_tells_selected_from_rejected_and_before_from_after() -> None:
+def test_figure_5_separates_selected_and_rejected_losses() -> None:
     splits = Splits()
     for scale in (1.0, 3.0):  # two steps, whose mean is 2
         report = SimpleNamespace(
@@ -41,7 +41,7 @@ def test_figure_5_tells_selected_from_rejected_and_before_from_after() -> None:
     }
 
 
-def test_figure_6_takes_each_subset_for_what_it_is_called() -> None:
+def test_figure_6_labels_subsets_correctly() -> None:
     losses = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0])
     increase = torch.tensor([0.1, 0.5, -0.2, 0.3, 0.2])
     subsets = _subsets(losses, increase, np.array([2, 4]))
@@ -53,7 +53,7 @@ def test_figure_6_takes_each_subset_for_what_it_is_called() -> None:
     }
 
 
-def test_figure_6_looks_at_the_gradients_at_sams_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_6_uses_gradients_at_sams_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(Run(method="sam", rho=0.5, gamma=0.25, augment=False, **SMALL))
     x, y = next(trainer.source.epoch(0))
     parameters = list(trainer.model.parameters())
@@ -89,7 +89,7 @@ def test_figure_6_looks_at_the_gradients_at_sams_point(monkeypatch: pytest.Monke
     assert found["largest increase"] > found["smallest increase"]
 
 
-def test_figure_7_climbs_the_steps_length_and_sams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figure_7_uses_the_steps_length_and_sams(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(Run(method="esam", rho=0.2, **SMALL))
     monkeypatch.setattr(fig7, "_zeta", lambda _p, _x, _y, _g, epsilon: length(epsilon))
     found = Linearity([0.25, 0.5], 1, 2).measure(trainer, 0)
@@ -103,14 +103,14 @@ def test_figure_7_climbs_the_steps_length_and_sams(monkeypatch: pytest.MonkeyPat
     }
 
 
-def test_what_a_small_mask_saves_is_most_of_the_time_and_of_the_flops(
+def test_a_small_mask_saves_most_of_the_time_and_flops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
     real = savings.masked_gradients
 
     def gradients(loss: torch.Tensor, chosen: list[torch.Tensor]) -> None:
-        now[0] += len(chosen)  # a tensor takes a second, and the forward pass no time
+        now[0] += len(chosen)  # each tensor takes a second, the forward pass no time
         real(loss, chosen)
 
     monkeypatch.setattr(savings, "time", SimpleNamespace(process_time=lambda: now[0]))
@@ -122,7 +122,7 @@ def test_what_a_small_mask_saves_is_most_of_the_time_and_of_the_flops(
     assert 0.0 < large["flops_saved"] < small["flops_saved"] < 2 / 3  # the forward pass stays
 
 
-def test_a_comparison_shows_speed_as_a_share_of_sams(
+def test_a_comparison_shows_speed_relative_to_sam(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     speeds = {"sgd": [190.0, 210.0], "sam": [90.0, 110.0], "esam": [130.0, 130.0]}
@@ -151,5 +151,5 @@ def test_a_comparison_shows_speed_as_a_share_of_sams(
     assert shown == {"sgd": 2.0, "sam": 1.0, "esam": 1.3}
     lines = (tmp_path / "table1.md").read_text().splitlines()
     rows = {line.split()[3]: line for line in lines if line.startswith("| cifar10")}
-    assert rows["ESAM"].split("|")[4:7] == [" 130 ", " 130% ", " 140% "]  # the paper's at last
+    assert rows["ESAM"].split("|")[4:7] == [" 130 ", " 130% ", " 140% "]  # the paper's is last
     assert rows["SGD"].split("|")[4:7] == [" 200 ", " 200% ", " 197% "]

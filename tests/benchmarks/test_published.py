@@ -1,4 +1,4 @@
-"""The paper's printed figures: as printed, beside the right cells, and our form of g fits them."""
+"""The paper's printed numbers, and their agreement with our formula for g."""
 
 import pytest
 from benchmarks.methods import METHODS
@@ -6,7 +6,7 @@ from benchmarks.paper.savings import printed_fit
 from benchmarks.published import PUBLISHED, SAVINGS, SAVINGS_CONSTANTS, Published, published
 from benchmarks.recipes import RECIPES
 
-#: Speeds against SAM's in percent, as the paper prints them: by table, data, model and method.
+#: Speeds relative to SAM's in percent, as printed in the paper, by table, data, model and method.
 SPEEDS = {
     ("table1", "cifar10", "resnet18", "esam"): 140.3,
     ("table1", "cifar100", "resnet18", "esam"): 140.0,
@@ -36,7 +36,7 @@ def test_printed_speeds_give_the_printed_percentages(cell: tuple[str, str, str, 
     assert ratio == pytest.approx(SPEEDS[cell], abs=0.3)
 
 
-def test_every_cell_is_one_that_a_command_can_fill() -> None:
+def test_every_cell_belongs_to_a_command() -> None:
     for cells in PUBLISHED.values():
         for data, model, method in cells:
             assert data in ("cifar10", "cifar100", "imagenet")
@@ -46,7 +46,7 @@ def test_every_cell_is_one_that_a_command_can_fill() -> None:
     assert counts == {"table1": 18, "table2": 6, "table3": 20, "table6": 5}
 
 
-def test_what_is_not_printed_is_none_and_a_cell_is_shown_as_printed() -> None:
+def test_missing_cells_are_none_and_others_are_shown_as_printed() -> None:
     assert published("table1", "cifar10", "resnet18", "esam@0.1") is None
     assert published("table9", "cifar10", "resnet18", "sgd") is None
     assert str(published("table1", "cifar100", "wrn28-10", "esam")) == "84.51 ± 0.01"
@@ -54,11 +54,11 @@ def test_what_is_not_printed_is_none_and_a_cell_is_shown_as_printed() -> None:
 
 
 @pytest.mark.parametrize("name", SAVINGS)
-def test_the_fit_of_the_printed_rows_gives_the_printed_constants(name: str) -> None:
+def test_the_fit_of_the_printed_rows_agrees_with_the_printed_constants(name: str) -> None:
     fit, (k1, k2) = printed_fit(name), SAVINGS_CONSTANTS[name]
-    # The paper's fits are of more rows than it prints; table 5's k1 lies 2.005 errors off.
+    # The paper's fits use more rows than it prints; table 5's k1 differs by 2.005 errors.
     assert abs(fit.k1 - k1) < 2.5 * fit.k1_error
     assert abs(fit.k2 - k2) < 2.5 * fit.k2_error
     assert fit.residual < 0.006  # the spread of the rows between neighbouring N
-    assert fit.k1_error < 0.006  # so that the bounds above mean something
+    assert fit.k1_error < 0.006  # so that the bounds above are meaningful
     assert fit.k2_error < 0.04

@@ -1,4 +1,4 @@
-"""Which runs a command asks for: the paper's recipes, under what stands on the command line."""
+"""The runs of a command: the paper's recipes, overridden by the command line."""
 
 import dataclasses
 import json
@@ -19,14 +19,14 @@ from benchmarks.training import new_stepper
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-class _Asked(Exception):  # noqa: N818  no error: the runs were asked for, and that is enough
-    """Ends a command where it would train."""
+class _Asked(Exception):  # noqa: N818  not an error: it stops a command
+    """Stops a command before it trains."""
 
 
 def _asked(
     monkeypatch: pytest.MonkeyPatch, module: Any, function: str, *arguments: str
 ) -> list[tuple[Run, Path]]:
-    """Return the runs that a command trains, and where; none is trained."""
+    """Return the runs that a command would train, and their folder, without training."""
     asked: list[tuple[Run, Path]] = []
 
     def train(run: Run, folder: Path, **_: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def test_a_run_has_its_models_recipe() -> None:
 
 
 @pytest.mark.parametrize("given", [("--rho", "0.3", "--lr", "2"), ("--rho=0.3", "--lr=2")])
-def test_the_command_line_precedes_the_recipe(given: tuple[str, ...]) -> None:
+def test_the_command_line_overrides_the_recipe(given: tuple[str, ...]) -> None:
     run, _ = _runs("--model", "wrn28-10", *given)
     assert (run.rho, run.lr, run.beta) == (0.3, 2.0, 0.5)
 
@@ -88,7 +88,7 @@ def test_a_value_is_not_taken_for_an_option() -> None:
     assert run.rho == 0.1
 
 
-def test_a_quick_run_and_a_model_of_no_recipe_have_the_options_alone() -> None:
+def test_quick_runs_and_models_without_a_recipe_use_only_the_options() -> None:
     for run in (*_runs("--model", "resnet10"), *_runs("--quick", "--model", "wrn28-10")):
         assert (run.rho, run.beta, run.sharp_weight_decay) == (0.05, 0.6, None)
 
@@ -96,7 +96,9 @@ def test_a_quick_run_and_a_model_of_no_recipe_have_the_options_alone() -> None:
 @pytest.mark.parametrize(
     ("method", "doubled"), [("sgd", 5e-4), ("sam", 1e-3), ("esam", 1e-3), ("msam", 1e-3)]
 )
-def test_the_weight_decay_of_all_but_the_base_is_doubled(method: str, doubled: float) -> None:
+def test_the_weight_decay_is_doubled_except_for_the_base_optimizer(
+    method: str, doubled: float
+) -> None:
     options = parse("none", None, ["--model", "resnet18"])
     same = parse("none", None, ["--model", "resnet18", "--same-weight-decay"])
     for chosen, expected in ((options, doubled), (same, 5e-4)):
@@ -151,7 +153,7 @@ def test_figures_4_to_8_train_by_the_recipe(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["fig3", *FIGURES])
-def test_a_committed_figures_command_asks_for_its_committed_runs(
+def test_the_command_of_a_committed_figure_gives_its_runs(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, function = (fig3, "main") if name == "fig3" else FIGURES[name]
@@ -170,7 +172,7 @@ def test_a_committed_figures_command_asks_for_its_committed_runs(
 
 
 @pytest.mark.parametrize("module", [fig5, fig6, fig7])
-def test_a_committed_figures_command_asks_for_its_committed_probe(
+def test_the_command_of_a_committed_figure_gives_its_probe(
     module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = module.__name__.rpartition(".")[2]
@@ -212,7 +214,7 @@ def test_a_landscape_takes_one_seed(name: str, capsys: pytest.CaptureFixture[str
         ("fig8", ["--rho", "0"], "--rho must be > 0"),
     ],
 )
-def test_figures_of_nothing_are_refused(
+def test_meaningless_figures_are_refused(
     name: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, function = FIGURES[name]

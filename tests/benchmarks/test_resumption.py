@@ -1,4 +1,4 @@
-"""What a finished or a killed run is taken for: only for one of the same options and probe."""
+"""Finished and killed runs are reused only for the same options and probe."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ QUICK = ["--quick", "--width", "2", "--images", "256", "--epochs", "1"]
 
 
 class Counting(Probe):
-    """A probe that says how often it was asked."""
+    """A probe that counts its calls."""
 
     def __init__(self, factor: int) -> None:
         self.options = {"name": "counting", "factor": factor}
@@ -35,7 +35,7 @@ def _say(_: str) -> None: ...
 
 
 def _threads_kept(run: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run a command and leave torch its number of threads."""
+    """Run a command and restore torch's number of threads."""
     threads = torch.get_num_threads()
     try:
         run(arguments)
@@ -61,7 +61,7 @@ def test_a_run_of_another_probe_is_another_run(
     assert [row.get("found") for row in found["history"]] == ([4, 8] if probe else [None, None])
 
 
-def test_a_record_from_before_probes_were_kept_is_one_without(tmp_path: Path) -> None:
+def test_old_records_count_as_runs_without_a_probe(tmp_path: Path) -> None:
     train(RUN, tmp_path, say=_say)
     path = tmp_path / "runs.jsonl"
     path.write_text(path.read_text().replace('"probe": null, ', ""))
@@ -88,7 +88,7 @@ def test_a_figure_reads_its_own_runs_and_not_those_of_other_options(
     assert second["probe"] != record["probe"]
 
 
-def test_figures_5_and_7_do_not_take_each_others_runs(tmp_path: Path) -> None:
+def test_figures_5_and_7_do_not_reuse_each_others_runs(tmp_path: Path) -> None:
     _threads_kept(fig5.main, [*QUICK, "--out", str(tmp_path)])
     _threads_kept(fig7.main, [*QUICK, "--out", str(tmp_path)])
     assert [r["probe"]["name"] for r in Store(tmp_path).records()] == ["fig5", "fig7"]
@@ -113,7 +113,7 @@ def test_a_landscape_of_a_record_without_its_weights_is_trained_again(
     _threads_kept(run, [*QUICK, *smallest])
     found = (tmp_path / f"{name}.md").read_text()
     (weights,) = (tmp_path / "weights").glob("*.pt")
-    weights.unlink()  # git ignores them: a fresh clone has the record alone
+    weights.unlink()  # git ignores them: a new clone has only the record
     _threads_kept(run, [*QUICK, *smallest])
     assert weights.exists()
     assert (tmp_path / f"{name}.md").read_text() == found

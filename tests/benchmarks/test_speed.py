@@ -1,4 +1,4 @@
-"""The speed benchmark: counts agree between devices, times are interleaved, the bars are met."""
+"""The speed benchmark: counts agree between devices, times are interleaved, bars are met."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.mark.parametrize("name", ["sam", "esam", "suffix-sds", "sds-proportional"])
-def test_counts_without_computing_are_those_of_a_real_step(name: str) -> None:
+def test_counts_on_the_meta_device_equal_those_of_a_real_step(name: str) -> None:
     counted = counted_steps(METHODS[name], model="resnet8", width=4, batch=8, repeats=3)
     model = build("resnet8", classes=10, width=4)
     x, y = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
@@ -41,7 +41,7 @@ def test_full_resnet18_meets_its_bars() -> None:
             assert record["flops_ratio"] == 1.0
 
 
-def test_rounds_take_each_step_once() -> None:
+def test_rounds_run_each_step_once() -> None:
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
     times, ratios = interleaved(steps, repeats=4, warmup=1, device=torch.device("cpu"))
@@ -51,7 +51,7 @@ def test_rounds_take_each_step_once() -> None:
     assert all(t.low <= t.median <= t.high for t in times.values())
 
 
-def test_peak_memory_sees_what_was_freed() -> None:
+def test_peak_memory_includes_freed_memory() -> None:
     def step() -> None:
         a = torch.empty(1_000_000)
         b = torch.empty(2_000_000)

@@ -1,4 +1,4 @@
-"""The file of finished runs: one line each, whole, whoever writes and whoever is killed."""
+"""The file of finished runs: one complete line per run, despite parallel writes and kills."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from benchmarks.store import Store, key_of
 
 RUN = Run(method="sam", data="digits", model="resnet8")
 
-#: Another value for each option of a run.
+#: A different value for each option of a run.
 OTHER: dict[str, Any] = {
     "method": "sgd",
     "data": "cifar10",
@@ -63,7 +63,7 @@ def test_a_run_has_one_line(tmp_path: Path) -> None:
     assert store.find(dataclasses.replace(RUN, seed=2)) is None
 
 
-def test_what_a_kill_left_of_a_line_is_not_read_and_is_removed(tmp_path: Path) -> None:
+def test_incomplete_lines_are_not_read_and_are_removed(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.add(_record(RUN))
     whole = store.path.read_bytes()
@@ -82,7 +82,7 @@ def _add_many(folder: Path, barrier: Any) -> None:
         Store(folder).add(_record(dataclasses.replace(RUN, seed=seed)))
 
 
-def test_two_processes_that_add_the_same_runs_at_once_leave_each_once(tmp_path: Path) -> None:
+def test_two_processes_that_add_the_same_runs_write_each_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
     both = [context.Process(target=_add_many, args=(tmp_path, barrier)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Text as data: passages and their next bytes, apart from those that are tested on."""
+"""Text as data: passages and their next bytes, separate from the test text."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from benchmarks.data.text import TESTED, reference_text
 from benchmarks.losses import sample_losses
 
 
-def test_the_text_is_one_paragraph_once_and_its_test_is_not_in_its_training() -> None:
+def test_paragraphs_are_unique_and_the_test_text_is_not_trained_on() -> None:
     text = reference_text()
     paragraphs = text.split("\n\n")
     assert len(paragraphs) == len(set(paragraphs))
@@ -21,7 +21,7 @@ def test_the_text_is_one_paragraph_once_and_its_test_is_not_in_its_training() ->
     assert len(content) >= 100_000 + TESTED
 
 
-def test_passages_are_followed_by_their_next_bytes_and_cut_anew_in_each_epoch() -> None:
+def test_passages_have_their_next_bytes_and_differ_between_epochs() -> None:
     source = load_source("pydoc", batch=16, seed=3, images=10_000, size=32)
     epochs = [list(source.epoch(e)) for e in (0, 1, 0)]
     assert len(epochs[0]) == source.steps
@@ -35,7 +35,7 @@ def test_passages_are_followed_by_their_next_bytes_and_cut_anew_in_each_epoch() 
         load_source("pydoc", batch=16, seed=0, images=10**7)
 
 
-def test_the_loss_of_a_passage_is_the_mean_over_its_places() -> None:
+def test_the_loss_of_a_passage_is_the_mean_over_its_positions() -> None:
     logits, targets = torch.randn(3, 5, 4), torch.randint(5, (3, 4))
     expected = [
         torch.nn.functional.cross_entropy(logits[i].T, targets[i], label_smoothing=0.1)

@@ -1,4 +1,4 @@
-"""Training runs: exact resumption, the schedule, every method, what a record holds."""
+"""Training runs: exact resumption, the schedule, every method, the contents of a record."""
 
 import json
 from pathlib import Path
@@ -18,14 +18,14 @@ SMALL = {"data": "digits", "model": "resnet8", "width": 2, "epochs": 3, "batch":
 
 
 def _say(_: str) -> None:
-    """Say nothing."""
+    """Ignore a message."""
 
 
 @pytest.mark.parametrize(
     "method",
     ["sgd", "sgd-ema", "esam", "momentum", "part", "previous", "suffix-proportional", "peer-sam"],
 )
-def test_a_killed_run_goes_on_to_the_bit(method: str, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
     if method == "peer-sam":
         pytest.importorskip("pytorch_optimizer")
     run = Run(method=method, seed=3, **SMALL)
@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_to_the_bit(method: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "cut" / "checkpoints").glob("*.pt"))
 
 
-def test_a_finished_run_is_not_run_again_and_one_of_other_options_is(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     run = Run(method="sgd", **{**SMALL, "epochs": 1})
     first = train(run, tmp_path, say=_say)
     assert train(run, tmp_path, say=_say) == json.loads(json.dumps(first))
@@ -50,7 +50,7 @@ def test_a_finished_run_is_not_run_again_and_one_of_other_options_is(tmp_path: P
     assert [r["run"]["epochs"] for r in Store(tmp_path).records()] == [1, 3]
 
 
-def test_all_methods_begin_with_the_same_weights_and_batches() -> None:
+def test_all_methods_start_with_the_same_weights_and_batches() -> None:
     one, other = (Trainer(Run(method=m, **SMALL)) for m in ("sgd", "esam"))
     assert all(
         torch.equal(a, b)
@@ -68,7 +68,7 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "peer-sam"])
-def test_every_method_takes_steps(name: str) -> None:
+def test_every_method_runs_steps(name: str) -> None:
     trainer = Trainer(Run(method=name, **SMALL))
     before = trainer.model.head.weight.detach().clone()
     row = trainer.train_epoch(0)
@@ -118,7 +118,7 @@ def test_counted_work(method: str, lowest: float, highest: float) -> None:
     assert lowest <= sum(counted) / 3 / base <= highest
 
 
-def test_table_has_a_row_a_method_over_its_seeds(tmp_path: Path, capsys) -> None:
+def test_the_table_has_one_row_per_method(tmp_path: Path, capsys) -> None:
     options = ["--methods", "sgd", "sam@0.1", "--seeds", "0", "1", "--out", str(tmp_path)]
     small = ["--model", "resnet8", "--width", "2", "--epochs", "1", "--device", "cpu"]
     accuracy.main([*options, *small])
@@ -128,7 +128,7 @@ def test_table_has_a_row_a_method_over_its_seeds(tmp_path: Path, capsys) -> None
     assert len(accuracy_rows(records)) == 2
     table = (tmp_path / "accuracy.md").read_text()
     assert "SAM" in table
-    # Runs of other options are in the same file, and not in the same table.
+    # Runs with other options are in the same file, but not in the same table.
     accuracy.main([*options, *small, "--batch", "32"])
     assert len(Store(tmp_path).records()) == 8
     accuracy.main([*options, *small])
@@ -139,7 +139,7 @@ def test_m_sharpness_is_the_mean_of_the_parts_own_sam_gradients() -> None:
     arguments = {**SMALL, "lr": 0.0, "batch": 64, "rho": 0.5}
     whole = Trainer(Run(method="sam", m=32, **arguments))
     part = Trainer(Run(method="sam", **arguments))
-    for trainer in (whole, part):  # one sample does not change the others' norm in a part
+    for trainer in (whole, part):  # a sample does not affect the norm of other parts
         trainer.model.eval()
     x, y = next(whole.source.epoch(0))
     whole.stepper.step(whole.losses, x, y)
@@ -162,7 +162,7 @@ def test_bf16_and_channels_last_train_too() -> None:
 
 
 @pytest.mark.parametrize("method", ["momentum", "momentum-adaptive"])
-def test_momentum_sam_perturbs_without_being_told_a_radius(method: str) -> None:
+def test_momentum_sam_has_a_default_radius(method: str) -> None:
     assert Run(method=method, **SMALL).effective_rho > 0
     base, other = (Trainer(Run(method=m, **SMALL)) for m in ("sgd", method))
     for trainer in (base, other):
@@ -170,7 +170,7 @@ def test_momentum_sam_perturbs_without_being_told_a_radius(method: str) -> None:
     assert not torch.equal(base.model.head.weight, other.model.head.weight)
 
 
-def test_averaged_weights_are_the_recursion_over_the_steps_and_are_what_is_tested() -> None:
+def test_averaged_weights_follow_the_recursion_and_are_tested() -> None:
     trainer = Trainer(Run(method="sgd-ema", ema=0.25, **SMALL))
     expected = None
     for epoch in range(2):
@@ -183,7 +183,7 @@ def test_averaged_weights_are_the_recursion_over_the_steps_and_are_what_is_teste
             expected = [0.75 * a + 0.25 * b for a, b in zip(expected, now, strict=True)]
     averaged = trainer.stepper.averaged.module.state_dict()
     for (name, got), value in zip(averaged.items(), expected, strict=True):
-        if got.is_floating_point():  # weights and BatchNorm's running statistics alike
+        if got.is_floating_point():  # weights and BatchNorm's running statistics
             torch.testing.assert_close(got.double(), value, rtol=1e-4, atol=1e-6, msg=name)
     assert not torch.equal(averaged["head.weight"], trainer.model.head.weight)
     tested = trainer.test()
@@ -192,7 +192,7 @@ def test_averaged_weights_are_the_recursion_over_the_steps_and_are_what_is_teste
     assert trainer.test() == tested
 
 
-def test_averaged_weights_train_as_the_base_optimizer_does() -> None:
+def test_averaging_does_not_change_training() -> None:
     one, other = (Trainer(Run(method=m, **SMALL)) for m in ("sgd", "sgd-ema"))
     for trainer in (one, other):
         trainer.train_epoch(0)

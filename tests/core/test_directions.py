@@ -290,8 +290,7 @@ class TestReference:
             session.step(bad)
 
     def test_an_ascent_on_one_sample_uses_running_statistics(self):
-        """A single sample has no batch statistics: normalised by itself, it and its gradient would
-        be 0."""
+        """Normalised by itself, a single sample and its gradient would be 0."""
         problem = problems.batchnorm()
         session = session_of(problem, beta=1.0, gamma=1.0, ascend=Part(0.125))
         for batch in problem.batches:

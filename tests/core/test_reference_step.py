@@ -48,8 +48,7 @@ class Quadratic:
 
 
 def test_a_quadratic_by_hand():
-    """|theta| = 5 and epsilon = theta / 5, so |theta + eps| = 6; k = 1 selects the steepest
-    sample."""
+    """|theta| = 5, epsilon = theta / 5, so |theta + eps| = 6; k = 1 selects the steepest sample."""
     model = Quadratic([1.0, 3.0])
     batch = Batch(model.curvatures, np.zeros(2, int))
     step = Step(model, ESAMConfig.from_arguments(rho=1.0, beta=1.0, gamma=0.5))

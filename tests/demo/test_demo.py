@@ -1,4 +1,4 @@
-"""The demo in its smallest form: it runs, shows what it should, and explains wrong input."""
+"""The demo in its smallest form: it runs, shows its results, and explains wrong input."""
 
 import pickle
 
@@ -10,7 +10,7 @@ from demo.options import parse
 
 
 def cifar(folder, train=128, test=64):
-    """Write a folder in the official python layout of CIFAR-10, with images of noise."""
+    """Write a folder in the official Python layout of CIFAR-10, with random images."""
     inner = folder / "cifar-10-batches-py"
     inner.mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -28,7 +28,7 @@ def cifar(folder, train=128, test=64):
 
 @pytest.fixture
 def _small(monkeypatch):
-    """Pictures of few points and counts of few steps."""
+    """Use few points in pictures and few steps in counts."""
     monkeypatch.setattr("demo.pictures.POINTS", 3)
     monkeypatch.setattr("demo.measures.COUNTED", 3)
     monkeypatch.setattr("demo.measures.TURNS", 3)
@@ -37,7 +37,7 @@ def _small(monkeypatch):
 
 @pytest.fixture
 def _threads():
-    """Two threads before, and as many as there were afterwards."""
+    """Use two threads, and restore the number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -46,9 +46,9 @@ def _threads():
 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(("arguments", "threads"), [((), 1), (("--threads", "2"), 2)])
-def test_it_trains_on_one_thread_unless_told_otherwise(arguments, threads, tmp_path, monkeypatch):
+def test_it_trains_on_one_thread_by_default(arguments, threads, tmp_path, monkeypatch):
     found = []
-    # The threads at the first thing that is computed; nothing is trained.
+    # The number of threads at the first computation; nothing is trained.
     monkeypatch.setattr("demo.__main__.load", lambda path: found.append(torch.get_num_threads()))
     with pytest.raises(AttributeError):
         main(["--out", str(tmp_path), *arguments])
@@ -65,7 +65,7 @@ def test_it_runs_on_cifar(tmp_path, capsys):
         assert (tmp_path / "o" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_digits_come_without_a_download():
+def test_the_digits_need_no_download():
     from demo.images import load
 
     data = load(None)
@@ -106,13 +106,13 @@ def test_out_that_is_a_file(inside, tmp_path, capsys):
     assert (tmp_path / "taken").read_text() == "kept"
 
 
-def test_out_may_be_a_folder_or_yet_to_be_made(tmp_path):
+def test_out_may_be_an_existing_or_a_new_folder(tmp_path):
     for out in (tmp_path, tmp_path / "a" / "b"):
         assert parse(["--out", str(out)]).out == out
     assert not (tmp_path / "a").exists()
 
 
-def test_wrong_folders_say_what_belongs_where(tmp_path):
+def test_errors_for_wrong_folders_describe_the_layout(tmp_path):
     with pytest.raises(SystemExit, match="cifar-100-python/train, test") as found:
         main(["--data", str(tmp_path / "nowhere")])
     assert "which is not a folder" in str(found.value)

@@ -1,7 +1,7 @@
-"""Every Python block that a reader can copy runs: READMEs, docs and the contributors' guide.
+"""All Python blocks run: READMEs, docs and the contributors' guide.
 
-The blocks of a page run in order, in one namespace, as they would in a session at the prompt. Code
-that a page needs and a reader does not goes into an HTML comment above the block:
+The blocks of a page run in order, in one namespace, as in an interactive session. Code that only
+the test needs is in an HTML comment above the block:
 
     <!--- invisible-code-block: python
     import torch
@@ -16,7 +16,7 @@ import pytest
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-# Without it Keras takes TensorFlow. The pages run on any of its backends.
+# Keras's default is TensorFlow. The pages run on any of its backends.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
     if "_build" not in page.parts
 )
-#: Ways to open a Python block. Only the first is executed, so that only it may be used.
+#: Ways to open a Python block. Only the first is executed, so only it may be used.
 PYTHON_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*\{?(py\w*)", re.MULTILINE)
 
 
@@ -37,7 +37,7 @@ def python_blocks(page):
     return document
 
 
-# Keras's variables do not know NumPy 2's `copy` yet, on TensorFlow and JAX.
+# Keras's variables do not support NumPy 2's `copy` yet, on TensorFlow and JAX.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page, tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_block_escapes(page):
+def test_all_blocks_are_found(page):
     text = (ROOT / page).read_text("utf-8")
     opened = list(PYTHON_FENCE.finditer(text))
     assert {match[1] for match in opened} <= {"python"}

@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type is what runs here."""
+"""The commands in the README are those that are tested."""
 
 import re
 from pathlib import Path
@@ -19,11 +19,11 @@ def test_its_pictures_exist():
     assert (ROOT / "docs" / "images" / "landscapes.png").exists()
 
 
-def test_it_is_short_enough_to_be_read():
+def test_it_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150
 
 
-def test_its_links_lead_somewhere():
+def test_its_links_exist():
     pages = re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text("utf-8"))
     assert pages
     assert [page for page in pages if not (ROOT / page).exists()] == []

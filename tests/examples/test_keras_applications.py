@@ -1,4 +1,4 @@
-"""The examples run as they are typed: in a process of their own, in their smallest form."""
+"""The examples run as scripts, in their smallest form."""
 
 import math
 import os

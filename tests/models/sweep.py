@@ -1,8 +1,8 @@
-"""Per-sample losses of every model that transformers can build here, against its own loss.
+"""Losses per sample of all models that transformers can build, compared with their own loss.
 
-`python tests/models/sweep.py --out FILE` writes a line of JSON per model, and goes on where it
-was stopped; `--only WORD` takes the models with that in their name. `--table PAGE` writes
-what FILE holds as a page of the docs.
+`python tests/models/sweep.py --out FILE` writes a line of JSON per model, and resumes if it was
+interrupted; `--only WORD` selects the models with this word in their name. `--table PAGE` writes
+the results in FILE as a page of the docs.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def short(error: BaseException) -> str:
 
 
 def loss_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Return the model's own loss of a batch, with the same random numbers at each call."""
+    """Return the model's own loss for a batch, with the same random numbers in each call."""
     torch.manual_seed(0)
     loss = model(**batch)["loss"]
     if loss is None:
@@ -119,7 +119,7 @@ def loss_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def prepared(name: str) -> tuple[Any, dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Return (model, batch, its own loss, its own loss of each sample alone)."""
+    """Return (model, batch, its own loss, its own loss for each sample alone)."""
     reasons = []
     for small_ones in LEVELS:
         try:
@@ -151,14 +151,14 @@ def per_sample(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.T
 
 
 def router_loss(model: Any, batch: dict[str, Any], own: torch.Tensor) -> torch.Tensor | None:
-    """Let a model add its router's loss, of the whole batch, and return it, if it has one."""
+    """Let a model add its router's loss for the whole batch, and return it, or None."""
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", None) is not False:
         return None
     model.config.output_router_logits = config.output_router_logits = True
     try:
         return loss_of(model, batch) - own
-    except Exception:  # this tiny model has no layer with experts, say
+    except Exception:  # for example, this tiny model has no layer with experts
         return None
 
 
@@ -186,7 +186,7 @@ def examined(name: str) -> tuple[str, str]:
 
 
 def page(rows: list[dict[str, str]]) -> str:
-    """Return the page of the docs that says what was found."""
+    """Return the docs page with the results."""
     found = Counter((row["kind"], row["status"]) for row in rows)
     total = Counter(row["status"] for row in rows)
     kinds = [kind for kind in dict.fromkeys([*KINDS, OTHERS]) if any(k == kind for k, _ in found)]

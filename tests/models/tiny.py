@@ -1,4 +1,4 @@
-"""Tiny models of transformers, made from their default configurations, and batches for them."""
+"""Tiny transformers models, based on their default configurations, and batches for them."""
 
 import inspect
 import re
@@ -14,7 +14,7 @@ LARGEST = 120_000_000
 
 VOCABULARY, TOKENS, SAMPLES, CLASSES = 99, 12, 3, 3
 
-#: What numbers of a configuration become, by a pattern of their names: the first that fits.
+#: Small values for numbers of a configuration, by name pattern; the first match wins.
 SMALL: tuple[tuple[str, int], ...] = (
     (
         r"(^|_)(vocab_size|vocab_size_per_layer_input|text_vocab_size|entity_vocab_size)$",
@@ -45,12 +45,12 @@ SMALL: tuple[tuple[str, int], ...] = (
 
 _TOKEN = re.compile(r"_token_id$|_token_index$")
 
-#: What is made small: all of it; where a model does not work then, its layers alone; nothing.
+#: What to shrink: everything; if the model then fails, only the layers; nothing.
 LEVELS = (SMALL, tuple(row for row in SMALL if "layer" in row[0]), ())
 
 
 def shrink(config: PretrainedConfig, small_ones: Sequence[tuple[str, int]]) -> None:
-    """Make a configuration and those within it small, in place."""
+    """Shrink a configuration and nested ones, in place."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             shrink(value, small_ones)
@@ -70,7 +70,7 @@ def shrink(config: PretrainedConfig, small_ones: Sequence[tuple[str, int]]) -> N
                 setattr(config, name, kinds[:layers])
 
 
-#: What some configurations leave open, and a model cannot be built or run without.
+#: Values that some configurations leave open, but models need.
 OPEN = {
     "pad_token_id": 0,
     "decoder_start_token_id": 1,
@@ -82,7 +82,7 @@ OPEN = {
 
 
 def complete(config: PretrainedConfig) -> None:
-    """Say what a configuration leaves open, in place."""
+    """Set values that a configuration leaves open, in place."""
     always = ("pad_token_id", "decoder_start_token_id")
     for name, value in OPEN.items():
         try:
@@ -106,8 +106,8 @@ def build(model_class: type[nn.Module], small_ones: Sequence[tuple[str, int]] = 
     """Return a tiny model of a class, in evaluation mode.
 
     Raises:
-        ValueError: it cannot be made small.
-        Exception: whatever the model's own code raises.
+        ValueError: it cannot be shrunk.
+        Exception: any exception from the model's code.
     """
     config = model_class.config_class()
     shrink(config, small_ones)
@@ -125,7 +125,7 @@ def build(model_class: type[nn.Module], small_ones: Sequence[tuple[str, int]] = 
 
 
 def batch_for(model: Any) -> dict[str, Any]:
-    """Return a batch for a model, from what its `forward` takes."""
+    """Return a batch for a model, based on the arguments of its `forward`."""
     names = inspect.signature(type(model).forward).parameters
     kind, config = type(model).__name__, model.config
     generator = torch.Generator().manual_seed(1)
@@ -143,7 +143,7 @@ def batch_for(model: Any) -> dict[str, Any]:
             batch["input_ids"][:, -1] = end
         if "attention_mask" in names:
             mask = torch.ones(SAMPLES, TOKENS, dtype=torch.long)
-            # Padding in each, since models treat a batch without any in another way.
+            # Every sample has padding, because models handle batches without padding differently.
             for i in range(SAMPLES):
                 mask[i, -1 - i :] = 0
             batch["attention_mask"] = mask

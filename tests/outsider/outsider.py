@@ -1,11 +1,11 @@
-"""A backend of ESAM by somebody else, on NumPy and the esam-core wheel alone.
+"""A third-party backend of ESAM that uses only NumPy and the esam-core wheel.
 
-No derivative is written down in it. Every gradient comes from complex steps,
+It contains no derivatives. Every gradient is computed by complex steps,
 
     dL/dtheta_j = Im L(theta + i h e_j) / h,
 
-which is exact to rounding, and slow: one forward a scalar weight. That makes it an independent
-witness: nothing of esam-core's reference is used, and the kit compares the two.
+which is exact up to rounding, and slow: one forward per scalar weight. It is an independent
+implementation: it does not use esam-core's reference, and the kit compares the two.
 
     python -m esam_core.conformance outsider:adapter
 """
@@ -33,7 +33,7 @@ STEP = 1e-30
 
 
 class Model:
-    """A chain of layers. All arrays may be complex: no |x|, no max of x, no conjugate in here."""
+    """A chain of layers. Arrays may be complex: it uses no |x|, max(x) or conjugate."""
 
     def __init__(self, problem, frozen, seed):
         self.layers = problem.layers
@@ -53,10 +53,10 @@ class Model:
                 self.buffers[f"{layer.name}.mean"] = np.array(layer.mean, dtype=float)
                 self.buffers[f"{layer.name}.variance"] = np.array(layer.variance, dtype=float)
         self.noise = np.random.Generator(np.random.Philox(seed))
-        self.found = self.buffers  # what all forwards of a step read
+        self.found = self.buffers  # the state that all forwards of a step read
 
     def units(self):
-        """Return the records that samplers see."""
+        """Return the units for samplers."""
         order = [layer.name for layer in self.layers]
         names = [name for name in self.theta if name not in self.frozen]
         return [
@@ -99,7 +99,7 @@ class Model:
         return np.log(np.exp(x).sum(axis=1)) - x[np.arange(len(y)), y]
 
     def normalised(self, layer, x, update, running):
-        """Return BatchNorm's input without its mean and scale."""
+        """Return BatchNorm's normalised input."""
         axes = tuple(range(x.ndim - 1))
         mean, variance = x.mean(axis=axes), ((x - x.mean(axis=axes)) ** 2).mean(axis=axes)
         old = self.buffers[f"{layer.name}.mean"], self.buffers[f"{layer.name}.variance"]
@@ -112,7 +112,7 @@ class Model:
         return (x - mean) / np.sqrt(variance + layer.eps)
 
     def gradient(self, names, x, y, weights, **how):
-        """Return the gradient of the weighted sum of losses, one complex step a scalar weight."""
+        """Return the gradient of the weighted sum of losses, with one complex step per weight."""
         state, found = self.noise.bit_generator.state, {}
         for name in names:
             theta, g = self.theta[name], np.empty(self.theta[name].shape)
@@ -142,11 +142,11 @@ class Session:
             )
 
     def step(self, batch, fault=None):
-        """Make one step; whatever is raised inside, everything is as it was."""
+        """Run one step; if it raises, restore everything."""
         if len(batch.targets) == 0:
-            raise ESAMValueError("The batch must hold at least one sample. Received: 0.")
+            raise ESAMValueError("The batch must contain at least one sample. Received: 0.")
         model = self.model
-        theta = dict(model.theta)  # arrays are replaced, never written to: the names suffice
+        theta = dict(model.theta)  # arrays are replaced, never changed in place
         buffers = model.found = {name: a.copy() for name, a in model.buffers.items()}
         state = model.noise.bit_generator.state
         passes = []
@@ -182,7 +182,7 @@ class Session:
         return Observed(**seen, gradient=gradient, passes=tuple(passes))
 
     def direction(self, b):
-        """Return which samples are climbed along, and what earlier steps have left for it."""
+        """Return the samples of the ascent pass, and the direction from earlier steps."""
         config = self.config
         if config is None or config.rho == 0.0:
             return np.arange(0), {}
@@ -192,7 +192,7 @@ class Session:
         return part, {name: config.ascend.sign * g for name, g in left.items()}
 
     def passes(self, batch, evaluate, state):
-        """Return what is to be shown, and the gradient for the base optimizer."""
+        """Return the observations, and the gradient for the base optimizer."""
         model, x, y, b = self.model, batch.inputs, batch.targets, len(batch.targets)
         units, config = model.units(), self.config
         names = [unit.name for unit in units]
@@ -242,7 +242,7 @@ class Session:
         kept = select(config.select, losses, peak, seed=config.seed, count=self.count)
         hidden = np.nan if not finite or (peak is not None and not np.isfinite(peak).all()) else 1.0
         chosen = x[kept.indices], y[kept.indices]
-        # The descent pass; its gradient needs many more.
+        # The descent pass; its gradient needs many more forwards.
         low = evaluate(*chosen, running=k == 1, update=not at_theta)
         descent = gradient(names, *chosen, kept.weights * hidden, running=k == 1)
         if at_theta:
@@ -261,7 +261,7 @@ class Session:
         return shown, descent
 
     def perturbation(self, g, scale):
-        """Return ||g|| and epsilon, as the documentation's table of phases gives them."""
+        """Return ||g|| and epsilon, as in the documentation's table of phases."""
         config, theta = self.config, self.model.theta
         stretch = {n: np.abs(theta[n]) if config.adaptive else 1.0 for n in g}
         share = {n: scale[n] if config.norm == "estimated" else 1.0 for n in g}
@@ -274,7 +274,7 @@ class Session:
         }
 
     def update(self, gradient):
-        """Make the base optimizer's update."""
+        """Run the base optimizer's update."""
         base, self.updates, self.last = self.base, self.updates + 1, dict(gradient)
         for name, g in gradient.items():
             theta = self.model.theta[name]
@@ -312,13 +312,13 @@ class Session:
 
 
 class Adapter:
-    """What the kit asks for."""
+    """The adapter for the kit."""
 
     name = "outsider"
     dtypes = ("float64",)
     conventions = Conventions()
-    gaps = {  # noqa: RUF012 - a constant, as the protocol has it
-        "backward": "a step makes its update itself",
+    gaps = {  # noqa: RUF012 - a constant, as in the protocol
+        "backward": "a step includes its update",
         "state": "nothing is saved",
         "groups": "all parameters have the same settings",
         "weight_masks": "masks of single weights are not implemented",

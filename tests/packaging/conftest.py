@@ -1,4 +1,4 @@
-"""The built distributions that the packaging tests look into."""
+"""The built distributions for the packaging tests."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory):
-    """Return the folder of the built wheels and sdists: `$ESAM_DIST`, or built for the occasion."""
+    """Return the folder of the built wheels and sdists: `$ESAM_DIST`, or a new build."""
     if folder := os.environ.get("ESAM_DIST"):
         return Path(folder)
     made = tmp_path_factory.mktemp("dist")

@@ -1,4 +1,4 @@
-"""Run the Python blocks of a README as a newcomer does: one after the other, nothing else at hand.
+"""Run the Python blocks of a README one after the other, without anything else.
 
 python readme_blocks.py README.md
 """

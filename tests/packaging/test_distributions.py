@@ -1,4 +1,4 @@
-"""What goes into the wheels and the sdists, and what they say of themselves."""
+"""The contents and the metadata of the wheels and sdists."""
 
 import tarfile
 import tomllib
@@ -39,13 +39,13 @@ def metadata(files):
 
 
 def sources(package):
-    """Return the files under a package's src/, as the wheel should hold them."""
+    """Return the files under a package's src/, as the wheel should contain them."""
     src = ROOT / "packages" / package / "src"
     files = (path for path in src.rglob("*") if path.is_file() and path.suffix != ".pyc")
     return {path.relative_to(src).as_posix(): path.read_bytes() for path in files}
 
 
-def test_wheel_holds_every_source_file_and_no_other(dist, package):
+def test_wheel_contains_exactly_the_source_files(dist, package):
     files = wheel_files(dist, package)
     code = {name: data for name, data in files.items() if ".dist-info/" not in name}
     assert code == sources(package)
@@ -55,14 +55,14 @@ def test_wheel_is_typed(dist, package):
     assert f"{package.replace('-', '_')}/py.typed" in wheel_files(dist, package)
 
 
-def test_wheel_carries_the_license(dist, package):
+def test_wheel_contains_the_license(dist, package):
     files = wheel_files(dist, package)
     (name,) = (name for name in files if name.endswith(".dist-info/licenses/LICENSE"))
     assert files[name] == (ROOT / "LICENSE").read_bytes()
     assert metadata(files)["License-Expression"] == "Apache-2.0"
 
 
-def test_metadata_is_what_pyproject_declares(dist, package):
+def test_metadata_equals_pyproject(dist, package):
     project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]
     said = metadata(wheel_files(dist, package))
     extras = project.get("optional-dependencies", {})
@@ -104,7 +104,7 @@ def test_sdist_builds_on_its_own(dist, package):
 
 
 @pytest.mark.parametrize("read", [wheel_files, sdist_files], ids=["wheel", "sdist"])
-def test_no_path_of_the_building_machine_is_inside(dist, package, read):
+def test_no_local_paths_are_included(dist, package, read):
     told = [str(ROOT).encode(), str(Path.home()).encode() + b"/"]
     found = [
         name for name, data in read(dist, package).items() if any(path in data for path in told)

@@ -1,4 +1,4 @@
-"""What stands around the packages agrees with them: the version, the workflows, the citation."""
+"""Version, workflows, citation and guides agree with the packages."""
 
 import re
 import tomllib
@@ -20,7 +20,7 @@ def project(package):
     return tomllib.loads(read(f"packages/{package}/pyproject.toml"))
 
 
-def test_the_version_stands_in_one_place():
+def test_the_version_is_set_in_one_place():
     literal = re.compile(r'^(?:__version__|version) = "', re.MULTILINE)
     files = [*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("packages/*/pyproject.toml")]
     found = [path for path in files if literal.search(path.read_text("utf-8"))]
@@ -30,7 +30,7 @@ def test_the_version_stands_in_one_place():
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name != "esam-core"])
-def test_a_backend_needs_the_core_that_it_is_released_with(package):
+def test_a_backend_requires_the_same_version_of_the_core(package):
     needed = project(package)["project"]["dependencies"]
     assert f"esam-core=={esam_core.__version__}" in needed
 
@@ -40,7 +40,7 @@ def test_the_version_is_the_newest_of_the_changelog():
 
 
 def sessions():
-    """Return the sessions of noxfile.py that test something, by their names there."""
+    """Return the names of the test sessions in noxfile.py."""
     found = re.findall(r"^@nox\.session.*\n(@BACKENDS\n)?def (\w+)", read("noxfile.py"), re.M)
     backends = ("tensorflow", "jax", "torch")
     return {
@@ -74,7 +74,7 @@ def test_the_contributors_guide_names_every_session():
     assert [name for name in names if f"-s {name}`" not in guide] == []
 
 
-def test_the_readmes_of_the_packages_install_as_the_root_s_does():
+def test_all_readmes_have_the_same_install_command():
     line = re.compile(r"^\$ pip install \S+", re.MULTILINE)
     root = line.findall(read("README.md"))
     for package in ("esam-torch", "esam-keras"):

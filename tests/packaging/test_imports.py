@@ -1,4 +1,4 @@
-"""Importing a package costs no more than it must: nothing optional comes along."""
+"""Importing a package imports nothing optional."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 import pytest
 
-#: Run in a fresh interpreter: import argv[2:] after argv[1], and print what was asked for of the
-#: forbidden ones, whether or not it is installed here.
+#: Run in a new interpreter: import argv[2:] after argv[1], and print which of the forbidden
+#: packages were imported, installed or not.
 WATCHED_IMPORT = """
 import importlib, sys
 
@@ -36,7 +36,7 @@ EXTRAS = (
 
 
 def optional_imports(module, forbidden, *, after=""):
-    """Return which of the forbidden packages `import module` asks for, once `after` is loaded."""
+    """Return the forbidden packages that `module` tries to import after `after`."""
     done = subprocess.run(
         [sys.executable, "-c", WATCHED_IMPORT, after, module, *forbidden],
         capture_output=True,
@@ -46,11 +46,11 @@ def optional_imports(module, forbidden, *, after=""):
     return done.stdout.split()
 
 
-def test_the_watch_sees_an_import():
+def test_the_watch_detects_an_import():
     assert optional_imports("colorsys", ["colorsys"]) == ["colorsys"]
 
 
-def test_the_watch_sees_an_import_of_what_is_not_installed(tmp_path, monkeypatch):
+def test_the_watch_detects_an_import_that_is_not_installed(tmp_path, monkeypatch):
     (tmp_path / "asks.py").write_text(
         "try:\n    import no_such_package\nexcept ImportError: pass\n"
     )
@@ -65,7 +65,7 @@ def test_core_imports_no_framework(module):
 
 def test_torch_imports_torch_and_nothing_optional():
     others = tuple(name for name in FRAMEWORKS if name != "torch")
-    # Torch itself looks for a few of these, so that it is loaded before the watch begins.
+    # Torch itself tries to import some of these, so it is loaded before the watch starts.
     assert optional_imports("esam_torch", others + EXTRAS, after="torch") == []
 
 

@@ -1,4 +1,4 @@
-"""Somebody else's backend joins with the wheel of esam-core alone."""
+"""A third-party backend works with only the wheel of esam-core."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def python(dist, tmp_path_factory):
-    """Return the Python of an environment with the wheel, the outsider and what they need."""
+    """Return the Python of an environment with the wheel, the outsider and their dependencies."""
     folder = tmp_path_factory.mktemp("outsider")
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -29,7 +29,7 @@ def python(dist, tmp_path_factory):
 
 
 def run(python, *arguments):
-    """Run Python away from the checkout and without its paths."""
+    """Run Python outside the checkout and without its paths."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     return subprocess.run(
         [str(python), *arguments],
@@ -41,7 +41,7 @@ def run(python, *arguments):
     )
 
 
-def test_it_sees_the_wheel_and_no_framework(python):
+def test_it_imports_the_wheel_and_no_framework(python):
     found = run(python, "-c", "import esam_core; print(esam_core.__file__)")
     assert "site-packages" in found.stdout, found.stderr
     installed = run(python, "-m", "pip", "list", "--format", "freeze").stdout.split()
@@ -57,8 +57,8 @@ def test_it_passes_the_kit(python):
     assert "state: nothing is saved" in found.stdout
 
 
-def test_what_it_gets_wrong_is_found(python):
-    """Its adapter with one line broken: the kit is no formality from the wheel either."""
+def test_a_fault_in_it_is_found(python):
+    """With one broken line in its adapter, the kit from the wheel fails."""
     code = (
         "import sys, outsider; from esam_core.conformance.__main__ import main;"
         "right = outsider.Session.perturbation;"

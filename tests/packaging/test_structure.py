@@ -1,4 +1,4 @@
-"""How the code is laid out: imports run one way, and files are short."""
+"""The structure of the code: no circular imports, and short files."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,7 @@ def modules(source):
 
 
 def imported(path, known):
-    """Return which of the known modules a file imports, wherever in it the import stands."""
+    """Return the known modules that a file imports, at any place in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -41,7 +41,7 @@ def graph(source):
 
 
 def circle(edges):
-    """Return the names along a circle, the first again at its end, or () where there is none."""
+    """Return the names along a circle, ending with the first one, or () if there is none."""
     done, path = set(), []
 
     def visit(name):
@@ -59,11 +59,11 @@ def circle(edges):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_no_module_imports_itself_by_a_detour(source):
+def test_there_are_no_circular_imports(source):
     assert " -> ".join(circle(graph(source))) == ""
 
 
-def test_the_reference_knows_nothing_of_the_kit():
+def test_the_reference_does_not_import_the_kit():
     (core,) = (source for source in SOURCES if source.name == "esam_core")
     assert [
         (name, other)

@@ -1,4 +1,4 @@
-"""What strict mypy says of a user's script: the packages are typed for those who use them."""
+"""Strict mypy on users' scripts: the packages are typed for their users."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05, **RECOMMENDED
 
 @pytest.fixture
 def mypy(tmp_path):
-    """Return a function from a script to what strict mypy prints of it; "" where all is well."""
+    """Return a function that runs strict mypy on a script; it returns "" without errors."""
 
     def run(script):
         path = tmp_path / "script.py"

@@ -1,4 +1,4 @@
-"""Models and tools of timm and torchvision, which install with the newest torch only."""
+"""Models and tools of timm and torchvision, which are installed only with the newest torch."""
 
 import copy
 
@@ -19,7 +19,7 @@ RHO = 0.05
 
 
 def step_by_hand(model, loss):
-    """Make one step of SAM with plain SGD, lr 0.1; the loss is a function of no arguments."""
+    """Run one step of SAM with plain SGD, lr 0.1; the loss is a function without arguments."""
     weights = [p for p in model.parameters() if p.requires_grad]
     start = [w.detach().clone() for w in weights]
     climb = torch.autograd.grad(loss(), weights)
@@ -44,7 +44,7 @@ def classifier(name):
     ("name", "size"),
     [("timm/resnet10t", 32), ("timm/vit_tiny_patch16_224", 224), ("resnet18", 32)],
 )
-def test_a_step_is_sam_s(name, size):
+def test_a_step_equals_sam(name, size):
     model = classifier(name).double()
     by_hand = copy.deepcopy(model)
     inputs, targets = torch.randn(4, 3, size, size).double(), torch.randint(5, (4,))
@@ -119,7 +119,7 @@ def test_a_detector_of_torchvision_image_by_image():
             [sum(model([i], [t]).values()) for i, t in zip(images, targets, strict=True)]
         )
 
-    # Three images of three channels could be read in two ways.
+    # Three images with three channels would be ambiguous.
     optimizer.loss(losses, Rows(images), targets).backward()
     optimizer.step()
     first, *later = seen

@@ -167,8 +167,7 @@ class _AnyBase(BaseOptimizer):
 
 @MUTANTS.caught_by("check_a_base_without_a_first_moment_is_refused")
 class MomentumAroundAnyBase(Step):
-    """A base optimizer without a first moment is accepted, and every step is silently a base
-    step."""
+    """A base optimizer without a first moment is accepted: every step is silently a base step."""
 
     def __init__(self, model: Any, config: Any, settings: Any = None, base: Any = None) -> None:
         base.__class__ = _AnyBase
@@ -216,8 +215,7 @@ class DirectionOfTheLastBackward(Step):
 
 @MUTANTS.caught_by("check_direction_is_saved")
 class DirectionNotSaved(NumpySession):
-    """A checkpoint does not contain the direction: the first step after loading it is a base
-    step."""
+    """A checkpoint does not contain the direction: the first step after loading is a base step."""
 
     def state(self) -> dict[str, Any]:
         """Leave the direction out."""
