@@ -271,6 +271,31 @@ def test_a_loss_that_returns_a_number():
         trained(ESAM("sgd"))
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_a_layer_that_writes_into_its_input(gamma):
+    """On torch RandomBrightness does: the passes of a step read the same images all the same."""
+
+    class Brightness(keras.layers.Layer):
+        def __init__(self, copies):
+            super().__init__()
+            self.layer = keras.layers.RandomBrightness(0.9, value_range=(0, 1), seed=1)
+            self.copies = copies
+
+        def call(self, x):
+            return self.layer(x * 1.0 if self.copies else x)
+
+    def trained(copies):
+        keras.utils.set_random_seed(0)
+        layers = [Brightness(copies), keras.layers.Flatten(), keras.layers.Dense(3)]
+        model = keras.Sequential([keras.Input((4, 4, 3)), *layers])
+        model.compile(esam(rho=0.5, gamma=gamma, perturb=Everything()), cross_entropy())
+        x = np.random.default_rng(0).uniform(size=(16, 4, 4, 3)).astype("float32")
+        model.fit(x, np.arange(16) % 3, batch_size=8, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    close(trained(False), trained(True), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.backends("tensorflow")
 def test_optional_inputs_that_a_generator_leaves_out():
     def trained(optimizer):

@@ -153,6 +153,9 @@ def test_the_constructor_of_other_implementations():
         ESAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
     with pytest.raises(ESAMTypeError, match=r"torch\.optim\.Adam\(model"):
         ESAM(model.parameters(), torch.optim.Adam)
+    for first, second in ((model.parameters(), sgd(model)), (model, sgd(model))):
+        with pytest.raises(ESAMTypeError, match=r"ESAM\(base_optimizer, model, rho=\.\.\.\)"):
+            ESAM(first, second)
 
 
 def test_a_misspelt_keyword_is_pythons_error():

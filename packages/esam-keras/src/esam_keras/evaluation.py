@@ -108,7 +108,8 @@ class Evaluator:
             records: whether this pass is the one that leaves its statistics and random state.
         """
         with self.scope(state, cut) as scope:
-            y_pred = self._forward(self.batch[0], running=running, records=records)
+            x = self.backend.inputs_of_pass(self.batch[0])
+            y_pred = self._forward(x, running=running, records=records)
             masks = compat.masks_of(y_pred)
             loss = self._loss(y_pred, factor)
         return self._evaluated(scope, state, loss, y_pred, masks)

@@ -46,7 +46,8 @@ def check_base(base: Any) -> None:
         )
     if not isinstance(base, torch.optim.Optimizer):
         raise ESAMTypeError(
-            f"`base_optimizer` must be a torch.optim.Optimizer. Received: {type(base).__name__}."
+            "`base_optimizer` must be a torch.optim.Optimizer, and the model the second argument: "
+            f"ESAM(base_optimizer, model, rho=...). Received: {type(base).__name__}."
         )
     reason = _needs(base)
     if reason is not None:

@@ -75,6 +75,10 @@ class Backend(Protocol):
         """Return tensors of booleans, drawn natively, of the parameters' shapes."""
         ...
 
+    def inputs_of_pass(self, x: Any) -> Any:
+        """Return a batch's inputs for one pass: copies where a layer may write into them."""
+        ...
+
     def pass_context(
         self, model: keras.Model, running: bool, records: bool
     ) -> AbstractContextManager[Any]:

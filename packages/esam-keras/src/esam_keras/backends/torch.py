@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 
 from esam_core import ESAMConfig, ESAMValueError
@@ -114,6 +115,10 @@ class TorchBackend(AssigningBackend, threading.local):
         generator = torch.Generator(device).manual_seed((high << 32) | low)
         return [torch.rand(t.shape, generator=generator, device=device) < beta for t in like]
 
+    def inputs_of_pass(self, x: Any) -> Any:
+        """Return copies: Keras's own RandomBrightness writes into its input."""
+        return keras.tree.map_structure(_copied, x)
+
     def pass_context(
         self, model: keras.Model, running: bool, records: bool
     ) -> AbstractContextManager[Any]:
@@ -184,6 +189,13 @@ class TorchBackend(AssigningBackend, threading.local):
         training.finish(count, drawn, report)
         training.esam.count.assign(count + 1)
         return logs
+
+
+def _copied(leaf: Any) -> Any:
+    """Return a copy of a tensor or array, which torch shares the memory of."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.clone()
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def _detached(rest: Any, variables: Sequence[Tensor], leaves: Sequence[Tensor]) -> Any:
