@@ -85,8 +85,13 @@ ENVIRONMENTS = {
         *lowest("esam-torch", "torch", "transformers", "accelerate", "lightning", "tensorboard"),
         *(*lowest("esam-core", "numpy"), *lowest("esam-keras", "keras")),
     ),
-    "keras-lowest": (
+    # TensorFlow 2.18 and JAX 0.6 need different versions of ml-dtypes.
+    "tensorflow-lowest": (
         *("-e", "packages/esam-core[test]", "-e", "packages/esam-keras", "tensorflow-cpu==2.18"),
+        *lowest("esam-keras", "keras"),
+    ),
+    "jax-lowest": (
+        *("-e", "packages/esam-core[test]", "-e", "packages/esam-keras"),
         *lowest("esam-keras", "keras", "jax"),
     ),
     "torch-newest": (
@@ -289,7 +294,7 @@ def tests_torch_newest(session: nox.Session) -> None:
 @BACKENDS
 def tests_keras_lowest(session: nox.Session, backend: str) -> None:
     """Run esam-keras's tests with the lowest Keras and the lowest backend that it declares."""
-    python = python_of(session, "torch-lowest" if backend == "torch" else "keras-lowest")
+    python = python_of(session, f"{backend}-lowest")
     run_pytest(session, python, "tests/keras", keras=backend)
 
 

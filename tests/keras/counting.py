@@ -53,7 +53,7 @@ def _analysed(model, training, batch):
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         if training is None:
-            if hasattr(model, "_record_training_state_sharding_spec"):  # Keras 3.10
+            if hasattr(model, "_record_training_state_sharding_spec"):  # Keras 3.11
                 model._record_training_state_sharding_spec()
             compiled = jax.jit(model.train_step).lower(state, batch).compile()
         else:

@@ -40,7 +40,7 @@ def trainable(model):
 
 def assign(model, values):
     for variable, value in zip(model.trainable_variables, values, strict=True):
-        variable.assign(np.array(value))  # JAX 0.4.34 takes over the memory of what it is given
+        variable.assign(np.array(value))  # JAX may keep the memory that it is given
 
 
 def close(found, expected, rtol=2e-5, atol=2e-6):

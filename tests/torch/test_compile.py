@@ -256,6 +256,7 @@ def test_losses_compiled_with_the_model():
 
 # A warning of torch: inductor still uses deprecated functions.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of")  # torch 2.6
 @pytest.mark.slow
 def test_inductor():
     """The default compiler, on a model without dropout (which has its own random numbers)."""

@@ -10,12 +10,15 @@ import torch
 CASES = Path(__file__).parent / "distributed_cases"
 sys.path.insert(0, str(CASES))
 
-from launch import launch, value  # noqa: E402
+from launch import SHARDS_ON_CPUS, launch, value  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed"),
 ]
+
+#: For cases that need FSDP2, and those that the ranks run after them.
+needs_shards = pytest.mark.skipif(not SHARDS_ON_CPUS, reason="torch 2.6 has no FSDP2 on CPUs")
 
 SOURCES = ("part", "previous", "momentum")
 KINDS = ("all samples", "top increase", "suffix")
@@ -47,6 +50,7 @@ def test_accumulation_under_no_sync_reduces_once_per_update(results, source):
     assert first["reductions"] == 3
 
 
+@needs_shards
 @pytest.mark.parametrize("source", SOURCES)
 def test_sharded_weights_have_one_perturbation(results, source):
     for found in value(results, "sharded"):
@@ -54,6 +58,7 @@ def test_sharded_weights_have_one_perturbation(results, source):
         assert all(found[source]["intact"])
 
 
+@needs_shards
 @pytest.mark.parametrize("kind", ["sharded", "replicas"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_run_saved_by_distributed_checkpoint_resumes_bit_for_bit(results, source, kind):

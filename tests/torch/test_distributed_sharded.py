@@ -9,11 +9,12 @@ import torch
 CASES = Path(__file__).parent / "distributed_cases"
 sys.path.insert(0, str(CASES))
 
-from launch import launch, value  # noqa: E402
+from launch import SHARDS_ON_CPUS, launch, value  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed"),
+    pytest.mark.skipif(not SHARDS_ON_CPUS, reason="torch 2.6 has no FSDP2 on CPUs"),
 ]
 
 

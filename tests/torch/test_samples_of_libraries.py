@@ -14,6 +14,8 @@ from esam_torch import ESAM, Everything
 from esam_torch.batch import Samples
 from esam_torch.containers import detach_tree
 
+for library in ("tensordict", "torch_geometric"):
+    pytest.importorskip(library, reason=f"{library} is not installed beside the lowest versions")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # both use features that this torch deprecates
     from tensordict import NonTensorStack, TensorDict, lazy_stack, tensorclass

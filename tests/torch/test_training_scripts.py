@@ -159,6 +159,8 @@ def test_swalr():
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["backward", "step(losses)"])
+# Of itself: torch 2.6's SequentialLR passes an epoch to the schedulers in it.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning:torch.optim.lr_scheduler")
 @pytest.mark.parametrize("name", every_scheduler())
 def test_every_scheduler_without_a_warning(name, whole):
     """Learning rates (and momenta) equal those with the base optimizer. Warnings are errors."""

@@ -61,7 +61,19 @@ def test_trainer_trains(transformers, kind):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
     "option",
-    ["bf16", "gradient_checkpointing", pytest.param("torch_compile", marks=pytest.mark.slow)],
+    [
+        *("bf16", "gradient_checkpointing"),
+        pytest.param(
+            "torch_compile",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    not hasattr(torch.compiler, "is_exporting"),
+                    reason="transformers' masks call torch.compiler.is_exporting: torch 2.7",
+                ),
+            ],
+        ),
+    ],
 )
 def test_other_ways_in_which_trainer_runs_a_model(transformers, option):
     """Each pass runs the model like Trainer: the weights change in the same way."""

@@ -138,7 +138,7 @@ def case(seed, *, masks, tensors=6):
     chosen[rng.integers(tensors)] = True
     rho = rng.choice([0.05, 0.3, 2.0], tensors)
     adaptive = rng.random(tensors) < 0.5
-    drawn = [rng.random(s) < 0.5 for s in shapes] if masks else None
+    drawn = [np.asarray(rng.random(s) < 0.5) for s in shapes] if masks else None
     return gradients, parameters, chosen, probability, rho, adaptive, drawn
 
 

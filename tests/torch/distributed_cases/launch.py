@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+#: Whether FSDP2 runs on CPUs: torch 2.6's calls a method that their streams lack.
+SHARDS_ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
+
 
 def main(cases, folder):
     """Run all cases on one rank, and record each result or error."""

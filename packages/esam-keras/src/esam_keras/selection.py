@@ -108,7 +108,7 @@ def _systematic(pi: Tensor, k: int | Tensor, b: int | Tensor, offset: Tensor) ->
     ends = ops.cumsum(pi)
     points = ops.cast(offset, pi.dtype) + ops.cast(ops.arange(k), pi.dtype)
     # How many intervals end at or before each point: what `searchsorted` finds as well, but not in
-    # Keras 3.10's compiled TensorFlow.
+    # Keras 3.11's compiled TensorFlow.
     passed = ops.expand_dims(ends, 0) <= ops.expand_dims(points, 1)
     found = ops.sum(ops.cast(passed, "int32"), axis=1)
     # Rounding may leave the last sum a hair short, and so run off the end: no sample twice.

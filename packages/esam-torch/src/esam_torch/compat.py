@@ -1,6 +1,7 @@
 """All private names of PyTorch that esam-torch uses, and why. Each has its own test."""
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -39,6 +40,9 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 _CLONE: Callable[[Sequence[Tensor]], Iterable[Tensor]] = getattr(
     torch, "_foreach_clone", lambda tensors: [tensor.clone() for tensor in tensors]
 )
+
+#: Whether one context preserves the version counters of several tensors. In torch 2.6 it does not.
+_PRESERVES_SEVERAL = "tensors" in inspect.signature(_unsafe_preserve_version_counter).parameters
 
 #: The common base of torch's layers with running statistics. `batch_norm` does not count versions.
 NORM_LAYERS = nn.modules.batchnorm._NormBase
@@ -105,7 +109,12 @@ def uncounted(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[No
 
     Graphs that have saved the tensors stay valid: the caller must restore the values.
     """
-    return _unsafe_preserve_version_counter(tuple(tensors))
+    if _PRESERVES_SEVERAL:
+        return _unsafe_preserve_version_counter(tuple(tensors))
+    preserved = contextlib.ExitStack()
+    for tensor in tensors:
+        preserved.enter_context(_unsafe_preserve_version_counter(tensor))
+    return preserved
 
 
 def cloned(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -88,8 +88,7 @@ class JaxBackend(Backend):
     # -- a step of a model -------------------------------------------------------------------------
 
     def refuse(self, model: keras.Model) -> None:
-        # Keras 3.10 has no such mode.
-        if hasattr(keras.config, "is_nnx_enabled") and keras.config.is_nnx_enabled():
+        if keras.config.is_nnx_enabled():
             raise ESAMRuntimeError(
                 "ESAM does not work in Keras's NNX mode, whose variables change in place: the "
                 "passes of a step need them unchanged. Disable it: KERAS_NNX_ENABLED=false."
