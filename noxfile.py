@@ -133,19 +133,19 @@ def python_of(session: nox.Session, name: str, *additions: str) -> str:
             if part == name:
                 new_environment(session, folder)
             pins = folder / "constraints.txt"
-            pins.write_text(constraints(name, requirements), "utf-8")
+            pins.write_text(constraints(name), "utf-8")
             run(session, str(python), "pip", "install", "--quiet", "-c", str(pins), *requirements)
             stamp.write_text(wanted, "utf-8")
     return str(python)
 
 
-def constraints(name: str, requirements: tuple[str, ...]) -> str:
-    """Return the pins of an environment, except for packages that the requirements pin."""
+def constraints(name: str) -> str:
+    """Return the pins of an environment: its own, and those of constraints.txt for all else."""
     if name.endswith("-lowest"):
         return ""  # The lowest versions declare their own dependencies.
-    own = {r.partition("==")[0] for r in requirements if "==" in r}
-    lines = CONSTRAINTS.read_text("utf-8").splitlines(keepends=True)
-    return "".join(line for line in lines if line.partition("==")[0] not in own)
+    own = {r.partition("==")[0]: r for r in ENVIRONMENTS[name] if "==" in r}
+    pins = CONSTRAINTS.read_text("utf-8").splitlines()
+    return "\n".join([*own.values(), *(pin for pin in pins if pin.partition("==")[0] not in own)])
 
 
 def readme_requirement(package: str) -> str:

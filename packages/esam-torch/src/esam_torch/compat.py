@@ -104,7 +104,7 @@ def active_replicas() -> DistributedDataParallel | None:
     return found if isinstance(found, DistributedDataParallel) else None
 
 
-def uncounted(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+def uncounted(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which writes do not change these tensors' version counters.
 
     Graphs that have saved the tensors stay valid: the caller must restore the values.
