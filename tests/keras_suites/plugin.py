@@ -16,7 +16,8 @@ import keras
 import pytest
 
 from esam_keras import ESAM
-from esam_keras.optimizer import applying, find_esam
+from esam_keras.handover import applying
+from esam_keras.optimizer import find_esam
 
 #: How many optimizers were exchanged, and how many steps ESAM made.
 USED = {"optimizers": 0, "steps": 0}
