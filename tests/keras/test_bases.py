@@ -215,7 +215,7 @@ def test_an_overflow_skips_the_update_and_halves_the_scale(where):
 
 def test_two_scalers_are_refused():
     scaler = keras.optimizers.LossScaleOptimizer
-    with pytest.raises(ESAMTypeError, match="and not both"):
+    with pytest.raises(ESAMTypeError, match="inside it, not both"):
         mlp().compile(scaler(ESAM(scaler(keras.optimizers.SGD(0.1)))), cross_entropy())
 
 

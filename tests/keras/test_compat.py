@@ -37,7 +37,7 @@ def test_calls_are_replaced_and_put_back(model):
     layer = model.layers[0]
 
     def stopped():
-        with compat.calls_replaced([(layer, lambda x: x * 0.0)]):
+        with compat.replace_calls([(layer, lambda x: x * 0.0)]):
             assert not np.any(ops.convert_to_numpy(layer(X)))
             raise KeyboardInterrupt
 
@@ -106,7 +106,7 @@ def test_averages_of_an_optimizer(model):
     base.build(model.trainable_variables)
     assert len(compat.ema_variables(base)) == len(model.trainable_variables)
 
-    class Around(compat.AveragesOfTheBase):
+    class Around(compat.BaseAverages):
         base_optimizer = base
 
     assert Around()._model_variables_moving_average is base._model_variables_moving_average
@@ -129,10 +129,10 @@ def test_variables_of_an_optimizer(model):
     plain = keras.optimizers.SGD(0.1)
     plain.build(variables)
     assert compat.first_moment(plain, variables[0], name="momentums") is None
-    so_far = compat.gradients_so_far(base, variables[1:])
+    so_far = compat.accumulated_gradients(base, variables[1:])
     assert [v.shape for v in so_far] == [v.shape for v in variables[1:]]
     assert all("gradient_accumulator" in v.path for v in so_far)
-    (clipped,) = compat.clipped(base, [ops.convert_to_tensor([1.0, -2.0, 0.25])])
+    (clipped,) = compat.clip_gradients(base, [ops.convert_to_tensor([1.0, -2.0, 0.25])])
     assert ops.convert_to_numpy(clipped).tolist() == [0.5, -0.5, 0.25]
 
 

@@ -146,7 +146,7 @@ def test_a_config_from_before_there_were_directions():
     assert ESAM.from_config(config).config == ESAM("sgd").config
 
 
-def test_the_recommended_settings_and_what_replaces_them():
+def test_recommended_settings_and_overrides():
     config = ESAM.recommended("sgd", rho=0.1).config
     assert (config.rho, config.perturb, config.select) == (0.1, Suffix(0.5), Proportional(0.5))
     config = ESAM.recommended("sgd", gamma=1.0, adaptive=True).config

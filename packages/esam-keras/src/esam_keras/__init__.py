@@ -1,10 +1,10 @@
 """esam-keras: efficient sharpness-aware minimisation for Keras 3, on TensorFlow, JAX and torch.
 
-One line changes in a training script::
+Change one line of a training script::
 
     model.compile(optimizer=ESAM(keras.optimizers.SGD(0.1, momentum=0.9)), loss=..., metrics=...)
 
-Importing this package teaches `compile` what to do with an `ESAM`: see `esam_keras.hook`.
+Importing this package makes `compile` support an `ESAM`; see `esam_keras.hook`.
 """
 
 from esam_core import (

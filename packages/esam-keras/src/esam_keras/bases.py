@@ -1,4 +1,4 @@
-"""The optimizers that can make the update: any of Keras's."""
+"""The base optimizer: its attributes, and checks. Any Keras optimizer works."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ import keras
 
 from esam_core import ESAMTypeError, ESAMValueError
 
-__all__ = ["OfTheBase", "checked_base", "refuse_others"]
+__all__ = ["BaseAttribute", "refuse_other_arguments", "resolve_base"]
 
 
-class OfTheBase:
-    """An attribute that is the base optimizer's, for callbacks and `LossScaleOptimizer`.
+class BaseAttribute:
+    """An attribute of the base optimizer, for callbacks and `LossScaleOptimizer`.
 
-    Keras's constructor assigns each before there is a base; those assignments are dropped.
+    Keras's constructor assigns each before there is a base optimizer; these are ignored.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -34,21 +34,21 @@ class OfTheBase:
             setattr(base, self.name, value)
 
 
-def refuse_others(base: Any, others: Mapping[str, Any]) -> None:
-    """Raise if there are arguments that ESAM does not have."""
+def refuse_other_arguments(base: Any, others: Mapping[str, Any]) -> None:
+    """Raise if there are other arguments, which ESAM does not have."""
     for name, value in others.items():
         message = f"`{name}` is not an argument of ESAM. Received: {name}={value!r}."
-        kind = type(checked_base(base))
+        kind = type(resolve_base(base))
         if name in inspect.signature(kind).parameters:
             message += (
-                " Give it to the base optimizer: "
+                " Pass it to the base optimizer: "
                 f"ESAM(keras.optimizers.{kind.__name__}({name}={value!r}), ...)."
             )
         raise ESAMTypeError(message)
 
 
-def checked_base(given: Any) -> keras.optimizers.Optimizer:
-    """Return the base optimizer, or raise: an instance, or a name that Keras knows."""
+def resolve_base(given: Any) -> keras.optimizers.Optimizer:
+    """Return the base optimizer for an instance or a name that Keras knows, or raise."""
     if isinstance(given, str):
         try:
             return keras.optimizers.get(given)
@@ -59,7 +59,7 @@ def checked_base(given: Any) -> keras.optimizers.Optimizer:
             ) from error
     if isinstance(given, type):
         raise ESAMTypeError(
-            "`base_optimizer` must be an instance, such as keras.optimizers.SGD(0.1), and not a "
+            "`base_optimizer` must be an instance, such as keras.optimizers.SGD(0.1), not a "
             f"class. Received: base_optimizer={given!r}."
         )
     if not isinstance(given, keras.optimizers.Optimizer):

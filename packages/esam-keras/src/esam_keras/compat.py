@@ -1,7 +1,7 @@
-"""Every private name of Keras that this package leans on, and of a backend's: one function each.
+"""All private names of Keras and its backends that this package uses, one function each.
 
-Keras gives public hooks for none of these. Each has a test of its own, so that a new version of
-Keras that lacks one is seen there, by its name.
+Keras has no public interface for them. Each has its own test, which fails by name if a new version
+of Keras lacks it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,11 @@ from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mas
 from keras.src.callbacks.monitor_callback import MonitorCallback
 
 __all__ = [
-    "AveragesOfTheBase",
+    "BaseAverages",
     "PassScope",
+    "accumulated_gradients",
     "build_from",
-    "calls_replaced",
-    "clipped",
+    "clip_gradients",
     "compiled_losses",
     "direct_layers",
     "distribution_strategy",
@@ -27,7 +27,6 @@ __all__ = [
     "flat_layers",
     "flat_metrics",
     "get_keras_mask",
-    "gradients_so_far",
     "has_compiled_loss",
     "hold_jax_state",
     "inbound_tensors",
@@ -42,6 +41,7 @@ __all__ = [
     "own_trainable_variables",
     "own_variables",
     "reads_optionals",
+    "replace_calls",
     "set_keras_mask",
     "takes_training",
     "teach_monitors",
@@ -55,14 +55,14 @@ Tensor = Any
 
 
 class PassScope(keras.StatelessScope):
-    """A `keras.StatelessScope` that takes values as they are, and sees assignments.
+    """A `keras.StatelessScope` that uses values unchanged, and records assignments.
 
     Keras's constructor converts and checks each value, which costs more than a small layer does.
 
     Args:
-        values: tensors by the ids of the variables that have them in the scope.
-        assigned: what is kept of a value that is assigned to a variable, by the variable's id:
-            a function of the value. Variables that are not in it keep the value as it is.
+        values: the variables' values in the scope, by the variables' ids.
+        assigned: functions that convert a value assigned to a variable, by the variable's id. For
+            other variables the value is kept unchanged.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class PassScope(keras.StatelessScope):
         super().__init__(collect_losses=True)
         self.state_mapping = values
         self._assigned = assigned or {}
-        #: Variables that were assigned to and had no value in the scope: Keras does not track all.
+        #: Assigned variables without a value in the scope: Keras does not track all variables.
         self.strangers: list[Any] = []
 
     def add_update(self, update: tuple[Any, Tensor]) -> None:
-        """Keep what is assigned to a variable in the scope."""
+        """Record a value assigned to a variable in the scope."""
         variable, value = update
         if id(variable) not in self.state_mapping:
             self.strangers.append(variable)
@@ -86,10 +86,11 @@ class PassScope(keras.StatelessScope):
 
 
 @contextmanager
-def calls_replaced(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
-    """Have layers or losses called by other functions inside, given as (object, function).
+def replace_calls(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace the `call` of layers or losses inside the context, given as (object, function).
 
-    The instance's own `call` goes into its `__dict__`, past Keras's tracking, and out of it again.
+    The new `call` is put into the instance's `__dict__`, bypassing Keras's tracking, and removed
+    again.
     """
     try:
         for thing, call in calls:
@@ -104,12 +105,12 @@ def calls_replaced(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[
 
 
 def masks_of(structure: Any) -> list[Tensor | None]:
-    """Return the masks that Keras has attached to the leaves of a structure."""
+    """Return the masks that Keras attached to the leaves of a structure."""
     return [get_keras_mask(leaf) for leaf in tree.flatten(structure)]
 
 
 def with_masks(structure: Any, masks: Sequence[Tensor | None]) -> Any:
-    """Return a structure with masks attached to its leaves, as transformations strip them."""
+    """Return a structure with masks attached to its leaves, since transformations remove them."""
     leaves = tree.flatten(structure)
     for leaf, mask in zip(leaves, masks, strict=True):
         if mask is not None:
@@ -126,7 +127,7 @@ def build_from(model: keras.Model, data: Any) -> None:
 
 
 def flat_layers(layer: Any, include_self: bool = True) -> list[Any]:
-    """Return a layer and all in it, however deep."""
+    """Return a layer and all nested layers."""
     return list(layer._flatten_layers(include_self=include_self))
 
 
@@ -141,12 +142,12 @@ def direct_layers(model: Any) -> list[Any]:
 
 
 def own_trainable_variables(layer: Any) -> list[Any]:
-    """Return a layer's trainable variables, without those of the layers in it."""
+    """Return a layer's trainable variables, without those of nested layers."""
     return list(layer._trainable_variables)
 
 
 def inbound_tensors(layer: Any) -> tuple[list[Any], list[Any]] | None:
-    """Return what a layer was first called on and what came of it, or None if it never was."""
+    """Return the inputs and outputs of a layer's first call, or None if it was never called."""
     nodes = getattr(layer, "_inbound_nodes", ())
     return (nodes[0].input_tensors, nodes[0].output_tensors) if nodes else None
 
@@ -157,7 +158,7 @@ def takes_training(model: keras.Model) -> bool:
 
 
 def output_spec(function: Callable[..., Any], *specs: Any) -> Any:
-    """Return the shapes that a function gives for inputs of some shapes."""
+    """Return the output shapes of a function for inputs of given shapes."""
     return compute_output_spec(function, *specs)
 
 
@@ -170,24 +171,24 @@ def has_compiled_loss(model: keras.Model) -> bool:
 
 
 def compiled_losses(model: keras.Model) -> list[Any]:
-    """Return the `Loss` objects of a compiled model, each once; they are built when first used."""
+    """Return the `Loss` objects of a compiled model, without duplicates; they are built lazily."""
     compiled = model._compile_loss
     flat = [] if compiled is None else compiled._flat_losses or []
     return list({id(part.loss): part.loss for part in flat}.values())
 
 
 def total_loss(model: keras.Model, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Tensor:
-    """Return the loss that a model trains on, regularisation included."""
+    """Return the loss that a model trains on, including regularisation."""
     return model._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
 
 
 def track_loss(model: keras.Model, loss: Tensor, count: Any) -> None:
-    """Add a batch's loss to the mean that the logs show."""
+    """Add a batch's loss to the mean in the logs."""
     model._loss_tracker.update_state(loss, sample_weight=count)
 
 
 def flat_metrics(model: keras.Model, logs: dict[str, Any]) -> Any:
-    """Return logs as `train_on_batch` returns them: a list, or one number."""
+    """Return logs in the format of `train_on_batch`: a list, or one number."""
     return model._flatten_metrics_in_order(logs)
 
 
@@ -197,13 +198,13 @@ def is_sparse(leaf: Any) -> bool:
 
 
 def teach_monitors(directions: dict[str, str], logs_of: Callable[[Any], tuple[str, ...]]) -> None:
-    """Let callbacks with `monitor="sharpness"` and the like do without `mode`.
+    """Let callbacks with `monitor="sharpness"` or similar work without `mode`.
 
-    Keras looks for a direction among the model's metrics, and these logs are no metrics.
+    Keras looks for a direction in the model's metrics, but these logs are not metrics.
 
     Args:
-        directions: "min" or "max" by the names of logs.
-        logs_of: a function of a model that returns which of them it has.
+        directions: "min" or "max" by the name of a log.
+        logs_of: returns which of these logs a model has.
     """
     original = MonitorCallback._set_monitor_op
 
@@ -219,11 +220,11 @@ def teach_monitors(directions: dict[str, str], logs_of: Callable[[Any], tuple[st
 
 
 def ema_variables(optimizer: Any) -> list[Any]:
-    """Return the moving averages that an optimizer keeps, for `SwapEMAWeights`."""
+    """Return an optimizer's moving averages, for `SwapEMAWeights`."""
     return optimizer._model_variables_moving_average
 
 
-class AveragesOfTheBase:
+class BaseAverages:
     """Has the `SwapEMAWeights` callback swap in the averages of an optimizer's `base_optimizer`."""
 
     @property
@@ -255,13 +256,13 @@ def first_moment(optimizer: Any, variable: Any, *, name: str) -> Any:
     return found[optimizer._get_variable_index(variable)] if found else None
 
 
-def gradients_so_far(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
+def accumulated_gradients(optimizer: Any, variables: Sequence[Any]) -> list[Any]:
     """Return the sums of the gradients that an optimizer has accumulated, of these variables."""
     places = [optimizer._get_variable_index(variable) for variable in variables]
     return [optimizer._accumulated_gradients[place] for place in places]
 
 
-def clipped(optimizer: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
+def clip_gradients(optimizer: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return gradients as an optimizer clips them."""
     return list(optimizer._clip_gradients(list(gradients)))
 
@@ -273,7 +274,7 @@ def optimizer_of(optimizer: Any, variable: Any) -> Any:
 
 
 def torch_parameter(variable: Any) -> Any:
-    """Return the parameter that a variable is on torch, whatever the scope says of its value."""
+    """Return a variable's parameter on torch, independent of its value in a scope."""
     return variable._value
 
 
@@ -281,29 +282,29 @@ def torch_parameter(variable: Any) -> Any:
 
 
 def distribution_strategy(model: keras.Model) -> Any:
-    """Return the `tf.distribute` strategy that a model was made in, or None."""
+    """Return the `tf.distribute` strategy in which a model was created, or None."""
     return model._distribute_strategy
 
 
 def reads_optionals(model: keras.Model) -> bool:
-    """Return whether Keras's TensorFlow trainer makes None of absent optional inputs."""
+    """Return whether Keras's TensorFlow trainer converts absent optional inputs to None."""
     return hasattr(model, "_autoconvert_optionals")
 
 
 def hold_jax_state(model: keras.Model, state: dict[str, Any]) -> None:
-    """Give `fit` the values that it puts back into the variables after an exception."""
+    """Set the values that `fit` restores into the variables after an exception."""
     model._jax_state = state
 
 
 def jax_shardings(model: keras.Model, groups: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-    """Return how the state is spread over the devices."""
-    if hasattr(model, "_get_state_sharding_spec"):  # it warns of what does not fit together
+    """Return the shardings of the state over the devices."""
+    if hasattr(model, "_get_state_sharding_spec"):  # it warns about inconsistent shardings
         return model._get_state_sharding_spec()
     return tuple([variable.value.sharding for variable in group] for group in groups)
 
 
 def is_torch_batchnorm(module: Any) -> bool:
-    """Return whether a torch module normalises by statistics of the batch, and keeps them."""
+    """Return whether a torch module normalises by batch statistics and has running statistics."""
     import torch
 
     return isinstance(module, torch.nn.modules.batchnorm._NormBase)

@@ -1,4 +1,4 @@
-"""esam-keras behind the face that the conformance kit drives, on the backend that Keras runs on.
+"""The adapter of esam-keras for the conformance kit, on Keras's current backend.
 
 KERAS_BACKEND=jax python -m esam_core.conformance esam_keras.conformance:adapter
 """
@@ -35,7 +35,7 @@ __all__ = ["KerasAdapter", "KerasSession", "adapter"]
 
 Array = NDArray[Any]
 
-#: The kit's names of variables, by Keras's.
+#: The kit's names of variables, by Keras's names.
 _ROLES = {
     "kernel": "weight",
     "gamma": "weight",
@@ -56,7 +56,7 @@ class _GlobalMean(keras.layers.Layer):
 
 
 class _Carry(keras.layers.Layer):
-    """Adds a variable that each call brings halfway to the mean of its input."""
+    """Adds a variable to its input; each call moves it halfway to the mean of the input."""
 
     def build(self, input_shape: Any) -> None:
         self.state = self.add_weight(
@@ -70,7 +70,7 @@ class _Carry(keras.layers.Layer):
 
 
 class _Watch(keras.layers.Layer):
-    """Passes its input on; notes each pass's samples, and raises where the kit wants it."""
+    """Returns its input, records each pass's number of samples, and raises the kit's faults."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -78,7 +78,7 @@ class _Watch(keras.layers.Layer):
         self.fault: Fault | None = None
 
     def watch(self, fault: Fault | None) -> None:
-        """Forget earlier passes; fail where the fault says."""
+        """Forget earlier passes, and set the fault."""
         self.__dict__["passes"] = []
         self.__dict__["fault"] = fault
 
@@ -91,7 +91,7 @@ class _Watch(keras.layers.Layer):
 
 @contextmanager
 def _floatx(dtype: str) -> Iterator[None]:
-    """Let Keras compute in a dtype."""
+    """Let Keras compute in a dtype inside the context."""
     before, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(dtype)
     keras.config.set_dtype_policy(dtype)
@@ -103,7 +103,7 @@ def _floatx(dtype: str) -> Iterator[None]:
 
 
 def _layer(layer: Layer, dtype: str, seed: int) -> keras.layers.Layer:
-    """Return a layer of the kit as Keras has it, without its weights."""
+    """Return a layer of the kit as a Keras layer, without its weights."""
     common = {"name": layer.name, "dtype": dtype}
     if isinstance(layer, Dense):
         return keras.layers.Dense(layer.weight.shape[1], use_bias=layer.bias is not None, **common)
@@ -130,7 +130,7 @@ def _layer(layer: Layer, dtype: str, seed: int) -> keras.layers.Layer:
 def _base(base: Base) -> keras.optimizers.Optimizer:
     """Return Keras's own optimizer with the kit's settings.
 
-    They are NumPy's numbers: Keras makes float32 of Python's before it makes float64 of them.
+    They are NumPy numbers: Keras converts Python numbers to float32 before float64.
     """
     number = np.float64
     if base.kind == "sgd":
@@ -149,7 +149,7 @@ def _base(base: Base) -> keras.optimizers.Optimizer:
 
 
 class KerasSession:
-    """A training run: see `esam_core.conformance.adapter.Session` for the methods."""
+    """A training run; see `esam_core.conformance.adapter.Session` for the methods."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class KerasSession:
         model.optimizer.build(model.trainable_variables)
 
     def _record(self, base: keras.optimizers.Optimizer) -> None:
-        """Have the base optimizer note the gradients that it is given."""
+        """Let the base optimizer record its gradients."""
         original = base.apply
 
         def apply(grads: Any, trainable_variables: Any = None) -> None:
@@ -197,16 +197,16 @@ class KerasSession:
         vars(base)["apply"] = apply
 
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
-        """Make one whole training step, by `train_on_batch`."""
+        """Run one whole training step with `train_on_batch`."""
         inputs = np.array(batch.inputs)
         inputs = inputs.astype(self.dtype if inputs.dtype.kind == "f" else "int32")
         targets = np.array(batch.targets)
         with _floatx(self.dtype):
             if self.esam is not None:
-                # Building is no pass of any step.
+                # Building is not a pass of a step.
                 Training.of(self.model).prepare((inputs, targets))
             self.watch.watch(fault)
-            # Or Keras would rewrite the message of what the kit raises.
+            # Otherwise Keras would rewrite the message of the kit's error.
             filtering = keras.config.is_traceback_filtering_enabled()
             keras.config.disable_traceback_filtering()
             try:
@@ -251,7 +251,7 @@ class KerasSession:
         return self._arrays(("weight", "bias"))
 
     def buffers(self) -> dict[str, Array]:
-        """Return copies of all running statistics, and of what is carried."""
+        """Return copies of all running statistics and carried states."""
         return self._arrays(("mean", "variance", "state"))
 
     def trainable(self) -> dict[str, bool]:
@@ -264,14 +264,14 @@ class KerasSession:
         }
 
     def state(self) -> Any:
-        """Return all that a checkpoint holds."""
+        """Return the contents of a checkpoint."""
         return (
             [self._array(v.value) for v in self.model.variables],
             [self._array(v.value) for v in self.model.optimizer.variables],
         )
 
     def load(self, state: Any) -> None:
-        """Go on from what `state` returned."""
+        """Load a state that `state` returned."""
         groups = (self.model.variables, self.model.optimizer.variables)
         for variables, values in zip(groups, state, strict=True):
             for variable, value in zip(variables, values, strict=True):
@@ -287,7 +287,7 @@ class KerasSession:
         return np.concatenate([np.zeros(0), *seeds])
 
     def _not_apart(self, *_: Any) -> Any:
-        """Say that Keras's step is one: these are declared gaps."""
+        """Raise: Keras's step cannot be split, which is a declared gap."""
         raise NotImplementedError(GAPS["backward"])
 
     backward: Callable[..., Any] = _not_apart
@@ -297,8 +297,8 @@ class KerasSession:
 
 
 GAPS = {
-    "backward": "Keras's training step makes gradients and update in one",
-    "groups": "Keras's optimizers have no parameter groups: `Only` and other samplers choose",
+    "backward": "Keras's training step computes gradients and update together",
+    "groups": "Keras's optimizers have no parameter groups; use `Only` and other samplers",
 }
 
 
@@ -306,8 +306,8 @@ class KerasAdapter:
     """esam-keras as a backend of the kit.
 
     Args:
-        run_eagerly: whether the steps run uncompiled, in which every capability can be shown, or
-            compiled. Default True.
+        run_eagerly: whether the steps run uncompiled, with all capabilities, or compiled. Default
+            True.
     """
 
     conventions = Conventions(
@@ -320,14 +320,12 @@ class KerasAdapter:
         backend = keras.backend.backend()
         self.run_eagerly = run_eagerly
         self.name = f"esam-keras on {backend}, {'eager' if run_eagerly else 'compiled'}"
-        # Only on TensorFlow does Keras compute in float64: elsewhere it makes float32 of it.
+        # Keras computes in float64 only on TensorFlow: other backends convert it to float32.
         wide = ("float64", "float32")
         self.dtypes: tuple[str, ...] = wide if backend == "tensorflow" else ("float32",)
         self.gaps: Mapping[str, str] = dict(GAPS)
         if not run_eagerly:
-            compiled = (
-                "the step is compiled: Python code runs in it when it is traced, and not later"
-            )
+            compiled = "the step is compiled: Python code runs in it only during tracing"
             self.gaps = {**GAPS, "faults": compiled, "passes": compiled, "gradient": compiled}
 
     def session(
@@ -341,7 +339,7 @@ class KerasAdapter:
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int = 0,
     ) -> KerasSession:
-        """Build a run: see `esam_core.conformance.adapter.Adapter.session`."""
+        """Build a run; see `esam_core.conformance.adapter.Adapter.session`."""
         inputs = problem.batches[0].inputs
         with _floatx(dtype):
             watch = _Watch(name="watch", dtype=dtype)
@@ -367,5 +365,5 @@ class KerasAdapter:
             )
 
 
-#: esam-keras, uncompiled, on the backend that Keras runs on.
+#: esam-keras, uncompiled, on Keras's current backend.
 adapter = KerasAdapter()

@@ -1,7 +1,7 @@
 """Ascent directions from earlier steps: the gradient of the last update, or the first moment.
 
-Both are variables of optimizers, so that a saved optimizer contains them. In a Keras scope they
-are read with the values that they have in the scope, like all variables.
+Both are variables of optimizers, so a saved optimizer contains them. Like all variables, they have
+the values of the current Keras scope.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from keras import ops
 
 from esam_core import Direction, ESAMValueError, Momentum, Previous
 from esam_keras import compat
-from esam_keras.perturbation import widened
+from esam_keras.perturbation import widen
 
-__all__ = ["Earlier", "Given", "check_moment", "earlier_direction", "given_to_update"]
+__all__ = ["Earlier", "Given", "check_moment", "earlier_direction", "update_inputs"]
 
 Tensor = Any
 
@@ -34,19 +34,19 @@ class Earlier(Protocol):
     """A source of ascent directions from earlier steps."""
 
     def exists(self) -> Tensor:
-        """Return whether there is a direction, a boolean: not before the first update."""
+        """Return whether there is a direction, as a boolean; there is none before an update."""
         ...
 
     def direction(self, variables: Sequence[Any]) -> list[Tensor | None]:
-        """Return the direction, with its sign, for each variable of a model, None without one."""
+        """Return the direction, with its sign, for each variable; None if it has none."""
         ...
 
     def after(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Any, Tensor]]:
         """Return the variables that an update changes, with their new values.
 
         Args:
-            gradients: for the base optimizer, None where there is none.
-            variables: of the model, in the same order.
+            gradients: for the base optimizer; None if a variable has none.
+            variables: the model's, in the same order.
         """
         ...
 
@@ -64,11 +64,11 @@ def earlier_direction(
         ascend: the value of `ascend=`.
         optimizer: the optimizer to which the variables for kept gradients are added.
         base: the base optimizer, built.
-        variables: that the model trains.
+        variables: the model's trainable variables.
         kept: for each, whether `Previous` keeps its gradient.
 
     Raises:
-        ESAMValueError: `ascend=Momentum()`, and the base has no first moment.
+        ESAMValueError: with `ascend=Momentum()`, the base optimizer has no first moment.
     """
     if isinstance(ascend, Previous):
         chosen = [v for v, keep in zip(variables, kept, strict=True) if keep]
@@ -83,10 +83,10 @@ def earlier_direction(
 
 
 def check_moment(base: keras.optimizers.Optimizer) -> None:
-    """Raise if ESAM knows of no first moment of a base optimizer, which `Momentum` needs.
+    """Raise if a base optimizer has no known first moment, which `Momentum` needs.
 
     Raises:
-        ESAMValueError: it has none; the message names the optimizer.
+        ESAMValueError: there is none; the message names the optimizer.
     """
     for optimizer in _each(base):
         name = type(optimizer).__name__
@@ -114,14 +114,14 @@ def _attribute(optimizer: Any) -> str | None:
 
 
 def _each(base: Any) -> list[Any]:
-    """Return the optimizers that make the updates."""
+    """Return the optimizers that run the updates."""
     if isinstance(base, keras.optimizers.LossScaleOptimizer):
         return _each(base.inner_optimizer)
     return list(base.optimizers) if _is_several(base) else [base]
 
 
 def _is_several(optimizer: Any) -> bool:
-    """Return whether an optimizer is a `MultiOptimizer`, which delegates to several."""
+    """Return whether an optimizer is a `MultiOptimizer`, which delegates to others."""
     return isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ()))
 
 
@@ -166,7 +166,7 @@ class _FirstMoment:
 
 def _times(factor: Tensor, variable: Any) -> Tensor:
     """Return a variable's value times a factor."""
-    value = widened(ops.convert_to_tensor(variable))
+    value = widen(ops.convert_to_tensor(variable))
     return value if isinstance(factor, float) and factor == 1.0 else _cast(factor, value) * value
 
 
@@ -205,28 +205,28 @@ class _PreviousGradient:
         return [None if gradient is None else _times(self._sign, gradient) for gradient in kept]
 
     def after(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[tuple[Any, Tensor]]:
-        given = given_to_update(self._base, gradients, variables)
+        given = update_inputs(self._base, gradients, variables)
         if all(one.gradient is None for one in given):
             return []
         by_variable = {id(v): one for v, one in zip(variables, given, strict=True)}
         known = ops.convert_to_tensor(self._known)
-        changed = [(self._known, _any_is_made(given, known))]
+        changed = [(self._known, _any_updates(given, known))]
         for place, kept in self._gradients.items():
             one = by_variable.get(place, Given(None, True))
             new = (
                 ops.zeros_like(kept) if one.gradient is None else ops.cast(one.gradient, kept.dtype)
             )
-            if one.is_made is not True:
-                new = ops.where(one.is_made, new, ops.convert_to_tensor(kept))
+            if one.updates is not True:
+                new = ops.where(one.updates, new, ops.convert_to_tensor(kept))
             changed.append((kept, new))
         return changed
 
 
-def _any_is_made(given: Sequence["Given"], known: Tensor) -> Tensor:
+def _any_updates(given: Sequence["Given"], known: Tensor) -> Tensor:
     """Return 1 if any variable is updated, else the previous value."""
-    if any(one.is_made is True for one in given):
+    if any(one.updates is True for one in given):
         return ops.ones_like(known)
-    made = ops.stack([ops.cast(one.is_made, known.dtype) for one in given])
+    made = ops.stack([ops.cast(one.updates, known.dtype) for one in given])
     return ops.maximum(known, ops.max(made))
 
 
@@ -235,14 +235,14 @@ class Given(NamedTuple):
 
     Args:
         gradient: the variable's gradient, or None.
-        is_made: True if the update always happens, else a boolean tensor.
+        updates: True if the update always happens, else a boolean tensor.
     """
 
     gradient: Tensor | None
-    is_made: Any
+    updates: Any
 
 
-def given_to_update(
+def update_inputs(
     optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
 ) -> list[Given]:
     """Return the inputs of an optimizer's update rule for some gradients.
@@ -252,32 +252,32 @@ def given_to_update(
 
     Args:
         optimizer: any of Keras's, built.
-        gradients: one for each variable, None where there is none.
+        gradients: one for each variable, or None.
         variables: the variables that the optimizer was built with, or some of them.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         scale = optimizer.dynamic_scale
         finite = optimizer.check_finite(gradients)
-        inner = given_to_update(
+        inner = update_inputs(
             optimizer.inner_optimizer, [_unscaled(g, scale) for g in gradients], variables
         )
-        return [Given(g, _both(finite, is_made)) for g, is_made in inner]
+        return [Given(g, _both(finite, updates)) for g, updates in inner]
     result = [Given(None, True)] * len(variables)
     for own, places in _shares(optimizer, gradients, variables).values():
-        found, is_made = _given_to_one(
+        found, updates = _given_to_one(
             own, [gradients[place] for place in places], [variables[place] for place in places]
         )
         for place, gradient in zip(places, found, strict=True):
-            result[place] = Given(gradient, is_made)
+            result[place] = Given(gradient, updates)
     return result
 
 
 def _shares(
     optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
 ) -> dict[int, tuple[Any, list[int]]]:
-    """Return by id each optimizer that makes updates, with the places of its variables.
+    """Return, by id, each optimizer that runs updates and the indices of its variables.
 
-    Without variables that have no gradient, or whose gradient is stored as their value.
+    Variables without a gradient, or whose gradient is stored as their value, are excluded.
     """
     several = _is_several(optimizer)
     shares: dict[int, tuple[Any, list[int]]] = {}
@@ -292,16 +292,16 @@ def _shares(
 def _given_to_one(
     optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
 ) -> tuple[list[Tensor], Any]:
-    """Return the gradients that an optimizer's rule receives, and whether it updates."""
+    """Return the gradients for an optimizer's update rule, and whether it is applied."""
     found = [_unscaled(g, optimizer.loss_scale_factor) for g in gradients]
-    is_made: Any = True
+    updates: Any = True
     steps = optimizer.gradient_accumulation_steps
     if steps:
-        so_far = compat.gradients_so_far(optimizer, variables)
+        so_far = compat.accumulated_gradients(optimizer, variables)
         found = [(g + before) / steps for g, before in zip(found, so_far, strict=True)]
         calls = ops.convert_to_tensor(compat.own_variables(optimizer)[0])
-        is_made = ops.equal((calls + 1) % steps, 0)
-    return [ops.convert_to_tensor(g) for g in compat.clipped(optimizer, found)], is_made
+        updates = ops.equal((calls + 1) % steps, 0)
+    return [ops.convert_to_tensor(g) for g in compat.clip_gradients(optimizer, found)], updates
 
 
 def _unscaled(gradient: Any, scale: Any) -> Any:
@@ -310,5 +310,5 @@ def _unscaled(gradient: Any, scale: Any) -> Any:
 
 
 def _both(first: Any, second: Any) -> Any:
-    """Return whether both are true: tensors, or True itself."""
+    """Return whether both are true; each is a tensor or True."""
     return first if second is True else ops.logical_and(first, second)

@@ -1,8 +1,8 @@
-"""One forward pass and its loss, in a given state: nothing is assigned to a variable.
+"""One forward pass and its loss in a given state, without assigning to variables.
 
-A pass runs in a scope in which the model's variables have the values that the pass is to see. So
-theta is never overwritten, moving statistics and seed generators start each pass from the state at
-entry, and what a pass made of them is returned.
+A pass runs in a scope in which the model's variables have given values. Therefore theta is never
+overwritten, moving statistics and seed generators start each pass from the state at entry, and
+their new values are returned.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ class State(NamedTuple):
 
 
 class Variables(NamedTuple):
-    """A model's variables: looked up once a step, since Keras collects them anew each time."""
+    """A model's variables, looked up once per step, because Keras collects them on each access."""
 
     trainable: list[Any]
     non_trainable: list[Any]
@@ -41,17 +41,17 @@ class Variables(NamedTuple):
 
     @staticmethod
     def of(model: keras.Model) -> "Variables":
-        """Return those of a model."""
+        """Return the variables of a model."""
         return Variables(
             model.trainable_variables, model.non_trainable_variables, model.metrics_variables
         )
 
 
 class Evaluated(NamedTuple):
-    """What a forward pass left: the loss, the predictions and their masks, the new state.
+    """The results of a forward pass: the loss, the predictions and their masks, the new state.
 
-    `strangers` are variables that the model does not list, with the values that the pass assigned
-    to them: the states of stateful RNNs are such.
+    `strangers` are variables that the model does not list, such as the states of stateful RNNs,
+    with the values that the pass assigned to them.
     """
 
     loss: Tensor
@@ -61,12 +61,12 @@ class Evaluated(NamedTuple):
     strangers: list[tuple[Any, Tensor]]
 
     def predictions(self) -> Any:
-        """Return the predictions with their masks, which transformations strip."""
+        """Return the predictions with their masks, which transformations remove."""
         return compat.with_masks(self.y_pred, self.masks)
 
 
 def batch_size(x: Any) -> int | Tensor:
-    """Return the number of samples: static where known, else a tensor."""
+    """Return the number of samples: static if known, else a tensor."""
     first = next(leaf for leaf in tree.flatten(x) if leaf is not None)
     return ops.shape(first)[0]
 
@@ -76,10 +76,10 @@ class Evaluator:
     """Evaluates a model and its loss on a batch.
 
     Args:
-        backend: the native parts.
-        model: compiled and built.
-        route: how samples are told apart: see `esam_keras.losses`.
-        variables: the model's.
+        backend: the backend.
+        model: a compiled and built model.
+        route: how losses per sample are computed; see `esam_keras.losses`.
+        variables: the model's variables.
         batch: (x, y, sample_weight).
     """
 
@@ -98,14 +98,14 @@ class Evaluator:
         running: bool = False,
         records: bool = False,
     ) -> Evaluated:
-        """Return the loss of the whole batch in a state, sample i counted factor_i-fold.
+        """Return the loss of the whole batch in a state, with sample i weighted by factor_i.
 
         Args:
-            state: in which the model is run.
+            state: the state in which the model runs.
             factor: (b,), or None for 1.
             cut: see `esam_keras.backends.base.Cut`.
             running: whether normalisation is by running statistics.
-            records: whether this pass is the one that leaves its statistics and random state.
+            records: whether the statistics and random state of this pass are kept.
         """
         with self.scope(state, cut) as scope:
             x = self.backend.inputs_of_pass(self.batch[0])
@@ -128,8 +128,8 @@ class Evaluator:
         """Return the loss of some samples of the batch; the model runs on them alone.
 
         Args:
-            state: in which the model is run.
-            factor: (b,), 0 for the samples that are not run; or None where none are told apart.
+            state: the state in which the model runs.
+            factor: (b,), 0 for samples that are not run; None if there are no losses per sample.
             indices: (k,), the places of the samples.
             fill: returns the predictions for the whole batch from those for these samples.
             cut: as for `evaluate`.
@@ -161,7 +161,7 @@ class Evaluator:
         y_pred: Any,
         masks: list[Tensor | None],
     ) -> Evaluated:
-        """Return what a pass in a scope has left."""
+        """Return the results of a pass in a scope."""
         strangers = []
         if self.backend.keeps_assigned:
             strangers = [(v, scope.state_mapping[id(v)]) for v in scope.strangers]
@@ -183,7 +183,7 @@ class Evaluator:
         return compat.PassScope(values, assigned)
 
     def _left(self, scope: compat.PassScope, state: State) -> State:
-        """Return the state that a pass left."""
+        """Return the state after a pass."""
         values = scope.state_mapping
         trainable = state.trainable
         if self.backend.keeps_assigned:
@@ -201,14 +201,14 @@ class Evaluator:
             return model(x, training=True) if compat.takes_training(model) else model(x)
 
     def _loss(self, y_pred: Any, factor: Tensor | None) -> Tensor:
-        """Return the total loss, regularisation included."""
+        """Return the total loss, including regularisation."""
         with weighted(self.model, self.route, self.batch, factor) as (x, y, sample_weight):
             loss = compat.total_loss(self.model, x, y, y_pred, sample_weight)
         check_scalar(loss)
         return loss
 
     def with_statistics_of(self, state: State, entry: Sequence[Tensor]) -> list[Tensor]:
-        """Return the non-trainable values at entry, moving statistics as another state has them."""
+        """Return the non-trainable values at entry, with moving statistics from another state."""
         statistics = {
             id(v) for layer in statistics_layers(self.model) for v in layer.non_trainable_variables
         }
@@ -221,15 +221,15 @@ class Evaluator:
 
 
 def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
-    """Return the function that makes a leaf of what is assigned to one variable."""
+    """Return the function that turns a value assigned to one variable into a leaf."""
     return lambda value: cut(place, value)
 
 
 @contextmanager
 def _running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
-    """Let BatchNormalization use its moving statistics: one sample has none of its own."""
+    """Let BatchNormalization use its moving statistics: one sample has no batch statistics."""
     layers = statistics_layers(model) if when else []
-    with compat.calls_replaced([(layer, _inference(layer)) for layer in layers]):
+    with compat.replace_calls([(layer, _inference(layer)) for layer in layers]):
         yield
 
 

@@ -1,4 +1,4 @@
-"""How the gradients of an ESAM step reach the optimizer, and no others do."""
+"""How the optimizer distinguishes the gradients of an ESAM step from others."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,25 +7,25 @@ from typing import Any
 
 from esam_core import ESAMRuntimeError
 
-__all__ = ["OfAStep", "applying", "require_step"]
+__all__ = ["StepVariables", "applying", "require_step"]
 
 
-class OfAStep(list[Any]):
-    """Variables, or their values, that `apply` gets with the descent gradients of an ESAM step.
+class StepVariables(list[Any]):
+    """Variables, or their values, which `apply` receives with the gradients of an ESAM step.
 
-    A loss scaler hands them on as they are. Gradients that come with any other list are refused:
-    they were not made by ESAM's two passes.
+    A loss scaler passes this list on unchanged. Gradients with any other list are an error, because
+    they were not computed by ESAM's two passes.
     """
 
 
-#: Whether a step's update is being made: on JAX a loss scaler returns the values that it was given
-#: from a branch of a condition, where both branches must return plain lists.
+#: Whether an ESAM step's update is running. On JAX a loss scaler returns its input values from a
+#: branch of a condition, in which both branches must return plain lists.
 _APPLYING: ContextVar[bool] = ContextVar("esam_keras_applying", default=False)
 
 
 @contextlib.contextmanager
 def applying() -> Iterator[None]:
-    """Let `stateless_apply` know, while this lasts, that the gradients are an ESAM step's."""
+    """Mark the gradients for `stateless_apply`, inside this context, as an ESAM step's."""
     token = _APPLYING.set(True)
     try:
         yield
@@ -34,16 +34,16 @@ def applying() -> Iterator[None]:
 
 
 def require_step(variables: Any) -> None:
-    """Raise unless variables come from an ESAM step.
+    """Raise if variables are not from an ESAM step.
 
     Raises:
-        ESAMRuntimeError: they do not.
+        ESAMRuntimeError: they are not.
     """
-    if not (isinstance(variables, OfAStep) or _APPLYING.get()):
+    if not (isinstance(variables, StepVariables) or _APPLYING.get()):
         raise ESAMRuntimeError(
-            "ESAM was handed gradients, and makes its own: it needs model, loss and batch for two "
-            "passes. Train with `model.compile(optimizer=ESAM(...))` and `model.fit`. In a "
-            "`train_step` of your own, call `esam_keras.train_step(self, ...)` or "
+            "ESAM cannot use gradients computed elsewhere: it needs model, loss and batch for its "
+            "two passes. Train with `model.compile(optimizer=ESAM(...))` and `model.fit`. In your "
+            "own `train_step`, call `esam_keras.train_step(self, ...)` or "
             "`super().train_step(...)` with the arguments that it received, instead of computing "
             "and applying gradients."
         )

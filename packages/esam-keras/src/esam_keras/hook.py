@@ -1,17 +1,18 @@
-"""How `compile` learns about ESAM: the one place where this package touches Keras's classes.
+"""Support of ESAM in `compile`: the only place where this package changes Keras's classes.
 
-A Keras optimizer sees only gradients, so that ESAM's second pass has to live in the model's
-training step. `install` wraps `compile` once. Where the optimizer is an `ESAM`, the compiled model
-*instance* gets our step; where it is not, the instance gets its own back. No class is replaced and
-no subclass is needed.
+A Keras optimizer sees only gradients, so ESAM's second pass must run in the model's training step.
+`install` wraps `compile` once. If the optimizer is an `ESAM`, the compiled model *instance* gets
+our step; if not, the instance gets its own step back. No class is replaced and no subclass is
+needed.
 
-- The wrapped class is the one that *defines* `compile`: Keras decides by comparing
-  `type(model).compile` with that class's whether it may compile a loaded model again, and a wrapper
-  on `keras.Model` would make every `load_model` in the process drop its optimizer.
-- `make_train_function` is replaced in the instance: Keras's traces `train_step` once, with one
-  mask.
+- The wrapped class is the one that *defines* `compile`. Keras compares `type(model).compile` with
+  that of this class to decide whether it may compile a loaded model again. A wrapper on
+  `keras.Model` would make every `load_model` in the process drop its optimizer.
+- `make_train_function` is replaced in the instance: Keras's version traces `train_step` once, with
+  one mask.
 - `train_step` is wrapped on the class, so that `super().train_step(...)` reaches it too.
-- Attributes go straight into the instance's `__dict__`: Keras tracks what is set otherwise.
+- Attributes are set in the instance's `__dict__`, because Keras tracks attributes that are set
+  normally.
 """
 
 import functools
@@ -29,12 +30,12 @@ from esam_keras.training import ATTRIBUTE, Training, train_step
 
 __all__ = ["install"]
 
-#: What a compiled model may have in its `__dict__` from us.
+#: The entries that we set in a compiled model's `__dict__`.
 OURS = (ATTRIBUTE, "make_train_function", "reset_metrics", "train_on_batch")
 
 
 def install() -> None:
-    """Wrap `compile` and `train_step` on the classes that define them, once a process."""
+    """Wrap `compile` and `train_step` on the classes that define them, once per process."""
     if hasattr(keras.Model.compile, "esam_keras_original"):
         return
     _wrap_compile(_owner("compile"))
@@ -43,12 +44,12 @@ def install() -> None:
 
 
 def _owner(name: str) -> Any:
-    """Return the class of Keras that defines a method of models."""
+    """Return the Keras class that defines a method of models."""
     return next(c for c in keras.Model.__mro__ if name in vars(c))
 
 
 def _wrap_train_step(owner: Any) -> None:
-    """Have `super().train_step(...)` make our step, in a model that is compiled with an ESAM."""
+    """Let `super().train_step(...)` run our step in a model that is compiled with an ESAM."""
     original = vars(owner)["train_step"]
 
     @functools.wraps(original)
@@ -61,7 +62,7 @@ def _wrap_train_step(owner: Any) -> None:
 
 
 def _wrap_compile(owner: Any) -> None:
-    """Have `compile` give a model our step or its own back, as the optimizer has it."""
+    """Let `compile` give a model our step, or its own step back, depending on the optimizer."""
     original = vars(owner)["compile"]
     signature = inspect.signature(original)
 
@@ -73,7 +74,7 @@ def _wrap_compile(owner: Any) -> None:
             _check(self, esam, bound.arguments)
         _detach(self)
         original(*bound.args, **bound.kwargs)
-        # Again from the model: a subclass may have its own way to its optimizer.
+        # Read it from the model: a subclass may set its optimizer in its own way.
         esam = find_esam(self.optimizer)
         if esam is not None:
             _attach(self, esam)
@@ -83,13 +84,13 @@ def _wrap_compile(owner: Any) -> None:
 
 
 def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
-    """Raise where this model cannot train with ESAM, and keep Keras from scaling losses twice."""
+    """Raise if this model cannot train with ESAM, and prevent Keras from scaling losses twice."""
     training = Training(model, esam)
     training.backend.refuse(model)
     if type(model).make_train_function is not keras.Model.make_train_function:
         raise ESAMTypeError(
-            "A model with a `make_train_function` of its own cannot be compiled with ESAM, which "
-            "draws a mask for every step in its own. Override `train_step` instead, and call "
+            "A model with its own `make_train_function` cannot be compiled with ESAM, which needs "
+            "its own to draw a mask for every step. Override `train_step` instead, and call "
             f"`esam_keras.train_step` in it. Received: {type(model).__name__}."
         )
     if (
@@ -98,14 +99,14 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
         and needs_rows(esam.config)
     ):
         raise ESAMValueError(
-            "`loss` must be given: ESAM tells samples apart by their losses. Received: loss=None. "
-            "A model that brings its losses by `add_loss` has none a sample and needs gamma=1.0, "
-            "and another `ascend` than `Part`."
+            "`loss` must be given: ESAM needs one loss per sample. Received: loss=None. A model "
+            "whose losses come from `add_loss` has no losses per sample and needs gamma=1.0, "
+            "without ascend=Part(...)."
         )
     if isinstance(esam.base_optimizer, keras.optimizers.LossScaleOptimizer):
         if isinstance(arguments["optimizer"], keras.optimizers.LossScaleOptimizer):
             raise ESAMTypeError(
-                "A `LossScaleOptimizer` must stand around ESAM or in it, and not both. "
+                "A `LossScaleOptimizer` must be either around ESAM or inside it, not both. "
                 f"Received: optimizer={arguments['optimizer']!r}."
             )
         arguments["auto_scale_loss"] = False
@@ -129,7 +130,7 @@ def _detach(model: Any) -> None:
 
 
 def _make_train_function(model: Any, force: bool = False) -> Any:
-    """Make the function that `fit` calls, if there is none or a new one is asked for."""
+    """Create the function that `fit` calls, if there is none or `force` is set."""
     if model.train_function is None or force:
         training = Training.of(model)
         model.train_function = training.backend.make_train_function(training)
@@ -143,7 +144,7 @@ def _reset_metrics(model: Any) -> None:
 
 
 def _train_on_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Train on a batch; ESAM's logs come in a dict only, so that lists keep their length."""
+    """Train on a batch; ESAM's logs are only in dicts, so that lists keep their length."""
     bound = inspect.signature(type(model).train_on_batch).bind(model, *args, **kwargs)
     as_dict = bound.arguments.get("return_dict", False)
     bound.arguments["return_dict"] = True

@@ -1,14 +1,14 @@
-"""One loss a sample, out of a compiled loss that only gives their mean.
+"""One loss per sample, from a compiled loss that only returns their mean.
 
-A factor f_i = 1 for each sample is multiplied into the loss; the derivative of the total by f_i is
-then what sample i adds to it, and b times that is l_i: exactly for every loss that is linear in
-the factor. Where the factor goes in is a *route*:
+Each sample's loss is multiplied by a factor f_i = 1. The derivative of the total loss with respect
+to f_i is the contribution of sample i, and b times this is l_i, exactly for every loss that is
+linear in the factor. The place of the factor is called a *route*:
 
-- "values": into what a compiled `keras.losses.Loss` returns before its reduction. Linear for every
+- "values": the values of a compiled `keras.losses.Loss` before its reduction. Linear for every
   reduction, with masks, `sample_weight`, `loss_weights` and several outputs.
-- "weights": into `sample_weight`, for a `compute_loss` of the user's own. Whether the result is
-  linear is tried out once, before the first step: see `esam_keras.routes`.
-- None: the loss has no value a sample; only steps that keep every sample can use it.
+- "weights": the `sample_weight`, for the user's own `compute_loss`. Whether the result is linear is
+  tested once, before the first step; see `esam_keras.routes`.
+- None: there are no losses per sample; only steps that use all samples can work.
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ Tensor = Any
 Batch = tuple[Any, Any, Any]
 
 ADVICE = (
-    "Without one, samples cannot be told apart: use gamma=1.0 and no ascend=Part(...), which take "
-    "the whole batch, or a loss with a value a sample."
+    "Without one, no samples can be selected: use gamma=1.0 without ascend=Part(...), so that "
+    "steps use the whole batch, or a loss with one value per sample."
 )
 
 
 def has_own_compute_loss(model: keras.Model) -> bool:
-    """Return whether the model brings a `compute_loss` of its own."""
+    """Return whether the model has its own `compute_loss`."""
     own = "compute_loss" in vars(model)
     return own or type(model).compute_loss is not keras.Model.compute_loss
 
@@ -52,10 +52,10 @@ def check_scalar(loss: Tensor) -> None:
 def weighted(
     model: keras.Model, route: str | None, batch: Batch, factor: Tensor | None
 ) -> Iterator[Batch]:
-    """Yield a batch to compute the loss of, in which sample i counts factor_i-fold.
+    """Yield a batch for the loss, with sample i weighted by factor_i.
 
     Args:
-        model: compiled.
+        model: a compiled model.
         route: see the module.
         batch: the whole batch.
         factor: (b,), or None for 1.
@@ -67,18 +67,18 @@ def weighted(
         yield x, y, _times_weights(sample_weight, factor)
     else:
         losses = compat.compiled_losses(model)
-        with compat.calls_replaced([(loss, _weighted_call(loss, factor)) for loss in losses]):
+        with compat.replace_calls([(loss, _weigh_values(loss, factor)) for loss in losses]):
             yield batch
 
 
-def _weighted_call(loss: Any, factor: Tensor) -> Any:
-    """Return the loss's `call`, with its values multiplied by the factors of their samples."""
+def _weigh_values(loss: Any, factor: Tensor) -> Any:
+    """Return the loss's `call`, with its values multiplied by the samples' factors."""
     original = loss.call
 
     def call(y_true: Any, y_pred: Any) -> Tensor:
         values = original(y_true, y_pred)
         _check_values(loss.name, values, factor)
-        result = values * ops.cast(_expanded(factor, len(values.shape)), values.dtype)
+        result = values * ops.cast(_expand(factor, len(values.shape)), values.dtype)
         return compat.with_masks(result, compat.masks_of(values))
 
     return call
@@ -96,8 +96,8 @@ def _check_values(name: str, values: Tensor, factor: Tensor) -> None:
     )
 
 
-def _expanded(factor: Tensor, rank: int) -> Tensor:
-    """Return (b,) factors with shape (b, 1, ..., 1)."""
+def _expand(factor: Tensor, rank: int) -> Tensor:
+    """Return (b,) factors reshaped to (b, 1, ..., 1)."""
     return ops.reshape(factor, (-1, *(1,) * (rank - 1)))
 
 
@@ -114,4 +114,4 @@ def _times_weights(sample_weight: Any, factor: Tensor) -> Any:
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
     """Return one tensor of sample weights times the factors."""
     weight = ops.cast(weight, factor.dtype)
-    return weight * _expanded(factor, len(weight.shape))
+    return weight * _expand(factor, len(weight.shape))

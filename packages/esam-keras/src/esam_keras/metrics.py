@@ -1,4 +1,4 @@
-"""What the logs show: loss and metrics of what a step saw first, and the means that ESAM adds."""
+"""The logs: loss and metrics of the samples that a step sees first, and ESAM's means."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from esam_keras.evaluation import batch_size
 from esam_keras.rows import rows_of_batch
 from esam_keras.step import Outcome
 
-__all__ = ["log_means", "log_sums", "logs_unless", "metrics_after"]
+__all__ = ["log_means", "log_sums", "logs_if", "metrics_after"]
 
 Tensor = Any
 
@@ -22,7 +22,7 @@ def metrics_after(
     """Return the logs and the values of the metrics' variables after the passes of a step.
 
     Args:
-        model: compiled.
+        model: a compiled model.
         variables: `model.metrics_variables`.
         outcome: of the passes.
         batch: (x, y, sample_weight).
@@ -41,10 +41,10 @@ def metrics_after(
     return logs, [values[id(v)] for v in variables]
 
 
-def logs_unless(
+def logs_if(
     model: keras.Model, variables: list[Any], ok: Tensor, logs: dict[str, Any], before: list[Tensor]
 ) -> dict[str, Any]:
-    """Return the logs of a step that counts, or those from before it."""
+    """Return the logs of a step if it counts, else the previous logs."""
     with compat.PassScope({id(v): value for v, value in zip(variables, before, strict=True)}):
         old = model.get_metrics_result()
     return {
@@ -54,12 +54,12 @@ def logs_unless(
 
 
 def log_sums(before: list[Tensor], report: dict[str, Tensor], gamma: float, b: Any) -> list[Tensor]:
-    """Return the sums from which the means are made, after a step.
+    """Return the sums for the means after a step.
 
     Args:
-        before: of the sharpness, of the steps that had one, of the shares of samples, of steps.
-        report: what the step found.
-        gamma: the selector's.
+        before: the sums before it: sharpness, steps with sharpness, sample shares, steps.
+        report: the step's report.
+        gamma: the selector's share.
         b: the batch size.
     """
     total, number, share, steps = before
@@ -74,6 +74,6 @@ def log_sums(before: list[Tensor], report: dict[str, Tensor], gamma: float, b: A
 
 
 def log_means(sums: list[Tensor]) -> dict[str, Tensor]:
-    """Return the means that the sums make: not a number where no step had any."""
+    """Return the means from the sums; NaN if no step had a value."""
     total, number, share, steps = sums
     return {"sharpness": total / number, "sample_share": share / steps}

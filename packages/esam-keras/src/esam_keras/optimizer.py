@@ -1,4 +1,4 @@
-"""The optimizer: any Keras optimizer, and what the training step needs to know beside it."""
+"""The optimizer `ESAM`: it wraps any Keras optimizer, and configures the training step."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -23,49 +23,50 @@ from esam_core.perturbation import Norm
 from esam_core.presets import recommended_arguments
 from esam_core.validation import flag
 from esam_keras import compat
-from esam_keras.bases import OfTheBase, checked_base, refuse_others
+from esam_keras.bases import BaseAttribute, refuse_other_arguments, resolve_base
 from esam_keras.directions import Earlier, check_moment, earlier_direction
 from esam_keras.handover import require_step
 
 __all__ = ["ESAM", "find_esam"]
 
-#: The sums from which the logged means are made, in the order of the variables.
+#: The sums for the logged means, in the order of the variables.
 LOG_SUMS = ("sharpness_total", "sharpness_count", "share_total", "share_count")
 
 
 @keras.saving.register_keras_serializable(package="esam_keras")
-class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
+class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
     """Efficient sharpness-aware minimisation around any Keras optimizer.
 
-    Give it to `model.compile` and train as ever. A Keras optimizer sees only gradients, and the
-    second pass needs model, loss and batch: the training step therefore lives in the model, and
-    `compile` puts it there.
+    Pass it to `model.compile` and train as usual. A Keras optimizer sees only gradients, but the
+    second pass needs model, loss and batch. Therefore `compile` installs ESAM's training step in
+    the model.
 
-    Source: Du et al., ICLR 2022 (arXiv 2110.03141), algorithm 1. What it leaves open is
-    decided in the documentation; the defaults are those of `esam_core.ESAMConfig`.
+    Source: Du et al., ICLR 2022 (arXiv 2110.03141), algorithm 1. The documentation describes what
+    the paper leaves open; the defaults are those of `esam_core.ESAMConfig`.
 
     Args:
         base_optimizer: an instance, or a name that Keras knows, such as "sgd".
-        rho: radius of the perturbation, >= 0; 0 is the base optimizer. Default 0.05.
-        beta: share of the variables that are perturbed, in (0, 1]: short for
-            `perturb=Bernoulli(beta)`. Default 0.6.
-        gamma: share of the batch in the second gradient, in (0, 1]: short for
+        rho: the perturbation radius, >= 0; with 0, steps are base steps. Default 0.05.
+        beta: share of the variables to perturb, in (0, 1]; short for `perturb=Bernoulli(beta)`.
+            Default 0.6.
+        gamma: share of the samples in the descent pass, in (0, 1]; short for
             `select=TopIncrease(gamma)`. Default 0.5.
         perturb: a sampler of masks, instead of `beta`.
         select: a selector of samples, instead of `gamma`.
-        adaptive: scale the perturbation with the weights (ASAM). Default False.
+        adaptive: scale the perturbation by the weights (ASAM). Default False.
         norm: "masked" (default), "estimated", "full" or "none".
         norm_eps: added to the gradient's norm, > 0. Default 1e-12.
         ascend: the ascent direction: the gradient of the batch (`Batch()`, default) or of a part of
             it (`Part(share)`); or, without an ascent pass, the gradient of the previous update
             (`Previous()`) or the base optimizer's first moment (`Momentum()`).
-        seed: of masks and random selections, in [0, 2**63). Default 0.
+        seed: the seed of masks and random selections, in [0, 2**63). Default 0.
         on_nonfinite: "propagate" (default), "skip" or "raise": see `esam_core.config`.
         logs: whether "sharpness" and "sample_share" appear in the logs. Default True.
-        name: of the optimizer. Default "esam".
+        name: the name of the optimizer. Default "esam".
 
     Raises:
-        ESAMTypeError, ESAMValueError: naming the argument, what must hold, and what came.
+        ESAMTypeError, ESAMValueError: an argument is invalid; the message names it, the requirement
+            and the value received.
 
     Example:
         >>> import keras, numpy as np
@@ -77,15 +78,15 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         ['loss', 'sample_share', 'sharpness']
     """
 
-    gradient_accumulation_steps = OfTheBase()
-    loss_scale_factor = OfTheBase()
-    weight_decay = OfTheBase()
-    clipnorm = OfTheBase()
-    clipvalue = OfTheBase()
-    global_clipnorm = OfTheBase()
-    use_ema = OfTheBase()
-    ema_momentum = OfTheBase()
-    ema_overwrite_frequency = OfTheBase()
+    gradient_accumulation_steps = BaseAttribute()
+    loss_scale_factor = BaseAttribute()
+    weight_decay = BaseAttribute()
+    clipnorm = BaseAttribute()
+    clipvalue = BaseAttribute()
+    global_clipnorm = BaseAttribute()
+    use_ema = BaseAttribute()
+    ema_momentum = BaseAttribute()
+    ema_overwrite_frequency = BaseAttribute()
 
     def __init__(
         self,
@@ -106,8 +107,8 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         name: str = "esam",
         **others: Never,
     ) -> None:
-        refuse_others(base_optimizer, others)
-        base = checked_base(base_optimizer)
+        refuse_other_arguments(base_optimizer, others)
+        base = resolve_base(base_optimizer)
         if find_esam(base) is not None:
             raise ESAMTypeError(
                 f"`base_optimizer` must not be another ESAM. Received: base_optimizer={base!r}."
@@ -129,10 +130,11 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         if isinstance(config.ascend, Momentum):
             check_moment(base)
         with _on_the_host():
-            # The learning rate is the base's; a function keeps Keras from making a variable.
+            # The learning rate is the base optimizer's; a function prevents Keras from creating a
+            # variable.
             super().__init__(learning_rate=lambda: base.learning_rate, name=name)
-            # JAX keeps one buffer for equal constants, and will not donate it twice: the base
-            # optimizer counts from 0 as well.
+            # JAX uses one buffer for equal constants, which cannot be donated twice: the base
+            # optimizer also counts from 0.
             self.count.assign(keras.ops.zeros((), dtype=self.count.dtype))
         self._log_sums = [
             self.add_variable((), dtype="float32", name=variable) for variable in LOG_SUMS
@@ -167,11 +169,11 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         """
         return cls(base_optimizer, rho=rho, **recommended_arguments(**overrides))
 
-    # -- what is the base's ---------------------------------------------------------------------
+    # -- the base optimizer's attributes -----------------------------------------------------------
 
     @property
     def learning_rate(self) -> Any:
-        """The base optimizer's learning rate; assignable where the base's is."""
+        """The base optimizer's learning rate; assignable if the base optimizer's is."""
         return self.base_optimizer.learning_rate
 
     @learning_rate.setter
@@ -180,7 +182,7 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
 
     @property
     def iterations(self) -> Any:
-        """The number of updates that the base optimizer made."""
+        """The number of updates of the base optimizer."""
         return self.base_optimizer.iterations
 
     @property
@@ -189,7 +191,7 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         return compat.own_variables(self) + self.base_optimizer.variables
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Create the base optimizer's variables, and those in which `Previous` keeps gradients."""
+        """Create the base optimizer's variables, and those for the gradients of `Previous`."""
         if getattr(self, "built", False):
             return
         if not self.base_optimizer.built:
@@ -206,7 +208,7 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         return self.base_optimizer.scale_loss(loss)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Let the base optimizer put its moving averages into the weights, if it keeps any."""
+        """Let the base optimizer write its moving averages to the weights, if it has any."""
         self.base_optimizer.finalize_variable_values(var_list)
 
     def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
@@ -216,10 +218,10 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
     # -- the update -----------------------------------------------------------------------------
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
-        """Make the base optimizer's update with the descent gradients of an ESAM step.
+        """Run the base optimizer's update with the descent gradients of an ESAM step.
 
         Raises:
-            ESAMRuntimeError: called by anything but an ESAM step: gradients alone cannot make one.
+            ESAMRuntimeError: it was not called by an ESAM step; gradients alone are not enough.
         """
         require_step(trainable_variables)
         variables = (
@@ -236,10 +238,10 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         grads: Sequence[Any],
         trainable_variables: Sequence[Any],
     ) -> tuple[list[Any], list[Any]]:
-        """Make the base optimizer's stateless update: see `apply`."""
+        """Run the base optimizer's stateless update; see `apply`."""
         require_step(trainable_variables)
         own = compat.own_variables(self)
-        # A loss scaler hands over its scope's variables, and wants their values back.
+        # A loss scaler passes the variables of its scope, and needs their values in return.
         values = [v.value if isinstance(v, keras.Variable) else v for v in optimizer_variables]
         state = {id(v): value for v, value in zip(self.variables, values, strict=True)}
         if self._earlier:
@@ -252,11 +254,11 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         return trainable, [*(state[id(v)] for v in own), *base]
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        """Refuse: updates are the base optimizer's, and come through `apply`."""
+        """Raise: the base optimizer runs updates, through `apply`."""
         require_step(None)
 
     def reset_logs(self) -> None:
-        """Begin new means of what is logged."""
+        """Reset the logged means."""
         for variable in self._log_sums:
             variable.assign(keras.ops.zeros((), dtype=variable.dtype))
 
@@ -276,11 +278,11 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
             [None] * len(variables) if self._earlier is None else self._earlier.direction(variables)
         )
 
-    # -- what a step leaves -----------------------------------------------------------------------
+    # -- the state after a step --------------------------------------------------------------------
 
     @property
     def count(self) -> Any:
-        """The variable that counts ascents: on it depend masks, and it is saved."""
+        """The variable with the step count, on which masks depend. It is saved."""
         return compat.own_variables(self)[0]
 
     @property
@@ -289,18 +291,18 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         return self._report
 
     def keep_report(self, report: StepReport) -> None:
-        """Make a step's report the last one."""
+        """Set the report of the last step."""
         self._report = report
 
     @property
     def log_variables(self) -> list[Any]:
-        """The sums from which the logged means are made: see `esam_keras.metrics.log_sums`."""
+        """The sums for the logged means; see `esam_keras.metrics.log_sums`."""
         return self._log_sums
 
     # -- saving -----------------------------------------------------------------------------------
 
     def get_config(self) -> dict[str, Any]:
-        """Return everything that `from_config` needs, the base optimizer included."""
+        """Return everything that `from_config` needs, including the base optimizer."""
         return {
             "name": self.name,
             "base_optimizer": keras.saving.serialize_keras_object(self.base_optimizer),
@@ -310,8 +312,8 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "ESAM":
-        """Return the optimizer that `get_config` described."""
-        arguments = copy.deepcopy(config)  # Keras writes into what it reads
+        """Return the optimizer described by `get_config`."""
+        arguments = copy.deepcopy(config)  # Keras modifies its input
         base = keras.saving.deserialize_keras_object(
             arguments.pop("base_optimizer"), custom_objects=custom_objects
         )
@@ -320,23 +322,22 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
         return cls(base, name=name, logs=logs, **{key: getattr(read, key) for key in arguments})
 
     def save_own_variables(self, store: Any) -> None:
-        """Write ESAM's own variables; the base writes its own beside them."""
+        """Write ESAM's own variables; the base optimizer writes its own."""
         for i, variable in enumerate(compat.own_variables(self)):
             store[str(i)] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Read what `save_own_variables` wrote; without a direction, the next step is a base step.
+        """Read the variables that `save_own_variables` wrote.
 
         Raises:
-            ESAMValueError: it is of another optimizer, or the direction of another model.
+            ESAMValueError: they are of another optimizer, or the direction is of another model.
         """
         own = compat.own_variables(self)
         always = 1 + len(LOG_SUMS)
         if len(store.keys()) not in (len(own), always):
             raise ESAMValueError(
                 f"The saved optimizer must be an ESAM with {len(own)} variables of its own, or "
-                f"{always} without a direction to climb along. Received: {len(store.keys())} "
-                "variables."
+                f"{always} without an ascent direction. Received: {len(store.keys())} variables."
             )
         found = [store[str(i)] for i in range(len(store.keys()))]
         directions = list(zip(own, found, strict=False))[always:]
@@ -347,7 +348,7 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
             variable.assign(value)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
-        """Set all of `variables`, the base optimizer's included."""
+        """Set all of `variables`, including the base optimizer's."""
         if len(weights) != len(self.variables):
             raise ESAMValueError(
                 f"`weights` must be {len(self.variables)} arrays, one for each of `variables`. "
@@ -358,15 +359,15 @@ class ESAM(compat.AveragesOfTheBase, keras.optimizers.Optimizer):
 
 
 def find_esam(optimizer: Any) -> ESAM | None:
-    """Return the ESAM that an optimizer is, or that a loss scaler holds; else None."""
+    """Return the ESAM that an optimizer is or that a loss scaler wraps; else None."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer if isinstance(optimizer, ESAM) else None
 
 
 def _on_the_host() -> Any:
-    """Return the scope in which the counter is made, so that reading it waits for no device."""
+    """Return the scope for creating the counter, where reading it does not wait for a device."""
     if keras.backend.backend() == "jax":
-        # There the counter travels in the state, which jit wants on one device.
+        # On JAX the counter is part of the state, which jit requires on one device.
         return keras.name_scope("esam")
     return keras.device("cpu:0" if keras.backend.backend() == "tensorflow" else "cpu")

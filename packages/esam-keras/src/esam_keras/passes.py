@@ -1,7 +1,7 @@
 """The passes of one step as pure functions of the model's state, the same on every backend.
 
-Nothing here assigns to a variable. What a pass made of the state is returned, to be kept by the
-caller once nothing can fail any more.
+Nothing here assigns to a variable. The passes return the new state, which the caller keeps when
+nothing can fail any more.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from keras import ops
 from esam_core import ESAMConfig, ESAMRuntimeError
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluated, Evaluator, State, batch_size
-from esam_keras.perturbation import widened
+from esam_keras.perturbation import widen
 from esam_keras.plan import Plan
 from esam_keras.rows import Fill, among, beside, repeated, spread
 from esam_keras.selection import Selected
@@ -26,14 +26,14 @@ Tensor = Any
 
 
 class AtTheta(NamedTuple):
-    """What a pass at theta leaves.
+    """The results of a pass at theta.
 
     Args:
-        gradients: scaled as the optimizer scales its loss, by the variables that were asked for;
-            None where the loss does not depend on one.
-        evaluated: the state that it left, and predictions: for the whole batch where all its
-            samples were run, else for the part, repeated.
-        losses: of the samples that were run, or None where the loss has no value a sample.
+        gradients: of the chosen variables, scaled as the optimizer scales its loss; None for a
+            variable that the loss does not depend on.
+        evaluated: the new state, and the predictions: for the whole batch if all samples were run,
+            else for the part, repeated.
+        losses: of the samples that were run; None if there are no losses per sample.
     """
 
     gradients: list[Tensor | None]
@@ -42,13 +42,13 @@ class AtTheta(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """What the descent pass leaves.
+    """The results of the descent pass.
 
     Args:
-        gradients: T gradients, scaled as the optimizer scales its loss; None where the loss does
-            not depend on a variable.
-        evaluated: what it left if it records, else None.
-        losses: of the samples that were run, where no pass at theta has seen them; else None.
+        gradients: T gradients, scaled as the optimizer scales its loss; None for a variable that
+            the loss does not depend on.
+        evaluated: the results of the forward if it records, else None.
+        losses: of the samples that were run if there was no pass at theta, else None.
     """
 
     gradients: list[Tensor | None]
@@ -57,7 +57,7 @@ class Descent(NamedTuple):
 
 
 def loss_scale(optimizer: Any) -> Tensor | None:
-    """Return what an optimizer multiplies losses by, or None for 1."""
+    """Return the factor by which an optimizer multiplies losses, or None for 1."""
     scale = optimizer.scale_loss(1.0)
     return None if isinstance(scale, float) and scale == 1.0 else scale
 
@@ -67,14 +67,14 @@ class Passes:
     """The passes of one step, each a method.
 
     Args:
-        evaluator: of the model and its loss on the batch.
+        evaluator: evaluates the model and its loss on the batch.
         config: the hyperparameters.
-        plan: what the step is specialised on.
-        inputs: what changes from step to step.
-        state: at entry.
-        loss_scale: what the optimizer multiplies losses by, or None for 1.
-        fixed: places of variables that no mask may hit.
-        earlier: T ascent directions from earlier steps, None where there is none; empty if the step
+        plan: the static part of the step.
+        inputs: the inputs that change from step to step.
+        state: the state at entry.
+        loss_scale: the factor by which the optimizer multiplies losses, or None for 1.
+        fixed: indices of variables that no mask may perturb.
+        earlier: T ascent directions from earlier steps, each a tensor or None; empty if the step
             has an ascent pass.
     """
 
@@ -88,9 +88,9 @@ class Passes:
     earlier: Sequence[Tensor | None] = ()
 
     def at_theta(self, chosen: Sequence[int]) -> AtTheta:
-        """The pass at theta, on the batch or on a part of it, differentiated by chosen variables.
+        """The pass at theta, on the batch or a part of it, with the gradients of chosen variables.
 
-        With no variable chosen only the losses are differentiated, by the factors.
+        If no variable is chosen, only the derivatives by the factors are computed.
         """
         b = batch_size(self.evaluator.batch[0])
         routed = self.evaluator.route is not None
@@ -98,7 +98,7 @@ class Passes:
 
         def state(arguments: list[Tensor]) -> State:
             trainable = list(self.state.trainable)
-            for t, value in zip(chosen, arguments, strict=False):  # the factor comes last
+            for t, value in zip(chosen, arguments, strict=False):  # the factor is last
                 trainable[t] = value
             return self.state._replace(trainable=trainable)
 
@@ -130,8 +130,8 @@ class Passes:
     def _evaluate_part(self, state: State, factor: Tensor | None, cut: Cut) -> Evaluated:
         """Return the loss of the part of the batch.
 
-        If the selection needs the losses of the other samples, their predictions are those of a
-        pass without a graph; if not, the part's predictions are repeated.
+        If the selection needs the losses of the other samples, a pass without a graph computes
+        their predictions. If not, the part's predictions are repeated.
         """
         ascent, part = self.plan.ascent, self.inputs["part"]
         fill: Fill = repeated(part, batch_size(self.evaluator.batch[0]))
@@ -160,7 +160,7 @@ class Passes:
         return spread(part, ops.broadcast_to(share, (n,)), b)
 
     def perturbed_losses(self, climbed: list[Tensor], b: int | Tensor) -> Tensor:
-        """Phase 4: the losses at theta + epsilon; only they are differentiated, by the factors."""
+        """Phase 4: the losses at theta + epsilon, differentiated only by the factors."""
         state = self.state._replace(trainable=climbed)
 
         def loss(arguments: list[Tensor], _: Cut) -> tuple[Tensor, None]:
@@ -180,15 +180,15 @@ class Passes:
     ) -> Descent:
         """Phase 5: the gradient of the sum of w_i l_i(theta + epsilon) for every variable.
 
-        The predictions of the selected samples take their places among the ascent's, and the loss
-        is that of the whole batch with the factors b w_i, and 0 for the rejected: so l_i is one
-        and the same function in every pass, whatever the loss divides by.
+        The predictions of the selected samples replace those of the ascent pass, and the loss is
+        that of the whole batch with factors b w_i, or 0 for rejected samples. Therefore l_i is the
+        same function in every pass, for any divisor in the loss.
 
         Args:
             climbed: T tensors theta + epsilon.
             at_theta: the pass at theta, or None if there is none.
             selected: the samples, or None for all.
-            poison: 1, or NaN where something was not finite.
+            poison: 1, or NaN if something was not finite.
         """
         evaluator, b = self.evaluator, batch_size(self.evaluator.batch[0])
         running, records = self.plan.kept == "one", not self.plan.ascent.records
@@ -226,11 +226,11 @@ class Passes:
             evaluated = self._at_theta_again(evaluated, climbed, at_theta)
         return Descent(gradients, evaluated, losses)
 
-    # -- small things ------------------------------------------------------------------------------
+    # -- helpers ------------------------------------------------------------------------------
 
     @property
     def _backend(self) -> Backend:
-        """The native parts."""
+        """The backend."""
         return self.evaluator.backend
 
     def _factor(self, selected: Selected | None, b: int | Tensor) -> Tensor | None:
@@ -252,7 +252,7 @@ class Passes:
         """Return the descent pass with the trained weights at theta.
 
         Raises:
-            ESAMRuntimeError: it assigned trained weights, and there was no pass at theta to do so.
+            ESAMRuntimeError: the pass assigned trained weights, and there was no pass at theta.
         """
         if at_theta is not None:
             trainable = at_theta.state.trainable
@@ -262,17 +262,17 @@ class Passes:
             if self._backend.keeps_assigned and any(new is not old for new, old in left):
                 raise ESAMRuntimeError(
                     "A model whose calls assign trained weights, as `SpectralNormalization` does, "
-                    "must be run at the unperturbed weights, and with "
-                    f"ascend={self.config.ascend!r} it is not. Use ascend=Batch() or Part(share)."
+                    "needs a pass at the unperturbed weights: use ascend=Batch() or Part(share). "
+                    f"Received: ascend={self.config.ascend!r}."
                 )
         return evaluated._replace(state=evaluated.state._replace(trainable=trainable))
 
     def _again(self, state: State) -> AbstractContextManager[Any]:
-        """Return a scope in which what is checkpointed finds the values of its forward."""
+        """Return a scope in which checkpointed parts find the values of their forward."""
         return self.evaluator.scope(state)
 
     def _cut(self, cut: Cut, chosen: Sequence[int]) -> Cut:
-        """Return a cut that knows the chosen variables by their places in the model."""
+        """Return a cut for the chosen variables, by their indices in the model."""
         at = {t: place for place, t in enumerate(chosen)}
 
         def of_chosen(t: int, value: Tensor) -> Tensor:
@@ -281,23 +281,23 @@ class Passes:
         return of_chosen
 
     def _per_sample(self, derivative: Tensor, b: int | Tensor) -> Tensor:
-        """Return l_i from the derivative of the scaled loss by the factors."""
+        """Return l_i from the derivative of the scaled loss with respect to the factors."""
         if self.loss_scale is not None:
             derivative = derivative / ops.cast(self.loss_scale, derivative.dtype)
         return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        """Return the loss as the optimizer scales it."""
+        """Return the loss scaled by the optimizer."""
         return loss if self.loss_scale is None else loss * ops.cast(self.loss_scale, loss.dtype)
 
     def _unscaled(self, theta: Tensor, gradient: Tensor | None) -> Tensor:
-        """Return an ascent gradient without the scale, dense, 0 where there is none."""
+        """Return an ascent gradient without the scale, dense, or 0 if there is none."""
         if gradient is None:
             return ops.zeros_like(theta)
         gradient = self._backend.dense(gradient)
         if self.loss_scale is None:
             return gradient
-        gradient = widened(gradient)
+        gradient = widen(gradient)
         return gradient / ops.cast(self.loss_scale, gradient.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Epsilon from the ascent gradient, in Keras's operations: compiled twin of the core's.
+"""Epsilon from the ascent gradient, in Keras operations; see `esam_core.perturbation`.
 
 Equations: SAM (Foret et al. 2021, eq. 2), SWP (Du et al. 2022, eq. 6), ASAM (Kwon et al. 2021,
 with its eta = 0); see `esam_core.perturbation`.
@@ -14,7 +14,7 @@ from keras import ops
 
 from esam_core import ESAMConfig
 
-__all__ = ["Perturbation", "norm_weights", "perturb", "representable", "widened"]
+__all__ = ["Perturbation", "norm_weights", "perturb", "representable", "widen"]
 
 Tensor = Any
 
@@ -27,7 +27,7 @@ class Perturbation:
         climbed: T tensors theta_t + epsilon_t.
         gradient_norm: ||g|| of equation 2 as `norm` defines it.
         perturbation_norm: ||epsilon||.
-        finite: whether the norm was finite, and thereby every gradient.
+        finite: whether the norm, and therefore every gradient, was finite.
     """
 
     climbed: list[Tensor]
@@ -44,21 +44,21 @@ def perturb(
     config: ESAMConfig,
     weight_masks: Sequence[Tensor] | None = None,
 ) -> Perturbation:
-    """Add the perturbations that ascent gradients make to the parameters.
+    """Return the parameters plus the perturbations from ascent gradients.
 
-    What is one number a unit is computed for all units together: compilers take their time for
-    every operation.
+    Values with one number per unit are computed for all units together, because compilers take
+    time for every operation.
 
     Args:
         gradients: T gradients g_t, None where not computed.
         parameters: T tensors theta_t.
-        scale: T factors m_t / p_t: numbers, or one tensor (T,) where the mask is an input.
+        scale: T factors m_t / p_t: numbers, or one tensor (T,) if the mask is an input.
         rho: the step's radius.
         config: norm, norm_eps and adaptive.
         weight_masks: None, or T tensors of booleans that mask single weights.
     """
     places = [t for t, g in enumerate(gradients) if g is not None]
-    wide = [widened(gradients[t]) for t in places]
+    wide = [widen(gradients[t]) for t in places]
     theta = [ops.cast(parameters[t], g.dtype) for t, g in zip(places, wide, strict=True)]
     lengths, directions = wide, wide
     if config.adaptive:
@@ -73,7 +73,7 @@ def perturb(
     factors: Any = [scale[t] for t in places] if known else ops.take(scale, places, axis=0)
 
     squares = _squares(lengths)
-    length = ops.sqrt(ops.sum(_weighted(squares, norm_weights(factors, config.norm))))
+    length = ops.sqrt(ops.sum(_weigh(squares, norm_weights(factors, config.norm))))
     finite = ops.isfinite(length)
     divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
     common = representable(rho, divisor) / divisor
@@ -84,20 +84,20 @@ def perturb(
         if known and factors[i] == 0.0:
             continue
         epsilon = ops.cast(steps[i], directions[i].dtype) * directions[i]
-        # 0 * inf is not a number, and epsilon must be 0 where anything is not finite.
+        # 0 * inf is NaN, but epsilon must be 0 if any value is not finite.
         moved = parameters[t] + ops.cast(epsilon, parameters[t].dtype)
         climbed[t] = ops.where(finite, moved, parameters[t])
     if config.adaptive or (weight_masks is not None and config.norm == "full"):
         squares = _squares(directions)
-    size = ops.sqrt(ops.sum(_weighted(squares, ops.square(steps))))
+    size = ops.sqrt(ops.sum(_weigh(squares, ops.square(steps))))
     return Perturbation(climbed, length, ops.where(finite, size, ops.zeros_like(size)), finite)
 
 
 def norm_weights(factors: Any, norm: str) -> Any:
-    """Return what each unit's square counts in the norm that divides; "none" divides by none.
+    """Return the weight of each unit's square in the norm; "none" has no norm.
 
     Args:
-        factors: m_t / p_t of each: a list of numbers, or a tensor.
+        factors: m_t / p_t of each unit: a list of numbers, or a tensor.
         norm: see `esam_core.perturbation.NORMS`.
     """
     if isinstance(factors, list):
@@ -109,27 +109,27 @@ def norm_weights(factors: Any, norm: str) -> Any:
     return factors if norm == "estimated" else ops.cast(factors > 0, factors.dtype)
 
 
-def widened(gradient: Tensor) -> Tensor:
+def widen(gradient: Tensor) -> Tensor:
     """Return a gradient in float32 or wider."""
     narrow = keras.backend.standardize_dtype(gradient.dtype)
     return ops.cast(gradient, "float32") if "16" in narrow else gradient
 
 
 def representable(number: float, like: Tensor) -> float:
-    """Return a number as a tensor's dtype has it: infinite where it is too large, silently."""
+    """Return a number in a tensor's dtype, silently infinite if it is too large."""
     largest = float(np.finfo(keras.backend.standardize_dtype(like.dtype)).max)
     return number if number <= largest else float("inf")
 
 
 def _as(numbers: Any, dtype: Any) -> Tensor:
-    """Return numbers, or a tensor, in a dtype; a list must not go by way of float32."""
+    """Return numbers, or a tensor, in a dtype; a list must not be converted to float32 first."""
     if isinstance(numbers, list):
         return ops.convert_to_tensor(numbers, dtype=dtype)
     return ops.cast(numbers, dtype)
 
 
 def _masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors with 0 where a mask is false, whatever stood there."""
+    """Return tensors with 0 where a mask is False, even for non-finite values."""
     return [ops.where(m, x, ops.zeros_like(x)) for x, m in zip(tensors, masks, strict=True)]
 
 
@@ -140,7 +140,7 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
     return ops.stack([ops.cast(x, widest) for x in sums])
 
 
-def _weighted(squares: Tensor, weights: Any) -> Tensor:
-    """Return squares times weights; a weight of 0 silences what is not finite."""
+def _weigh(squares: Tensor, weights: Any) -> Tensor:
+    """Return squares times weights; a weight of 0 gives 0 even for non-finite values."""
     weights = _as(weights, squares.dtype)
     return ops.where(weights > 0, squares * weights, ops.zeros_like(squares))

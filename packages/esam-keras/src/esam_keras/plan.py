@@ -1,9 +1,9 @@
-"""What a step is to do: drawn on the host, from the number of the ascent alone.
+"""The plan of a step, drawn on the host from the step count.
 
-A `Plan` is what a compiled step is specialised on: it is hashable, and there is one compiled
-function a plan. What changes from step to step beyond that enters as `Inputs`. A sampler whose
-masks can be listed gets a plan a mask, so that the compiler drops every gradient and forward that
-the mask makes needless; any other mask is an input that is multiplied in.
+A `Plan` is the static part of a compiled step: it is hashable, and there is one compiled function
+per plan. Everything else that changes from step to step is in `Inputs`. A sampler whose masks can
+be listed gets one plan per mask, and the compiler drops all gradients and forwards that the mask
+does not need. Any other mask is an input that multiplies the gradients.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from esam_core.directions import climbing_indices, records_at_theta
 
 __all__ = ["BASE", "WHOLE", "Ascent", "Drawn", "Plan", "Planner", "needs_rows"]
 
-#: Names of the inputs of a compiled step.
+#: The inputs of a compiled step, by name.
 Inputs = dict[str, np.ndarray]
 
 
@@ -46,7 +46,7 @@ class Ascent:
         return self.of == "batch" or self.scores
 
 
-#: The ascent pass is on the whole batch.
+#: The ascent pass uses the whole batch.
 WHOLE = Ascent()
 
 
@@ -55,12 +55,12 @@ class Plan:
     """The static part of a step.
 
     Args:
-        active: whether anything is perturbed. If not, the step is the base optimizer's own.
-        scale: T factors m_t / p_t where the mask is known before compilation; None where they
-            come as the input "scale".
-        rho_factor: what rho is multiplied by.
-        weight_beta: share of the scalar weights that are perturbed where those are drawn singly.
-        kept: "all" samples enter the descent pass, "some", or "one", which has no statistics.
+        active: whether anything is perturbed. If not, the step is a base step.
+        scale: T factors m_t / p_t if the mask is known before compilation; None if they are the
+            input "scale".
+        rho_factor: the factor of rho.
+        weight_beta: share of the scalar weights that are perturbed, if weights are drawn singly.
+        kept: whether "all", "some" or "one" of the samples are selected; one has no statistics.
         ascent: the source of the ascent direction.
     """
 
@@ -73,11 +73,11 @@ class Plan:
 
     @property
     def after_climb(self) -> "Plan":
-        """The plan of phases 4 to 7, which is the same for all masks."""
+        """The plan of phases 4 to 7, the same for all masks."""
         return Plan(kept=self.kept, ascent=self.ascent)
 
 
-#: An ordinary step of the base optimizer.
+#: A base step.
 BASE = Plan(active=False)
 
 
@@ -104,7 +104,7 @@ class Planner:
     Args:
         config: the hyperparameters.
         units: the records of the trainable variables.
-        perturbable: T booleans; a unit that is not never enters a mask.
+        perturbable: T booleans, whether a unit may be perturbed.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class Planner:
 
     @property
     def climbs_are_many(self) -> bool:
-        """Whether several masks are listed that perturb something."""
+        """Whether there are several listed masks that perturb something."""
         return self._listed is not None and sum(mask.active for mask in self._listed) > 1
 
     def subset_sizes(self, b: int) -> set[int]:
-        """Return the sizes of the subsets of b samples on which the model is run."""
+        """Return the sizes of the subsets of b samples on which the model runs."""
         config = self.config
         sizes = {selectors.subset_size(config.select.gamma, b)}
         if isinstance(config.ascend, Part):
@@ -136,13 +136,13 @@ class Planner:
         return isinstance(self.config.ascend, Previous | Momentum) and any(self.allowed)
 
     def draw(self, count: int, batch_size: int, *, compiled: bool, directed: bool = True) -> Drawn:
-        """Return what ascent number `count` does on a batch of this size.
+        """Return the plan of step `count` on a batch of this size.
 
         Args:
             count: >= 0.
             batch_size: b >= 1.
-            compiled: whether the step is compiled for its plan. If not, a plan a mask costs
-                nothing, and each step gets its own.
+            compiled: whether the step is compiled for its plan. If not, each step gets its own
+                plan, which costs nothing.
             directed: whether there is a direction. If not, the step is a base step.
         """
         config = self.config
@@ -183,11 +183,11 @@ class Planner:
         return Ascent("part", scores, records, len(part) == 1, scores and len(rest) == 1), inputs
 
     def _is_listed(self, mask: Mask) -> bool:
-        """Return whether the sampler listed this mask, which makes it worth compiling for."""
+        """Return whether the sampler lists this mask, so that it is worth compiling for."""
         return self._listed is not None and mask in self._listed
 
     def _selection_inputs(self, b: int, k: int, count: int) -> Inputs:
-        """Return what the selection needs of the host's random numbers."""
+        """Return the random numbers from the host for the selection."""
         config = self.config
         if config.select.rule == "random":
             drawn = selectors.random_indices(b, k, seed=config.seed, count=count)

@@ -1,4 +1,4 @@
-"""The step report over Keras's tensors, of whichever backend."""
+"""The step report for Keras tensors of any backend."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ __all__ = ["KerasReport"]
 
 @dataclass(frozen=True)
 class KerasReport(StepReport):
-    """A `StepReport` whose properties are computed by `keras.ops`: TensorFlow's have no methods.
+    """A `StepReport` with properties computed by `keras.ops`: TensorFlow tensors lack methods.
 
-    `losses` is None also where the loss has no value a sample, and then `loss` is None.
+    `losses` and `loss` are None if the loss has no value per sample.
     """
 
     @property

@@ -1,7 +1,7 @@
-"""Which route tells the samples of a loss apart: tried out before the first step.
+"""Finding the route for losses per sample, before the first step.
 
-The routes are those of `esam_keras.losses`. What is no plain Keras loss is evaluated on made-up
-predictions, with the targets of a batch of the user's and of its size, so that no layer is run.
+The routes are those of `esam_keras.losses`. Losses other than plain Keras losses are evaluated on
+artificial predictions, with the targets of one of the user's batches, so that no layer runs.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from esam_keras.losses import ADVICE, has_own_compute_loss, weighted
 
 __all__ = ["check_rows", "find_route"]
 
-#: How many samples' factors are varied: few, so that it costs nothing.
+#: The number of samples whose factors are varied; few, to save time.
 TRIED = 4
 
 #: The total loss, as a float, by (route, factors of a batch's samples).
@@ -26,16 +26,16 @@ Total = Callable[[str, np.ndarray], float]
 
 
 def find_route(model: keras.Model, needed: bool, data: Any, state: Any = None) -> str | None:
-    """Return the route for a model's loss, trying it out where it is not a plain Keras loss.
+    """Return the route for a model's loss, testing it if it is not a plain Keras loss.
 
     Args:
-        model: compiled and built, its loss too.
-        needed: whether the step must tell samples apart.
+        model: a compiled and built model, with its loss.
+        needed: whether the step needs losses per sample.
         data: a batch.
-        state: JAX's state where it is not in the variables, else None.
+        state: JAX's state if it is not in the variables, else None.
 
     Raises:
-        ESAMValueError: samples must be told apart and cannot be.
+        ESAMValueError: losses per sample are needed but not available.
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     b = int(next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0])
@@ -44,7 +44,7 @@ def find_route(model: keras.Model, needed: bool, data: Any, state: Any = None) -
     plain = all(type(loss).__call__ is keras.losses.Loss.__call__ for loss in losses)
     if not has_own_compute_loss(model):
         if not compat.has_compiled_loss(model):
-            return None  # what `add_loss` brings has no value a sample
+            return None  # `add_loss` has no losses per sample
         if plain:
             return "values" if needed or _all_have_values(total, b) else None
     reasons = []
@@ -58,16 +58,16 @@ def find_route(model: keras.Model, needed: bool, data: Any, state: Any = None) -
     if not needed:
         return None
     raise ESAMValueError(
-        f"The loss must be linear in `sample_weight` for ESAM to know each sample's share of it. "
-        f"Received: a loss that {reasons[-1] if reasons else 'has no value a sample'}. {ADVICE}"
+        "The loss must be linear in `sample_weight`, so that ESAM can compute each sample's loss. "
+        f"Received: a loss that {reasons[-1] if reasons else 'has no value per sample'}. {ADVICE}"
     )
 
 
 def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None:
-    """Raise where a model cannot be run on k samples alone.
+    """Raise if a model cannot run on k samples alone.
 
     Args:
-        model: compiled and built.
+        model: a compiled and built model.
         data: a batch.
         k: >= 1.
         state: as in `find_route`.
@@ -78,9 +78,9 @@ def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     if any(compat.is_sparse(leaf) for leaf in tree.flatten(x)):
         raise ESAMValueError(
-            "Samples cannot be taken out of a sparse tensor: use gamma=1.0 and no "
-            "ascend=Part(...), which take the whole batch, or dense inputs. Received: a sparse "
-            "tensor among the inputs."
+            "Samples cannot be taken out of a sparse tensor: use gamma=1.0 without "
+            "ascend=Part(...), so that steps use the whole batch, or dense inputs. Received: a "
+            "sparse tensor among the inputs."
         )
     stateful = [layer for layer in compat.flat_layers(model) if getattr(layer, "stateful", False)]
     fixed = f"the stateful layer '{stateful[0].name}'" if stateful else _fixed_input(model)
@@ -94,14 +94,14 @@ def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None
     except Exception as error:
         cause = error
     raise ESAMValueError(
-        "A model with a batch size of its own cannot be run on some samples alone: use gamma=1.0 "
-        "and no ascend=Part(...), which take the whole batch, or leave the batch size open. "
+        "A model with a fixed batch size cannot run on some samples alone: use gamma=1.0 without "
+        "ascend=Part(...), so that steps use the whole batch, or leave the batch size open. "
         f"Received: {fixed}, and {k} samples."
     ) from cause
 
 
 def _fixed_input(model: keras.Model) -> str | None:
-    """Return in words which input of a model has a batch size, or None."""
+    """Return a description of an input with a fixed batch size, or None."""
     for tensor in tree.flatten(getattr(model, "inputs", None) or ()):
         if tensor.shape[0] is not None:
             return f"the input '{tensor.name}' of shape {tuple(tensor.shape)}"
@@ -109,7 +109,7 @@ def _fixed_input(model: keras.Model) -> str | None:
 
 
 def _all_have_values(total: Total, b: int) -> bool:
-    """Return whether the compiled losses have a value a sample."""
+    """Return whether the compiled losses have one value per sample."""
     try:
         total("values", np.ones(b, dtype=np.float32))
     except ESAMValueError:
@@ -118,7 +118,7 @@ def _all_have_values(total: Total, b: int) -> bool:
 
 
 def _problem(total: Total, route: str, b: int) -> str | None:
-    """Return what is wrong with a route, or None: the loss must be affine in every factor."""
+    """Return the problem of a route, or None: the loss must be affine in every factor."""
     n = min(TRIED, b)
     rows = np.eye(n, b, dtype=np.float32)
     mixed = np.array([0.5, 4.0, 2.0, 0.25], dtype=np.float32)[:n]
@@ -127,7 +127,7 @@ def _problem(total: Total, route: str, b: int) -> str | None:
         alone = [total(route, row) - zero for row in rows]
         together = total(route, mixed @ rows) - zero
     except ESAMValueError as error:
-        return f"has no value a sample ({error})"
+        return f"has no value per sample ({error})"
     noise = 1e-5 * (abs(zero) + abs(together))
     size = max(map(abs, (*alone, together)))
     if size <= noise:
@@ -137,14 +137,14 @@ def _problem(total: Total, route: str, b: int) -> str | None:
     return None
 
 
-# -- the loss of made-up predictions ---------------------------------------------------------------
+# -- the loss of artificial predictions ------------------------------------------------------------
 
 
 def _total_loss(model: keras.Model, data: Any, b: int, state: Any) -> Total:
-    """Return a function that gives the total loss of a batch with some factors.
+    """Return a function that computes the total loss of a batch with given factors.
 
-    The predictions are numbers in (0.1, 0.9) of the shape that the model gives: good as
-    probabilities, as logits and as regressions.
+    The predictions are numbers in (0.1, 0.9) of the model's output shape, which are valid as
+    probabilities, logits and regressions.
     """
 
     def total(route: str, factors: np.ndarray) -> float:
@@ -153,7 +153,7 @@ def _total_loss(model: keras.Model, data: Any, b: int, state: Any) -> Total:
             lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (y, sample_weight)
         )
         spec = _output_spec(model, x, b, state)
-        y_pred = tree.map_structure(lambda spec: _made_up(spec, b), spec)
+        y_pred = tree.map_structure(lambda spec: _artificial_predictions(spec, b), spec)
         with keras.StatelessScope(_mapping(model, state)):
             factor = ops.convert_to_tensor(factors)
             with weighted(model, route, (x, y, sample_weight), factor) as (x, y, weights):
@@ -164,7 +164,7 @@ def _total_loss(model: keras.Model, data: Any, b: int, state: Any) -> Total:
 
 
 def _output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
-    """Return the shapes of the predictions for so many rows of some inputs."""
+    """Return the shapes of the predictions for the given number of rows."""
     inputs = tree.map_structure(
         lambda leaf: (
             None
@@ -179,21 +179,21 @@ def _output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
     )
     if state is None:
         return compat.output_spec(model, inputs)
-    # Keras forgets the variables' values in `fit` on JAX; their shapes are in the state.
+    # In `fit` on JAX Keras clears the variables' values; their shapes are in the state.
     return compat.output_spec(
         lambda inputs: model.stateless_call(state[0], state[1], inputs)[0], inputs
     )
 
 
-def _made_up(spec: Any, b: int) -> Any:
-    """Return predictions of a shape, the same every time."""
+def _artificial_predictions(spec: Any, b: int) -> Any:
+    """Return artificial predictions of a shape, always the same."""
     shape = tuple(b if n is None else n for n in spec.shape)
     drawn = uniforms(int(np.prod(shape)), seed=0, count=0)
     return ops.cast(ops.convert_to_tensor((0.1 + 0.8 * drawn).reshape(shape)), spec.dtype)
 
 
 def _mapping(model: keras.Model, state: Any) -> list[tuple[Any, Any]]:
-    """Return the pairs of variables and values, the latter from JAX's state where there is one."""
+    """Return the pairs of variables and values, from JAX's state if there is one."""
     groups = (
         model.trainable_variables,
         model.non_trainable_variables,

@@ -1,8 +1,8 @@
 """Rows of a batch and of predictions, for passes on some of the samples.
 
-The loss is always that of the whole batch, in which the other samples have weight 0, so that a
-sample's loss is the same function in every pass, whatever the loss divides by. A `Fill` provides
-the predictions for the other samples.
+The loss is always that of the whole batch, in which the other samples have weight 0. Therefore a
+sample's loss is the same function in every pass, for any divisor in the loss. A `Fill` provides the
+predictions for the other samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ __all__ = ["Fill", "among", "beside", "repeated", "rows", "rows_of_batch", "spre
 
 Tensor = Any
 
-#: Predictions, and the masks of their leaves, None where there is none.
+#: Predictions, and the masks of their leaves; None for a leaf without a mask.
 Predicted = tuple[Any, list[Tensor | None]]
 
-#: Returns the predictions for the whole batch from those for some of its samples.
+#: Returns the predictions for the whole batch, given those for some of its samples.
 Fill = Callable[[Any, list[Tensor | None]], Predicted]
 
 
@@ -30,7 +30,7 @@ def rows(structure: Any, indices: Tensor) -> Any:
 
 
 def rows_of_batch(structure: Any, indices: Tensor, b: int | Tensor) -> Any:
-    """Return the rows of those leaves of a structure that have b rows; others stay as they are."""
+    """Return the rows of the leaves that have b rows; other leaves are unchanged."""
 
     def taken(leaf: Any) -> Any:
         if leaf is None or len(leaf.shape) == 0:
@@ -53,20 +53,20 @@ def among(
     indices: Tensor,
     without_gradient: Callable[[Tensor], Tensor],
 ) -> Fill:
-    """Return the `Fill` that puts predictions among those of a pass on the whole batch.
+    """Return the `Fill` that inserts predictions into those of a pass on the whole batch.
 
     Args:
         y_pred: for the whole batch.
         masks: of its leaves.
         indices: (k,), the places of the samples.
-        without_gradient: returns a tensor that no gradient flows through.
+        without_gradient: returns a tensor without its gradient.
     """
 
     def fill(run: Any, _: list[Tensor | None]) -> Predicted:
         places = ops.expand_dims(indices, axis=-1)
         leaves, kept = [], []
         for before, mask, now in zip(tree.flatten(y_pred), masks, tree.flatten(run), strict=True):
-            # What has no prediction for each sample is that of the selected, as it is.
+            # An output without one prediction per sample is that of the selected samples.
             has_rows = len(before.shape) > 0 and _has_rows(now, indices)
             leaves.append(
                 ops.scatter_update(without_gradient(before), places, now) if has_rows else now
@@ -108,9 +108,10 @@ def beside(others: Callable[[], Predicted], part: Tensor, rest: Tensor) -> Fill:
     """Return the `Fill` that joins the predictions for a part of the batch and for the rest.
 
     Args:
-        others: returns the latter, with their masks. It is called after the pass on the part.
+        others: returns the predictions for the rest, with their masks; called after the part's
+            pass.
         part: (n,), the places of the part's samples.
-        rest: (b - n,), the places of the others.
+        rest: (b - n,), the places of the other samples.
     """
 
     def fill(run: Any, masks: list[Tensor | None]) -> Predicted:

@@ -1,4 +1,4 @@
-"""Data selection on the device, in Keras's operations: twin of `esam_core.selectors.select`."""
+"""Data selection on the device, in Keras operations; see `esam_core.selectors.select`."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +23,7 @@ class Selected:
 
 
 def subset_size(gamma: float, b: int | Tensor) -> int | Tensor:
-    """Return k = max(1, ceil(gamma b)), exactly; a tensor where b is known only when it runs."""
+    """Return k = max(1, ceil(gamma b)), exactly; a tensor if b is only known at run time."""
     if isinstance(b, int):
         return selectors.subset_size(gamma, b)
     share = Fraction(gamma).limit_denominator(10**6)
@@ -39,31 +39,31 @@ def select(
     inputs: dict[str, Tensor],
     b: int | Tensor,
 ) -> Selected:
-    """Return what a selector keeps of a batch.
+    """Return the samples that a selector selects.
 
     Args:
         selector: any selector of esam-core but `All`.
         losses: (b,) losses at theta; where the score needs none, of any samples, or None.
-        perturbed_losses: (b,) losses at theta + epsilon, or None where its score needs none.
+        perturbed_losses: (b,) losses at theta + epsilon, or None if its score does not need them.
         inputs: "indices" of a random subset or "offset" of a systematic sample, from the host.
         b: the batch size.
     """
     k = subset_size(selector.gamma, b)
     if selector.rule == "random":
         dtype = keras.config.floatx() if losses is None else losses.dtype
-        return Selected(inputs["indices"], _even(k, dtype))
+        return Selected(inputs["indices"], _equal_weights(k, dtype))
     losses = cast(Tensor, losses)
     scores = losses if selector.score == "loss" else perturbed_losses - losses
     if selector.rule == "top":
-        return Selected(_top(scores, k), _even(k, losses.dtype))
-    floor = cast(selectors.Proportional, selector).floor  # the rules are these four
+        return Selected(_top(scores, k), _equal_weights(k, losses.dtype))
+    floor = cast(selectors.Proportional, selector).floor  # there are only these four rules
     pi = _inclusion_probabilities(scores, k, b, floor)
     indices = _systematic(pi, k, b, inputs["offset"])
     weights = 1.0 / (ops.cast(b, pi.dtype) * ops.take(pi, indices, axis=0))
     return Selected(indices, ops.cast(weights, losses.dtype))
 
 
-def _even(k: int | Tensor, dtype: Any) -> Tensor:
+def _equal_weights(k: int | Tensor, dtype: Any) -> Tensor:
     """Return the k weights 1/k."""
     number = ops.cast(k, dtype)
     return ops.broadcast_to(1.0 / number, (k,))
@@ -81,8 +81,8 @@ def _inclusion_probabilities(
 ) -> Tensor:
     """Return (b,) probabilities proportional to score plus floor, at most 1, that sum to k.
 
-    In descending order the certain samples are the first c, where c is the first place at which
-    the next one would get no more than probability 1.
+    In descending order the certain samples are the first c, where c is the first position at which
+    the next sample gets a probability of at most 1.
     """
     clipped = ops.maximum(scores, ops.zeros_like(scores))
     clipped = ops.where(ops.isfinite(clipped), clipped, ops.zeros_like(clipped))
@@ -96,7 +96,7 @@ def _inclusion_probabilities(
     places = ops.cast(ops.arange(b), q.dtype)
     left = ops.cast(k, q.dtype) - places
     fits = ops.cast(left * descending <= tails, "int32")
-    certain = ops.argmax(fits, axis=0)  # the first place that fits
+    certain = ops.argmax(fits, axis=0)  # the first position that fits
     share = ops.take(left, certain, axis=0) / ops.take(tails, certain, axis=0)
     sure = places < ops.cast(certain, q.dtype)
     pi = ops.where(sure, ops.ones_like(q), share * descending)
@@ -104,13 +104,13 @@ def _inclusion_probabilities(
 
 
 def _systematic(pi: Tensor, k: int | Tensor, b: int | Tensor, offset: Tensor) -> Tensor:
-    """Return k ascending indices, i with probability pi_i: the intervals that hold a point."""
+    """Return k ascending indices, i with probability pi_i: the intervals that contain a point."""
     ends = ops.cumsum(pi)
     points = ops.cast(offset, pi.dtype) + ops.cast(ops.arange(k), pi.dtype)
-    # How many intervals end at or before each point: what `searchsorted` finds as well, but not in
-    # Keras 3.11's compiled TensorFlow.
+    # The number of intervals that end at or before each point. `searchsorted` also computes it, but
+    # not in Keras 3.11's compiled TensorFlow.
     passed = ops.expand_dims(ends, 0) <= ops.expand_dims(points, 1)
     found = ops.sum(ops.cast(passed, "int32"), axis=1)
-    # Rounding may leave the last sum a hair short, and so run off the end: no sample twice.
+    # Rounding may make the last sum slightly too small and exceed the range: no sample twice.
     last = ops.cast(b, "int32") - ops.cast(k, "int32") + ops.arange(k, dtype="int32")
     return ops.minimum(found, last)

@@ -1,6 +1,6 @@
 """One step, phase by phase: from the state at entry to the gradients for the update.
 
-The phases are those of the table in the documentation; what they run is in `esam_keras.passes`.
+The phases are those of the table in the documentation; their passes are in `esam_keras.passes`.
 """
 
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ Tensor = Any
 
 
 class Climb(NamedTuple):
-    """What phases 2 and 3 leave.
+    """The results of phases 2 and 3.
 
     Args:
         at_theta: the pass at theta, or None if there is none.
         climbed: T tensors theta + epsilon.
-        losses: at theta: (b,), or (n,) of the part; None where there are none.
+        losses: at theta: (b,), or (n,) of the part; None if there are none.
         gradient_norm: ||g||.
         perturbation_norm: ||epsilon||.
-        finite: whether everything seen was finite.
+        finite: whether all values were finite.
     """
 
     at_theta: Evaluated | None
@@ -42,7 +42,7 @@ class Seen(NamedTuple):
 
     Args:
         loss: their loss.
-        evaluated: with predictions for the whole batch; for other samples they are repetitions.
+        evaluated: with predictions for the whole batch, repeated for other samples.
         indices: (n,), the places of the samples; None for the whole batch.
     """
 
@@ -53,14 +53,14 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the passes of a step return.
+    """The results of a step's passes.
 
     Args:
-        gradients: T descent gradients, scaled as the optimizer scales its loss; None where the
-            loss does not depend on a variable.
+        gradients: T descent gradients, scaled as the optimizer scales its loss; None for a variable
+            that the loss does not depend on.
         left: the pass whose state is kept.
-        seen: the samples that the logs show.
-        finite: whether everything seen was finite.
+        seen: the samples whose loss and metrics are logged.
+        finite: whether all values were finite.
         report: arrays for the `StepReport`, by field name.
     """
 
@@ -76,11 +76,11 @@ class Step(Passes):
     """One step: see `Passes` for its arguments."""
 
     def run(self) -> Outcome:
-        """Return the gradients for the update and all that the step leaves."""
+        """Return the gradients for the update, the state to keep, and the report."""
         return self.descend(self.climb()) if self.plan.active else self.base_step()
 
     def base_step(self) -> Outcome:
-        """Return what a step without a perturbation leaves: forward and backward, and no more."""
+        """Return the outcome of a step without a perturbation: one forward and backward."""
         gradients, left, losses = self.at_theta(list(range(len(self.state.trainable))))
         report = {} if losses is None else {"losses": losses}
         return Outcome(gradients, left, Seen(left.loss, left), ops.isfinite(left.loss), report)
@@ -123,7 +123,7 @@ class Step(Passes):
         )
 
     def descend(self, climb: Climb) -> Outcome:
-        """Phases 4 and 5: the samples to keep, and their gradient at theta + epsilon."""
+        """Phases 4 and 5: the selected samples, and their gradient at theta + epsilon."""
         b = batch_size(self.evaluator.batch[0])
         report = {
             "perturbation_norm": climb.perturbation_norm,
@@ -139,8 +139,7 @@ class Step(Passes):
                 report["perturbed_losses"] = perturbed
                 finite = ops.logical_and(finite, ops.all(ops.isfinite(perturbed)))
             selected = select(self.config.select, climb.losses, perturbed, self.inputs, b)
-        # What is not finite must be seen in the gradient, even if the samples that were selected
-        # are harmless.
+        # Non-finite values must reach the gradient, even if all selected samples are finite.
         poison = ops.where(finite, 1.0, float("nan"))
         descent = self.descent(climb.climbed, climb.at_theta, selected, poison)
         if descent.losses is not None:
@@ -148,7 +147,7 @@ class Step(Passes):
         if selected is not None:
             report["indices"] = selected.indices
             report["sample_weights"] = selected.weights * ops.cast(poison, selected.weights.dtype)
-        # One of them records.
+        # One of the two records.
         left = cast(Evaluated, climb.at_theta if descent.evaluated is None else descent.evaluated)
         return Outcome(
             descent.gradients, left, self._seen(climb, descent.evaluated, selected), finite, report
@@ -170,11 +169,11 @@ class Step(Passes):
         return Seen(at_theta.loss + others, at_theta)
 
     def _needs_gradient(self, t: int) -> bool:
-        """Return whether the ascent needs a variable's gradient."""
+        """Return whether the ascent pass needs a variable's gradient."""
         scale = self.plan.scale
         return self.config.norm == "full" or scale is None or scale[t] > 0.0
 
     def _selects(self, b: int | Tensor) -> bool:
-        """Return whether this step leaves samples out."""
+        """Return whether this step selects only some of the samples."""
         alone = isinstance(b, int) and b == 1
         return self.plan.kept == "some" or (self.plan.kept == "one" and not alone)

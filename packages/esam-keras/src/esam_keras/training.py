@@ -1,4 +1,4 @@
-"""What belongs to one compiled model: its units, its plans, and the step that it trains with."""
+"""ESAM's state for one compiled model: its units, its plans, and its training step."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from esam_keras.units import unit_records
 
 __all__ = ["Training", "train_step"]
 
-#: Where a model keeps its `Training`, so that it goes with the model.
+#: The attribute in which a model keeps its `Training`.
 ATTRIBUTE = "_esam_training"
 
 Tensor = Any
@@ -33,8 +33,8 @@ class Training:
     """ESAM's part of a compiled model.
 
     Args:
-        model: compiled with an ESAM.
-        esam: that ESAM.
+        model: a model compiled with an ESAM.
+        esam: this ESAM.
     """
 
     def __init__(self, model: keras.Model, esam: ESAM) -> None:
@@ -63,25 +63,25 @@ class Training:
 
     @staticmethod
     def logs_of(model: keras.Model) -> tuple[str, ...]:
-        """Return the names of the logs that ESAM adds to a model's; none without an ESAM."""
+        """Return the names of the logs that ESAM adds to a model; none without an ESAM."""
         found: Training | None = vars(model).get(ATTRIBUTE)
         return () if found is None else found.own_logs
 
     # -- before the first step ---------------------------------------------------------------------
 
     def prepare(self, data: Any, state: Any = None) -> None:
-        """Build what is not built, and check what can be checked before any weight has moved.
+        """Build everything that is not built, and run all checks before any weight changes.
 
         Args:
             data: a batch.
-            state: values of all variables where they are not in the variables (JAX), or None.
+            state: the values of all variables if they are not in the variables (JAX), or None.
         """
         model = self.model
         if self._prepared is not None and self._prepared.variables == _identities(model):
             return
-        if state is None:  # or `fit` has built the model, and the variables' values are away
+        if state is None:  # otherwise `fit` has built the model, and cleared the variables
             compat.build_from(model, data)
-        self.backend.refuse(model)  # again: some layers are made when a model is built
+        self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         variables = model.trainable_variables
@@ -110,10 +110,10 @@ class Training:
 
     @property
     def prepared(self) -> "_Prepared":
-        """What `prepare` found.
+        """The results of `prepare`.
 
         Raises:
-            ESAMRuntimeError: it has not been called.
+            ESAMRuntimeError: `prepare` has not been called.
         """
         if self._prepared is None:
             raise ESAMRuntimeError("`prepare` must be called before a step.")
@@ -122,7 +122,7 @@ class Training:
     # -- a step ------------------------------------------------------------------------------------
 
     def draw(self, count: int, data: Any, *, compiled: bool, state: Any = None) -> Drawn:
-        """Return what the step on a batch is to do.
+        """Return the drawn plan of a step on a batch.
 
         Args:
             count: the number of the ascent.
@@ -159,15 +159,15 @@ class Training:
     def step(
         self, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Any] | None]:
-        """Make the step that was drawn, by the model's own `train_step` where it has one.
+        """Run the drawn step, through the model's own `train_step` if it has one.
 
         Args:
-            plan: what the step is specialised on.
-            inputs: native tensors, by name.
-            *arguments: what `train_step` receives.
+            plan: the static part of the step.
+            inputs: tensors by name.
+            *arguments: the arguments of `train_step`.
 
         Returns:
-            What `train_step` returns, and arrays for the report; None if it made no step of ours.
+            The result of `train_step`, and arrays for the report; None if it ran no step of ours.
         """
         if not self.has_own_train_step:
             return self.backend.step(self, plan, inputs, *arguments)
@@ -175,7 +175,7 @@ class Training:
             return self.model.train_step(*arguments), step.report
 
     def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None:
-        """Keep the report of a step; raise if it was to raise on what is not finite."""
+        """Keep the report of a step; raise if it was not finite and `on_nonfinite="raise"`."""
         if report is None:
             return
         arrays = dict(report)
@@ -204,7 +204,7 @@ class Training:
         if skipped and self.esam.config.on_nonfinite == "raise":
             raise NonFiniteError(
                 f"A loss or gradient of step {count} is not finite; weights and optimizer are as "
-                'before the step. Use on_nonfinite="skip" to leave such steps out.'
+                'before the step. Use on_nonfinite="skip" to skip such steps.'
             )
 
     # -- logs --------------------------------------------------------------------------------------
@@ -220,26 +220,26 @@ class Training:
         return ("sample_share",)
 
     def with_means(self, logs: dict[str, Any], sums: list[Tensor]) -> dict[str, Any]:
-        """Return the logs with those that the sums make."""
+        """Return the logs together with the means."""
         means = log_means(sums)
         for name in self.own_logs:
             if name in logs:
                 raise ESAMValueError(
-                    f"A metric must not be called {name!r}, which is a log of ESAM's. Rename it, "
-                    "or leave ESAM's logs out: ESAM(..., logs=False)."
+                    f"A metric must not be called {name!r}, which is one of ESAM's logs. Rename "
+                    "it, or turn off ESAM's logs: ESAM(..., logs=False)."
                 )
         return {**logs, **{name: means[name] for name in self.own_logs}}
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What is found out about a model before its first step.
+    """The properties of a model that are found before its first step.
 
     Args:
-        planner: draws what each step is to do.
-        route: how samples are told apart: see `esam_keras.losses`.
-        fixed: places of variables whose gradient is a value to be stored, as in float8 training.
-        variables: what tells whether the trainable variables are still the same.
+        planner: draws the plan of each step.
+        route: how losses per sample are computed; see `esam_keras.losses`.
+        fixed: indices of variables whose gradient is a value to be stored, as in float8 training.
+        variables: identifies the trainable variables.
     """
 
     planner: Planner
@@ -254,7 +254,7 @@ def _is_stored(variable: Any) -> bool:
 
 
 def _identities(model: keras.Model) -> tuple[int, ...]:
-    """Return what tells a model's trainable variables from others."""
+    """Return a key that identifies a model's trainable variables."""
     return tuple(id(v) for v in model.trainable_variables)
 
 
@@ -271,17 +271,17 @@ def _batch_size(data: Any) -> int:
 
 
 def _rows(data: Any) -> Any:
-    """Return the size of a batch's first axis: None where a function is traced for any."""
+    """Return the size of a batch's first axis; None if a function is traced for any size."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
 
 
-# -- a train_step of the user's own ----------------------------------------------------------------
+# -- the user's own train_step ----------------------------------------------------------------
 
 
 @dataclass
 class _UnderWay:
-    """A step that a `train_step` of the user's own stands around: drawn before, reported after."""
+    """A step inside the user's own `train_step`: drawn before it, and reported after it."""
 
     training: Training
     plan: Plan
@@ -290,29 +290,29 @@ class _UnderWay:
     report: dict[str, Any] | None = field(default=None)
 
     def make(self, *arguments: Any) -> Any:
-        """Make the step; return what `train_step` returns.
+        """Run the step; return the result of `train_step`.
 
         Raises:
-            ESAMValueError: the batch is not of the size that the step was drawn for.
+            ESAMValueError: the batch does not have the size for which the step was drawn.
         """
         if _rows(arguments[-1]) != self.rows:
             raise ESAMValueError(
-                "A `train_step` of your own must hand on as many samples as it received: masks "
-                "and selections are drawn before it. Received: "
-                f"{_rows(arguments[-1])} samples instead of {self.rows}."
+                "Your own `train_step` must not change the number of samples: masks and "
+                f"selections are drawn before it. Received: {_rows(arguments[-1])} samples instead "
+                f"of {self.rows}."
             )
         training = self.training
         found, self.report = training.backend.step(training, self.plan, self.inputs, *arguments)
         return found
 
 
-#: The step that a `train_step` of the user's own is in: its arguments are Keras's alone.
+#: The current step of the user's own `train_step`, which has only Keras's arguments.
 _STEP: ContextVar[_UnderWay | None] = ContextVar("_STEP", default=None)
 
 
 @contextmanager
 def _under_way(step: _UnderWay) -> Iterator[_UnderWay]:
-    """Let `train_step` inside make a step that is drawn already."""
+    """Let `train_step` inside the context run a step that is already drawn."""
     before = _STEP.set(step)
     try:
         yield step
@@ -321,24 +321,24 @@ def _under_way(step: _UnderWay) -> Iterator[_UnderWay]:
 
 
 def train_step(model: keras.Model, *arguments: Any) -> Any:
-    """Make one ESAM step of a compiled model, with the face of Keras's own `train_step`.
+    """Run one ESAM step of a compiled model, with the interface of Keras's `train_step`.
 
-    Call it from the `train_step` of a model of your own, or in a loop of your own. In the former
-    `super().train_step(...)` does the same.
+    Call it from your model's own `train_step`, where `super().train_step(...)` does the same, or in
+    your own loop.
 
     Args:
-        model: compiled with an ESAM.
-        *arguments: what `train_step` receives: `data` on TensorFlow and torch, `state, data` on
+        model: a model compiled with an ESAM.
+        *arguments: the arguments of `train_step`: `data` on TensorFlow and torch, `state, data` on
             JAX. `data` is a batch (x, y) or (x, y, sample_weight).
 
     Returns:
-        What `train_step` returns: `logs` on TensorFlow and torch, `(logs, state)` on JAX.
+        The result of `train_step`: `logs` on TensorFlow and torch, `(logs, state)` on JAX.
 
     Raises:
-        ESAMRuntimeError: the model was not compiled with an ESAM, or the call is being traced by
-            a compiler that is not `fit`'s: its mask would be frozen.
+        ESAMRuntimeError: the model was not compiled with an ESAM, or the call is traced by a
+            compiler other than `fit`'s, so that its mask would be fixed.
         ESAMTypeError: the arguments are not those of this backend.
-        ESAMValueError: a `train_step` of your own has changed the number of samples.
+        ESAMValueError: your own `train_step` changed the number of samples.
 
     Example:
         >>> import keras, numpy, esam_keras
@@ -363,8 +363,9 @@ def train_step(model: keras.Model, *arguments: Any) -> Any:
         return step.make(*arguments)
     if backend.is_tracing(*arguments):
         raise ESAMRuntimeError(
-            "`esam_keras.train_step` draws a mask on the host for every step; compiled by your own "
-            "`tf.function` or `jax.jit` it would repeat the first one forever. Use `model.fit` or "
-            "`model.train_on_batch`, which compile it themselves, or call it uncompiled."
+            "`esam_keras.train_step` draws a mask on the host for every step; compiled by your "
+            "own `tf.function` or `jax.jit` it would repeat the first one forever. Use "
+            "`model.fit` or `model.train_on_batch`, which compile it themselves, or call it "
+            "uncompiled."
         )
     return backend.eager_step(training, *arguments)

@@ -1,9 +1,8 @@
-"""A Keras model's trainable variables as `Unit` records, which is all that samplers see of it.
+"""A Keras model's trainable variables as `Unit` records, the inputs of samplers.
 
-The blocks are the layers, in the order in which they run: for Sequential and Functional models
-that is known, for a subclassed model it is the order in which its layers were assigned. A layer of
-a nested model has a block of its own, "outer.inner"; a layer that is made of layers in another way
-is one block.
+The blocks are the layers, in order of execution. This order is known for Sequential and Functional
+models; for a subclassed model it is the order in which its layers were assigned. A layer of a
+nested model is a separate block, "outer.inner"; any other layer that contains layers is one block.
 """
 
 import math
@@ -25,7 +24,7 @@ _NORMS = tuple(
         "GroupNormalization",
         "RMSNormalization",
     )
-    if hasattr(keras.layers, name)  # RMSNormalization came with Keras 3.9
+    if hasattr(keras.layers, name)  # RMSNormalization exists since Keras 3.9
 )
 
 
@@ -36,8 +35,8 @@ def unit_records(model: keras.Model) -> tuple[Unit, ...]:
         model: a built model.
 
     Returns:
-        Records named by the variables' paths, such as "dense/kernel". `cost` is the
-        multiply-adds that the layer needs for one sample, as far as shapes tell it.
+        Records named by the variables' paths, such as "dense/kernel". `cost` is the number of
+        multiply-adds of the layer for one sample, as far as shapes determine it.
 
     Example:
         >>> import keras
@@ -55,7 +54,7 @@ def unit_records(model: keras.Model) -> tuple[Unit, ...]:
     for variable in model.trainable_variables:
         block, depth, owner, positions = places.get(id(variable), ("", 0, model, 1.0))
         name = variable.path
-        while name in names:  # two layers of one name: legal in Keras, ambiguous here
+        while name in names:  # Keras allows several layers with one name
             name += "'"
         names.add(name)
         kind = _kind(owner, variable)
@@ -65,7 +64,7 @@ def unit_records(model: keras.Model) -> tuple[Unit, ...]:
 
 
 def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:
-    """Return the layers that normalise by statistics of the batch."""
+    """Return the layers that normalise by batch statistics."""
     return [
         layer
         for layer in compat.flat_layers(model)
@@ -114,7 +113,7 @@ def _multiplies(kind: str, variable: Any) -> bool:
 
 
 def _positions(layer: Any, fallback: float) -> float:
-    """Return at how many places of a sample the layer applies its kernel; 1 where not known."""
+    """Return the number of positions at which the layer applies its kernel; 1 if unknown."""
     found = compat.inbound_tensors(layer)
     if found is None:
         return fallback

@@ -1,4 +1,4 @@
-"""What Keras's backends do in their own ways, behind the protocol in `esam_keras.backends.base`."""
+"""Keras's backends, each an implementation of the protocol in `esam_keras.backends.base`."""
 
 import importlib
 
@@ -10,7 +10,7 @@ __all__ = ["Backend", "current_backend"]
 
 
 def current_backend() -> Backend:
-    """Return the backend that Keras runs on."""
+    """Return Keras's current backend."""
     module = importlib.import_module(f"esam_keras.backends.{keras.backend.backend()}")
     backend: Backend = module.BACKEND
     return backend

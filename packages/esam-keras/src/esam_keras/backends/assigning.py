@@ -1,7 +1,7 @@
-"""The step where variables are assigned to: TensorFlow and torch.
+"""The step on backends that assign to variables: TensorFlow and torch.
 
-The passes are a pure function of the state (see `esam_keras.passes`); what they found is written
-to the variables at the end, when nothing of ours can fail any more.
+The passes are a pure function of the state (see `esam_keras.passes`). Their results are assigned to
+the variables at the end, when nothing of ours can fail any more.
 """
 
 from abc import abstractmethod
@@ -14,8 +14,8 @@ from keras import ops
 
 from esam_keras.backends.base import Backend
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
-from esam_keras.handover import OfAStep
-from esam_keras.metrics import log_sums, logs_unless, metrics_after
+from esam_keras.handover import StepVariables
+from esam_keras.metrics import log_sums, logs_if, metrics_after
 from esam_keras.passes import loss_scale
 from esam_keras.plan import Plan
 from esam_keras.step import Step
@@ -26,7 +26,7 @@ Tensor = Any
 
 
 class AssigningBackend(Backend):
-    """What TensorFlow and torch have in common: see `esam_keras.backends.base.Backend`."""
+    """The common part of TensorFlow and torch; see `esam_keras.backends.base.Backend`."""
 
     arguments: tuple[str, ...] = ("data",)
 
@@ -35,7 +35,7 @@ class AssigningBackend(Backend):
     def step(
         self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Make a step and return its logs and its report's arrays."""
+        """Run a step and return its logs and its report's arrays."""
         (data,) = arguments
         model, esam, prepared = training.model, training.esam, training.prepared
         batch = keras.utils.unpack_x_y_sample_weight(data)
@@ -72,7 +72,7 @@ class AssigningBackend(Backend):
                 if new is not old:
                     variable.assign(new)
             if variables.trainable:
-                self.apply(model.optimizer, outcome.gradients, OfAStep(variables.trainable))
+                self.apply(model.optimizer, outcome.gradients, StepVariables(variables.trainable))
 
         report = outcome.report
         if esam.config.on_nonfinite == "propagate":
@@ -82,25 +82,25 @@ class AssigningBackend(Backend):
             finite = [ops.all(ops.isfinite(g)) for g in found]
             ok = ops.all(ops.stack([outcome.finite, *finite]))
             self.keep_if(ok, commit)
-            logs = logs_unless(model, variables.metrics, ok, logs, entry.metrics)
+            logs = logs_if(model, variables.metrics, ok, logs, entry.metrics)
             sums = [ops.where(ok, new, old) for new, old in zip(sums, before, strict=True)]
             report = {**report, "ok": ok}
         return training.with_means(logs, sums), report
 
-    # -- what TensorFlow and torch do each in its own way ------------------------------------------
+    # -- implemented by TensorFlow and torch ------------------------------------------
 
     @abstractmethod
     def value(self, variable: Any) -> Tensor:
-        """Return a variable's value, for as long as nobody assigns to it."""
+        """Return a variable's value, which is valid until the next assignment."""
 
     @abstractmethod
     def whole_step(self, model: keras.Model) -> AbstractContextManager[Any]:
-        """Return the context of all passes, in which state that Keras does not know is kept."""
+        """Return the context of all passes, which handles state that Keras does not know."""
 
     @abstractmethod
-    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: OfAStep) -> None:
-        """Make the update."""
+    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
+        """Run the update."""
 
     @abstractmethod
     def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
-        """Commit if the step is to be kept."""
+        """Commit if `ok`."""

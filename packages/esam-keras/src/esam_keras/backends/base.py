@@ -1,4 +1,4 @@
-"""The protocol of a backend: all that differs between TensorFlow, JAX and torch."""
+"""The protocol of a backend: everything that differs between TensorFlow, JAX and torch."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,22 +14,22 @@ __all__ = ["Backend", "Cut", "refuse_distribution"]
 
 Tensor = Any
 
-#: `cut(place, value)` returns a value that a forward assigned to a variable, as a leaf: gradients
-#: by it count as those by the variable at that place, and none flow on to what it was made of.
+#: `cut(place, value)` returns, as a leaf, a value that a forward assigned to a variable. Its
+#: gradient counts as that of the variable at this place, and does not flow further back.
 Cut = Callable[[int, Tensor], Tensor]
 
 
 class Backend(Protocol):
-    """What a Keras backend does in its own way.
+    """The parts of a step that depend on the Keras backend.
 
     A `training` is an `esam_keras.training.Training`, whose module imports this one.
     """
 
-    #: What Keras hands to `train_step`, by name.
+    #: The arguments that Keras passes to `train_step`, by name.
     arguments: tuple[str, ...]
 
-    #: Whether values that a forward assigns to trained variables, and to those that the model does
-    #: not list, outlive it.
+    #: Whether values that a forward assigns to trained variables, and to variables that the model
+    #: does not list, are kept after it.
     keeps_assigned: bool
 
     # -- inside a step -----------------------------------------------------------------------------
@@ -41,18 +41,19 @@ class Backend(Protocol):
         *,
         again: Callable[[list[Tensor]], AbstractContextManager[Any]],
     ) -> tuple[list[Tensor | None], Any]:
-        """Return the derivative of a function's first result by its arguments, and its second.
+        """Return the derivative of a function's first result, and its second result.
 
         Args:
-            function: of the variables and a `Cut`. Its second result is returned without a graph.
-            variables: what to differentiate by.
-            again: of the variables, the context in which the function ran its forward: what is
-                checkpointed runs once more in it while the derivative is taken.
+            function: takes the variables and a `Cut`; its second result is returned without a
+                graph.
+            variables: the variables to differentiate with respect to.
+            again: returns, for the variables, the context in which the function ran its forward.
+                Checkpointed parts run again in it during the backward.
         """
         ...
 
     def without_gradient(self, value: Tensor) -> Tensor:
-        """Return a value that no gradient flows through."""
+        """Return a value without a gradient."""
         ...
 
     def perturb(
@@ -64,61 +65,61 @@ class Backend(Protocol):
         config: ESAMConfig,
         weight_masks: Sequence[Tensor] | None,
     ) -> Perturbation:
-        """Return epsilon added to theta: see `esam_keras.perturbation.perturb`."""
+        """Return theta + epsilon; see `esam_keras.perturbation.perturb`."""
         ...
 
     def dense(self, gradient: Tensor) -> Tensor:
-        """Return a gradient as an ordinary tensor."""
+        """Return a gradient as a dense tensor."""
         ...
 
     def weight_masks(self, seed: Tensor, like: Sequence[Tensor], beta: float) -> list[Tensor]:
-        """Return tensors of booleans, drawn natively, of the parameters' shapes."""
+        """Return boolean tensors of the parameters' shapes, drawn by the backend's generator."""
         ...
 
     def inputs_of_pass(self, x: Any) -> Any:
-        """Return a batch's inputs for one pass: copies where a layer may write into them."""
+        """Return a batch's inputs for one pass: copies if a layer may write to them."""
         ...
 
     def pass_context(
         self, model: keras.Model, running: bool, records: bool
     ) -> AbstractContextManager[Any]:
-        """Return the context of one pass: state that Keras does not know starts as at entry.
+        """Return the context of one pass, which starts from the unknown state at entry.
 
         Args:
-            model: that is run.
-            running: whether normalisation is by running statistics, those after the ascent pass.
-            records: whether what the pass makes of that state stays.
+            model: the model that runs. "Unknown" is state that Keras does not manage.
+            running: whether layers normalise by the running statistics after the ascent pass.
+            records: whether the state after this pass is kept.
         """
         ...
 
     # -- a step of a model -------------------------------------------------------------------------
 
     def refuse(self, model: keras.Model) -> None:
-        """Raise where this backend cannot do ESAM's step of a model."""
+        """Raise if this backend cannot run ESAM's step for a model."""
         ...
 
     def is_tracing(self, *arguments: Any) -> bool:
-        """Return whether a compiler of the user's own is at work."""
+        """Return whether the user's own compiler is tracing."""
         ...
 
     def step(
         self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Make the step that was drawn.
+        """Run the step that was drawn.
 
         Args:
             training: the model's `Training`.
-            plan: what the step is specialised on.
-            inputs: native tensors, by name.
+            plan: the static part of the step.
+            inputs: tensors by name.
             *arguments: see `arguments`.
 
         Returns:
-            What Keras's `train_step` returns, and arrays for the step's report by field name.
+            The result of Keras's `train_step`, and arrays for the step's report by field name.
         """
         ...
 
     def eager_step(self, training: Any, *arguments: Any) -> Any:
-        """Draw a step, make it uncompiled, count it, and return what `train_step` returns."""
+        """Draw a step, run it uncompiled, count it, and return the result of `train_step`."""
         ...
 
     def make_train_function(self, training: Any) -> Callable[..., Any]:
@@ -127,11 +128,11 @@ class Backend(Protocol):
 
 
 def refuse_distribution() -> None:
-    """Raise where a distribution is set that would have no effect."""
+    """Raise if a distribution is set that would have no effect."""
     found = keras.distribution.distribution()
     if found is not None:
         raise ESAMRuntimeError(
-            "`keras.distribution` works on the JAX backend alone; here the model would train on "
+            "`keras.distribution` works only on the JAX backend; here the model would train on "
             "one device. Use KERAS_BACKEND=jax, or esam-torch with DistributedDataParallel. "
             f"Received: {found!r}."
         )

@@ -2,10 +2,10 @@
 
 With `keras.distribution.DataParallel` the devices share one theta. The compiled step is that of one
 device: the gradient, its norm, epsilon and the selected samples are those of the whole batch, so
-that m-sharpness has m = b, and not a climb on each device's shard.
+that m-sharpness has m = b. There is no separate perturbation for each device's shard.
 
-Where a sampler lists several masks, what follows the climb is the same function for all of them: it
-is compiled once, and only the climb once a mask.
+If a sampler lists several masks, everything after the ascent is the same function for all of them.
+It is compiled once, and only the ascent is compiled once per mask.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
 from esam_keras.handover import applying
-from esam_keras.metrics import log_sums, logs_unless, metrics_after
+from esam_keras.metrics import log_sums, logs_if, metrics_after
 from esam_keras.passes import loss_scale
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
@@ -29,7 +29,7 @@ from esam_keras.step import Climb, Outcome, Step
 
 __all__ = ["BACKEND", "JaxBackend", "compiled_steps"]
 
-#: What the state of Keras's JAX trainer consists of.
+#: The parts of the state of Keras's JAX trainer.
 STATE = (
     "trainable_variables",
     "non_trainable_variables",
@@ -41,11 +41,11 @@ Tensor = Any
 
 
 class JaxBackend(Backend):
-    """Keras on JAX: see `esam_keras.backends.base.Backend`."""
+    """Keras on JAX; see `esam_keras.backends.base.Backend`."""
 
     arguments: tuple[str, ...] = ("state", "data")
 
-    #: Keras's own JAX trainer forgets them.
+    #: Keras's JAX trainer drops them.
     keeps_assigned = False
 
     perturb = staticmethod(perturb)
@@ -83,7 +83,7 @@ class JaxBackend(Backend):
     def pass_context(
         self, model: keras.Model, running: bool, records: bool
     ) -> AbstractContextManager[Any]:
-        return nullcontext()  # all state is Keras's
+        return nullcontext()  # Keras knows all state
 
     # -- a step of a model -------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class JaxBackend(Backend):
         training.prepare(data, state)
         count = int(state[2][_places(training)[0]])
         drawn = training.draw(count, data, compiled=False, state=state)
-        found, report = self.step(training, drawn.plan, _native(drawn.inputs), state, data)
+        found, report = self.step(training, drawn.plan, _to_native(drawn.inputs), state, data)
         training.finish(count, drawn, report)
         return found
 
@@ -130,7 +130,7 @@ class JaxBackend(Backend):
             step, steps_after_climb = compiled_steps(training)
 
         def one_step(drawn: Drawn, state: Any, data: Any) -> Any:
-            inputs = _native(drawn.inputs)
+            inputs = _to_native(drawn.inputs)
             climbs_apart = training.prepared.planner.climbs_are_many and drawn.plan.active
             if steps_after_climb is None or not climbs_apart:
                 return step(drawn.plan, inputs, state, data)
@@ -155,9 +155,9 @@ class JaxBackend(Backend):
                     drawn = training.draw(count, data, compiled=compiled, state=state)
                     (logs, state), report = one_step(drawn, state, data)
                     training.finish(count, drawn, report)
-                    counter.passed_on(state[2][place])
+                    counter.add(state[2][place])
             except BaseException:
-                # `fit` has taken the values out of the variables, and puts back what it finds here.
+                # `fit` has moved the values out of the variables, and restores them from here.
                 compat.hold_jax_state(model, dict(zip(STATE, state, strict=True)))
                 raise
             return logs or {}, state
@@ -169,16 +169,17 @@ class JaxBackend(Backend):
 
 
 def compiled_steps(training: Any) -> tuple[Any, tuple[Any, Any] | None]:
-    """Return the jitted step, and the same in two parts where it can be parted, else None.
+    """Return the jitted step, and the same step in two parts if it can be split, else None.
 
     Returns:
-        A function of (plan, inputs, state, data). And one of the same that returns a `Climb`, and
-        one of these and the climb; the plan of the latter has no mask.
+        A function of (plan, inputs, state, data). The two parts are a function of the same
+        arguments that returns a `Climb`, and a function of these and the climb, whose plan has no
+        mask.
     """
     out_shardings = None
     distributed = keras.distribution.distribution() is not None
     if distributed:
-        # Left to itself, the compiler might lay the weights out in another way.
+        # Otherwise the compiler might choose another layout for the weights.
         model = training.model
         groups = (*Variables.of(model)[:2], model.optimizer.variables, model.metrics_variables)
         out_shardings = ((None, compat.jax_shardings(model, groups)), None)
@@ -187,11 +188,11 @@ def compiled_steps(training: Any) -> tuple[Any, tuple[Any, Any] | None]:
         return training.step(plan, inputs, state, data)
 
     def climb(plan: Plan, inputs: Any, state: Any, data: Any) -> Climb:
-        return _apart_from(state, _step_of(training, plan, inputs, state, data).climb())
+        return _drop_shared(state, _step_of(training, plan, inputs, state, data).climb())
 
     def after(plan: Plan, inputs: Any, state: Any, data: Any, climb: Climb) -> Any:
         step = _step_of(training, plan, inputs, state, data)
-        return _after(training, step.descend(_together_with(state, climb)), state, data)
+        return _after(training, step.descend(_restore_shared(state, climb)), state, data)
 
     step = jax.jit(whole, static_argnums=0, donate_argnums=2, out_shardings=out_shardings)
     if distributed or training.has_own_train_step:
@@ -200,10 +201,10 @@ def compiled_steps(training: Any) -> tuple[Any, tuple[Any, Any] | None]:
     return step, parts
 
 
-def _apart_from(state: Any, climb: Climb) -> Climb:
-    """Return a climb that shares no buffer with the state, which the next function is given.
+def _drop_shared(state: Any, climb: Climb) -> Climb:
+    """Return a climb that shares no buffer with the state, which the next function also gets.
 
-    What is as in the state is left out; what the next function needs nevertheless is copied.
+    Values equal to those in the state are left out; other shared values are copied.
     """
     entry = State(state[0], state[1], state[3])
     climbed = [
@@ -223,8 +224,8 @@ def _apart_from(state: Any, climb: Climb) -> Climb:
     return climb._replace(at_theta=at_theta)
 
 
-def _together_with(state: Any, climb: Climb) -> Climb:
-    """Return the climb that `_apart_from` took apart."""
+def _restore_shared(state: Any, climb: Climb) -> Climb:
+    """Return the climb that `_drop_shared` split."""
     if climb.at_theta is None:
         return climb
     entry = State(state[0], state[1], state[3])
@@ -239,7 +240,7 @@ def _together_with(state: Any, climb: Climb) -> Climb:
 
 
 def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> Step:
-    """Return the step of a batch from a state."""
+    """Return the step on a batch, from a state."""
     model, prepared = training.model, training.prepared
     trainable, non_trainable, optimizer_variables, metrics = state
     optimizer = model.optimizer
@@ -266,7 +267,7 @@ def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> S
 def _after(
     training: Any, outcome: Outcome, state: Any, data: Any
 ) -> tuple[tuple[dict[str, Any], Any], dict[str, Tensor]]:
-    """Return ((logs, state), report) after the passes of a step: the update and the metrics."""
+    """Run the update and the metrics after the passes; return ((logs, state), report)."""
     model, esam = training.model, training.esam
     trainable, _, optimizer_variables, metrics = state
     batch = keras.utils.unpack_x_y_sample_weight(data)
@@ -295,16 +296,16 @@ def _after(
         finite = [jnp.all(jnp.isfinite(g)) for g in gradients]
         ok = jnp.all(jnp.stack([outcome.finite, *finite]))
         after = _if_finite(training, ok, after, state)
-        logs = logs_unless(model, variables, ok, logs, metrics)
+        logs = logs_if(model, variables, ok, logs, metrics)
         report = {**report, "ok": ok}
     sums = [after[2][place] for place in places[1:]]
     return (training.with_means(logs, sums), after), report
 
 
 def _if_finite(training: Any, finite: Tensor, after: Any, before: Any) -> Any:
-    """Return the state after the step if it was finite, else the one before.
+    """Return the state after the step if it was finite, else the previous state.
 
-    A step that is skipped counts; one that raises has not been.
+    A skipped step counts; one that raises does not.
     """
     after = tuple(list(group) for group in after)
     before = tuple(list(group) for group in before)
@@ -316,33 +317,33 @@ def _if_finite(training: Any, finite: Tensor, after: Any, before: Any) -> Any:
 
 
 def _places(training: Any) -> list[int]:
-    """Return the places of the counter and the log sums among the optimizer's variables."""
+    """Return the indices of the counter and the log sums in the optimizer's variables."""
     at = {id(v): i for i, v in enumerate(training.model.optimizer.variables)}
     return [at[id(v)] for v in (training.esam.count, *training.esam.log_variables)]
 
 
-def _native(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return inputs as JAX's arrays."""
+def _to_native(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return inputs as JAX arrays."""
     return {name: jnp.asarray(value) for name, value in inputs.items()}
 
 
 class _Counter:
-    """The host's copy of the counter: read from the device only when it is not our own."""
+    """The host's copy of the counter; reads the device only if the state was set elsewhere."""
 
     def __init__(self) -> None:
         self._array: Any = None
         self._value = 0
 
     def read(self, array: Any) -> int:
-        """Return the counter; waits for the device only if somebody else changed the state."""
+        """Return the counter; waits for the device only if the state was changed elsewhere."""
         if array is not self._array:
             self._value = int(array)
         return self._value
 
-    def passed_on(self, array: Any) -> None:
-        """Note that a step has returned this array, one more than what was read."""
+    def add(self, array: Any) -> None:
+        """Record that a step has returned this array, whose value is the last read one plus 1."""
         self._array, self._value = array, self._value + 1
 
 
-#: The one of its kind.
+#: The only instance.
 BACKEND = JaxBackend()

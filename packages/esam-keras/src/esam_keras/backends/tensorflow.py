@@ -12,7 +12,7 @@ from esam_core import ESAMRuntimeError
 from esam_keras import compat
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, refuse_distribution
-from esam_keras.handover import OfAStep
+from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
 
@@ -22,7 +22,7 @@ Tensor = Any
 
 
 class TensorFlowBackend(AssigningBackend):
-    """Keras on TensorFlow: see `esam_keras.backends.base.Backend`."""
+    """Keras on TensorFlow; see `esam_keras.backends.base.Backend`."""
 
     perturb = staticmethod(perturb)
 
@@ -56,7 +56,7 @@ class TensorFlowBackend(AssigningBackend):
         return tf.stop_gradient(value)
 
     def dense(self, gradient: Tensor) -> Tensor:
-        return tf.convert_to_tensor(gradient)  # look-ups give one as slices
+        return tf.convert_to_tensor(gradient)  # embeddings give slices
 
     def weight_masks(self, seed: Tensor, like: Sequence[Tensor], beta: float) -> list[Tensor]:
         return [
@@ -70,7 +70,7 @@ class TensorFlowBackend(AssigningBackend):
     def pass_context(
         self, model: keras.Model, running: bool, records: bool
     ) -> AbstractContextManager[Any]:
-        return nullcontext()  # all state is Keras's
+        return nullcontext()  # Keras knows all state
 
     def value(self, variable: Any) -> Tensor:
         return tf.convert_to_tensor(variable.value)
@@ -78,7 +78,7 @@ class TensorFlowBackend(AssigningBackend):
     def whole_step(self, model: keras.Model) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: OfAStep) -> None:
+    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
 
     def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
@@ -94,9 +94,9 @@ class TensorFlowBackend(AssigningBackend):
         strategy = compat.distribution_strategy(model)
         if strategy is not None or tf.distribute.has_strategy():
             raise ESAMRuntimeError(
-                "ESAM does not work under a `tf.distribute` strategy: each replica would climb and "
-                "select on its own shard inside one traced function, where neither masks nor the "
-                "selected samples can be told apart. Use `keras.distribution.DataParallel` on the "
+                "ESAM does not work under a `tf.distribute` strategy: each replica would perturb "
+                "and select on its own shard inside one traced function, where neither masks nor "
+                "selected samples can be identified. Use `keras.distribution.DataParallel` on the "
                 f"JAX backend. Received: {strategy or tf.distribute.get_strategy()!r}."
             )
         refuse_distribution()
@@ -104,9 +104,9 @@ class TensorFlowBackend(AssigningBackend):
             if isinstance(layer.call, tf.types.experimental.GenericFunction):
                 raise ESAMRuntimeError(
                     "ESAM does not work with a `call` made by `tf.function`: it reads the "
-                    "variables themselves, and not the perturbed values, and would not be trained. "
-                    "Leave the decorator out: `fit` compiles the whole step. Received: layer "
-                    f"{layer.name!r}."
+                    "variables themselves instead of the perturbed values, and would not be "
+                    "trained. Remove the decorator: `fit` compiles the whole step. Received: "
+                    f"layer {layer.name!r}."
                 )
 
     def is_tracing(self, *arguments: Any) -> bool:
@@ -117,7 +117,7 @@ class TensorFlowBackend(AssigningBackend):
         training.prepare(data)
         count = int(training.esam.count.numpy())
         drawn = training.draw(count, data, compiled=False)
-        logs, report = self.step(training, drawn.plan, _native(drawn.inputs), data)
+        logs, report = self.step(training, drawn.plan, _to_native(drawn.inputs), data)
         training.finish(count, drawn, report)
         training.esam.count.assign(count + 1)
         return logs
@@ -137,7 +137,7 @@ class TensorFlowBackend(AssigningBackend):
                 drawn: Drawn = training.draw(count, data, compiled=compiled)
                 if drawn.plan not in functions:
                     functions[drawn.plan] = step_function(training, drawn.plan)
-                logs, report = functions[drawn.plan](_native(drawn.inputs), data)
+                logs, report = functions[drawn.plan](_to_native(drawn.inputs), data)
                 training.finish(count, drawn, report)
                 training.esam.count.assign(count + 1)
             if logs is None:
@@ -148,19 +148,19 @@ class TensorFlowBackend(AssigningBackend):
 
 
 def step_function(training: Any, plan: Plan) -> Callable[[Any, Any], Any]:
-    """Return the function of inputs and a batch that makes a step of one plan."""
+    """Return the function of inputs and a batch that runs a step of one plan."""
     model = training.model
     step: Callable[[Any, Any], Any] = functools.partial(training.step, plan)
     if not model.run_eagerly:
-        # TensorFlow warns where one function is traced again and again. It knows functions by
-        # their code, and a partial by itself: there is one for each plan on purpose.
+        # TensorFlow warns if a function is traced repeatedly. It identifies functions by their
+        # code, but a partial by its object; there is deliberately one for each plan.
         step = tf.function(
             step, autograph=False, reduce_retracing=True, jit_compile=model.jit_compile
         )
     return step
 
 
-def _native(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def _to_native(inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Return inputs as tensors."""
     return {name: tf.convert_to_tensor(value) for name, value in inputs.items()}
 

@@ -1,4 +1,4 @@
-"""torch: eager, with nothing computed that the mask makes needless."""
+"""torch: eager, computing only the gradients that the mask needs."""
 
 import functools
 import threading
@@ -14,7 +14,7 @@ from esam_core import ESAMConfig, ESAMValueError
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
-from esam_keras.handover import OfAStep
+from esam_keras.handover import StepVariables
 from esam_keras.perturbation import Perturbation, norm_weights, perturb, representable
 from esam_keras.plan import Drawn
 
@@ -24,9 +24,9 @@ Tensor = Any
 
 
 class TorchBackend(AssigningBackend, threading.local):
-    """Keras on torch: see `esam_keras.backends.base.Backend`.
+    """Keras on torch; see `esam_keras.backends.base.Backend`.
 
-    Several threads may train, each a model of its own.
+    Several threads may each train their own model.
     """
 
     _unknown: UnknownState | None = None
@@ -48,7 +48,7 @@ class TorchBackend(AssigningBackend, threading.local):
 
         with torch.enable_grad():
             value, rest = function(leaves, cut)
-            # Keras's scopes are of one thread; so must be what is checkpointed and runs again.
+            # Keras's scopes are per thread; checkpointed parts must run again in the same thread.
             with again(leaves), torch.autograd.set_multithreading_enabled(False):
                 wanted = leaves + [leaf for _, leaf in more]
                 found: list[Tensor | None] = list(
@@ -74,7 +74,7 @@ class TorchBackend(AssigningBackend, threading.local):
         config: ESAMConfig,
         weight_masks: Sequence[Tensor] | None,
     ) -> Perturbation:
-        """Return what `esam_keras.perturbation.perturb` does, with one call for all tensors."""
+        """Like `esam_keras.perturbation.perturb`, with one call for all tensors."""
         places = [t for t, g in enumerate(gradients) if g is not None]
         alike = {(g.dtype, g.device) for g in gradients if g is not None}
         if weight_masks is not None or isinstance(scale, torch.Tensor) or len(alike) != 1:
@@ -105,7 +105,7 @@ class TorchBackend(AssigningBackend, threading.local):
             climbed = list(parameters)
             sums = torch._foreach_add([theta[i] for i in moved], epsilons)
             for i, value in zip(moved, sums, strict=True):
-                # 0 * inf is not a number, and epsilon must be 0 where anything is not finite.
+                # 0 * inf is NaN, but epsilon must be 0 if any value is not finite.
                 climbed[places[i]] = torch.where(finite, value, theta[i])
         return Perturbation(climbed, length, torch.where(finite, size, 0.0), finite)
 
@@ -116,13 +116,13 @@ class TorchBackend(AssigningBackend, threading.local):
         return [torch.rand(t.shape, generator=generator, device=device) < beta for t in like]
 
     def inputs_of_pass(self, x: Any) -> Any:
-        """Return copies: Keras's own RandomBrightness writes into its input."""
-        return keras.tree.map_structure(_copied, x)
+        """Return copies: Keras's own RandomBrightness writes to its input."""
+        return keras.tree.map_structure(_copy, x)
 
     def pass_context(
         self, model: keras.Model, running: bool, records: bool
     ) -> AbstractContextManager[Any]:
-        """Start a forward from the state at entry, of which Keras does not know all."""
+        """Start a forward from the state at entry, including state that Keras does not know."""
         return (
             nullcontext()
             if self._unknown is None
@@ -134,7 +134,7 @@ class TorchBackend(AssigningBackend, threading.local):
 
     @contextmanager
     def whole_step(self, model: keras.Model) -> Iterator[None]:
-        """Keep what the ascent pass made of torch's generators and of wrapped modules' buffers."""
+        """Keep the generators' and wrapped modules' state after the pass that records."""
         self._unknown = UnknownState(model)
         try:
             yield
@@ -145,7 +145,7 @@ class TorchBackend(AssigningBackend, threading.local):
         finally:
             self._unknown = None
 
-    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: OfAStep) -> None:
+    def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         with torch.no_grad():
             optimizer.apply(list(gradients), variables)
 
@@ -180,7 +180,7 @@ class TorchBackend(AssigningBackend, threading.local):
         return train_function
 
     def _counted(self, training: Any, data: Any, make: Callable[..., Any]) -> Any:
-        """Draw what a step is to do, make it, and count it."""
+        """Draw a step, run it, and count it."""
         training.prepare(data)
         count = int(training.esam.count.value)
         drawn: Drawn = training.draw(count, data, compiled=False)
@@ -191,15 +191,15 @@ class TorchBackend(AssigningBackend, threading.local):
         return logs
 
 
-def _copied(leaf: Any) -> Any:
-    """Return a copy of a tensor or array, which torch shares the memory of."""
+def _copy(leaf: Any) -> Any:
+    """Return a copy of a tensor or array; torch shares the memory of arrays."""
     if isinstance(leaf, torch.Tensor):
         return leaf.clone()
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def _detached(rest: Any, variables: Sequence[Tensor], leaves: Sequence[Tensor]) -> Any:
-    """Return what a forward left without its graph; leaves become the tensors they are of."""
+    """Return the results of a forward without its graph; leaves become their original tensors."""
     origin = {id(leaf): variable for leaf, variable in zip(leaves, variables, strict=True)}
 
     def detached(leaf: Any) -> Any:

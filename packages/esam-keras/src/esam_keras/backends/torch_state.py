@@ -1,8 +1,8 @@
-"""State of a torch model that Keras does not know, so that a stateless scope cannot keep it.
+"""State of a torch model that Keras does not know, and a stateless scope cannot handle.
 
 Unseeded Dropout on Keras's torch backend draws from torch's global generators, and a
 `TorchModuleWrapper` holds a module whose parameters and buffers are used as they are. Each pass of
-a step starts from the generators and buffers at entry; what one of them leaves stays.
+a step starts from the generators and buffers at entry; the results of one pass are kept.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ __all__ = ["UnknownState"]
 
 
 class UnknownState:
-    """The state at the entry of a step, and after the pass that leaves its traces.
+    """The state at the entry of a step, and after the pass whose results are kept.
 
     Args:
         model: any model.
@@ -52,11 +52,11 @@ class UnknownState:
 
     @contextmanager
     def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
-        """Run a forward from the state at entry, with the variables' values of the moment.
+        """Run a forward from the state at entry, with the variables' current values.
 
         Args:
             running: whether wrapped BatchNorm layers use their running statistics.
-            records: whether generators and buffers are left as this pass leaves them.
+            records: whether the generators and buffers after this pass are kept.
         """
         self._set_random_state(self._entry)
         buffers: list[dict[str, torch.Tensor]] = []
@@ -67,13 +67,13 @@ class UnknownState:
                     start = self._buffers[place]
                 buffers.append({name: b.clone() for name, b in start.items()})
                 call = _functional(layer, buffers[-1], running)
-                stack.enter_context(compat.calls_replaced([(layer, call)]))
+                stack.enter_context(compat.replace_calls([(layer, call)]))
             yield
         if records:
             self._after, self._buffers = self._random_state(), buffers
 
     def keep(self) -> None:
-        """Leave generators and buffers as the pass that records did."""
+        """Set generators and buffers to their state after the pass that records."""
         if self._after is None:
             return
         self._set_random_state(self._after)
@@ -82,12 +82,12 @@ class UnknownState:
                 buffer.copy_(buffers[name])
 
     def restore(self) -> None:
-        """Leave the generators as they were at entry; the buffers were never touched."""
+        """Restore the generators to their state at entry; the buffers have not changed."""
         self._set_random_state(self._entry)
 
 
 def _functional(layer: Any, buffers: dict[str, torch.Tensor], running: bool) -> Any:
-    """Return a wrapped module's call with the values that its Keras variables have in the scope."""
+    """Return a wrapped module's call that uses the values of its Keras variables in the scope."""
     by_parameter = {id(compat.torch_parameter(v)): v for v in layer.variables}
 
     def call(*args: Any, training: Any = None, **kwargs: Any) -> Any:
