@@ -30,9 +30,9 @@ LEFT_OUT = {
 BACKENDS = {
     "JaxLayer": ("jax",),
     "TorchModuleWrapper": ("torch",),
-    "HashedCrossing": ("tensorflow", "torch"),
-    "Hashing": ("tensorflow", "torch"),
-    "IntegerLookup": ("tensorflow", "torch"),
+    "HashedCrossing": ("tensorflow",),
+    "Hashing": ("tensorflow",),
+    "IntegerLookup": ("tensorflow",),
 }
 
 
@@ -243,7 +243,7 @@ def built_in():
 def test_no_layer_is_forgotten():
     """A new one must be put into a group, or left out with a reason."""
     tried = {name for _, group in GROUPS.values() for name in group}
-    assert built_in() - tried == set(LEFT_OUT)
+    assert built_in() - tried == built_in() & set(LEFT_OUT)  # an older Keras has fewer
 
 
 def side_by_side(group):
@@ -281,6 +281,7 @@ def trained(group, optimizer):
     return {v.path: np.array(keras.ops.convert_to_numpy(v.value)) for v in model.variables}
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct")  # Keras's RandomPerspective, on torch
 @pytest.mark.filterwarnings("ignore:Tensor.T is deprecated")  # Keras's RandAugment, on torch
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")  # Keras's MixUp, on JAX
 @pytest.mark.parametrize(
