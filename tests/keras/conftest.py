@@ -1,4 +1,4 @@
-"""One Keras backend a process, chosen by KERAS_BACKEND; two devices for JAX to distribute over."""
+"""One Keras backend per process, chosen by KERAS_BACKEND; two devices for JAX."""
 
 import os
 import tempfile
@@ -10,9 +10,9 @@ if BACKEND == "jax":
     flag = "--xla_force_host_platform_device_count=2"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Compiling takes the time here; what is proved of speed switches this off again.
+    # Most of the time is spent on compiling; tests of speed undo this setting.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    # Tests train the same small models: what one has compiled the others read, for this run.
+    # Tests train the same small models: compiled functions are shared within this run.
     COMPILED = tempfile.TemporaryDirectory(prefix="esam-keras-jax-")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED.name)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -23,7 +23,7 @@ import warnings  # noqa: E402
 import pytest  # noqa: E402
 
 with warnings.catch_warnings():
-    # What the backends warn of while they are imported is theirs.
+    # Ignore warnings of the backends during import.
     warnings.simplefilter("ignore")
     import keras
 
@@ -32,15 +32,15 @@ if BACKEND == "torch":
 
     torch.set_num_threads(1)
 
-#: Warnings that Keras or a backend gives of itself, whatever is trained with it.
+#: Warnings of Keras or a backend itself, independent of the training.
 EXEMPTIONS = (
-    # Keras's variables do not know NumPy 2's `copy` yet.
+    # Keras's variables do not support NumPy 2's `copy` yet.
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
 )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "backends(*names): runs on these Keras backends only")
+    config.addinivalue_line("markers", "backends(*names): runs only on these Keras backends")
     for exemption in EXEMPTIONS:
         config.addinivalue_line("filterwarnings", exemption)
 

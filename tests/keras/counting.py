@@ -1,4 +1,4 @@
-"""What a training step costs: floating-point operations of the function that runs it."""
+"""The cost of a training step: floating-point operations of the function that runs it."""
 
 from contextlib import contextmanager
 
@@ -12,9 +12,8 @@ BACKEND = keras.backend.backend()
 
 
 def flops(model, x, y):
-    """Floating-point operations of a step of a compiled model, plain or ESAM's; not of the first.
-
-    ESAM's has a direction of earlier steps, as far as it can know.
+    """Return the floating-point operations of a compiled model's step, plain or ESAM's, after the
+    first. If the step uses an earlier direction, it has one.
     """
     batch = (ops.convert_to_tensor(x), ops.convert_to_tensor(y))
     training = vars(model).get(ATTRIBUTE)
@@ -30,7 +29,7 @@ def flops(model, x, y):
 
 
 def _counted(model, _, batch):
-    """Torch: what was run."""
+    """Torch: the operations that ran."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -39,7 +38,7 @@ def _counted(model, _, batch):
 
 
 def _analysed(model, training, batch):
-    """JAX: the cost analysis of the compiled function, optimised as outside of tests."""
+    """JAX: the cost analysis of the compiled function, optimised as outside the tests."""
     import jax
 
     groups = (
@@ -69,7 +68,7 @@ def _analysed(model, training, batch):
 
 
 def _optimised_products(model, training, batch):
-    """TensorFlow: the matrix products of the function that its own optimiser leaves."""
+    """TensorFlow: the matrix products of the function after its optimiser."""
     import tensorflow as tf
 
     if training is None:
@@ -84,19 +83,19 @@ def _optimised_products(model, training, batch):
         function = tf.function(step, autograph=False).get_concrete_function(inputs, batch)
     left = {node.name for node in _optimised(function).node if node.op == "MatMul"}
     products = [o for o in function.graph.get_operations() if o.name in left]
-    assert len(products) == len(left), "the optimiser has made products of its own"
+    assert len(products) == len(left), "the optimiser has created products"
     return sum(_of_product(operation) for operation in products)
 
 
 def _of_product(operation):
-    """2 m n k of a matrix product of TensorFlow."""
+    """Return 2 m n k of a TensorFlow matrix product."""
     first = operation.inputs[0].shape
     k = first[0] if operation.get_attr("transpose_a") else first[1]
     return 2 * operation.outputs[0].shape.num_elements() * k
 
 
 def _optimised(function):
-    """The graph of a function after TensorFlow's optimiser, which keeps what has an effect."""
+    """Return the graph of a function after TensorFlow's optimiser."""
     import tensorflow as tf
     from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
     from tensorflow.python.grappler import tf_optimizer
@@ -116,9 +115,9 @@ def _optimised(function):
 
 @contextmanager
 def traces(monkeypatch, *parts):
-    """Yield a list that gets a plan for each time that a step is run or traced in Python.
+    """Yield a list that gets a plan for each step that is run or traced in Python.
 
-    A step is a `base_step`, or a `climb` and then a `descend`: which of them count, `parts` say.
+    A step is a `base_step`, or a `climb` followed by a `descend`; `parts` lists those that count.
     """
     seen = []
 

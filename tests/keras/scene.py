@@ -1,4 +1,4 @@
-"""Small models and data, and an oracle: one ESAM step out of steps of the plain Keras optimizer."""
+"""Small models and data, and an oracle: an ESAM step computed from plain Keras steps."""
 
 import keras
 import numpy as np
@@ -54,14 +54,15 @@ def same(found, expected):
 
 
 class Oracle:
-    """What plain Keras says of a compiled loss. Compiles once, and leaves the weights alone."""
+    """The results of plain Keras for a compiled loss. It compiles once, and restores the
+    weights."""
 
     def __init__(self, model, settings, batch):
         self.model, self.batch = model, batch
         model.compile(keras.optimizers.SGD(1.0), **settings)
 
     def gradient(self, theta, batch):
-        """The gradient, as the step that plain SGD with lr = 1 makes."""
+        """Return the gradient, from a step of plain SGD with lr = 1."""
         before = weights(self.model)
         assign(self.model, theta)
         self.model.train_on_batch(*batch)
@@ -70,41 +71,41 @@ class Oracle:
         return found
 
     def single_losses(self, theta):
-        """The loss of every sample on its own."""
+        """Return the loss of each sample alone."""
         before = weights(self.model)
         assign(self.model, theta)
         found = []
         for i in range(len(first(self.batch[0]))):
-            self.model.reset_metrics()  # before Keras 3.11 it did not do so itself
+            self.model.reset_metrics()  # before Keras 3.11 it does not do so itself
             logs = self.model.test_on_batch(*rows(self.batch, [i]), return_dict=True)
             found.append(float(logs["loss"]))
         self.model.set_weights(before)
         return np.array(found)
 
     def climbed(self, rho=RHO):
-        """The variables at the peak."""
+        """Return the variables at theta + epsilon."""
         theta = trainable(self.model)
         g = self.gradient(theta, self.batch)
         length = np.sqrt(sum(np.sum(np.square(a, dtype="float64")) for a in g))
         return [a + rho * b / length for a, b in zip(theta, g, strict=True)]
 
     def sam(self, lr=0.1):
-        """The variables after one SAM step: beta = gamma = 1, plain SGD."""
+        """Return the variables after one SAM step: beta = gamma = 1, plain SGD."""
         descent = self.gradient(self.climbed(), self.batch)
         return [a - lr * b for a, b in zip(trainable(self.model), descent, strict=True)]
 
     def selected(self, gamma=0.5):
-        """The samples whose own losses the climb raises most."""
+        """Return the samples whose losses the perturbation increases most."""
         before = self.single_losses(trainable(self.model))
         after = self.single_losses(self.climbed())
         k = subset_size(gamma, len(before))
         return np.sort(np.argsort(-(after - before), kind="stable")[:k])
 
     def esam(self, gamma=0.5, lr=0.1, scale=1.0):
-        """The variables after one step with beta = 1.
+        """Return the variables after one step with beta = 1.
 
-        Takes the loss of a subset as Keras computes it: right where the mean divides by the number
-        of samples. `scale` is what a subset's gradient lacks otherwise.
+        It uses Keras's loss of a subset, which is correct if the mean divides by the number of
+        samples. Otherwise `scale` corrects the subset's gradient.
         """
         part = rows(self.batch, self.selected(gamma))
         descent = self.gradient(self.climbed(), part)

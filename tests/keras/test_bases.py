@@ -1,4 +1,4 @@
-"""Any Keras optimizer as a base, with all that Keras's optimizers can do."""
+"""Any Keras optimizer as the base optimizer, with all its features."""
 
 import keras
 import numpy as np
@@ -53,7 +53,7 @@ def fit(optimizer, epochs=2, **kwargs):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_without_a_radius_it_is_the_base_bit_for_bit(name):
+def test_with_rho_0_it_equals_the_base_optimizer_bit_for_bit(name):
     plain, ours = fit(BASES[name]()), fit(ESAM(BASES[name](), rho=0.0))
     same(trainable(ours), trainable(plain))
     for a, b in zip(
@@ -64,7 +64,7 @@ def test_without_a_radius_it_is_the_base_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", ["adam", "clipnorm", "decay", "ema", "accumulates"])
 def test_the_base_gets_the_descent_gradients(name):
-    # SAM's and the plain gradient in turn, one a step.
+    # SAM's and the plain gradient alternately, one per step.
     ours = fit(ESAM(BASES[name](), rho=0.3, perturb=Every(2, Everything()), gamma=1.0), epochs=1)
     keras.utils.set_random_seed(5)
     model = mlp()
@@ -83,7 +83,7 @@ def test_the_base_gets_the_descent_gradients(name):
     close(trainable(ours), trainable(model), rtol=2e-3, atol=2e-5)
 
 
-def test_what_callbacks_read_is_the_bases():
+def test_callbacks_read_attributes_of_the_base_optimizer():
     base = keras.optimizers.SGD(0.1, use_ema=True, clipnorm=1.0)
     optimizer = ESAM(base)
     assert float(optimizer.learning_rate) == pytest.approx(0.1)
@@ -123,7 +123,7 @@ def test_a_variable_that_the_loss_does_not_use():
     same(weights(model)[4:], unused)
 
 
-def test_look_ups_have_sparse_gradients():
+def test_embeddings_have_sparse_gradients():
     model = keras.Sequential(
         [
             keras.Input((3,), dtype="int32"),
@@ -161,13 +161,13 @@ def test_mixed_precision_trains(policy, auto_scale_loss):
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer) == scaled
     history = model.fit(X, Y, batch_size=8, epochs=6, verbose=0).history
     assert history["loss"][-1] < history["loss"][0]
-    assert history["sharpness"][0] < 2.0  # of the loss, and not of the scaled loss
+    assert history["sharpness"][0] < 2.0  # of the unscaled loss
     assert all(v.dtype == "float32" for v in model.trainable_variables)
 
 
 @pytest.mark.usefixtures("policy")
 @pytest.mark.parametrize("policy", ["mixed_float16"], indirect=True)
-def test_the_scale_enters_neither_radius_nor_update():
+def test_the_scale_affects_neither_radius_nor_update():
     def after(optimizer, **kwargs):
         keras.utils.set_random_seed(5)
         model = mlp()
@@ -221,7 +221,7 @@ def test_two_scalers_are_refused():
 
 @pytest.mark.parametrize("mode", ["skip", "raise"])
 @pytest.mark.parametrize("run_eagerly", [False, True])
-def test_steps_that_are_not_finite(mode, run_eagerly):
+def test_nonfinite_steps(mode, run_eagerly):
     model = mlp()
     model.compile(
         ESAM(keras.optimizers.SGD(0.1, momentum=0.9), rho=0.3, on_nonfinite=mode),

@@ -1,4 +1,4 @@
-"""The private names of Keras that `esam_keras.compat` leans on: each does what it is used for."""
+"""The private names of Keras that `esam_keras.compat` uses: each works as expected."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ def test_a_pass_scope_has_values_and_keeps_assignments():
     assert (float(known.value), float(other.value)) == (1.0, 2.0)
 
 
-def test_calls_are_replaced_and_put_back(model):
+def test_calls_are_replaced_and_restored(model):
     layer = model.layers[0]
 
     def stopped():
@@ -47,7 +47,7 @@ def test_calls_are_replaced_and_put_back(model):
     assert np.any(ops.convert_to_numpy(layer(X)))
 
 
-def test_masks_go_with_tensors():
+def test_masks_are_attached_to_tensors():
     outputs = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[0, 1]]))
     (mask,) = compat.masks_of(outputs)
     assert ops.convert_to_numpy(mask).tolist() == [[False, True]]
@@ -152,7 +152,7 @@ def test_dense_tensors_are_not_sparse():
 
 
 @pytest.mark.backends("tensorflow")
-def test_what_is_asked_of_tensorflow(model):
+def test_private_names_of_tensorflow(model):
     import tensorflow as tf
 
     assert compat.distribution_strategy(model) is None
@@ -161,7 +161,7 @@ def test_what_is_asked_of_tensorflow(model):
 
 
 @pytest.mark.backends("torch")
-def test_what_is_asked_of_torch(model):
+def test_private_names_of_torch(model):
     import torch
 
     variable = model.trainable_variables[0]
@@ -173,7 +173,7 @@ def test_what_is_asked_of_torch(model):
 
 
 @pytest.mark.backends("jax")
-def test_what_is_asked_of_jax(model):
+def test_private_names_of_jax(model):
     groups = [model.trainable_variables, model.non_trainable_variables]
     shardings = compat.jax_shardings(model, groups)
     assert len(shardings[0]) == len(model.trainable_variables)

@@ -1,11 +1,11 @@
-"""The conformance kit on esam-keras: uncompiled in full, and compiled."""
+"""The conformance kit on esam-keras: all checks uncompiled, and some compiled."""
 
 import pytest
 
 from esam_core.conformance.testing import conformance
 from esam_keras.conformance import KerasAdapter, adapter
 
-#: Checks of what compilation could change: which masks, which samples, which numbers.
+#: Checks that compilation could affect: masks, samples and numbers.
 COMPILED = (
     "check_rho_zero_is_the_base_optimizer",
     "check_everything_is_sam",
@@ -42,9 +42,9 @@ def test_uncompiled(run):
 @conformance(KerasAdapter(run_eagerly=False))
 def test_compiled(run, request):
     if not any(f"[{name}]" in request.node.name for name in COMPILED):
-        pytest.skip("compilation does not bear on it")
+        pytest.skip("compilation does not affect it")
     run()
 
 
-def test_what_cannot_be_shown_is_declared():
+def test_gaps_are_declared():
     assert set(adapter.gaps) == {"backward", "groups"}

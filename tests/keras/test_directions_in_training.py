@@ -1,4 +1,4 @@
-"""`ascend=` in `fit`: what is shown, saved, compiled and left behind."""
+"""`ascend=` in `fit`: logs, saved models, compiled functions and the state after a step."""
 
 import keras
 import numpy as np
@@ -57,7 +57,7 @@ def train(model, epochs=1, **kwargs):
 
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
-def test_a_saved_model_goes_on_as_if_it_had_not_been_interrupted(ascend, tmp_path):
+def test_a_loaded_model_continues_like_an_uninterrupted_run(ascend, tmp_path):
     model = normalised()
     model.compile(esam(perturb=Suffix("norm"), gamma=0.5, ascend=ascend, seed=9), cross_entropy())
     train(model)
@@ -73,8 +73,8 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been_interrupted(ascend, tmp_pat
 
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
-def test_it_is_another_direction(ascend):
-    """No test of a direction that the whole batch's passes is one of it."""
+def test_the_direction_differs_from_the_batch_gradient(ascend):
+    """Otherwise the other tests here would also pass with `Batch()`."""
     found = []
     for source in (ascend, None):
         keras.utils.set_random_seed(2)
@@ -87,8 +87,8 @@ def test_it_is_another_direction(ascend):
 
 @pytest.mark.backends("tensorflow", "jax")
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
-def test_compiled_steps_are_the_uncompiled_ones(ascend):
-    """With masks that are compiled in one by one; on JAX what follows the climb is shared."""
+def test_compiled_and_uncompiled_steps_are_equal(ascend):
+    """Each mask is compiled separately; on JAX the rest of the step is shared."""
     found = []
     for eager in (False, True):
         keras.utils.set_random_seed(2)
@@ -105,7 +105,7 @@ def test_compiled_steps_are_the_uncompiled_ones(ascend):
 
 
 @pytest.mark.backends("tensorflow", "jax")
-def test_a_first_base_step_is_one_more_function(monkeypatch):
+def test_a_first_base_step_needs_one_more_function(monkeypatch):
     model = mlp()
     model.compile(esam(ascend=Previous()), cross_entropy())
     with traces(monkeypatch) as seen:
@@ -114,11 +114,11 @@ def test_a_first_base_step_is_one_more_function(monkeypatch):
     assert seen[0] == BASE and seen[1].ascent.of == "earlier"
 
 
-# -- what is shown ---------------------------------------------------------------------------------
+# -- the logs --------------------------------------------------------------------------------------
 
 
 class Seen(keras.metrics.Metric):
-    """How many samples the metrics were shown."""
+    """The number of samples that the metrics receive."""
 
     def __init__(self):
         super().__init__(name="seen")
@@ -143,7 +143,7 @@ SHOWN = (
 
 
 @pytest.mark.parametrize(("ascend", "select", "number"), SHOWN, ids=repr)
-def test_loss_and_metrics_are_of_what_the_step_saw_first(ascend, select, number):
+def test_loss_and_metrics_are_of_the_samples_seen_first(ascend, select, number):
     model = mlp()
     oracle = Oracle(model, {"loss": cross_entropy()}, (X, Y))
     settings = {"metrics": ["accuracy", Seen()], "run_eagerly": True}
@@ -192,12 +192,12 @@ def oracle_losses(oracle, theta):
     return at(oracle, theta, losses)
 
 
-# -- what a step leaves ----------------------------------------------------------------------------
+# -- the state after a step ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ascend", SOURCES, ids=repr)
-def test_generators_are_left_as_one_forward_leaves_them(ascend):
-    """Unseeded Dropout and modules of torch have state that Keras does not know."""
+def test_generators_advance_as_in_one_forward(ascend):
+    """Unseeded Dropout and torch modules have state that Keras does not manage."""
     found = []
     for source in (ascend, None):
         keras.utils.set_random_seed(2)
@@ -212,7 +212,7 @@ def test_generators_are_left_as_one_forward_leaves_them(ascend):
 
 
 @pytest.mark.backends("torch")
-def test_buffers_of_torchs_modules_are_those_of_the_descent():
+def test_buffers_of_torch_modules_are_from_the_descent():
     import torch
 
     norm = torch.nn.BatchNorm1d(6)
@@ -225,7 +225,7 @@ def test_buffers_of_torchs_modules_are_those_of_the_descent():
     assert int(norm.num_batches_tracked) == 1
 
 
-def test_in_a_train_step_of_the_users_own():
+def test_a_custom_train_step():
     class Mine(keras.Sequential):
         def train_step(self, *arguments):
             return esam_keras.train_step(self, *arguments)

@@ -1,4 +1,4 @@
-"""Several devices: `DataParallel` on JAX is one step on the whole batch; the rest is refused."""
+"""Several devices: `DataParallel` on JAX is one step on the whole batch; others are refused."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ X, Y = data(16)
 
 @pytest.fixture
 def two_devices():
-    """`DataParallel` over two devices of the host, which conftest.py asks for."""
+    """`DataParallel` over two devices of the host, which conftest.py sets up."""
     import jax
 
     if len(jax.devices()) < 2:
@@ -28,7 +28,7 @@ def two_devices():
 
 
 def fitted(distribution=None, build=mlp, **settings):
-    """Two steps, and what each reported."""
+    """Run two steps, and return their reports."""
     reports = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: reports.append(esam.report)
@@ -66,15 +66,15 @@ def with_statistics():
     ],
     ids=["masks", "statistics", "weights", "part", "previous"],
 )
-def test_two_devices_make_the_step_of_one(settings, two_devices):
+def test_two_devices_run_the_same_step_as_one(settings, two_devices):
     alone, one, logs = fitted(**settings)
     together, both, shown = fitted(two_devices, **settings)
     devices = {len(v.value.sharding.device_set) for v in together.trainable_variables}
     assert devices == {2}
-    # One theta, one epsilon, from the gradient and the samples of the whole batch: m-sharpness
-    # with m = b, and not one climb a device.
+    # One theta, one epsilon, from the gradient and the samples of the whole batch: m-sharpness with
+    # m = b, not one perturbation per device.
     for a, b in zip(one, both, strict=True):
-        # The models differ in name.
+        # The models have different names.
         names = [[name.partition("/")[2] for name in r.perturbed] for r in (a, b)]
         assert names[0] == names[1]
         if a.indices is not None:
@@ -88,7 +88,7 @@ def test_two_devices_make_the_step_of_one(settings, two_devices):
 
 
 @pytest.mark.backends("jax")
-def test_the_batch_is_shared_out(two_devices):
+def test_the_batch_is_split_over_the_devices(two_devices):
     shapes = []
 
     class Looks(keras.layers.Layer):
@@ -112,7 +112,7 @@ def test_the_batch_is_shared_out(two_devices):
     [{"beta": 0.5, "gamma": 0.5}, {"build": with_statistics, "perturb": Suffix("norm")}],
     ids=["masks", "statistics"],
 )
-def test_weights_that_lie_in_parts_on_two_devices(settings):
+def test_weights_that_are_sharded_over_two_devices(settings):
     alone, one, _ = fitted(**settings)
     devices = keras.distribution.list_devices()[:2]
     layout = keras.distribution.LayoutMap(
@@ -157,7 +157,7 @@ with strategy.scope():
     assert said.startswith("ESAMRuntimeError ESAM does not work under a `tf.distribute` strategy")
     assert "each replica" in said  # the reason
     assert "keras.distribution.DataParallel" in said  # the alternative
-    assert "MirroredStrategy" in said  # what came
+    assert "MirroredStrategy" in said  # the value received
 
 
 @pytest.mark.backends("jax")
@@ -193,7 +193,7 @@ def test_nnx_mode_is_refused_before_anything_changes(monkeypatch):
 
 
 def run(script, **variables):
-    """What a script prints in a process of its own."""
+    """Return the output of a script in a separate process."""
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         env={**os.environ, **variables},

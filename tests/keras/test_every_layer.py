@@ -1,6 +1,6 @@
-"""With rho = 0 a step is the base optimizer's, bit for bit, over every layer that Keras has.
+"""With rho = 0 a step is bit for bit a base step, with every layer of Keras.
 
-Layers that take the same input stand side by side in one model, which is compiled once.
+Layers with the same kind of input are in one model, which is compiled once.
 """
 
 import keras
@@ -13,20 +13,20 @@ from esam_keras import ESAM, Between
 
 BACKEND = keras.backend.backend()
 
-#: Layers that are in no model below, with the reason.
+#: Layers that are not in any model below, with the reason.
 LEFT_OUT = {
-    "AugMix": "chooses with Python's generator whenever it is called or traced",
+    "AugMix": "uses Python's random generator whenever it is called or traced",
     "Layer": "the base class",
     "Wrapper": "a base class, without a call",
     "FlaxLayer": "needs flax, which is not installed",
-    "Equalization": "comes before the model: inside it fails, without ESAM too",
-    "Pipeline": "comes before the model: inside it fails, without ESAM too",
-    "TFSMLayer": "serves a saved function: it has no call in training",
-    "TextVectorization": "takes strings: comes before the model",
-    "StringLookup": "takes strings: comes before the model",
+    "Equalization": "for use before the model: inside it fails even without ESAM",
+    "Pipeline": "for use before the model: inside it fails even without ESAM",
+    "TFSMLayer": "runs a saved function: it cannot be called in training",
+    "TextVectorization": "its input is strings: for use before the model",
+    "StringLookup": "its input is strings: for use before the model",
 }
 
-#: Layers that not every backend can have in a model.
+#: Layers that work in a model only on some backends.
 BACKENDS = {
     "JaxLayer": ("jax",),
     "TorchModuleWrapper": ("torch",),
@@ -97,8 +97,8 @@ SPATIAL = {
 }
 IN_RANGE = {"value_range": (0, 1), "seed": 1}
 
-#: By the kind of input: the shape of a sample, and the settings of each layer, or a function of the
-#: input that calls it.
+#: By the kind of input: the shape of a sample; and for each layer its settings, or a function that
+#: calls it on the input.
 GROUPS = {
     "vector": (
         (6,),
@@ -195,7 +195,7 @@ GROUPS = {
             "RandomColorDegeneration": {"factor": 0.5, **IN_RANGE},
             "RandomColorJitter": {"brightness_factor": 0.3, **IN_RANGE},
             "RandomContrast": {"factor": 0.3, **IN_RANGE},
-            # Of its input's size: without training it does not have the shape that it says.
+            # It crops to its input's size: otherwise its output shape outside training is wrong.
             "RandomCrop": {"height": 6, "width": 6, "seed": 1},
             "RandomElasticTransform": IN_RANGE,
             "RandomErasing": IN_RANGE,
@@ -230,34 +230,34 @@ GROUPS = {
     ),
 }
 
-#: What is tried on each backend in every run of the tests; the others on torch.
+#: Groups that run on each backend in every test run; the others run only on torch.
 QUICK = ("vector", "image")
 
 
 def built_in():
-    """Return the names of Keras's layers, each by the one it was defined with."""
+    """Return the names of Keras's layers, without aliases."""
     found = (getattr(L, name) for name in dir(L))
     return {c.__name__ for c in found if isinstance(c, type) and issubclass(c, L.Layer)}
 
 
-def test_no_layer_is_forgotten():
-    """A new one must be put into a group, or left out with a reason."""
+def test_every_layer_is_in_a_group_or_left_out():
+    """A new layer must be added to a group, or left out with a reason."""
     tried = {name for _, group in GROUPS.values() for name in group}
     assert built_in() - tried == built_in() & set(LEFT_OUT)  # an older Keras has fewer
 
 
-def side_by_side(group):
-    """Return a model with the layers of a group on one input, and a dense layer behind them."""
+def model_of(group):
+    """Return a model with a group's layers on one input, followed by a dense layer."""
     shape, members = GROUPS[group]
     x = keras.Input(shape, dtype="int32" if group == "tokens" else "float32")
     h = x
-    if group not in ("tokens", "augmentation"):  # the layers' input has a gradient
+    if group not in ("tokens", "augmentation"):  # so that the layers' input has a gradient
         h = L.Dense(shape[-1], name="before")(x)
     outputs = []
     for name, member in members.items():
         if name not in built_in() or BACKEND not in BACKENDS.get(name, (BACKEND,)):
             continue
-        if group == "augmentation":  # some write into their input, on torch
+        if group == "augmentation":  # some write to their input, on torch
             h = x * 1.0
         y = member(h) if callable(member) else getattr(L, name)(**member, name=f"of_{name}")(h)
         y = keras.ops.cast(y, "float32")
@@ -266,7 +266,7 @@ def side_by_side(group):
 
 
 def trained(group, optimizer):
-    """Return all weights after two steps of `fit`, by name."""
+    """Train for two steps of `fit` and return all weights by name."""
     shape, _ = GROUPS[group]
     generator = np.random.default_rng(0)
     x = generator.uniform(size=(8, *shape)).astype("float32")
@@ -274,8 +274,8 @@ def trained(group, optimizer):
         x = generator.integers(1, 9, (8, *shape)).astype("int32")
     keras.utils.set_random_seed(3)
     keras.backend.clear_session()
-    model = side_by_side(group)
-    # XLA would take most of the time, and JAX has no other way.
+    model = model_of(group)
+    # XLA would take most of the time, but JAX always uses it.
     model.compile(optimizer, cross_entropy(), jit_compile="auto" if BACKEND == "jax" else False)
     model.fit(x, np.arange(8) % 3, batch_size=4, verbose=0, shuffle=False)
     return {v.path: np.array(keras.ops.convert_to_numpy(v.value)) for v in model.variables}
@@ -288,7 +288,7 @@ def trained(group, optimizer):
     "group",
     [pytest.param(group, marks=() if group in QUICK else pytest.mark.slow) for group in GROUPS],
 )
-def test_rho_0_is_the_base_optimizer_bit_for_bit(group):
+def test_a_step_with_rho_0_is_a_base_step_bit_for_bit(group):
     base = {"learning_rate": 0.1, "momentum": 0.9}
     plain = trained(group, keras.optimizers.SGD(**base))
     for settings in ({"rho": 0.0}, {"perturb": Between(50)}):

@@ -1,4 +1,4 @@
-"""What Keras's users take for granted of `fit`: modes, callbacks and kinds of input."""
+"""Standard features of `fit`: modes, callbacks and kinds of input."""
 
 import keras
 import numpy as np
@@ -35,7 +35,7 @@ def fitted(settings=None, callbacks=(), model=None, **kwargs):
     ],
     ids=["eager", "jit", "no jit", "three steps at once"],
 )
-def test_every_mode_makes_the_same_steps(settings):
+def test_every_mode_runs_the_same_steps(settings):
     plain, other = fitted(), fitted(settings)
     close(trainable(other), trainable(plain), rtol=1e-4, atol=1e-5)
     assert int(other.optimizer.count.numpy()) == 10
@@ -48,7 +48,7 @@ def test_steps_per_execution_is_refused_as_by_keras():
 
 
 @pytest.mark.backends("tensorflow", "jax")
-def test_callbacks_come_every_n_steps():
+def test_callbacks_are_called_every_n_steps():
     seen = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: seen.append(batch)
@@ -64,7 +64,7 @@ def test_callbacks_come_every_n_steps():
     assert seen == plain
 
 
-def test_train_on_batch_makes_the_steps_of_fit():
+def test_train_on_batch_runs_the_same_steps_as_fit():
     model = fitted(epochs=1)
     keras.utils.set_random_seed(2)
     other = mlp()
@@ -103,7 +103,7 @@ def test_swapping_in_averaged_weights():
     close(trainable(model), average)
 
 
-def test_model_checkpoint_saves_what_trains_on(tmp_path):
+def test_model_checkpoint_saves_a_trainable_model(tmp_path):
     path = tmp_path / "{epoch}.keras"
     save = keras.callbacks.ModelCheckpoint(str(path))
     model = fitted(callbacks=[save], epochs=2)
@@ -113,7 +113,7 @@ def test_model_checkpoint_saves_what_trains_on(tmp_path):
     assert int(loaded.optimizer.count.numpy()) == 10
 
 
-def test_backup_and_restore_goes_on_where_it_was_cut_off(tmp_path):
+def test_backup_and_restore_resumes_where_it_was_interrupted(tmp_path):
     class Cut(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == 2:
@@ -200,7 +200,7 @@ def test_a_model_that_is_built_by_its_data():
     assert int(model.optimizer.count.numpy()) == 10
 
 
-def test_an_unknown_block_is_refused_before_a_weight_moves():
+def test_an_unknown_block_is_refused_before_a_weight_changes():
     model = mlp()
     model.compile(ESAM("sgd", perturb=Suffix("third")), cross_entropy())
     before = weights(model)

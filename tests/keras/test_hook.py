@@ -1,4 +1,4 @@
-"""`compile` with an ESAM gives a model instance our step; with anything else, its own back."""
+"""`compile` with an ESAM gives a model instance our step; with others, its own step back."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ BACKEND = keras.backend.backend()
 
 
 def subclassed(base=keras.Model, **methods):
-    """A subclassed model class with these methods."""
+    """Return a subclassed model with these methods."""
 
     def init(self):
         base.__init__(self)
@@ -48,7 +48,7 @@ def test_it_is_the_class_that_defines_compile_that_is_wrapped():
     owner = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
     assert "compile" not in vars(keras.Model)
     assert hasattr(vars(owner)["compile"], "esam_keras_original")
-    # Keras compares this very function before it compiles a loaded model again.
+    # Keras compares this function before it compiles a loaded model again.
     from keras.src.trainers.trainer import Trainer
 
     assert keras.Model.compile is Trainer.compile
@@ -79,7 +79,7 @@ def test_a_model_without_esam_is_not_touched():
     assert not {"train_step", "make_train_function", "train_on_batch"} & set(vars(model))
 
 
-def test_masks_change_from_step_to_step_under_compilation():
+def test_compiled_steps_have_different_masks():
     seen = []
 
     class Watch(keras.callbacks.Callback):
@@ -95,8 +95,8 @@ def test_masks_change_from_step_to_step_under_compilation():
         mask = Bernoulli(0.5).draw(units, seed=3, count=count)
         wanted = [name for name, m in zip(names, mask.perturbed, strict=True) if m]
         assert list(report.perturbed) == wanted
-    # With lr = 0 every step has the same weights and batch: only the mask can differ, and the
-    # norm of the gradient that it leaves shows what the compiled step did, not what was reported.
+    # With lr = 0 every step has the same weights and batch: only the mask can differ. The norm of
+    # the masked gradient shows what the compiled step did, not what was reported.
     norms = {round(float(r.gradient_norm), 6) for r in seen if r.gradient_norm is not None}
     masks = {r.perturbed for r in seen if r.perturbed}
     assert len(norms) == len(masks) > 5
@@ -105,7 +105,7 @@ def test_masks_change_from_step_to_step_under_compilation():
 class TestOwnTrainStep:
     """A model that overrides `train_step`."""
 
-    def test_that_applies_gradients_is_told_what_is_missing(self):
+    def test_that_applies_gradients_gets_advice(self):
         def train_step(self, *arguments):
             if BACKEND == "jax":
                 state, _ = arguments
@@ -147,7 +147,7 @@ class TestOwnTrainStep:
 
 
 class TestOwnLoop:
-    """`train_step` in a loop of the user's own."""
+    """`train_step` in the user's own loop."""
 
     def batches(self):
         x, y = data()
@@ -156,7 +156,7 @@ class TestOwnLoop:
             for i in range(0, 12, 4)
         ]
 
-    def test_does_what_fit_does(self):
+    def test_equals_fit(self):
         fitted, looped = mlp(), mlp()
         looped.set_weights(fitted.get_weights())
         for model in (fitted, looped):
@@ -195,7 +195,7 @@ class TestOwnLoop:
             esam_keras.train_step(model, 1, 2, 3)
 
     @pytest.mark.backends("tensorflow")
-    def test_in_a_function_of_ones_own_is_refused(self):
+    def test_in_a_custom_tf_function_is_refused(self):
         import tensorflow as tf
 
         model = mlp()
@@ -206,7 +206,7 @@ class TestOwnLoop:
             )
 
     @pytest.mark.backends("jax")
-    def test_in_a_jit_of_ones_own_is_refused(self):
+    def test_in_a_custom_jit_is_refused(self):
         import jax
 
         model = mlp()
@@ -217,7 +217,7 @@ class TestOwnLoop:
             )
 
 
-def test_a_loop_that_only_applies_gradients_is_told_what_is_missing():
+def test_a_loop_that_only_applies_gradients_gets_advice():
     model = mlp()
     optimizer = ESAM(keras.optimizers.SGD(0.1))
     optimizer.build(model.trainable_variables)
@@ -270,7 +270,7 @@ def test_wrong_hyperparameters_are_refused(arguments, error, message):
         ESAM("sgd", **arguments)
 
 
-def test_a_name_of_a_keras_optimizer_will_do():
+def test_a_name_of_a_keras_optimizer_works():
     assert isinstance(ESAM("adam").base_optimizer, keras.optimizers.Adam)
 
 

@@ -1,4 +1,4 @@
-"""Models and scripts of kinds that went wrong once: each trains right, or is refused by name."""
+"""Models and scripts with former problems: each trains correctly, or is an error."""
 
 import keras
 import numpy as np
@@ -34,16 +34,16 @@ def normalised():
     )
 
 
-def test_what_a_call_assigns_to_trained_weights_is_kept():
+def test_assignments_to_trained_weights_are_kept():
     plain = fitted(normalised, keras.optimizers.SGD(0.1), epochs=2)
     esam = fitted(normalised, ESAM(keras.optimizers.SGD(0.1), rho=0.0), epochs=2)
     same(weights(esam), weights(plain))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
-def test_the_climb_starts_from_what_a_call_assigned(gamma):
+def test_the_perturbation_starts_from_the_assigned_weights(gamma):
     settings = {"rho": 1e-6, "gamma": gamma, "perturb": Everything()}
-    if gamma < 1.0:  # every sample twice: any half of them has the gradient of all
+    if gamma < 1.0:  # every sample twice: each half has the gradient of all samples
         x, y = np.concatenate([X[:4], X[:4]]), np.concatenate([Y[:4], Y[:4]])
     else:
         x, y = X, Y
@@ -54,11 +54,11 @@ def test_the_climb_starts_from_what_a_call_assigned(gamma):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     kernel = esam.get_weights()[0]
     assert np.isfinite(kernel).all()
-    if BACKEND != "jax":  # whose own trainer throws the assigned kernel away
+    if BACKEND != "jax":  # whose trainer drops the assigned kernel
         assert np.linalg.svd(kernel)[1][0] < 2.0
 
 
-# -- batch sizes of a model's own ------------------------------------------------------------------
+# -- fixed batch sizes ------------------------------------------------------------------
 
 
 def stateful():
@@ -77,16 +77,16 @@ def of_eight():
 
 
 @pytest.mark.parametrize(("build", "shape"), [(stateful, (16, 3, 2)), (of_eight, (16, 6))])
-def test_a_fixed_batch_size_trains_with_every_sample(build, shape):
+def test_a_fixed_batch_size_trains_with_all_samples(build, shape):
     x = X.reshape(shape)
     base = fitted(build, ESAM(keras.optimizers.SGD(0.1), rho=0.0), x)
-    if not (BACKEND == "torch" and build is stateful):  # Keras itself cannot train it there
+    if not (BACKEND == "torch" and build is stateful):  # Keras itself cannot train it on torch
         same(weights(base), weights(fitted(build, keras.optimizers.SGD(0.1), x)))
     perturbed = fitted(build, ESAM(keras.optimizers.SGD(0.1), rho=0.5, gamma=1.0), x)
     assert any((a != b).any() for a, b in zip(weights(perturbed), weights(base), strict=True))
 
 
-def test_a_stateful_layer_is_refused_where_samples_are_selected():
+def test_a_stateful_layer_is_refused_with_a_selection():
     model = stateful()
     model.compile(ESAM("sgd"), cross_entropy())
     before = weights(model)
@@ -96,7 +96,7 @@ def test_a_stateful_layer_is_refused_where_samples_are_selected():
 
 
 class Eight(keras.layers.Layer):
-    """A layer that only runs on eight samples."""
+    """A layer that runs only on eight samples."""
 
     def call(self, x):
         if x.shape[0] != 8:
@@ -107,7 +107,7 @@ class Eight(keras.layers.Layer):
         return shape
 
 
-def test_an_input_whose_batch_size_is_needed_is_refused_where_samples_are_selected():
+def test_an_input_with_a_fixed_batch_size_is_refused_with_a_selection():
     model = keras.Sequential(
         [keras.Input(batch_shape=(8, 6), name="of_eight"), Eight(), keras.layers.Dense(3)]
     )
@@ -116,7 +116,7 @@ def test_an_input_whose_batch_size_is_needed_is_refused_where_samples_are_select
         model.fit(X, Y, batch_size=8, verbose=0)
 
 
-def test_a_loss_is_tried_out_on_batches_of_the_users_size():
+def test_a_loss_is_tested_on_batches_of_the_users_size():
     sizes = set()
 
     class Mine(keras.Sequential):
@@ -158,7 +158,7 @@ def test_sparse_inputs():
 
 
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
-def test_a_wholly_frozen_model_trains_as_a_no_op():
+def test_training_a_frozen_model_changes_nothing():
     def frozen():
         model = mlp()
         model.trainable = False
@@ -184,21 +184,21 @@ def test_monitors_need_no_mode(monitor, tmp_path):
     assert (tmp_path / "best.keras").exists()
 
 
-def test_monitors_of_other_models_are_keras_own():
+def test_monitors_of_other_models_are_unchanged():
     stop = keras.callbacks.EarlyStopping(monitor="sharpness")
     with pytest.raises(ValueError, match="mode='max'"):
         fitted(mlp, "sgd", callbacks=[stop])
 
 
 class Flipped(keras.Sequential):
-    """A model that changes the batch, and calls Keras's own step."""
+    """A model that changes the batch, and calls Keras's step."""
 
     def train_step(self, *arguments):
         *state, (x, y) = arguments
         return super().train_step(*state, (-x, y))
 
 
-def test_super_train_step_makes_a_step():
+def test_super_train_step_runs_a_step():
     settings = {"rho": 0.5, "beta": 0.5}
     mine = fitted(lambda: Flipped(mlp().layers), ESAM(keras.optimizers.SGD(0.1), **settings))
     ours = fitted(mlp, ESAM(keras.optimizers.SGD(0.1), **settings), x=-X)
@@ -221,7 +221,7 @@ def test_a_train_step_that_drops_samples_is_refused():
 
 
 @pytest.mark.backends("tensorflow")
-def test_functions_made_on_purpose_do_not_warn_of_retracing(caplog):
+def test_intended_functions_do_not_warn_about_retracing(caplog):
     names = [f"d{i}" for i in range(6)]
 
     def build():

@@ -1,4 +1,4 @@
-"""Loss and metrics are those of the pass at theta; sharpness and the selected share join them."""
+"""Loss and metrics are those of the pass at theta; sharpness and sample share are added."""
 
 import keras
 import numpy as np
@@ -43,7 +43,7 @@ def test_loss_and_metrics_are_those_at_theta_once_on_the_whole_batch():
         np.testing.assert_allclose(float(logs[name]), expected[name], rtol=1e-5)
 
 
-def test_sharpness_is_the_mean_rise_of_the_losses():
+def test_sharpness_is_the_mean_increase_of_the_losses():
     model = mlp()
     oracle = Oracle(model, {"loss": cross_entropy()}, (X, Y))
     climbed = oracle.climbed(rho=0.3)
@@ -99,14 +99,14 @@ def test_they_can_be_turned_off():
     assert list(model.fit(X, Y, verbose=0).history) == ["loss"]
 
 
-def test_what_no_step_computes_is_not_logged():
+def test_values_that_no_step_computes_are_not_logged():
     for selector in ({"gamma": 1.0}, {"select": TopLoss(0.5)}):
         model = mlp()
         model.compile(ESAM("sgd", **selector), cross_entropy())
         assert list(model.fit(X, Y, verbose=0).history) == ["loss", "sample_share"]
 
 
-def test_steps_that_had_no_reason_to_compute_it_do_not_count():
+def test_steps_without_sharpness_do_not_count():
     watch = Watch()
     model = mlp()
     sampler = Between(1, None, Everything())

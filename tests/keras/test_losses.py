@@ -1,4 +1,4 @@
-"""Every kind of compiled loss: per-sample losses, selection, both gradients; or a clear refusal."""
+"""Every kind of compiled loss: losses per sample, selection, both gradients; or a clear error."""
 
 import keras
 import numpy as np
@@ -38,14 +38,14 @@ def esam(gamma=0.5, **kwargs):
 
 
 def step(model, settings, batch, gamma=0.5, **kwargs):
-    """One step of `train_on_batch`; returns the report."""
+    """Run one step of `train_on_batch`; return the report."""
     model.compile(esam(gamma, **kwargs), **settings)
     model.train_on_batch(*batch)
     return model.optimizer.report
 
 
 def check(model, settings, batch, scale=1.0, losses_scale=1.0):
-    """Compare selection, losses and weights with what plain Keras says of single samples."""
+    """Compare selection, losses and weights with those of plain Keras for single samples."""
     before = weights(model)
     oracle = Oracle(model, settings, batch)
     singles, chosen = oracle.single_losses(trainable(model)), oracle.selected()
@@ -138,7 +138,7 @@ def test_several_outputs_with_loss_weights():
     check(two_headed(), settings, (X, targets))
 
 
-def test_several_outputs_with_weights_of_their_own():
+def test_several_outputs_with_their_own_weights():
     w = np.linspace(0.5, 1.5, len(X), dtype="float32")
     targets = {"label": Y, "value": ONE_HOT[:, :2]}
     settings = {"loss": {"label": cross_entropy(), "value": "mse"}}
@@ -177,14 +177,14 @@ def test_sequences_without_a_mask():
     check(sequence_model(), {"loss": cross_entropy()}, (tokens, labels))
 
 
-def test_sequences_with_weights_by_place():
+def test_sequences_with_weights_by_position():
     tokens, labels = sequences()
     w = np.random.default_rng(2).uniform(0.1, 1.0, labels.shape).astype("float32")
     check(sequence_model(), {"loss": cross_entropy()}, (np.maximum(tokens, 1), labels, w))
 
 
 def test_masked_sequences():
-    # The mean divides by the unmasked places of the whole batch: l_i is sample i's share of that.
+    # The mean divides by the unmasked places of the whole batch; l_i is sample i's part of it.
     tokens, labels = sequences()
     places = (tokens != 0).sum(axis=1)
     model = sequence_model()
@@ -307,7 +307,7 @@ class OwnComputeLoss(keras.Model):
         return ops.mean(values)
 
 
-def test_compute_loss_of_ones_own():
+def test_a_custom_compute_loss():
     model = OwnComputeLoss()
     model(X)
     settings = {}
@@ -342,7 +342,7 @@ def test_compute_loss_that_adds_to_keras_own():
 
 
 def refusal(model, settings, batch, match, **kwargs):
-    """Require a refusal by both ways of training, the weights as they were and in their place."""
+    """Require an error in both ways of training, without changes of the weights."""
     before = weights(model)
     model.compile(esam(**kwargs), **settings)
     with pytest.raises(ESAMValueError, match=match):
@@ -375,7 +375,7 @@ def test_a_loss_that_ignores_the_weights_is_refused():
 
 
 class Standing(keras.losses.Loss):
-    """Reduces in its own way."""
+    """A loss with its own reduction."""
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         return ops.sqrt(super().__call__(y_true, y_pred, sample_weight) + 1.0)
@@ -393,7 +393,7 @@ def scalar_loss(y_true, y_pred):
 
 
 @pytest.mark.parametrize("loss", [keras.losses.Dice(), scalar_loss], ids=["dice", "scalar"])
-def test_losses_without_a_value_a_sample(loss):
+def test_losses_without_a_value_per_sample(loss):
     model = mlp(activation="sigmoid")
     refusal(model, {"loss": loss}, (X, ONE_HOT), "value for each sample")
     expected = Oracle(model, {"loss": loss}, (X, ONE_HOT)).sam()
@@ -406,7 +406,7 @@ def test_a_loss_that_is_not_one_number_is_refused():
 
 
 @pytest.mark.parametrize("selector", [TopLoss(0.5), Random(0.5), Proportional(0.5)])
-def test_selectors_reach_compiled_losses(selector):
+def test_selectors_work_with_compiled_losses(selector):
     model = mlp()
     settings = {"loss": cross_entropy()}
     model.compile(

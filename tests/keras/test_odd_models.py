@@ -1,4 +1,4 @@
-"""Models that plain Keras trains, and that ESAM trains too or refuses by name."""
+"""Unusual models that plain Keras trains: ESAM trains them too, or raises an error."""
 
 import threading
 
@@ -64,7 +64,7 @@ def test_compute_loss_set_on_the_instance():
     fit(model, esam(beta=1.0, gamma=1.0))
 
 
-def test_an_output_without_a_row_a_sample():
+def test_an_output_without_a_row_per_sample():
     keras.utils.set_random_seed(0)
     x = keras.Input((6,))
     hidden = keras.layers.Dense(8, activation="tanh")(x)
@@ -75,7 +75,7 @@ def test_an_output_without_a_row_a_sample():
     assert np.isfinite(history["loss"][-1])
 
 
-def test_a_train_function_of_the_model_s_own_is_refused():
+def test_a_custom_train_function_is_refused():
     class Own(keras.Sequential):
         def make_train_function(self, force=False):
             return super().make_train_function(force)
@@ -127,7 +127,7 @@ def test_a_call_made_by_tf_function_is_refused():
     ],
     ids=str,
 )
-def test_what_is_checkpointed_runs_again_at_the_same_weights(settings):
+def test_checkpointed_parts_run_again_at_the_same_weights(settings):
     from torch.utils.checkpoint import checkpoint
 
     class Hidden(keras.layers.Layer):
@@ -155,7 +155,7 @@ def test_what_is_checkpointed_runs_again_at_the_same_weights(settings):
 
 
 @pytest.mark.backends("torch")
-def test_two_threads_train_a_model_each():
+def test_two_threads_train_one_model_each():
     errors = []
 
     def train(seed):
@@ -174,7 +174,7 @@ def test_two_threads_train_a_model_each():
 
 
 @pytest.mark.backends("tensorflow", "torch")
-def test_a_distribution_that_keras_passes_over_is_refused(monkeypatch):
+def test_a_distribution_that_keras_ignores_is_refused(monkeypatch):
     monkeypatch.setattr(keras.distribution, "distribution", lambda: "DataParallel")
     with pytest.raises(ESAMRuntimeError, match="only on the JAX backend"):
         mlp().compile(esam(), cross_entropy())
@@ -198,7 +198,7 @@ def history_of(optimizer):
         metrics={"c": ["accuracy"], "r": ["mae"]},
         weighted_metrics={"c": ["accuracy"], "r": ["mae"]},
     )
-    # On TensorFlow Keras weighs the outputs' losses by whether a batch's size was known in tracing.
+    # On TensorFlow Keras weights the outputs' losses depending on whether the batch size was known.
     n = 16 if BACKEND == "tensorflow" else 20
     weight = np.linspace(0.1, 2.0, n)
     targets = {"c": Y[:n], "r": X[:n, :1]}
@@ -214,7 +214,7 @@ def history_of(optimizer):
     return history.history, trainable(model)
 
 
-def test_history_is_the_base_optimizer_s_where_nothing_is_perturbed():
+def test_without_perturbation_the_history_equals_the_base_optimizers():
     base, weights = history_of(keras.optimizers.SGD(0.1))
     ours, same = history_of(ESAM(keras.optimizers.SGD(0.1), rho=0.0, logs=False))
     close(same, weights, rtol=1e-5, atol=1e-6)
@@ -225,7 +225,7 @@ def test_history_is_the_base_optimizer_s_where_nothing_is_perturbed():
 
 
 def test_a_layer_with_keras_trainer_as_a_mixin():
-    """It has no `layers`, as a `keras.Model` has; its sublayers are its blocks all the same."""
+    """It has no `layers`, unlike a `keras.Model`, but its sublayers are still its blocks."""
     trainer = next(c for c in keras.Model.__mro__ if c.__name__.endswith("Trainer"))
 
     class Trained(trainer, keras.layers.Layer):
@@ -252,7 +252,7 @@ def test_a_layer_with_keras_trainer_as_a_mixin():
 
 
 def test_a_loss_that_returns_a_number():
-    """It has no value per sample, and needs none with gamma=1."""
+    """It has no losses per sample, and needs none with gamma=1."""
 
     class Penalised(keras.layers.Layer):
         def call(self, x):
@@ -272,8 +272,8 @@ def test_a_loss_that_returns_a_number():
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
-def test_a_layer_that_writes_into_its_input(gamma):
-    """On torch RandomBrightness does: the passes of a step read the same images all the same."""
+def test_a_layer_that_writes_to_its_input(gamma):
+    """On torch RandomBrightness does, but all passes of a step read the same images."""
 
     class Brightness(keras.layers.Layer):
         def __init__(self, copies):
@@ -297,7 +297,7 @@ def test_a_layer_that_writes_into_its_input(gamma):
 
 
 @pytest.mark.backends("tensorflow")
-def test_optional_inputs_that_a_generator_leaves_out():
+def test_optional_inputs_missing_in_a_generator():
     def trained(optimizer):
         keras.utils.set_random_seed(0)
         x, other = keras.Input((6,), name="x"), keras.Input((6,), name="other", optional=True)

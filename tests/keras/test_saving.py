@@ -1,4 +1,4 @@
-"""Saving and loading: a model goes on exactly as if it had not been interrupted."""
+"""Saving and loading: a loaded model resumes exactly."""
 
 import keras
 import numpy as np
@@ -45,7 +45,7 @@ def normalised():
 
 
 @pytest.mark.parametrize("base", ["sgd", "adam"])
-def test_a_loaded_model_goes_on_as_the_saved_one(tmp_path, base):
+def test_a_loaded_model_continues_like_the_saved_one(tmp_path, base):
     model = normalised()
     optimizers = {"sgd": keras.optimizers.SGD(0.1, momentum=0.9), "adam": keras.optimizers.Adam()}
     model.compile(ESAM(optimizers[base], rho=0.2, beta=0.5, gamma=0.5, seed=9), cross_entropy())
@@ -84,7 +84,7 @@ def test_loading_without_compiling(tmp_path):
     assert not loaded.compiled
 
 
-def test_models_without_esam_go_on_loading_their_optimizer(tmp_path):
+def test_models_without_esam_still_load_their_optimizer(tmp_path):
     model = mlp()
     model.compile(keras.optimizers.Adam(), cross_entropy())
     train(model)
@@ -154,7 +154,7 @@ def test_recommended_settings_and_overrides():
     assert ESAM.recommended("sgd", beta=0.6).config.perturb == Bernoulli(0.6)
 
 
-def test_a_sampler_that_holds_a_function_says_so_when_it_is_read():
+def test_loading_a_sampler_that_holds_a_function_is_an_error():
     optimizer = ESAM("sgd", perturb=Only(lambda unit: unit.kind == "bias"))
     with pytest.raises(ESAMValueError, match="holds a function"):
         ESAM.from_config(optimizer.get_config())

@@ -1,4 +1,4 @@
-"""What the mask and the selection let a step skip is skipped: FLOPs and compilations, counted."""
+"""Steps skip work that the mask and the selection do not need: counted FLOPs and compilations."""
 
 import keras
 import numpy as np
@@ -24,8 +24,8 @@ from esam_keras import (
 
 BACKEND = keras.backend.backend()
 B, WIDTH, LAYERS = 64, 96, 5
-#: Matrix products alone are counted on torch and TensorFlow, and must agree to the last operation;
-#: JAX's cost analysis counts activations, selection and update as well.
+#: On torch and TensorFlow only matrix products are counted, and must agree exactly. JAX's cost
+#: analysis also counts activations, selection and update.
 TOLERANCE = {"torch": 1e-12, "jax": 0.02, "tensorflow": 1e-12}[BACKEND]
 #: In base steps: epsilon and the update, which JAX counts, do not shrink with the batch.
 FIXED = {"torch": 0.0, "jax": 0.02, "tensorflow": 0.0}[BACKEND]
@@ -49,14 +49,14 @@ def cost_of(optimizer, build=chain):
 
 @pytest.fixture(scope="module")
 def base():
-    """The FLOPs of a step of the plain Keras optimizer, as Keras makes it."""
+    """The FLOPs of a step with the plain Keras optimizer."""
     return cost_of(keras.optimizers.SGD(0.1, momentum=0.9))[0]
 
 
-#: A base step: five forwards of a layer, four gradients of activations and five of weights.
+#: A base step: five layer forwards, four activation gradients and five weight gradients.
 BASE = 5 + 4 + 5
-#: What a step is given, what it costs in forwards of one layer, and how many of them a compiler
-#: spares by merging: layers before the first perturbed one give the same at theta and theta + eps.
+#: The settings of a step, its cost in layer forwards, and the number of forwards that a compiler
+#: saves by merging: layers before the first perturbed one are the same at theta and theta + eps.
 CASES = {
     "an empty mask": ({"perturb": Between(1, None, Everything())}, BASE, 0),
     "SAM": ({"perturb": Everything(), "gamma": 1.0}, 2 * BASE, 0),
@@ -78,12 +78,12 @@ CASES = {
         BASE / 4 + BASE,
         0,
     ),
-    "a quarter climbs in a late suffix": (
+    "ascent on a quarter, a late suffix": (
         {"perturb": Suffix("d3"), "gamma": 1.0, "ascend": Part(0.25)},
         (5 + 1 + 2) / 4 + BASE,
         0,
     ),
-    "half climbs, half by loss": (
+    "ascent on a half, half by loss": (
         {"perturb": Everything(), "select": TopLoss(0.5), "ascend": Part(0.5)},
         BASE / 2 + 5 / 2 + BASE / 2,
         0,
@@ -103,7 +103,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_flops_are_those_that_the_mask_needs(name, base):
+def test_flops_are_only_those_that_the_mask_needs(name, base):
     settings, forwards, merged = CASES[name]
     found, _ = cost_of(ESAM(keras.optimizers.SGD(0.1, momentum=0.9), **settings))
     expected = (forwards - (merged if BACKEND != "torch" else 0)) / BASE
@@ -140,7 +140,7 @@ def test_every_pass_is_one_forward_of_the_model(name):
     esam = ESAM(keras.optimizers.SGD(0.1), **{"perturb": Suffix("second"), **settings})
     model.compile(esam, cross_entropy(), run_eagerly=True)
     x, y = data()
-    model.train_on_batch(x, y)  # builds what is not built
+    model.train_on_batch(x, y)  # builds the model
     del counted.calls[:]
     model.train_on_batch(x, y)
     assert counted.calls == expected
@@ -177,7 +177,7 @@ def test_no_graph_is_built_below_the_first_perturbed_layer(start):
 
 
 def sizes_of(b, n):
-    """The sizes of the batches of an epoch."""
+    """Return the sizes of the batches of an epoch."""
     return [b] * (n // b) + [n % b] * (n % b > 0)
 
 
@@ -191,17 +191,17 @@ SAMPLERS = {
     "Bernoulli": Bernoulli(0.5),
     "single weights": Bernoulli(0.5, unit="weight"),
 }
-#: How many functions each makes, of each batch size: one a listed mask, else one for all.
+#: The number of functions per batch size: one per listed mask, else one for all masks.
 FUNCTIONS = dict.fromkeys(SAMPLERS, 1) | {"RandomSuffix": 2, "Every": 2, "Between": 2}
 
 
 @pytest.mark.backends("tensorflow", "jax")
 @pytest.mark.parametrize(
     "name",
-    # Compiling takes the time on JAX, and samplers of one mask are all alike.
+    # Compiling is slow on JAX, and all samplers with one mask behave the same.
     [n for n in SAMPLERS if BACKEND != "jax" or n not in ("Everything", "Only", "Between")],
 )
-def test_one_compilation_a_listed_mask_and_batch_size(name, monkeypatch):
+def test_one_compilation_per_listed_mask_and_batch_size(name, monkeypatch):
     sampler, epochs, (x, y) = SAMPLERS[name], 5, data(11)
     model = mlp()
     optimizer = ESAM(keras.optimizers.SGD(0.01), perturb=sampler, seed=3)
@@ -212,7 +212,7 @@ def test_one_compilation_a_listed_mask_and_batch_size(name, monkeypatch):
     units = unit_records(model)
     masks = [sampler.draw(units, seed=3, count=n) for n in range(len(sizes))]
     assert len(set(masks)) > 1 or FUNCTIONS[name] == 1
-    # What is not listed is one function, and one more for the draws that are empty.
+    # Unlisted masks share one function, with one more for empty draws.
     listed = sampler.masks(units) is not None
     expected = {(mask if listed else mask.active, b) for mask, b in zip(masks, sizes, strict=True)}
     assert len(seen) == len(expected) == FUNCTIONS[name] * 2
@@ -222,7 +222,7 @@ def test_one_compilation_a_listed_mask_and_batch_size(name, monkeypatch):
 
 
 @pytest.mark.backends("jax")
-def test_what_follows_the_climb_is_compiled_once_for_all_masks(monkeypatch):
+def test_everything_after_the_ascent_is_compiled_once_for_all_masks(monkeypatch):
     model = mlp()
     sampler = RandomSuffix(("first", "second", "head"))
     model.compile(ESAM(keras.optimizers.SGD(0.01), perturb=sampler), cross_entropy())

@@ -1,6 +1,6 @@
-"""Moving statistics and random numbers: once a step, and the same noise in every pass.
+"""Moving statistics and random numbers: updated once per step, with the same noise in every pass.
 
-The conformance kit proves it for seeded layers; here is what else there is.
+The conformance kit checks seeded layers; these tests cover the rest.
 """
 
 import random
@@ -29,8 +29,8 @@ def with_dropout(seed=None):
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
 @pytest.mark.parametrize("seed", [None, 7])
-def test_the_selection_pass_sees_the_ascents_noise(seed, run_eagerly):
-    # With a radius of nearly nothing, all that could move a loss is other noise.
+def test_the_selection_pass_uses_the_noise_of_the_ascent_pass(seed, run_eagerly):
+    # With a negligible radius, only different noise could change a loss.
     model = with_dropout(seed)
     model.compile(ESAM("sgd", rho=1e-7, beta=1.0), cross_entropy(), run_eagerly=run_eagerly)
     seen = []
@@ -42,7 +42,7 @@ def test_the_selection_pass_sees_the_ascents_noise(seed, run_eagerly):
     assert np.abs(seen[0] - seen[1]).max() > 1e-3
 
 
-def test_random_state_goes_on_as_one_forward_leaves_it():
+def test_the_random_state_advances_like_one_forward():
     models = []
     for rho in (0.0, 0.3):
         keras.utils.set_random_seed(1)
@@ -53,7 +53,7 @@ def test_random_state_goes_on_as_one_forward_leaves_it():
     np.testing.assert_allclose(models[0], models[1], rtol=1e-6)
 
 
-def test_global_generators_of_python_and_numpy_are_left_alone():
+def test_global_generators_of_python_and_numpy_are_not_used():
     model = with_dropout()
     model.compile(ESAM("sgd"), cross_entropy())
     model.train_on_batch(X, Y)
@@ -85,12 +85,12 @@ def test_moving_statistics_are_those_of_a_base_step():
 
 
 @pytest.mark.backends("tensorflow", "torch")
-def test_unseeded_noise_of_a_layer_of_ones_own_is_replayed():
+def test_unseeded_noise_of_a_custom_layer_is_replayed():
     class Noise(keras.layers.Layer):
         def call(self, x):
             return x + keras.random.normal(ops.shape(x))
 
-    keras.random.normal((1,))  # Keras makes its global generator when it is first used
+    keras.random.normal((1,))  # Keras creates its global generator at first use
     model = keras.Sequential(
         [keras.Input((6,)), keras.layers.Dense(8), Noise(), keras.layers.Dense(3)]
     )
@@ -106,7 +106,7 @@ def test_unseeded_noise_of_a_layer_of_ones_own_is_replayed():
 
 @pytest.mark.backends("torch")
 class TestTorchModules:
-    """Modules of torch in a Keras model."""
+    """torch modules in a Keras model."""
 
     def model(self):
         import torch
@@ -129,8 +129,8 @@ class TestTorchModules:
         assert len(optimizer.report.perturbed) == 6
         np.testing.assert_allclose(float(optimizer.report.perturbation_norm), 0.3, rtol=1e-5)
 
-    def test_take_the_gradient_at_the_peak(self):
-        # Against torch's own functional call, with all noise off.
+    def test_use_the_gradient_at_the_perturbed_weights(self):
+        # Compare with torch's functional call, without noise.
         import torch
 
         model = self.model()
@@ -183,7 +183,7 @@ class TestTorchModules:
 
 
 @pytest.mark.backends("torch")
-def test_a_failing_step_leaves_torchs_generator_alone():
+def test_a_failed_step_restores_torchs_generator():
     import torch
 
     class Fails(keras.layers.Layer):

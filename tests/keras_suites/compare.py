@@ -1,9 +1,9 @@
-"""Runs Keras's own tests with ESAM at rho = 0 for the optimizer: what passes without must pass.
+"""Run Keras's own tests with ESAM at rho = 0 as the optimizer.
 
     KERAS_BACKEND=jax python tests/keras_suites/compare.py [FILE ...]
 
-The tests are in Keras's wheel. Those that fail with ESAM are run once more as they are: where they
-pass, the difference must stand in `DIFFERENCES` with its cause, and the other way round.
+The tests are in Keras's wheel. Those that fail with ESAM run again without it. A test that passes
+only without it must be listed in `DIFFERENCES` with its cause; listed tests must differ.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import keras
 
 SOURCE = Path(keras.__file__).parent / "src"
 
-#: What is run, in folders of `keras/src`. Orbax, whose tests are left out, is not installed.
+#: The tests to run, in folders of `keras/src`. Orbax is not installed, so its tests are left out.
 SUITES = (
     "trainers/trainer_test.py",
     "optimizers/loss_scale_optimizer_test.py",
@@ -28,14 +28,12 @@ SUITES = (
 )
 LEFT_OUT = ("orbax_checkpoint_test.py",)
 
-#: Why a test that passes with Keras's optimizers does not with ESAM, by the end of its name.
+#: Why a test passes with Keras's optimizers but not with ESAM, by the end of its name.
 DIFFERENCES = {
-    "::TestTrainer::test_adds_loss_scaling_optimizer": "asks for the optimizer's class",
-    "::SavingTest::test_saved_module_paths_and_class_names": "asks for the optimizer's class",
-    "::SavingTest::test_scalar_weight": "counts what is saved, and ESAM has variables of its own",
-    "::SwapEMAWeightsTest::test_swap_ema_weights_with_tf_distribute": (
-        "tf.distribute is refused by name"
-    ),
+    "::TestTrainer::test_adds_loss_scaling_optimizer": "checks the optimizer's class",
+    "::SavingTest::test_saved_module_paths_and_class_names": "checks the optimizer's class",
+    "::SavingTest::test_scalar_weight": "counts saved variables, and ESAM has its own",
+    "::SwapEMAWeightsTest::test_swap_ema_weights_with_tf_distribute": ("tf.distribute is an error"),
 }
 
 
@@ -46,7 +44,7 @@ def files(patterns):
 
 
 def run(tests, folder, *options):
-    """Run tests in a process of their own; return what came of each, and how much ESAM did."""
+    """Run tests in a separate process; return their outcomes, and how often ESAM was used."""
     outcomes = Path(folder) / "outcomes.json"
     here = str(Path(__file__).parent)
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -77,12 +75,12 @@ def main():
         plain = run(again, folder)[0] if again else {}
     passed = sum(outcome == "passed" for outcome, _ in with_esam.values())
     print(f"{passed} of {len(with_esam)} tests pass with ESAM on {keras.backend.backend()}.")
-    print(f"It was put in for {used['optimizers']} optimizers and made {used['steps']} steps.")
+    print(f"It replaced {used['optimizers']} optimizers and ran {used['steps']} steps.")
     broken = failed(plain)
     different = [name for name in failed(with_esam) if name not in broken]
     unexplained = 0
     for name in broken:
-        print(f"fails without ESAM too: {name}")
+        print(f"also fails without ESAM: {name}")
     for name in different:
         causes = [cause for end, cause in DIFFERENCES.items() if name.endswith(end)]
         unexplained += not causes

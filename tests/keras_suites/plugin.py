@@ -1,7 +1,7 @@
-"""A pytest plugin: Keras's own tests, with ESAM at rho = 0 in place of every optimizer.
+"""A pytest plugin that runs Keras's own tests with ESAM at rho = 0 around each optimizer.
 
-`compile` gets `ESAM(optimizer, rho=0)`, and a loss scaler scales one. Without `--esam` the tests
-run as Keras has them. The outcome of each test is written to a file.
+`compile` gets `ESAM(optimizer, rho=0)`, and a loss scaler wraps one. Without `--esam` the tests are
+unchanged. The outcome of each test is written to a file.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from esam_keras import ESAM
 from esam_keras.handover import applying
 from esam_keras.optimizer import find_esam
 
-#: How many optimizers were exchanged, and how many steps ESAM made.
+#: The number of optimizers that were wrapped, and the number of ESAM's steps.
 USED = {"optimizers": 0, "steps": 0}
 
 
@@ -33,20 +33,20 @@ sys.modules.setdefault("conftest", types.SimpleNamespace(skip_if_backend=skip_if
 
 
 def pytest_addoption(parser):
-    parser.addoption("--esam", action="store_true", help="put ESAM in for the optimizers")
-    parser.addoption("--outcomes", required=True, help="where to write what came of each test")
+    parser.addoption("--esam", action="store_true", help="put ESAM around the optimizers")
+    parser.addoption("--outcomes", required=True, help="where to write the outcome of each test")
 
 
 def pytest_configure(config):
     for marker in ("requires_trainable_backend", "multi_device"):
         config.addinivalue_line("markers", f"{marker}: of Keras's")
     if config.getoption("--esam"):
-        put_esam_in()
+        wrap_optimizers()
     config.pluginmanager.register(Outcomes(config.getoption("--outcomes")))
 
 
 def with_esam(optimizer):
-    """Return ESAM around what `compile` takes as an optimizer."""
+    """Return ESAM around an optimizer, given as `compile` accepts it."""
     optimizer = keras.optimizers.get(optimizer)
     if optimizer is None or find_esam(optimizer) is not None:
         return optimizer
@@ -54,8 +54,8 @@ def with_esam(optimizer):
     return ESAM(optimizer, rho=0.0, gamma=1.0, logs=False)
 
 
-def put_esam_in():
-    """Have `compile` and loss scalers put ESAM around the optimizers that they are given."""
+def wrap_optimizers():
+    """Let `compile` and loss scalers wrap the given optimizers in ESAM."""
     owner = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
     scaler = keras.optimizers.LossScaleOptimizer
     compile_, init, keep_report = owner.compile, scaler.__init__, ESAM.keep_report
@@ -81,14 +81,14 @@ def put_esam_in():
 
 @pytest.fixture(autouse=True)
 def _gradients_of_a_step(request):
-    """Let the tests of the loss scaler hand it gradients: they make steps without a model."""
+    """Accept the gradients of the loss scaler's tests, which run steps without a model."""
     alone = "loss_scale_optimizer_test" in request.node.nodeid
     with applying() if alone else contextlib.nullcontext():
         yield
 
 
 class Outcomes:
-    """Collects what came of each test, and why."""
+    """Collects the outcome of each test, and its cause."""
 
     def __init__(self, path):
         self.path = Path(path)
