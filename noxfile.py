@@ -265,14 +265,20 @@ def tests_torch(session: nox.Session) -> None:
     run_pytest(session, python, *where, processes=2)
 
 
+def quick_on(backend: str) -> tuple[str, ...]:
+    """Return the options that leave the slow tests of esam-keras out, except on torch.
+
+    Compiling them takes minutes on the other backends, where `keras_suites` runs them.
+    """
+    return () if backend == "torch" else ("-m", "not slow")
+
+
 @nox.session(venv_backend="none")
 @BACKENDS
 def tests_keras(session: nox.Session, backend: str) -> None:
     """Run esam-keras's tests and docstring examples, one Keras backend per process."""
     python = python_of(session, "torch", "keras", "backends")
-    # Compiling the slow tests takes minutes: `keras_suites` runs them on the other backends.
-    quick = () if backend == "torch" else ("-m", "not slow")
-    where = ("tests/keras", "packages/esam-keras/src", *quick)
+    where = ("tests/keras", "packages/esam-keras/src", *quick_on(backend))
     run_pytest(session, python, *where, keras=backend, processes=2)
 
 
@@ -295,7 +301,7 @@ def tests_torch_newest(session: nox.Session) -> None:
 def tests_keras_lowest(session: nox.Session, backend: str) -> None:
     """Run esam-keras's tests with the lowest Keras and the lowest backend that it declares."""
     python = python_of(session, f"{backend}-lowest")
-    run_pytest(session, python, "tests/keras", keras=backend)
+    run_pytest(session, python, "tests/keras", *quick_on(backend), keras=backend)
 
 
 @nox.session(venv_backend="none")
