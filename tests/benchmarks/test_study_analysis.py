@@ -1,4 +1,4 @@
-"""What the study concludes from its records: frontiers, intervals and corrections by hand."""
+"""The study's conclusions from its records: frontiers, intervals and corrections by hand."""
 
 import dataclasses
 import json

@@ -105,8 +105,8 @@ def test_sdist_builds_on_its_own(dist, package):
 
 @pytest.mark.parametrize("read", [wheel_files, sdist_files], ids=["wheel", "sdist"])
 def test_no_local_paths_are_included(dist, package, read):
-    told = [str(ROOT).encode(), str(Path.home()).encode() + b"/"]
+    private = [str(ROOT).encode(), str(Path.home()).encode() + b"/"]
     found = [
-        name for name, data in read(dist, package).items() if any(path in data for path in told)
+        name for name, data in read(dist, package).items() if any(path in data for path in private)
     ]
     assert found == []

@@ -20,7 +20,7 @@ def others(model):
     return [p for p in model.parameters() if p.dim() != 2]
 
 
-#: Trains matrices only. torch has Muon from 2.9 on; before, another optimizer stands in.
+#: Muon trains only matrices. Before torch 2.9, which adds it, the tests use another optimizer.
 OF_MATRICES = getattr(torch.optim, "Muon", torch.optim.RMSprop)
 
 TORCH = {

@@ -67,9 +67,9 @@ def expect_warning(expected=True):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    told = [w for w in caught if "too many masks to compile" in str(w.message)]
-    assert len(told) == (1 if expected else 0)
-    assert all(w.filename == __file__ for w in told)  # at the user's line
+    warned = [w for w in caught if "too many masks to compile" in str(w.message)]
+    assert len(warned) == (1 if expected else 0)
+    assert all(w.filename == __file__ for w in warned)  # at the user's line
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
@@ -256,7 +256,7 @@ def test_losses_compiled_with_the_model():
 
 # A warning of torch: inductor still uses deprecated functions.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-# torch 2.6: its own, and ours, which says that the ascent saves nothing.
+# Warnings with torch 2.6: its own, and ours that the ascent saves nothing.
 @pytest.mark.filterwarnings("ignore:Skipping serialization of")
 @pytest.mark.filterwarnings("ignore:.*torch before 2.13 does not recompile")
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from esam_torch.batch import Samples
 from esam_torch.containers import detach_tree
 
 for library in ("tensordict", "torch_geometric"):
-    pytest.importorskip(library, reason=f"{library} is not installed beside the lowest versions")
+    pytest.importorskip(library, reason=f"{library} is not installed with the lowest versions")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # both use features that this torch deprecates
     from tensordict import NonTensorStack, TensorDict, lazy_stack, tensorclass

@@ -159,7 +159,7 @@ def test_swalr():
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["backward", "step(losses)"])
-# Of itself: torch 2.6's SequentialLR passes an epoch to the schedulers in it.
+# In torch 2.6, SequentialLR itself passes an epoch to its schedulers.
 @pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning:torch.optim.lr_scheduler")
 @pytest.mark.parametrize("name", every_scheduler())
 def test_every_scheduler_without_a_warning(name, whole):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-#: Whether FSDP2 runs on CPUs: torch 2.6's calls a method that their streams lack.
+#: Whether FSDP2 runs on CPUs: in torch 2.6 it calls a method that CPU streams lack.
 SHARDS_ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
 
 

@@ -17,7 +17,7 @@ from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluated, Evaluator, State, batch_size
 from esam_keras.perturbation import widen
 from esam_keras.plan import Plan
-from esam_keras.rows import Fill, among, beside, repeated, spread
+from esam_keras.rows import Fill, fill_by_repeating, fill_from_batch, fill_from_rest, spread
 from esam_keras.selection import Selected
 
 __all__ = ["AtTheta", "Descent", "Passes", "loss_scale"]
@@ -134,14 +134,14 @@ class Passes:
         their predictions. If not, the part's predictions are repeated.
         """
         ascent, part = self.plan.ascent, self.inputs["part"]
-        fill: Fill = repeated(part, batch_size(self.evaluator.batch[0]))
+        fill: Fill = fill_by_repeating(part, batch_size(self.evaluator.batch[0]))
         if ascent.scores:
             rest = self.inputs["rest"]
 
             def others() -> Any:
                 return self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
 
-            fill = beside(others, part, rest)
+            fill = fill_from_rest(others, part, rest)
         return self.evaluator.evaluate_rows(
             state,
             factor,
@@ -242,9 +242,9 @@ class Passes:
     def _fill(self, selected: Selected, at_theta: Evaluated | None, b: int | Tensor) -> Fill:
         """Return the predictions for rejected samples."""
         if at_theta is None or not self.plan.ascent.sees_all:
-            return repeated(selected.indices, b)
+            return fill_by_repeating(selected.indices, b)
         without = self._backend.without_gradient
-        return among(at_theta.y_pred, at_theta.masks, selected.indices, without)
+        return fill_from_batch(at_theta.y_pred, at_theta.masks, selected.indices, without)
 
     def _at_theta_again(
         self, evaluated: Evaluated, climbed: list[Tensor], at_theta: Evaluated | None

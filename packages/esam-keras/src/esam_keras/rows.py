@@ -11,7 +11,15 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-__all__ = ["Fill", "among", "beside", "repeated", "rows", "rows_of_batch", "spread"]
+__all__ = [
+    "Fill",
+    "fill_by_repeating",
+    "fill_from_batch",
+    "fill_from_rest",
+    "rows",
+    "rows_of_batch",
+    "spread",
+]
 
 Tensor = Any
 
@@ -47,7 +55,7 @@ def spread(indices: Tensor, values: Tensor, b: int | Tensor) -> Tensor:
     return ops.scatter_update(zeros, ops.expand_dims(indices, axis=-1), values)
 
 
-def among(
+def fill_from_batch(
     y_pred: Any,
     masks: Sequence[Tensor | None],
     indices: Tensor,
@@ -77,7 +85,7 @@ def among(
     return fill
 
 
-def repeated(indices: Tensor, b: int | Tensor) -> Fill:
+def fill_by_repeating(indices: Tensor, b: int | Tensor) -> Fill:
     """Return the `Fill` that repeats the predictions, for samples whose predictions are unknown.
 
     Args:
@@ -104,7 +112,7 @@ def repeated(indices: Tensor, b: int | Tensor) -> Fill:
     return fill
 
 
-def beside(others: Callable[[], Predicted], part: Tensor, rest: Tensor) -> Fill:
+def fill_from_rest(others: Callable[[], Predicted], part: Tensor, rest: Tensor) -> Fill:
     """Return the `Fill` that joins the predictions for a part of the batch and for the rest.
 
     Args:

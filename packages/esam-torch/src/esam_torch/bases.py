@@ -46,7 +46,7 @@ def check_base(base: Any) -> None:
         )
     if not isinstance(base, torch.optim.Optimizer):
         raise ESAMTypeError(
-            "`base_optimizer` must be a torch.optim.Optimizer, and the model the second argument: "
+            "`base_optimizer` must be a torch.optim.Optimizer, followed by the model: "
             f"ESAM(base_optimizer, model, rho=...). Received: {type(base).__name__}."
         )
     reason = _needs(base)
@@ -141,11 +141,11 @@ class SideBySide(torch.optim.Optimizer):
             )
         for optimizer in optimizers:
             check_base(optimizer)
-        held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-        if len(held) != len(set(held)):
+        known = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+        if len(known) != len(set(known)):
             raise ESAMValueError(
                 "The optimizers must have no parameter in common. Received: "
-                f"{len(held) - len(set(held))} shared parameters."
+                f"{len(known) - len(set(known))} shared parameters."
             )
         self._optimizers = optimizers
         defaults: dict[str, Any] = {}

@@ -41,7 +41,7 @@ _CLONE: Callable[[Sequence[Tensor]], Iterable[Tensor]] = getattr(
     torch, "_foreach_clone", lambda tensors: [tensor.clone() for tensor in tensors]
 )
 
-#: Whether one context preserves the version counters of several tensors. In torch 2.6 it does not.
+#: Whether one context preserves the version counters of several tensors; not in torch 2.6.
 _PRESERVES_SEVERAL = "tensors" in inspect.signature(_unsafe_preserve_version_counter).parameters
 
 #: The common base of torch's layers with running statistics. `batch_norm` does not count versions.

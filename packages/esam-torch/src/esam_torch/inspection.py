@@ -197,7 +197,7 @@ def lay_out(
         watch: find the blocks even if the sampler does not need them.
     """
     parameters = parameters_of(model, groups)
-    held = {id(p.tensor) for p in parameters}
+    known = {id(p.tensor) for p in parameters}
     devices = sorted({p.tensor.device for p in parameters}, key=str)
     shards = Shards.of(model)
     writes = Writes(model, [p.tensor for p in parameters], weights=shards is None)
@@ -210,7 +210,7 @@ def lay_out(
         groups=[(group, tuple(group["params"])) for group in groups],
         parameters=parameters,
         blocks=blocks,
-        others=[p for p in model.parameters() if id(p) not in held],
+        others=[p for p in model.parameters() if id(p) not in known],
         writes=writes,
         devices=devices,
         shards=shards,

@@ -103,7 +103,7 @@ class TensorFlowBackend(AssigningBackend):
         for layer in compat.flat_layers(model):
             if isinstance(layer.call, tf.types.experimental.GenericFunction):
                 raise ESAMRuntimeError(
-                    "ESAM does not work with a `call` made by `tf.function`: it reads the "
+                    "ESAM does not work with a `call` compiled by `tf.function`: it reads the "
                     "variables themselves instead of the perturbed values, and would not be "
                     "trained. Remove the decorator: `fit` compiles the whole step. Received: "
                     f"layer {layer.name!r}."
