@@ -1,4 +1,4 @@
-"""The study's harness: its plan follows the protocol, and its workers lose and repeat nothing."""
+"""The study's harness: the plan follows the protocol, and workers neither lose nor repeat runs."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ def _record(run: Run, final: float) -> dict[str, Any]:
 
 
 def _tuned(method: str, accuracy: Callable[[Run], float]) -> tuple[tuple[Cell, ...], list[Run]]:
-    """Return the cells that tuning chooses where runs have known accuracies, and all its runs."""
+    """Return the cells chosen by tuning on runs with known accuracies, and all tuning runs."""
     finals: dict[str, float] = {}
     made: list[Run] = []
     while True:
@@ -45,11 +45,11 @@ def _tuned(method: str, accuracy: Callable[[Run], float]) -> tuple[tuple[Cell, .
 
 
 def _distance(value: float, best: float) -> float:
-    """Return by how many factors of two a value is off."""
+    """Return the distance of a value from the best one, in factors of two."""
     return abs(math.log2(value / best))
 
 
-def test_tuning_climbs_past_the_edge_of_its_start_to_the_best_cell() -> None:
+def test_tuning_continues_beyond_the_first_cells_to_the_best() -> None:
     def accuracy(run: Run) -> float:
         off = _distance(run.lr, 0.0125) + _distance(run.batch, 128) + _distance(run.rho, 0.8)
         return 50.0 - off
@@ -62,7 +62,7 @@ def test_tuning_climbs_past_the_edge_of_its_start_to_the_best_cell() -> None:
     assert len({run.key(FIT) for run in made}) == len(made)
 
 
-def test_tuning_begins_with_the_protocols_cells() -> None:
+def test_tuning_starts_with_the_cells_of_the_protocol() -> None:
     sgd = {(r.batch, r.lr) for r in tune(SMALL, "sgd", {}).missing}
     assert sgd == {(b, lr) for b in (16, 32, 64) for lr in (0.0125, 0.025, 0.05, 0.1, 0.2)}
     sam = {(r.batch, r.lr, r.rho) for r in tune(SMALL, "sam", {}).missing}
@@ -98,16 +98,16 @@ def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_reported_seeds_are_not_tuned_on(setting: Any) -> None:
+def test_reported_seeds_are_not_used_for_tuning(setting: Any) -> None:
     assert not set(setting.seeds) & set(setting.tuning_seeds)
     assert setting.tuned_at in setting.budgets
 
 
-def test_a_plan_comes_to_an_end_with_every_method_at_every_budget_and_two_batch_sizes() -> None:
+def test_a_finished_plan_has_every_method_at_every_budget_and_two_batch_sizes() -> None:
     records: list[dict[str, Any]] = []
     while not (plan := make_plan(QUICK, records)).done:
         assert plan.runs
-        records += [  # as if the first ones ended first
+        records += [  # as if runs ended in their order
             _record(run, 50.0 - _distance(run.lr, 0.05) - _distance(run.batch, 32))
             for run in plan.runs[:50]
         ]
@@ -121,7 +121,7 @@ def test_a_plan_comes_to_an_end_with_every_method_at_every_budget_and_two_batch_
         assert len(found) == 8
 
 
-def test_reported_runs_come_at_the_tuned_budget_first_and_seed_by_seed() -> None:
+def test_reported_runs_start_with_the_tuned_budget_and_are_ordered_by_seed() -> None:
     records: list[dict[str, Any]] = []
     while (plan := make_plan(QUICK, records)).runs[0].seed in QUICK.tuning_seeds:
         records += [
@@ -140,7 +140,7 @@ def test_reported_runs_come_at_the_tuned_budget_first_and_seed_by_seed() -> None
     assert not any(run.batch == 32 for run in plan.runs[half:])
 
 
-def test_a_run_that_another_holds_is_left_to_it(tmp_path: Path) -> None:
+def test_a_worker_skips_a_run_that_another_has_locked(tmp_path: Path) -> None:
     run = QUICK.run("sgd", Cell(32, 0.05), 2, 0)
     with claimed(run, tmp_path) as first, claimed(run, tmp_path) as second:
         assert first
@@ -149,7 +149,7 @@ def test_a_run_that_another_holds_is_left_to_it(tmp_path: Path) -> None:
         assert again
 
 
-def test_a_worker_makes_runs_and_another_goes_on_behind_it(tmp_path: Path) -> None:
+def test_a_second_worker_continues_after_the_first(tmp_path: Path) -> None:
     assert work([QUICK], tmp_path, most=2, say=lambda _: None) == 2
     first = Store(folder_of(QUICK, tmp_path)).records()
     assert work([QUICK], tmp_path, most=1, say=lambda _: None) == 1
@@ -161,14 +161,14 @@ def test_a_worker_makes_runs_and_another_goes_on_behind_it(tmp_path: Path) -> No
     assert {"machine", "versions", "command", "revision", "flops_ratio"} <= records[0].keys()
 
 
-def test_two_processes_make_each_run_once(tmp_path: Path) -> None:
+def test_two_processes_execute_each_run_once(tmp_path: Path) -> None:
     command.main(["--quick", "--jobs", "2", "--runs", "3", "--out", str(tmp_path)])
     records = Store(folder_of(QUICK, tmp_path)).records()
     assert len(records) == 6
     assert len({key_of(record) for record in records}) == 6
 
 
-def test_a_killed_worker_leaves_a_run_that_the_next_one_ends_to_the_bit(
+def test_a_killed_workers_run_is_resumed_bit_for_bit(
     tmp_path: Path,
 ) -> None:
     setting = dataclasses.replace(
@@ -236,7 +236,7 @@ def _fit(method: str) -> tuple[Trainer, dict[str, Any], list[int]]:
     return trainer, found, counts
 
 
-def test_the_quarter_that_was_rejected_most_is_found() -> None:
+def test_the_most_rejected_quarter_of_the_samples() -> None:
     trainer, found, counts = _fit("sds")
     _, right = trainer.outcomes(trainer.source.training())
     assert found["training_accuracy"] == pytest.approx(100 * float(right.mean()))
@@ -249,22 +249,22 @@ def test_the_quarter_that_was_rejected_most_is_found() -> None:
     assert means[0] < means[3]
 
 
-def test_the_images_of_an_epoch_come_in_the_order_that_is_told() -> None:
+def test_the_order_of_the_images_in_an_epoch() -> None:
     trainer = Trainer(Run(method="sgd", **{**QUICK.shared, "batch": 32}, augment=False))
     x, _ = next(trainer.source.epoch(5))
     plain = torch.cat([images for images, _ in trainer.source.training(batch=40)])
     torch.testing.assert_close(x, plain[trainer.source.order(5)[:32]])
 
 
-def test_a_method_that_leaves_nothing_out_has_one_accuracy() -> None:
+def test_a_method_that_rejects_no_samples_has_one_accuracy() -> None:
     _, found, _ = _fit("sgd")
     assert found.keys() == {"training_loss", "training_accuracy", "recomputed_accuracy"}
 
 
-def test_statistics_are_recomputed_for_one_test_and_the_model_is_left_as_it_was() -> None:
+def test_recomputed_statistics_are_used_for_one_test_and_then_restored() -> None:
     trainer = Trainer(Run(method="previous", **{**QUICK.shared, "batch": 32, "epochs": 1}))
     trainer.train_epoch(0)
-    with torch.no_grad():  # statistics that no data has
+    with torch.no_grad():  # wrong statistics
         for name, buffer in trainer.model.named_buffers():
             if name.endswith("running_var"):
                 buffer.fill_(1e4)
@@ -286,7 +286,7 @@ def test_a_stopped_run_counts_the_rejected_samples_of_all_its_epochs(tmp_path: P
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_budgets_buy_the_same_compute_for_every_method(name: str) -> None:
+def test_a_budget_is_the_same_compute_for_every_method(name: str) -> None:
     setting = SETTINGS[name]
     for budget in setting.budgets:
         for method, cost in METHODS.items():
@@ -295,13 +295,13 @@ def test_budgets_buy_the_same_compute_for_every_method(name: str) -> None:
             assert run.epochs * real == pytest.approx(budget, rel=0.05)
 
 
-def test_a_setting_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["large"])
     assert "SETTING must be one of small, noisy" in capsys.readouterr().err
 
 
-def test_the_plan_is_shown_and_nothing_made(
+def test_the_plan_is_shown_without_running_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "train", None)

@@ -29,7 +29,7 @@ def _point(method: str, compute: float, *finals: float, second: bool = False) ->
     return Point(method, Cell(32, 0.05), second, 20, compute, values, values, values)
 
 
-def test_interval_is_students() -> None:
+def test_intervals_are_from_students_t() -> None:
     # Mean 2, standard deviation 1, n = 3: t(.975, 2) = 4.302653 times 1 / sqrt(3).
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert interval([1.0]) == float("inf")
@@ -45,13 +45,13 @@ def test_differences_are_taken_on_the_same_seeds() -> None:
     assert difference(one.finals, {}) is None
 
 
-def test_a_difference_is_above_where_its_whole_interval_is() -> None:
+def test_above_means_that_the_whole_interval_is_above_0() -> None:
     one, other = _point("sam", 20, 3.0, 4.0, 5.0), _point("sgd", 20, 1.0, 2.1, 2.9)
     assert difference(one.finals, other.finals).above
     assert not difference(other.finals, one.finals).above
 
 
-def test_a_frontier_is_the_best_that_costs_no_more() -> None:
+def test_a_frontier_is_the_best_accuracy_up_to_each_cost() -> None:
     cheap, dear, second = (
         _point("sgd", 10, 44.0),
         _point("sgd", 40, 46.0),
@@ -70,14 +70,14 @@ def test_holms_correction_by_hand() -> None:
     assert holm(ps) == pytest.approx(expected)
 
 
-def test_compute_is_what_a_run_costs_in_epochs_of_sgd() -> None:
+def test_compute_is_measured_in_epochs_of_sgd() -> None:
     record = {"run": {"epochs": 10, "batch": 64}, "flops_ratio": 2.0}
-    record["data"] = {"training_images": 100}  # 64 of 100 images an epoch
+    record["data"] = {"training_images": 100}  # 64 of 100 images per epoch
     assert compute_of(record) == pytest.approx(12.8)
 
 
 def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
-    """Return the records of a whole study in which methods are so much better than SGD."""
+    """Return the records of a study in which methods are better than SGD by the given gains."""
     generator, records = random.Random(0), []
     while not (plan := make_plan(SETTING, records)).done:
         for run in plan.runs:
@@ -99,7 +99,7 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
     return records
 
 
-def test_a_report_tells_who_is_above_the_frontiers(tmp_path: Path) -> None:
+def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     records = _records({"sam": 1.0, "esam": -2.0})
     points = reported_points(SETTING, records)
     assert len(points) == len(METHODS) * len(SETTING.budgets) * 2
@@ -120,7 +120,7 @@ def test_a_report_tells_who_is_above_the_frontiers(tmp_path: Path) -> None:
         assert float(rows[row][column].split()[0].strip("*")) == pytest.approx(gain, abs=0.1)
     assert "**" not in rows["10: the paper's ESAM"][3]
     assert rows["10: SGD"][3].strip() == ""
-    assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # what recomputed statistics add
+    assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # the gain from recomputed statistics
     assert (folder / "frontier.png").stat().st_size > 10_000
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
     assert "Interim" in write_report(SETTING, folder)

@@ -103,7 +103,7 @@ def test_layers_of_several_widths():
 
 
 @pytest.mark.backends("tensorflow")
-def test_a_call_made_by_tf_function_is_refused():
+def test_a_call_compiled_by_tf_function_is_refused():
     import tensorflow as tf
 
     class Traced(keras.layers.Dense):
