@@ -2,7 +2,10 @@
 
 import pytest
 
+from esam_core import Part, TopLoss
+from esam_core.conformance.problems import batchnorm
 from esam_core.conformance.testing import conformance
+from esam_core.conformance.trace import Run, follow
 from esam_keras.conformance import KerasAdapter, adapter
 
 #: Checks that compilation could affect: masks, samples and numbers.
@@ -44,6 +47,11 @@ def test_compiled(run, request):
     if not any(f"[{name}]" in request.node.name for name in COMPILED):
         pytest.skip("compilation does not affect it")
     run()
+
+
+def test_one_sample_beside_the_part_takes_the_running_statistics():
+    esam = {"rho": 0.2, "beta": 1.0, "select": TopLoss(0.5), "ascend": Part(0.875)}
+    follow(adapter, Run(problem=batchnorm(), esam=esam), steps=2)
 
 
 def test_gaps_are_declared():
