@@ -157,8 +157,9 @@ class JaxBackend(Backend):
                     training.finish(count, drawn, report)
                     counter.add(state[2][place])
             except BaseException:
-                # `fit` has moved the values out of the variables, and restores them from here.
+                # The values are not in the variables: the compiled step was given their memory.
                 compat.hold_jax_state(model, dict(zip(STATE, state, strict=True)))
+                model.jax_state_sync()
                 raise
             return logs or {}, state
 
