@@ -49,7 +49,7 @@ def test_compiled(run, request):
     run()
 
 
-def test_one_sample_beside_the_part_takes_the_running_statistics():
+def test_one_sample_outside_the_part_uses_running_statistics():
     esam = {"rho": 0.2, "beta": 1.0, "select": TopLoss(0.5), "ascend": Part(0.875)}
     follow(adapter, Run(problem=batchnorm(), esam=esam), steps=2)
 

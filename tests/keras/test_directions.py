@@ -1,4 +1,4 @@
-"""`ascend=`: what the parts, the kept gradients and the first moments are in Keras's own terms."""
+"""`ascend=`: parts, kept gradients and first moments, compared with Keras's own values."""
 
 import keras
 import numpy as np
@@ -37,8 +37,8 @@ BACKEND = keras.backend.backend()
 optimizers = keras.optimizers
 
 
-def few(names, *on_jax):
-    """Some of the names on JAX, where compiling takes the time, else all."""
+def fewer_on_jax(names, *on_jax):
+    """Return some of the names on JAX, where compiling is slow, else all."""
     return [name for name in names if BACKEND != "jax" or name in on_jax]
 
 
@@ -88,7 +88,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_part_climbs_along_its_own_gradient(name):
+def test_a_part_is_perturbed_along_its_own_gradient(name):
     build, loss, batch = LOSSES[name]
     model = build()
     part = climbing_indices(Part(0.25), 12, seed=0, count=0)
@@ -107,8 +107,8 @@ def test_a_part_climbs_along_its_own_gradient(name):
 
 
 @pytest.mark.parametrize("select", [TopLoss(0.5), Proportional(0.5, score="increase")], ids=repr)
-def test_losses_of_a_part_and_of_the_rest_are_those_of_the_batch(select):
-    """With weights that differ, a part on its own would divide by another sum of them."""
+def test_losses_of_a_part_and_of_the_rest_equal_those_of_the_batch(select):
+    """The weights differ: a part alone would divide by a different sum of weights."""
     settings = {"loss": cross_entropy(reduction="mean_with_sample_weight")}
     seen = []
     for ascend in (Part(0.5), None):
@@ -121,8 +121,8 @@ def test_losses_of_a_part_and_of_the_rest_are_those_of_the_batch(select):
     np.testing.assert_allclose(seen[0][1], seen[1][1], rtol=1e-5)
 
 
-def test_a_random_descent_without_a_pass_at_theta_is_scaled_as_with_one():
-    """The sum over half of the samples stands for the sum over all, wherever the climb is along."""
+def test_a_random_descent_has_the_same_scale_with_and_without_a_pass_at_theta():
+    """The sum over half of the samples estimates the sum over all, for any ascent direction."""
     found = []
     for ascend in (Previous(), Part(0.5), None):
         keras.utils.set_random_seed(1)
@@ -145,7 +145,7 @@ def test_a_random_descent_without_a_pass_at_theta_is_scaled_as_with_one():
 
 @keras.saving.register_keras_serializable(package="tests")
 class Recorder(keras.optimizers.Optimizer):
-    """SGD that notes the gradient that its rule is given."""
+    """SGD that records the gradient that its update rule receives."""
 
     def build(self, variables):
         super().build(variables)
@@ -171,8 +171,10 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("name", few(GIVEN, "global_clipnorm", "accumulates", "loss scale"))
-def test_what_is_kept_is_what_the_update_was_given(name):
+@pytest.mark.parametrize(
+    "name", fewer_on_jax(GIVEN, "global_clipnorm", "accumulates", "loss scale")
+)
+def test_the_kept_gradient_is_that_of_the_update(name):
     base = GIVEN[name]()
     inner = getattr(base, "inner_optimizer", base)
     model = mlp()
@@ -187,7 +189,7 @@ def test_what_is_kept_is_what_the_update_was_given(name):
     assert changes == [name != "accumulates", True, True, True]
 
 
-def test_only_what_the_sampler_can_perturb_is_kept():
+def test_gradients_are_kept_only_for_units_that_can_be_perturbed():
     for perturb, norm, kept in (
         (Suffix("head"), "masked", 2),
         (RandomSuffix(("second", "head")), "masked", 4),
@@ -204,7 +206,7 @@ def test_only_what_the_sampler_can_perturb_is_kept():
 
 @pytest.mark.parametrize("where", ["around", "within"])
 @pytest.mark.parametrize("ascend", [Previous(), Momentum()], ids=repr)
-def test_an_overflow_leaves_nothing_to_climb_along(where, ascend):
+def test_there_is_no_direction_after_an_overflow(where, ascend):
     def scaler(inner):
         return optimizers.LossScaleOptimizer(inner, initial_scale=2.0**127)
 
@@ -227,12 +229,12 @@ def test_an_overflow_leaves_nothing_to_climb_along(where, ascend):
         model.train_on_batch(X, Y)
         assert own.report.perturbed
         np.testing.assert_allclose(float(own.report.perturbation_norm), 0.3, rtol=1e-3)
-        assert 0.0 < float(own.report.gradient_norm) < 10.0  # of the loss, and not of the scaled
+        assert 0.0 < float(own.report.gradient_norm) < 10.0  # of the loss without the scale
     finally:
         keras.config.set_dtype_policy("float32")
 
 
-def test_a_state_set_back_to_the_start_has_no_direction():
+def test_a_reset_state_has_no_direction():
     for ascend in (Previous(), Momentum()):
         model = mlp()
         model.compile(esam(optimizers.SGD(0.1, momentum=0.9), ascend=ascend), cross_entropy())
@@ -264,18 +266,18 @@ BASES = {
     "lamb": (lambda: optimizers.Lamb(0.01), 0.1),
     "lion": (lambda: optimizers.Lion(0.01, beta_2=0.9), 0.1),
     "scaled": (lambda: optimizers.LossScaleOptimizer(optimizers.Adam(0.01)), 0.1),
-    "muon": (lambda: optimizers.Muon(0.01), None),  # SGD's for matrices, Adam's for the rest
+    "muon": (lambda: optimizers.Muon(0.01), None),  # SGD's moment for matrices, Adam's for the rest
 }
 
 
-@pytest.mark.parametrize("name", few(BASES, "schedule", "adam", "scaled", "muon"))
+@pytest.mark.parametrize("name", fewer_on_jax(BASES, "schedule", "adam", "scaled", "muon"))
 def test_the_first_moment_is_along_the_gradient(name):
     build, share = BASES[name]
     model = mlp()
     gradient = Oracle(model, {"loss": cross_entropy()}, (X, Y)).gradient(trainable(model), (X, Y))
     moment = [(share or (1.0 if g.ndim == 2 else 0.1)) * g for g in gradient]
     model.compile(esam(build(), ascend=Momentum(1)), cross_entropy())
-    if name == "muon" and not hasattr(optimizers, "MultiOptimizer"):  # kept otherwise then
+    if name == "muon" and not hasattr(optimizers, "MultiOptimizer"):  # a different moment then
         with pytest.raises(ESAMValueError, match="Received: Muon of Keras"):
             model.train_on_batch(X, Y)
         return
@@ -323,7 +325,7 @@ WITHOUT = {
     "Recorder": recorder,
     "SGD with momentum=0 ": lambda: optimizers.LossScaleOptimizer(optimizers.SGD(0.1)),
 }
-if hasattr(optimizers, "ScheduleFreeAdamW"):  # what it calls its momentum is of the weights
+if hasattr(optimizers, "ScheduleFreeAdamW"):  # its "momentum" averages weights
     WITHOUT["ScheduleFreeAdamW"] = optimizers.ScheduleFreeAdamW
 
 
@@ -333,7 +335,7 @@ def test_a_base_without_a_first_moment_is_refused_by_name(name):
         esam(WITHOUT[name](), ascend=Momentum())
 
 
-# -- what cannot be done ---------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 def refused(model, optimizer, batch, match, loss=None):
@@ -344,18 +346,18 @@ def refused(model, optimizer, batch, match, loss=None):
     same(weights(model), before)
 
 
-def test_a_part_needs_a_loss_that_tells_samples_apart():
+def test_a_part_needs_losses_per_sample():
     one_hot = np.eye(3, dtype="float32")[Y]
     refused(mlp(activation="softmax"), esam(ascend=Part(0.5)), (X, one_hot), r"Part", "dice")
     model = mlp(activation="softmax")
-    model.compile(esam(ascend=Previous()), "dice")  # needs no sample's loss
+    model.compile(esam(ascend=Previous()), "dice")  # needs no losses per sample
     model.train_on_batch(X, one_hot)
     model.train_on_batch(X, one_hot)
     assert model.optimizer.report.loss is None
     assert float(model.optimizer.report.perturbation_norm) > 0
 
 
-def test_a_part_of_a_model_with_a_batch_size_is_refused():
+def test_a_part_with_a_fixed_batch_size_is_refused():
     fixed = keras.Sequential(
         [
             keras.Input(batch_shape=(12, 6)),
@@ -367,7 +369,7 @@ def test_a_part_of_a_model_with_a_batch_size_is_refused():
 
 
 @pytest.mark.backends("tensorflow", "torch")
-def test_weights_that_only_a_perturbed_call_assigns_are_refused():
+def test_weights_assigned_only_in_a_perturbed_call_are_refused():
     layers = keras.layers
 
     def normalised():
@@ -404,7 +406,7 @@ def test_a_direction_of_another_model_is_refused():
         esam().load_own_variables({str(i): 0 for i in range(13)})
 
 
-def test_a_state_without_a_direction_begins_with_a_base_step():
+def test_a_state_without_a_direction_starts_with_a_base_step():
     model = mlp()
     model.compile(esam(), cross_entropy())
     model.fit(X, Y, batch_size=4, verbose=0)
@@ -421,8 +423,8 @@ def test_a_state_without_a_direction_begins_with_a_base_step():
     assert other.optimizer.report.perturbed
 
 
-def test_gradients_are_kept_without_a_model_too():
-    """An optimizer that is built before it is compiled with keeps the gradients of all."""
+def test_gradients_are_also_kept_without_a_model():
+    """An optimizer built before `compile` keeps the gradients of all variables."""
     model = mlp()
     optimizer = esam(perturb=Suffix("head"), ascend=Previous())
     optimizer.build(model.trainable_variables)
