@@ -185,7 +185,7 @@ def test_base_is_a_class():
 
 
 def test_base_is_not_an_optimizer():
-    with pytest.raises(ESAMTypeError, match=r"torch.optim.Optimizer. Received: float"):
+    with pytest.raises(ESAMTypeError, match=r"must be a torch.optim.Optimizer, .* Received: float"):
         ESAM(0.1, net())
 
 
