@@ -25,7 +25,10 @@ from esam_torch import ESAM
 
 __all__ = ["LiveBytes", "Meter", "main", "measure"]
 
-DEFAULT = ("sgd", "peer-sam", "sam", "asam", "esam", "suffix-sds", "last-sds", "last-loss")
+DEFAULT = (
+    *("sgd", "peer-sam", "sam", "asam", "esam", "suffix-sds", "last-sds", "last-loss"),
+    *("part", "previous", "momentum"),
+)
 
 COLUMNS = (
     *("method", "peak MiB", "over SGD", "copies of the weights", "against SAM's"),
