@@ -249,6 +249,7 @@ def test_uncompiled_steps_know_their_mask(monkeypatch):
 @pytest.mark.backends("torch")
 @pytest.mark.parametrize("layers", [4, 16])
 def test_dispatched_operations_grow_with_the_tensors(layers):
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counting(TorchDispatchMode):
@@ -268,4 +269,6 @@ def test_dispatched_operations_grow_with_the_tensors(layers):
 
     sgd = dispatched(keras.optimizers.SGD(0.1, momentum=0.9))
     esam = ESAM(keras.optimizers.SGD(0.1, momentum=0.9), perturb=Everything(), gamma=1.0)
-    assert dispatched(esam) <= 2 * sgd + 4 * (2 * layers) + 40
+    # With the lowest versions (Keras 3.11, torch 2.6) a step dispatches 14 more, for any number.
+    newest = hasattr(torch, "_foreach_clone")
+    assert dispatched(esam) <= 2 * sgd + 4 * (2 * layers) + (40 if newest else 54)
