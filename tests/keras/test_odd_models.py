@@ -313,4 +313,8 @@ def test_optional_inputs_missing_in_a_generator():
         model.fit(batches, steps_per_epoch=2, verbose=0, shuffle=False)
         return model.get_weights()
 
-    same(trained(ESAM("sgd", rho=0.0)), trained("sgd"))
+    try:
+        plain = trained("sgd")
+    except ValueError as error:
+        pytest.skip(f"this version of Keras does not accept None from a generator: {error}")
+    same(trained(ESAM("sgd", rho=0.0)), plain)
