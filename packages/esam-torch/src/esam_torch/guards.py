@@ -103,14 +103,8 @@ class Weights:
     def __init__(self, targets: Targets, sharded: bool = False) -> None:
         tensors = targets.tensors
         self._weights = [local(p.data) for p in tensors] if sharded else list(tensors)
-        self._kinds = targets.kinds
+        self._by_kind = targets.by_kind  # what one kernel can write
         self._copies = [cloned(weights) for weights in self._by_kind(self._weights)]
-
-    def _by_kind(self, tensors: list[Tensor]) -> list[list[Tensor]]:
-        """Return lists of tensors with the same device and dtype, which one kernel can write."""
-        if len(self._kinds) == 1:
-            return [tensors]
-        return [[tensors[i] for i in places] for places in self._kinds]
 
     def add(self, perturbations: list[Tensor]) -> None:
         """Add epsilon to the weights."""

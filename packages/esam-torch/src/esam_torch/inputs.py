@@ -39,9 +39,9 @@ def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
         copies = [t.detach().clone() for t in tensors] if written else None
         found = losses(*args, **kwargs)
         changed = [t for t, n in zip(tensors, versions, strict=True) if times_written(t) != n]
-        if changed:
-            for tensor, copy in zip(tensors, copies or tensors, strict=True):
-                if not _equal(tensor.detach(), copy.detach()):
+        if changed and copies is not None:
+            for tensor, copy in zip(tensors, copies, strict=True):
+                if not _equal(tensor.detach(), copy):
                     raise ESAMRuntimeError(
                         "`losses` must not change its batch in place, because every pass of a step "
                         "reads it. Received: a tensor of shape "
@@ -49,8 +49,9 @@ def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
                         "return a new tensor (`x = x.sub(mean)` and not `x.sub_(mean)`), or change "
                         "the batch before the step."
                     )
+        if changed and not written:
             own = {id(t) for t in tensors_in([*batch[0], *batch[1].values()])}
-            written = written or any(id(t) in own for t in changed)
+            written = any(id(t) in own for t in changed)
         return found
 
     return watched

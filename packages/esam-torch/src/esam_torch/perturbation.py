@@ -177,17 +177,13 @@ def _stretched(
 
 def _scaled(directions: list[Tensor], targets: Targets, common: Tensor) -> list[Tensor]:
     """Return each direction times its factor and the common 0-d tensor."""
-    scaled = [torch.empty(0)] * len(directions)
-    for places in targets.kinds:
-        some = directions if len(targets.kinds) == 1 else [directions[i] for i in places]
+    found: dict[int, Tensor] = {}
+    for places, some in zip(targets.kinds, targets.by_kind(directions), strict=True):
         here = on_device(common, some[0].device)
         if targets.factor is not None:
             products = torch._foreach_mul(some, here * targets.factor)
         else:
             products = torch._foreach_mul(some, [targets.factors[i] for i in places])
             torch._foreach_mul_(products, here)
-        if len(targets.kinds) == 1:
-            return list(products)
-        for i, product in zip(places, products, strict=True):
-            scaled[i] = product
-    return scaled
+        found.update(zip(places, products, strict=True))
+    return [found[i] for i in range(len(directions))]

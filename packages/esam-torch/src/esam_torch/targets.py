@@ -78,6 +78,12 @@ class Targets:
             found.setdefault((tensor.device, tensor.dtype), []).append(i)
         return list(found.values())
 
+    def by_kind(self, values: list[Tensor]) -> list[list[Tensor]]:
+        """Return one tensor per parameter, as lists with the same device and dtype."""
+        if len(self.kinds) == 1:
+            return [values]
+        return [[values[i] for i in places] for places in self.kinds]
+
     @functools.cached_property
     def spread(self) -> Spread:
         """Which parameters are sharded over which ranks."""
