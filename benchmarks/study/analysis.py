@@ -1,4 +1,4 @@
-"""What the study's records say: frontiers of accuracy against compute, and paired differences."""
+"""Frontiers of accuracy against compute, and paired differences, from the study's records."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,31 +18,32 @@ __all__ = [
     "reported_points",
 ]
 
-#: A frontier's point may cost so much more than what it is compared with: epochs are whole.
+#: A point of a frontier may cost this much more than the method compared with it, because the
+#: numbers of epochs are whole.
 TOLERANCE = 1.05
 
 
 def compute_of(record: Mapping[str, Any]) -> float:
     """Return the compute of a run in epochs of SGD, from its counted operations."""
     run, images = record["run"], record["data"]["training_images"]
-    seen = images // run["batch"] * run["batch"] / images  # a last, smaller batch is left out
+    seen = images // run["batch"] * run["batch"] / images  # the last, smaller batch is dropped
     return float(record["flops_ratio"] * run["epochs"] * seen)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A method at a budget with one cell.
+    """The runs of a method with one cell at one budget.
 
     Args:
         method: a key of `METHODS`.
         cell: its hyperparameters.
-        second: whether the cell is that of the second batch size.
+        second: whether this is the cell of the second batch size.
         budget: in epochs of SGD.
-        compute: what its runs really cost.
-        finals: final accuracies by seed, as far as they are there.
-        bests: the best accuracies of the runs, likewise.
-        fits: accuracies on the training samples, likewise.
-        recomputed: final accuracies after `update_bn`, by seed, where they were measured.
+        compute: the counted cost of its runs, in epochs of SGD.
+        finals: final test accuracies of the finished runs, by seed.
+        bests: best test accuracies, by seed.
+        fits: accuracies on the training samples, by seed.
+        recomputed: final test accuracies after `update_bn`, by seed, if they were measured.
     """
 
     method: str
@@ -62,7 +63,7 @@ class Point:
 
 
 def reported_points(setting: Setting, records: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """Return the reported points of all methods that are tuned, as far as their runs are there."""
+    """Return the points of all tuned methods that have finished reported runs."""
     found = {key_of(record): record for record in records}
     finals = finals_by_key(found.values())
     points = []
@@ -104,11 +105,11 @@ def _point(
 
 
 def frontier(points: Iterable[Point], method: str, compute: float) -> Point | None:
-    """Return the point of a method with the highest mean that costs no more, or None.
+    """Return the point of a method with the highest mean within a compute, or None.
 
     Args:
-        points: of the setting.
-        method: whose frontier.
+        points: all points of the setting.
+        method: the method whose frontier this is.
         compute: in epochs of SGD; a point may cost 5 % more.
     """
     affordable = [p for p in points if p.method == method and p.compute <= TOLERANCE * compute]
@@ -116,7 +117,7 @@ def frontier(points: Iterable[Point], method: str, compute: float) -> Point | No
 
 
 def interval(values: Sequence[float]) -> float:
-    """Return the half width of the 95 % interval of the mean, of Student's t; infinite for one."""
+    """Return the half width of the mean's 95 % interval (Student's t); infinite for one value."""
     n = len(values)
     if n < 2:
         return float("inf")
@@ -129,9 +130,9 @@ class Difference:
 
     Args:
         mean: in points of accuracy.
-        half: half width of its 95 % interval.
-        p: of the hypothesis that there is none, two-sided; 1 for one seed.
-        seeds: how many.
+        half: half the width of its 95 % interval.
+        p: the two-sided p value of the hypothesis that it is 0; 1 for one seed.
+        seeds: the number of seeds.
     """
 
     mean: float
@@ -141,7 +142,7 @@ class Difference:
 
     @property
     def above(self) -> bool:
-        """Whether the interval lies above 0."""
+        """Whether the whole interval is above 0."""
         return self.mean - self.half > 0.0
 
     def __str__(self) -> str:
@@ -151,11 +152,11 @@ class Difference:
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
-    """Return how much higher accuracies are than others on the seeds of both, or None.
+    """Return the mean difference of accuracies on the seeds that both have, or None.
 
     Args:
         one: accuracies by seed.
-        other: accuracies by seed.
+        other: the accuracies to subtract, by seed.
     """
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
@@ -169,7 +170,7 @@ def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Differen
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:
-    """Return p values corrected by Holm's procedure, by the same names."""
+    """Return p values corrected by Holm's procedure, with the same keys."""
     corrected: dict[str, float] = {}
     highest = 0.0
     for i, name in enumerate(sorted(ps, key=lambda name: ps[name])):

@@ -1,7 +1,7 @@
-"""Make the runs of the study's settings, by the protocol of docs/study-protocol.md.
+"""Run the study of docs/study-protocol.md.
 
-The command can be killed and given again at any time, and given several times at once: a run that
-is done is not made again, one that was begun goes on, and no two processes make the same one.
+You can stop the command at any time and start it again, also several times at once: finished runs
+are not repeated, an interrupted run resumes, and no two processes make the same run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Make the runs."""
+    """Make the missing runs, or write their plan or report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks study",
         description=__doc__,
@@ -31,15 +31,15 @@ def main(arguments: Sequence[str] = ()) -> None:
     )
     add = parser.add_argument
     add("settings", nargs="*", default=list(SETTINGS), metavar="SETTING")
-    add("--jobs", type=count_number, default=1, help="processes (default: 1)")
-    add("--threads", type=count_number, default=1, help="of the CPU, each (default: 1)")
-    add("--runs", type=count_number, help="at most so many in each process (default: all)")
+    add("--jobs", type=count_number, default=1, help="number of processes (default: 1)")
+    add("--threads", type=count_number, default=1, help="CPU threads per process (default: 1)")
+    add("--runs", type=count_number, help="most runs per process (default: all)")
     add(
         "--out", type=Path, default=Path("benchmarks/results"), help="(default: benchmarks/results)"
     )
-    add("--plan", action="store_true", help="say what is missing, and make nothing")
-    add("--report", action="store_true", help="write tables and figure, and make nothing")
-    add("--quick", action="store_true", help="two runs of a small form, in seconds")
+    add("--plan", action="store_true", help="print the missing runs and exit")
+    add("--report", action="store_true", help="write tables and figure and exit")
+    add("--quick", action="store_true", help="make two small runs, in seconds")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.settings) - set(SETTINGS))
     if unknown:
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 def _show_plan(setting: Setting, out: Path) -> None:
-    """Print which runs of a setting can be made now."""
+    """Print the runs of a setting that can be made now."""
     plan = make_plan(setting, Store(folder_of(setting, out)).records())
     print(f"{setting.name}: {len(plan.runs)} runs can be made now")
     for run in plan.runs:

@@ -1,6 +1,7 @@
-"""How well a run fits its training samples at its end, and those that it left out most.
+"""The probe of the study's runs: accuracy on the training samples at the end.
 
-Also its test accuracy with the statistics of batch normalization recomputed at the final weights.
+It also measures accuracy on the samples that were left out of the descent pass most, and the test
+accuracy with BatchNorm statistics recomputed at the final weights.
 """
 
 from typing import Any
@@ -15,28 +16,28 @@ from benchmarks.training import Probe, Trainer
 
 __all__ = ["FIT", "Fit"]
 
-#: The options of the probe, which are part of a run's key.
+#: The options of the probe; they are part of a run's key.
 FIT: dict[str, Any] = {"name": "fit"}
 
 
 class Fit(Probe):
     """Accuracy on the training samples after the last epoch.
 
-    Where a method leaves samples out of its descents, also the accuracy of each quarter of the
+    For methods that select samples for the descent pass: also the accuracy of each quarter of the
     training samples, from the quarter that was left out least to the one that was left out most.
-    Where the network has batch normalization, also the test accuracy with statistics recomputed
-    from the training samples: where no pass at the weights sees the whole batch, the running ones
-    belong to the perturbed weights.
+    For networks with BatchNorm: also the test accuracy with statistics recomputed from the training
+    samples. If no pass at the weights sees the whole batch, the running statistics are those of
+    perturbed weights.
     """
 
     options = FIT
 
     def __init__(self) -> None:
-        self._descents: list[Tensor] = []  # of this epoch: places in the batch
-        self._left_out: Tensor | None = None  # by training sample: how often
+        self._descents: list[Tensor] = []  # of this epoch: indices in the batch
+        self._left_out: Tensor | None = None  # how often, for each training sample
 
     def observe(self, epoch: int, report: Any) -> None:
-        """See the report of a step."""
+        """Note which samples a step selected."""
         if report is not None and report.indices is not None:
             self._descents.append(report.indices.cpu())
 
@@ -64,7 +65,7 @@ class Fit(Probe):
         return found
 
     def _count(self, source: Batches, epoch: int) -> None:
-        """Count the samples of the epoch's batches that no descent was made on."""
+        """Count how often each sample of the epoch was left out of the descent pass."""
         order, size = source.order(epoch), source.batch
         if self._left_out is None:
             self._left_out = torch.zeros(len(order), dtype=torch.int64)
@@ -76,16 +77,16 @@ class Fit(Probe):
         self._descents.clear()
 
     def state(self) -> dict[str, Any]:
-        """Return how often each sample was left out so far."""
+        """Return how often each sample has been left out so far."""
         return {"left_out": self._left_out}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         self._left_out = state["left_out"]
 
 
 def _accuracy_with_recomputed_statistics(trainer: Trainer) -> float:
-    """Return the test accuracy, in percent, after `update_bn`; leave the model as it was."""
+    """Return the test accuracy in percent after `update_bn`; the model is not changed."""
     assert isinstance(trainer.source, Batches)
     model = trainer.tested
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -1,7 +1,7 @@
-"""Which runs a setting still needs, in the order of the protocol, from those that are done.
+"""The runs that a setting still needs, in the order of the protocol.
 
-Tuning depends on its own results: the climb goes on from the best cell so far. So the plan is made
-anew from the records each time; it depends on them alone, and on nothing else that has happened.
+Tuning depends on its own results: it continues from the best cell so far. The plan is therefore
+computed again after each run, and only from the records.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,17 +17,17 @@ from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["Plan", "Tuning", "finals_by_key", "make_plan", "reported_runs", "tune"]
 
-#: Cells that are confirmed on the other tuning seeds, for the first and for the second batch size.
+#: Numbers of cells that also run on the other tuning seeds, for the first and second batch size.
 CONFIRMED, CONFIRMED_SECOND = 4, 2
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Where a method's tuning stands.
+    """The state of a method's tuning.
 
     Args:
-        missing: runs to make now; none once the tuning is done.
-        chosen: its cell for its best batch size, and for its second; empty until it is done.
+        missing: the runs to make next; empty when tuning is done.
+        chosen: the cells of the best and of the second batch size; empty until tuning is done.
     """
 
     missing: tuple[Run, ...]
@@ -36,11 +36,11 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a setting needs.
+    """The runs that a setting needs.
 
     Args:
-        runs: that can be made now, the most decisive first.
-        done: whether nothing is missing any more.
+        runs: the runs that can be made now, the most important first.
+        done: whether all runs have been made.
     """
 
     runs: tuple[Run, ...]
@@ -48,17 +48,17 @@ class Plan:
 
 
 def finals_by_key(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the final accuracies by the keys of their runs."""
+    """Return the final accuracy of each run, by the run's key."""
     return {key_of(record): record["final"] for record in records}
 
 
 def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
-    """Return where the tuning of a method stands.
+    """Return the state of a method's tuning.
 
     Args:
-        setting: where.
-        method: which.
-        finals: final accuracies by key.
+        setting: the setting.
+        method: the method.
+        finals: final accuracies, by the keys of the runs.
     """
 
     def run(cell: Cell, seed: int) -> Run:
@@ -78,7 +78,7 @@ def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
         asked = [cell for cell in _best(found, 1)[0].neighbours() if cell not in found]
 
     def confirmed(candidates: Mapping[Cell, float], count: int) -> Cell | list[Run]:
-        """Return the best of some cells by all tuning seeds, or the runs that are missing."""
+        """Return the best cell by the mean of all tuning seeds, or the missing runs."""
         best = _best(candidates, count)
         missing = [run(c, seed) for seed in others for c in best if final(c, seed) is None]
         if missing:
@@ -99,25 +99,25 @@ def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
 
 
 def _best(values: Mapping[Cell, float], count: int) -> list[Cell]:
-    """Return the cells with the highest values; among equals, the one that was tried first."""
-    return sorted(values, key=lambda cell: -values[cell])[:count]  # a stable order
+    """Return the cells with the highest values; of equal cells, the first tried comes first."""
+    return sorted(values, key=lambda cell: -values[cell])[:count]  # sorting is stable
 
 
 def reported_runs(setting: Setting, method: str, cell: Cell) -> list[Run]:
-    """Return the reported runs of a method's cell: the tuned budget first, seed by seed."""
+    """Return the reported runs of a method's cell, seed by seed, the tuned budget first."""
     budgets = sorted(setting.budgets, key=lambda budget: budget != setting.tuned_at)
     return [setting.run(method, cell, b, seed) for b in budgets for seed in setting.seeds]
 
 
 def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
-    """Return what a setting needs: the tuning first, then the reported runs.
+    """Return the runs that a setting needs: tuning first, then the reported runs.
 
-    Reported are the chosen cells of all methods at the tuned budget, seed by seed, then at the
-    other budgets, then the same for the second batch sizes.
+    The reported runs are those of the chosen cells of all methods, seed by seed, at the tuned
+    budget and then at the others; then the same with the second batch sizes.
 
     Args:
-        setting: which.
-        records: of the runs that are done.
+        setting: the setting.
+        records: the records of the finished runs.
     """
     finals = finals_by_key(records)
     tunings = {method: tune(setting, method, finals) for method in setting.methods}

@@ -1,4 +1,4 @@
-"""The study's settings, as docs/study-protocol.md has them: data, network, grids, seeds."""
+"""The settings of docs/study-protocol.md: data, networks, start cells, budgets and seeds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,8 +8,8 @@ from benchmarks.run import Run
 
 __all__ = ["METHODS", "QUICK", "SETTINGS", "Cell", "Setting"]
 
-#: The methods in the order in which they are tuned, with what a step costs in steps of SGD: it
-#: settles how many epochs a budget buys. What a run really costs is counted, and in its record.
+#: The methods in tuning order, with the cost of a step in steps of SGD. The cost determines how
+#: many epochs a budget buys. The actual cost of a run is counted and is in its record.
 METHODS: dict[str, float] = {
     "sgd": 1.0,
     "sam": 2.0,
@@ -23,24 +23,24 @@ METHODS: dict[str, float] = {
     "esam": 1.684,
 }
 
-#: The field of a `Run` that is tuned beside batch and learning rate.
+#: The field of a `Run` that is tuned in addition to batch size and learning rate.
 STRENGTHS: dict[str, str] = {
     method: "ema" if method == "sgd-ema" else "rho" for method in METHODS if method != "sgd"
 }
 
 
-#: The methods that are run in all settings; those that count in "small" are added to them.
+#: The methods that run in all settings. Methods that count in "small" are added to them.
 _CARRIED = ("sgd", "sam", "half-suffix", "sgd-ema", "esam")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is tuned.
+    """The hyperparameters that are tuned.
 
     Args:
-        batch: samples a step.
-        lr: peak learning rate.
-        strength: rho, or the share of the new weights in an average; 0 where there is neither.
+        batch: the batch size.
+        lr: the peak learning rate.
+        strength: rho, or the share of the new weights in an average; 0 if the method has neither.
     """
 
     batch: int
@@ -48,7 +48,7 @@ class Cell:
     strength: float = 0.0
 
     def neighbours(self) -> list["Cell"]:
-        """Return the cells with one value halved or doubled, the batch within 8 to 128."""
+        """Return the cells with one value halved or doubled, with batch sizes from 8 to 128."""
         found = []
         for factor in (0.5, 2.0):
             batch = round(self.batch * factor)
@@ -61,7 +61,7 @@ class Cell:
 
 
 def _grid(method: str) -> tuple[Cell, ...]:
-    """Return the start cells of the methods whose tuning began with a grid of batch sizes."""
+    """Return the start cells of a method whose tuning begins with a grid."""
     batches = (16, 32, 64)
     if method == "sgd":
         return tuple(Cell(b, lr) for b in batches for lr in (0.0125, 0.025, 0.05, 0.1, 0.2))
@@ -69,10 +69,10 @@ def _grid(method: str) -> tuple[Cell, ...]:
 
 
 def _starts(lr: float, batches: tuple[int, ...] = (16, 32)) -> dict[str, tuple[Cell, ...]]:
-    """Return the start cells of all methods: one for each batch size, for "momentum" three."""
+    """Return the start cells of all methods: one per batch size, or three for "momentum"."""
     strengths: dict[str, tuple[float, ...]] = {
         "sgd": (0.0,),
-        "momentum": (1 / 320, 1 / 80, 1 / 20),  # its authors' rho is far above SAM's
+        "momentum": (1 / 320, 1 / 80, 1 / 20),  # its authors use a much larger rho than SAM's
     }
     return {
         method: tuple(
@@ -89,17 +89,17 @@ class Setting:
     """One setting of the study.
 
     Args:
-        name: as on the command line.
-        title: as in tables.
-        shared: fields of every `Run`.
-        budgets: epochs of SGD that a run may cost.
+        name: its name on the command line.
+        title: its name in tables.
+        shared: fields that all runs have in common.
+        budgets: the cost of a run in epochs of SGD.
         tuned_at: the budget of the tuning runs.
-        tuning_seeds: the first is for the climb, the others confirm the best cells.
-        seeds: reported.
-        starts: the cells that tuning begins with, by method.
+        tuning_seeds: the first is for the climb; the others confirm the best cells.
+        seeds: the seeds of the reported runs.
+        starts: the start cells of each method.
         methods: keys of `METHODS`.
-        base: what the base optimizer is called.
-        costs: of a step, where they are not those of `METHODS`.
+        base: the name of the base optimizer.
+        costs: costs of a step that differ from `METHODS`.
     """
 
     name: str
@@ -115,13 +115,13 @@ class Setting:
     costs: Mapping[str, float] = field(default_factory=dict)
 
     def run(self, method: str, cell: Cell, budget: int, seed: int) -> Run:
-        """Return a run: so many epochs of a method as a budget buys.
+        """Return a run of a method, with as many epochs as a budget buys.
 
         Args:
             method: a key of `METHODS`.
             cell: its hyperparameters.
             budget: in epochs of SGD.
-            seed: of the run.
+            seed: the seed of the run.
         """
         epochs = max(1, round(budget / self.costs.get(method, METHODS[method])))
         options = {**self.shared, "batch": cell.batch, "lr": cell.lr}
@@ -204,7 +204,7 @@ SETTINGS: dict[str, Setting] = {
     )
 }
 
-#: For `--quick` and the tests: it shows that the study runs, and nothing else.
+#: For `--quick` and the tests. It shows only that the study runs.
 QUICK = Setting(
     name="quick",
     title="150 digits, ResNet-8 of width 2",

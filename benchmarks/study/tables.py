@@ -1,4 +1,4 @@
-"""The study's tables and its figure, from the records of a setting."""
+"""The tables and the figure of a setting, from its records."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -25,18 +25,18 @@ from benchmarks.study.settings import Cell, Setting
 __all__ = ["write_report"]
 
 _EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, of each
-method's chosen cell, in bold where the interval lies above 0; p of the difference to the base
-optimizer's frontier at budget {}, corrected by Holm's procedure."""
+method's chosen cell, in bold if the whole interval is above 0. p is that of the difference from the
+base optimizer's frontier at budget {}, corrected by Holm's procedure."""
 
 
-_RECOMPUTED = """What `torch.optim.swa_utils.update_bn` adds to the final accuracy, that is,
-statistics recomputed from the training samples at the final weights. Chosen cells at budget {},
-with 95 % intervals. Where a method runs no pass with the whole batch at the weights, as with
-`ascend=`, the running statistics are those of perturbed weights or of parts of the batch."""
+_RECOMPUTED = """The change of the final accuracy if `torch.optim.swa_utils.update_bn` recomputes
+the statistics from the training samples at the final weights. Chosen cells at budget {}, with 95 %
+intervals. Methods of `ascend=` run no pass with the whole batch at the weights, so their running
+statistics are those of perturbed weights or of parts of the batch."""
 
 
 def _titles(setting: Setting) -> dict[str, str]:
-    """Return what the methods are called."""
+    """Return the methods' names in tables."""
     return {
         "sgd": setting.base,
         "sgd-ema": f"{setting.base}, averaged weights",
@@ -55,15 +55,15 @@ def write_report(setting: Setting, folder: Path) -> str:
     """Write study.md and frontier.png of a setting, and return the page.
 
     Args:
-        setting: which.
-        folder: of its runs.
+        setting: the setting.
+        folder: the folder of its runs.
     """
     records = Store(folder).records()
     points = reported_points(setting, records)
     plan = make_plan(setting, records)
     seeds = min((len(p.finals) for p in points), default=0)
     state = (
-        "All runs are in." if plan.done else "**Interim: runs are missing, nothing is decided.**"
+        "All runs are finished." if plan.done else "**Interim: some runs have not been made yet.**"
     )
     parts = [
         f"# {setting.name}: {setting.title}",
@@ -89,18 +89,18 @@ def write_report(setting: Setting, folder: Path) -> str:
 
 
 def _places(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence on where the runs were made, and with what."""
+    """Return the processors, torch versions and revisions that the runs were made with."""
     places = {
         (r["machine"]["processor"], r["machine"]["threads"], r["versions"]["torch"])
         for r in records
     }
     revisions = sorted({r["revision"] for r in records})
     made = "; ".join(f"{cpu}, {n} thread, torch {torch}" for cpu, n, torch in sorted(places))
-    return f"Made on: {made or 'nothing yet'}. Revisions: {', '.join(revisions) or 'none'}."
+    return f"Made with: {made or 'nothing yet'}. Revisions: {', '.join(revisions) or 'none'}."
 
 
 def _cell(method: str, cell: Cell) -> str:
-    """Return a cell's values in a few words."""
+    """Return a cell's values as text."""
     strength = f", {'share' if method == 'sgd-ema' else 'rho'} {cell.strength:g}"
     return f"batch {cell.batch}, lr {cell.lr:g}{strength if cell.strength else ''}"
 
@@ -113,7 +113,7 @@ def _with_interval(values: Sequence[float]) -> str:
 
 
 def _points_table(setting: Setting, points: Sequence[Point]) -> str:
-    """Return the table of all points: mean and 95 % interval (seeds)."""
+    """Return the table of all points: means with 95 % intervals and numbers of seeds."""
     titles = _titles(setting)
     columns = ("method", "cell", "compute", "final, %", "best, %", "on the training samples, %")
     rows = [
@@ -131,7 +131,7 @@ def _points_table(setting: Setting, points: Sequence[Point]) -> str:
 
 
 def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
-    """Return the table of each method's chosen cell at each budget against both frontiers."""
+    """Return the table of differences between each method's chosen cell and both frontiers."""
     titles = _titles(setting)
     rows = []
     corrected: dict[str, float] = {}
@@ -158,11 +158,13 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
                     "" if p is None else f"{p:.3f}",
                 ]
             )
-    return markdown(("budget and method", "compute", f"to {setting.base}'s", "to SAM's", "p"), rows)
+    return markdown(
+        ("budget and method", "compute", f"from {setting.base}'s", "from SAM's", "p"), rows
+    )
 
 
 def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
-    """Return the table of what recomputed statistics add."""
+    """Return the table of accuracies with recomputed statistics."""
     titles = _titles(setting)
     here = [p for p in points if p.budget == setting.tuned_at and not p.second and p.recomputed]
     rows = [
@@ -178,14 +180,14 @@ def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
 
 
 def _shown(found: Difference | None) -> str:
-    """Return a difference, in bold where its interval lies above 0."""
+    """Return a difference as text, in bold if its whole interval is above 0."""
     if found is None:
         return ""
     return f"**{found}**" if found.above else str(found)
 
 
 def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of all tuned cells, the best first."""
+    """Return the table of all cells of the tuning, the best first."""
     finals = finals_by_key(records)
     cells: dict[tuple[str, Cell], dict[int, float]] = {}
     for record in records:
@@ -211,7 +213,7 @@ def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str
 
 
 def _draw(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
-    """Draw mean final accuracy against compute: a line a method and batch size."""
+    """Draw mean final accuracy against compute: one line per method and batch size."""
     titles = _titles(setting)
     figure, axes = plt.subplots(figsize=(8, 5))
     for i, method in enumerate(setting.methods):

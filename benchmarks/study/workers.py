@@ -1,8 +1,8 @@
-"""Workers that make the study's runs, side by side, in any number of processes.
+"""Workers that make the study's runs, in any number of processes.
 
-A worker takes the first run of the plan that no other worker holds. It holds a run by a lock on a
-file, which the system lets go of when the process ends, however it ends: what a killed worker
-leaves is its checkpoint, from which the next one goes on.
+A worker makes the first run of the plan that no other worker is making. It locks a file for that
+run; the system releases the lock when the process ends, for whatever reason. If a worker is killed,
+the next one resumes from its checkpoint.
 """
 
 import fcntl
@@ -28,14 +28,14 @@ def folder_of(setting: Setting, results: Path) -> Path:
 
 @contextmanager
 def claimed(run: Run, folder: Path) -> Iterator[bool]:
-    """Hold a run, if no other process holds it.
+    """Lock a run, unless another process has locked it.
 
     Args:
-        run: which.
-        folder: of its setting.
+        run: the run.
+        folder: the folder of its setting.
 
     Yields:
-        Whether it is ours.
+        Whether this process has the lock.
     """
     path = folder / "checkpoints" / f"{run.key(FIT)}.claim"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +56,14 @@ def work(
     wait: float = 10.0,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Make runs until none is missing, and return how many were made here.
+    """Make runs until none is missing; return the number of runs made by this process.
 
     Args:
-        settings: what is needed, the first setting first.
-        results: the folder of the settings' folders.
-        most: so many runs, and no more; None has no end.
-        wait: seconds between looks while all runs that can be made are in other hands.
-        say: told of each epoch.
+        settings: the settings, the most important first.
+        results: the folder that contains the settings' folders.
+        most: the most runs to make; None for no limit.
+        wait: seconds to wait if other processes are making all the runs that can be made.
+        say: a function that is called with a line of text after each epoch.
     """
     made = 0
     while most is None or made < most:
@@ -85,7 +85,7 @@ def _records(setting: Setting, results: Path) -> list[dict[str, object]]:
 
 
 def _make(run: Run, folder: Path, say: Callable[[str], None]) -> bool:
-    """Make a run, if nobody else does or has done; return whether."""
+    """Make a run, unless another process is making it or has made it; return whether."""
     with claimed(run, folder) as ours:
         if not ours or Store(folder).find(run, FIT) is not None:
             return False

@@ -108,7 +108,7 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     page = write_report(SETTING, folder)
-    assert "All runs are in." in page
+    assert "All runs are finished." in page
     rows = {
         line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if "|" in line
     }
