@@ -318,3 +318,35 @@ def test_optional_inputs_missing_in_a_generator():
     except ValueError as error:
         pytest.skip(f"this version of Keras does not accept None from a generator: {error}")
     same(trained(ESAM("sgd", rho=0.0)), plain)
+
+
+class Reading(keras.Model):
+    """A model that reads its values on the host while `reads` is set, as a summary does."""
+
+    reads = False
+
+    def __init__(self):
+        super().__init__()
+        self.head = keras.layers.Dense(3)
+
+    def call(self, x):
+        if self.reads:
+            assert np.isfinite(ops.convert_to_numpy(x)).all()
+        return self.head(x)
+
+
+class Switch(keras.callbacks.Callback):
+    """Lets a model read its values during training; before, Keras builds it symbolically."""
+
+    def on_train_begin(self, logs=None):
+        self.model.reads = True
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_an_eager_model_may_read_its_values(gamma):
+    keras.utils.set_random_seed(0)
+    model = Reading()
+    options = {"metrics": ["accuracy"], "run_eagerly": True, "jit_compile": False}
+    model.compile(esam(gamma=gamma), cross_entropy(), **options)
+    logs = model.fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[Switch()]).history
+    assert logs["loss"][2] < logs["loss"][0]

@@ -122,7 +122,21 @@ def with_masks(structure: Any, masks: Sequence[Tensor | None]) -> Any:
 
 
 def build_from(model: keras.Model, data: Any) -> None:
-    """Build a model, its metrics and its loss from a batch, without running it."""
+    """Build a model, its metrics and its loss from a batch.
+
+    The model does not run, unless it is eager and reads values, which symbolic tensors do not have.
+    """
+    try:
+        model._symbolic_build(data_batch=data)
+        return
+    except RuntimeError:
+        if not model.run_eagerly:
+            raise
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred = model(x, training=False)
+    model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+    model._compute_loss(x, y, y_pred, sample_weight, training=False)
+    model.reset_metrics()
     model._symbolic_build(data_batch=data)
 
 

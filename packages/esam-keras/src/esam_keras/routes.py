@@ -4,6 +4,7 @@ The routes are those of `esam_keras.losses`. Losses other than plain Keras losse
 artificial predictions, with the targets of one of the user's batches, so that no layer runs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -147,13 +148,16 @@ def _total_loss(model: keras.Model, data: Any, b: int, state: Any) -> Total:
     probabilities, logits and regressions.
     """
 
+    @functools.cache
+    def found() -> Any:
+        return _predictions_spec(model, data, b, state)
+
     def total(route: str, factors: np.ndarray) -> float:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         y, sample_weight = tree.map_structure(
             lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (y, sample_weight)
         )
-        spec = _output_spec(model, x, b, state)
-        y_pred = tree.map_structure(lambda spec: _artificial_predictions(spec, b), spec)
+        y_pred = tree.map_structure(lambda spec: _artificial_predictions(spec, b), found())
         with keras.StatelessScope(_mapping(model, state)):
             factor = ops.convert_to_tensor(factors)
             with weighted(model, route, (x, y, sample_weight), factor) as (x, y, weights):
@@ -161,6 +165,19 @@ def _total_loss(model: keras.Model, data: Any, b: int, state: Any) -> Total:
             return float(np.sum(ops.convert_to_numpy(loss)))
 
     return total
+
+
+def _predictions_spec(model: keras.Model, data: Any, b: int, state: Any) -> Any:
+    """Return tensors or specifications with the predictions' shapes and dtypes."""
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    try:
+        return _output_spec(model, x, b, state)
+    except Exception:
+        # A model that is not compiled may read the values of its tensors, which have none here.
+        if state is not None:
+            return model.stateless_call(state[0], state[1], x)[0]
+        with keras.StatelessScope():
+            return model(x)
 
 
 def _output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
@@ -189,7 +206,8 @@ def _artificial_predictions(spec: Any, b: int) -> Any:
     """Return artificial predictions of a shape, always the same."""
     shape = tuple(b if n is None else n for n in spec.shape)
     drawn = uniforms(int(np.prod(shape)), seed=0, count=0)
-    return ops.cast(ops.convert_to_tensor((0.1 + 0.8 * drawn).reshape(shape)), spec.dtype)
+    dtype = keras.backend.standardize_dtype(spec.dtype)
+    return ops.cast(ops.convert_to_tensor((0.1 + 0.8 * drawn).reshape(shape)), dtype)
 
 
 def _mapping(model: keras.Model, state: Any) -> list[tuple[Any, Any]]:
