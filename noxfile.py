@@ -260,7 +260,7 @@ def tests_core(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests_torch(session: nox.Session) -> None:
     """Run the tests of esam-torch, the benchmarks and the demo, and docstring examples."""
-    python = python_of(session, "torch", "trainers")
+    python = python_of(session, "torch", "keras", "trainers")
     where = ("tests/torch", "tests/benchmarks", "tests/demo", "packages/esam-torch/src")
     run_pytest(session, python, *where, processes=2)
 
@@ -335,5 +335,5 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure the cost of a step, in time and FLOPs, relative to a base step."""
-    python = python_of(session, "torch", "trainers")
+    python = python_of(session, "torch", "keras", "trainers")
     session.run(python, "-m", "benchmarks", *(session.posargs or ["speed"]))

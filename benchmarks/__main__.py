@@ -7,6 +7,7 @@ import sys
 BENCHMARKS = {
     "accuracy": "benchmarks.accuracy:main",
     "host": "benchmarks.host:main",
+    "keras": "benchmarks.keras_epochs:main",
     "memory": "benchmarks.memory:main",
     "speed": "benchmarks.speed:main",
     "study": "benchmarks.study.command:main",
