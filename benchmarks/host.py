@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
-from benchmarks.timing import interleaved
+from benchmarks.timing import time_interleaved
 from esam_torch import ESAM, Everything, Only
 
 __all__ = ["STEPS", "Scene", "main", "operations"]
@@ -66,7 +66,7 @@ def sgd(scene: Scene) -> Step:
     return step
 
 
-def _climbed(gradients: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def _climb(gradients: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """Move weights along their gradients; return copies of the original weights."""
     with torch.no_grad():
         norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
@@ -83,7 +83,7 @@ def sam_by_hand(scene: Scene) -> Step:
     def step() -> None:
         scene.base.zero_grad()
         gradients = torch.autograd.grad(scene.losses(*scene.batch).mean(), weights)
-        copies = _climbed(gradients, weights)
+        copies = _climb(gradients, weights)
         scene.losses(*scene.batch).mean().backward()
         with torch.no_grad():
             torch._foreach_copy_(weights, copies)
@@ -105,7 +105,7 @@ def recommended_by_hand(scene: Scene) -> Step:
         gradients = torch.autograd.grad(values.mean(), late)
         for weight in idle:
             weight.requires_grad_(True)
-        copies = _climbed(gradients, late)
+        copies = _climb(gradients, late)
         with torch.no_grad():
             share = values / values.sum()
             chosen = torch.multinomial(share, BATCH // 2)
@@ -198,7 +198,7 @@ def measure(tensors: int, repeats: int) -> list[dict[str, Any]]:
     """Return a row for each kind of step on a network with this many tensors."""
     steps = {name: make(Scene(tensors)) for name, make in STEPS.items()}
     counts = {name: operations(step) for name, step in steps.items()}
-    _, ratios = interleaved(
+    _, ratios = time_interleaved(
         steps,
         repeats=repeats,
         warmup=3,

@@ -81,7 +81,7 @@ class _Training:
         self.model.fit(self.x, self.y, batch_size=self.batch, verbose=0)
         return time.process_time() - start
 
-    def counted(self) -> float:
+    def counted_cost(self) -> float:
         """Return the counted cost of a step in base steps."""
         optimizer = self.model.optimizer
         if not isinstance(optimizer, ESAM):
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             taken = {name: training.epoch() for name, training in trainings.items()}
             for name, seconds in taken.items():
                 later[name].append(seconds / taken["SGD"])
-        counted = {name: training.counted() for name, training in trainings.items()}
+        counted = {name: training.counted_cost() for name, training in trainings.items()}
     return [
         {
             "setting": name,

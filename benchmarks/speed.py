@@ -23,7 +23,7 @@ from benchmarks.machine import provenance
 from benchmarks.methods import METHODS, Method, Schedule, make_stepper, parse_method
 from benchmarks.models import MODELS, build
 from benchmarks.report import write_json, write_tables
-from benchmarks.timing import Timing, interleaved, peak_memory
+from benchmarks.timing import Timing, peak_memory, time_interleaved
 
 __all__ = ["BARS", "flops_bars", "main", "measure_model"]
 
@@ -101,7 +101,7 @@ def _step(
     return lambda: stepper.step(losses, x, y)
 
 
-def _mixed(timing: Timing, base: Timing, share: float) -> Timing:
+def _mix(timing: Timing, base: Timing, share: float) -> Timing:
     """Return the timing of a run in which a share of the steps is perturbed."""
     return Timing(
         *(
@@ -159,7 +159,7 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
     for m, step in steps.items():
         step()  # finds blocks and creates optimizer state
         memory[m] = peak_memory(step, device)
-    times, ratios = interleaved(
+    times, ratios = time_interleaved(
         steps,
         repeats=options.repeats,
         warmup=options.warmup,
@@ -172,8 +172,8 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
     for m, method in methods.items():
         share = method.schedule.share(10_000)
         flops = share * sum(counted[m]) / len(counted[m]) / base_flops + 1 - share
-        taken = _mixed(times[m], times["sgd"], share)
-        ratio = _mixed(ratios[m], ratios["sgd"], share)
+        taken = _mix(times[m], times["sgd"], share)
+        ratio = _mix(ratios[m], ratios["sgd"], share)
         records.append(
             {
                 "model": name,

@@ -54,7 +54,7 @@ class Store:
     def add(self, record: Mapping[str, Any]) -> bool:
         """Append a record and return True, or return False if its key is already there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path) as file:
+        with _lock(self.path) as file:
             lines = list(_whole_lines(file.read()))
             if key_of(record) in {key_of(json.loads(line)) for line in lines}:
                 return False
@@ -72,7 +72,7 @@ def _whole_lines(content: bytes) -> Iterator[bytes]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
+def _lock(path: Path) -> Iterator[BinaryIO]:
     """Open a file to read and write, with an exclusive lock."""
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "interleaved", "peak_memory"]
+__all__ = ["Timing", "peak_memory", "time_interleaved"]
 
 Step = Callable[[], object]
 
@@ -31,7 +31,7 @@ class Timing:
     repeats: int
 
 
-def interleaved(
+def time_interleaved(
     steps: Mapping[str, Step],
     *,
     repeats: int,

@@ -60,7 +60,7 @@ def costs(model: nn.Module, x: Tensor, y: Tensor, options: Options) -> dict[str,
             for _ in range(times):
                 few()
         counted[name] = counter.get_total_flops() / times
-        predicted[name] = _predicted(network, optimizer, arguments, x[:8], y[:8])
+        predicted[name] = _predicted_cost(network, optimizer, arguments, x[:8], y[:8])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(TURNS):
         for name, step in steps.items():
@@ -80,7 +80,7 @@ def costs(model: nn.Module, x: Tensor, y: Tensor, options: Options) -> dict[str,
     }
 
 
-def _predicted(
+def _predicted_cost(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     arguments: dict[str, Any] | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
-from benchmarks.paper.landscape import filter_normalised
+from benchmarks.paper.landscape import filter_normalised_direction
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +35,7 @@ def landscape(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> NDArray[np.f
     moved = copy.deepcopy(model).eval()
     parameters = list(moved.parameters())
     origin = [p.detach().clone() for p in parameters]
-    first, second = (filter_normalised(parameters, generator) for _ in range(2))
+    first, second = (filter_normalised_direction(parameters, generator) for _ in range(2))
     ends = np.linspace(-REACH, REACH, POINTS)
     values = np.empty((POINTS, POINTS))
     with torch.no_grad():

@@ -108,7 +108,7 @@ def balanced_subset(
     note = f"{kept} of {data.classes} classes, {len(train)} of {len(data.train)} training images"
     if spare:
         note += f", tested on {len(test)} others"
-    return replace(data, classes=kept, train=train, test=test, note=_joined(data.note, note))
+    return replace(data, classes=kept, train=train, test=test, note=_join(data.note, note))
 
 
 def noisy_labels(data: ImageSet, share: float, seed: int = 0) -> ImageSet:
@@ -128,7 +128,7 @@ def noisy_labels(data: ImageSet, share: float, seed: int = 0) -> ImageSet:
     hit = generator.permutation(len(labels))[: round(share * len(labels))]
     labels[hit] = (labels[hit] + generator.integers(1, data.classes, len(hit))) % data.classes
     note = f"{share:.0%} of the training labels wrong"
-    return replace(data, train=Split(data.train.images, labels), note=_joined(data.note, note))
+    return replace(data, train=Split(data.train.images, labels), note=_join(data.note, note))
 
 
 def shrunk(data: ImageSet, size: int | None) -> ImageSet:
@@ -150,9 +150,9 @@ def shrunk(data: ImageSet, size: int | None) -> ImageSet:
         train=smaller(data.train),
         test=smaller(data.test),
         padding=max(1, data.padding // factor),
-        note=_joined(data.note, f"averaged down to {size} x {size} pixels"),
+        note=_join(data.note, f"averaged down to {size} x {size} pixels"),
     )
 
 
-def _joined(*notes: str) -> str:
+def _join(*notes: str) -> str:
     return "; ".join(note for note in notes if note)

@@ -13,14 +13,14 @@ from benchmarks.data.arrays import ImageSet, Split
 __all__ = ["READERS", "detect", "digits", "synthetic"]
 
 
-def _pickled(path: Path) -> dict[bytes, Any]:
+def _unpickle(path: Path) -> dict[bytes, Any]:
     """Return a pickled dictionary; the official archives were written by Python 2."""
     with path.open("rb") as file:
         return pickle.load(file, encoding="bytes")
 
 
 def _cifar_split(paths: list[Path], key: bytes) -> Split:
-    parts = [_pickled(path) for path in paths]
+    parts = [_unpickle(path) for path in paths]
     images = np.concatenate([np.asarray(p[b"data"], dtype=np.uint8) for p in parts])
     labels = np.concatenate([np.asarray(p[key], dtype=np.int64) for p in parts])
     return Split(images.reshape(-1, 3, 32, 32), labels)

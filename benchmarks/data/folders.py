@@ -48,8 +48,8 @@ class ImageFolder:
             if not (folder / part).is_dir():
                 raise ValueError(f"{folder} must contain a folder {part!r}. Received: none.")
         self._names = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
-        self._train = self._listed(folder / "train")
-        self._test = self._listed(folder / "val")
+        self._train = self._list_images(folder / "train")
+        self._test = self._list_images(folder / "val")
         self.batch = min(batch, len(self._train))
         self.seed = seed
         self.device = torch.device(device)
@@ -59,7 +59,7 @@ class ImageFolder:
         self.name = "imagenet"
         self.note = f"{len(self._names)} classes, {len(self._train)} training images"
 
-    def _listed(self, folder: Path) -> list[tuple[Path, int]]:
+    def _list_images(self, folder: Path) -> list[tuple[Path, int]]:
         """Return the image files and their classes."""
         found = [
             (path, label)
@@ -98,8 +98,8 @@ class ImageFolder:
         with ThreadPoolExecutor(self.threads) as pool:
             for i in range(self.steps):
                 chosen = order[i * self.batch : (i + 1) * self.batch]
-                x = list(pool.map(lambda j: self._cropped(self._train[j][0], draws[j]), chosen))
-                yield self._moved(x, [self._train[j][1] for j in chosen])
+                x = list(pool.map(lambda j: self._crop(self._train[j][0], draws[j]), chosen))
+                yield self._batch_on_device(x, [self._train[j][1] for j in chosen])
 
     def test(self, batch: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all test images in order."""
@@ -107,13 +107,13 @@ class ImageFolder:
             for start in range(0, len(self._test), batch):
                 part = self._test[start : start + batch]
                 x = list(pool.map(lambda item: self._centre(item[0]), part))
-                yield self._moved(x, [label for _, label in part])
+                yield self._batch_on_device(x, [label for _, label in part])
 
-    def _moved(self, images: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor]:
+    def _batch_on_device(self, images: list[Tensor], labels: list[int]) -> tuple[Tensor, Tensor]:
         x = torch.stack(images).to(self.device).contiguous(memory_format=self.format)
         return x, torch.tensor(labels, device=self.device)
 
-    def _cropped(self, path: Path, draws: NDArray[np.float64]) -> Tensor:
+    def _crop(self, path: Path, draws: NDArray[np.float64]) -> Tensor:
         """Return a random crop of an image."""
         with Image.open(path) as file:
             image = file.convert("RGB")
@@ -130,7 +130,7 @@ class ImageFolder:
         )
         if draws[4] < 0.5:
             part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _normalised(part)
+        return _normalise(part)
 
     def _centre(self, path: Path) -> Tensor:
         """Return the centre crop of an image."""
@@ -138,7 +138,7 @@ class ImageFolder:
             image = file.convert("RGB")
         side = min(image.size) * 7 / 8
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        return _normalised(
+        return _normalise(
             image.resize(
                 (self.size, self.size),
                 Image.Resampling.BILINEAR,
@@ -147,7 +147,7 @@ class ImageFolder:
         )
 
 
-def _normalised(image: Image.Image) -> Tensor:
+def _normalise(image: Image.Image) -> Tensor:
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
     return (pixels - _MEAN) / _STD
 

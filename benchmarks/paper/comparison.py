@@ -12,7 +12,7 @@ from benchmarks.report import mean_and_error, write_json, write_tables
 from benchmarks.run import Run
 from benchmarks.train import train
 
-__all__ = ["compare", "steadily_timed"]
+__all__ = ["compare", "is_steadily_timed"]
 
 COLUMNS = (
     *("data, model, method", "accuracy %", "paper %", "images/s", "% of SAM's speed"),
@@ -20,7 +20,7 @@ COLUMNS = (
 )
 
 
-def steadily_timed(records: Iterable[dict[str, Any]]) -> bool:
+def is_steadily_timed(records: Iterable[dict[str, Any]]) -> bool:
     """Return whether the images per second of sequential runs can be compared.
 
     They can on a GPU used by one process, and on a CPU if measured in the process's own time, which
@@ -47,7 +47,7 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
         key = (record["data"]["name"], record["run"]["model"], record["run"]["method"])
         groups.setdefault(key, []).append(record)
     rows, cells = [], []
-    timed = steadily_timed(records)
+    timed = is_steadily_timed(records)
     for (data, model, method), group in groups.items():
         speed = mean(r["images_per_second"] for r in group) if timed else None
         sam = groups.get((data, model, "sam"))

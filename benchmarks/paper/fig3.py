@@ -7,7 +7,7 @@ from statistics import mean
 from benchmarks.arguments import whole_share
 from benchmarks.figures import panels, save
 from benchmarks.machine import provenance
-from benchmarks.paper.comparison import steadily_timed
+from benchmarks.paper.comparison import is_steadily_timed
 from benchmarks.paper.options import parse, recipe_runs
 from benchmarks.report import mean_and_error, write_json, write_tables
 from benchmarks.train import train
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] = ()) -> None:
                     "final": [r["final"] for r in records],
                     "images_per_second": (
                         mean(r["images_per_second"] for r in records)
-                        if steadily_timed(records)
+                        if is_steadily_timed(records)
                         else None
                     ),
                     "flops_ratio": mean(r["flops_ratio"] for r in records),

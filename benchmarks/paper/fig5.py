@@ -10,7 +10,12 @@ from typing import Any
 
 from benchmarks.figures import draw_curves, panels, save
 from benchmarks.paper.options import parse
-from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
+from benchmarks.paper.training_figure import (
+    epoch_means,
+    perturbing_runs,
+    train_with_probes,
+    write_epochs,
+)
 from benchmarks.run import Run
 from benchmarks.training import Probe, Trainer
 from esam_core.selectors import subset_size
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         "fig5", __doc__, arguments, quick={"epochs": 5}, check=lambda o: _runs(o, arguments)
     )
     runs = _runs(options, arguments)
-    values = epoch_means(probed(runs, Splits, options), NAMES)
+    values = epoch_means(train_with_probes(runs, Splits, options), NAMES)
     rise = {
         part: [
             a - b for a, b in zip(values[f"{part} after"], values[f"{part} before"], strict=True)

@@ -19,9 +19,14 @@ from torch import Tensor
 
 from benchmarks.arguments import count_number, method_name
 from benchmarks.figures import curves
-from benchmarks.paper.gradients import cosine, length, point_of, shifted
+from benchmarks.paper.gradients import cosine, length, point_of, shift
 from benchmarks.paper.options import parse
-from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
+from benchmarks.paper.training_figure import (
+    epoch_means,
+    perturbing_runs,
+    train_with_probes,
+    write_epochs,
+)
 from benchmarks.training import Probe, Trainer
 from esam_core.selectors import random_indices, subset_size
 
@@ -64,7 +69,7 @@ class Cosines(Probe):
             gradient = torch.autograd.grad(losses.mean(), point.parameters)
             before = losses.detach()
             scale = run.effective_rho / (length(gradient) + 1e-12)
-            with shifted(point, [scale * g for g in gradient]):
+            with shift(point, [scale * g for g in gradient]):
                 with torch.no_grad():
                     increase = point.losses(x, y) - before
                 whole = point.gradient(x, y)
@@ -94,7 +99,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         check=lambda o: perturbing_runs(o, o.method, arguments),
     )
     runs = perturbing_runs(options, options.method, arguments)
-    values = epoch_means(probed(runs, lambda: Cosines(options.batches), options), NAMES)
+    values = epoch_means(train_with_probes(runs, lambda: Cosines(options.batches), options), NAMES)
 
     def against(name: str, other: str) -> str:
         pairs = list(zip(values[name], values[other], strict=True))

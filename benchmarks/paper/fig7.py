@@ -17,9 +17,14 @@ from torch import Tensor
 
 from benchmarks.arguments import count_number, open_share
 from benchmarks.figures import draw_curves, panels, save
-from benchmarks.paper.gradients import Point, inner, length, point_of, shifted
+from benchmarks.paper.gradients import Point, inner, length, point_of, shift
 from benchmarks.paper.options import parse
-from benchmarks.paper.training_figure import epoch_means, perturbing_runs, probed, write_epochs
+from benchmarks.paper.training_figure import (
+    epoch_means,
+    perturbing_runs,
+    train_with_probes,
+    write_epochs,
+)
 from benchmarks.training import Probe, Trainer
 from esam_core import Bernoulli, Unit
 
@@ -32,7 +37,7 @@ def _zeta(
     """Return zeta(epsilon, B), summing the losses in double precision."""
     with torch.no_grad():
         before = point.losses(x, y).double().mean()
-        with shifted(point, epsilon):
+        with shift(point, epsilon):
             after = point.losses(x, y).double().mean()
     return abs(float(after - before) - inner(epsilon, gradient))
 
@@ -106,21 +111,21 @@ def main(arguments: Sequence[str] = ()) -> None:
     runs = perturbing_runs(options, "esam", arguments)
     betas = (*options.betas, 1.0)
     names = [name(beta) for name in (_step, _sam) for beta in betas]
-    records = probed(
+    records = train_with_probes(
         runs, lambda: Linearity(options.betas, options.batches, options.draws), options
     )
     values = epoch_means(records, names)
     means = {name: mean(values[name]) for name in names}
 
-    def ordered(name: object) -> str:
+    def order_text(name: object) -> str:
         row = [means[name(beta)] for beta in betas]  # type: ignore[operator]
         held = all(a <= b for a, b in pairwise(row))
         listed = ", ".join(f"{_label(b)}: {v:.4g}" for b, v in zip(betas, row, strict=True))
         return f"{'yes' if held else 'no'} ({listed})"
 
     verdicts = {
-        "zeta grows with beta, at the step's length (rho / beta)": ordered(_step),
-        "zeta grows with beta, at SAM's length (rho)": ordered(_sam),
+        "zeta grows with beta, at the step's length (rho / beta)": order_text(_step),
+        "zeta grows with beta, at SAM's length (rho)": order_text(_sam),
     }
     title = f"Figure 7: zeta, the distance from linear, {options.data}"
     write_epochs(options, "fig7", title, values, verdicts, details={"means": means})

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.training import Trainer
 
-__all__ = ["Point", "cosine", "inner", "length", "point_of", "shifted"]
+__all__ = ["Point", "cosine", "inner", "length", "point_of", "shift"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def point_of(trainer: Trainer) -> Point:
 
 
 @contextmanager
-def shifted(point: Point, by: Sequence[Tensor]) -> Iterator[None]:
+def shift(point: Point, by: Sequence[Tensor]) -> Iterator[None]:
     """Move the parameters inside the context."""
     copies = [p.detach().clone() for p in point.parameters]
     with torch.no_grad():

@@ -27,10 +27,12 @@ from benchmarks.run import Run
 from benchmarks.train import train, weights_path
 from benchmarks.training import Trainer
 
-__all__ = ["fig4", "fig8", "filter_normalised"]
+__all__ = ["fig4", "fig8", "filter_normalised_direction"]
 
 
-def filter_normalised(parameters: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+def filter_normalised_direction(
+    parameters: Sequence[Tensor], generator: torch.Generator
+) -> list[Tensor]:
     """Return a Gaussian direction in which each filter has the norm of the network's filter.
 
     A filter is the weights of one output of a matrix or convolution. Vectors (norms, biases) are
@@ -88,7 +90,7 @@ def _grid(
     return rows
 
 
-def _trained(run: Run, options: argparse.Namespace) -> Trainer:
+def _load_or_train(run: Run, options: argparse.Namespace) -> Trainer:
     """Return a run's trainer with its final weights, after training or loading it."""
     train(run, options.out, checkpoint_every=5, keep_weights=True)
     trainer = Trainer(run)
@@ -186,14 +188,14 @@ def _figure(name: str, arguments: Sequence[str]) -> None:
     grids: dict[str, Any] = {}
     rows = []
     for run in _runs(name, options, arguments):
-        trainer = _trained(run, options)
+        trainer = _load_or_train(run, options)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         total: Any = 0.0
         groups = options.groups if random else 1
         for group in range(groups):
             generator = torch.Generator().manual_seed(group)  # the same draws for each method
             if random:
-                directions = [filter_normalised(parameters, generator) for _ in range(2)]
+                directions = [filter_normalised_direction(parameters, generator) for _ in range(2)]
             else:
                 directions = _adversarial(trainer, x, y, run.rho)
             total = total + np.array(_grid(trainer, directions, ends, x, y)) / groups

@@ -72,7 +72,7 @@ def _measure(
         if chosen:
             masked_gradients(loss, chosen)
 
-    def drawn(beta: float, count: int) -> list[Tensor]:
+    def draw_mask(beta: float, count: int) -> list[Tensor]:
         mask = Bernoulli(beta).draw(units, seed=layers, count=count)
         return [p for p, m in zip(parameters, mask.perturbed, strict=True) if m]
 
@@ -99,11 +99,11 @@ def _measure(
         for j in range(group):
             taken[1.0] += seconds(parameters)
             for beta in betas:
-                taken[beta] += seconds(drawn(beta, i * group + j))
+                taken[beta] += seconds(draw_mask(beta, i * group + j))
         for beta, value in taken.items():
             sums[beta].append(value)
     for beta in betas:
-        draws = [flops(drawn(beta, i)) for i in range(options.masks)]
+        draws = [flops(draw_mask(beta, i)) for i in range(options.masks)]
         counted[beta] = 1 - statistics.mean(draws) / whole_flops
     rows = []
     for beta in betas:

@@ -12,7 +12,7 @@ from benchmarks.run import Run
 from benchmarks.train import train
 from benchmarks.training import Probe
 
-__all__ = ["epoch_means", "perturbing_runs", "probed", "write_epochs"]
+__all__ = ["epoch_means", "perturbing_runs", "train_with_probes", "write_epochs"]
 
 
 def perturbing_runs(
@@ -34,7 +34,7 @@ def perturbing_runs(
     return runs
 
 
-def probed(
+def train_with_probes(
     runs: Sequence[Run], probe: Callable[[], Probe], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return the records of runs, each trained with its own probe.

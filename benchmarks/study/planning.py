@@ -77,7 +77,7 @@ def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
         found |= {cell: final(cell, first) or 0.0 for cell in asked}
         asked = [cell for cell in _best(found, 1)[0].neighbours() if cell not in found]
 
-    def confirmed(candidates: Mapping[Cell, float], count: int) -> Cell | list[Run]:
+    def confirm(candidates: Mapping[Cell, float], count: int) -> Cell | list[Run]:
         """Return the best cell by the mean of all tuning seeds, or the missing runs."""
         best = _best(candidates, count)
         missing = [run(c, seed) for seed in others for c in best if final(c, seed) is None]
@@ -86,13 +86,13 @@ def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
         means = {c: mean(final(c, seed) or 0.0 for seed in setting.tuning_seeds) for c in best}
         return _best(means, 1)[0]
 
-    chosen = confirmed(found, CONFIRMED)
+    chosen = confirm(found, CONFIRMED)
     if isinstance(chosen, list):
         return Tuning(tuple(chosen))
     rest = {cell: value for cell, value in found.items() if cell.batch != chosen.batch}
     if not rest:
         return Tuning((), (chosen,))
-    second = confirmed(rest, CONFIRMED_SECOND)
+    second = confirm(rest, CONFIRMED_SECOND)
     if isinstance(second, list):
         return Tuning(tuple(second))
     return Tuning((), (chosen, second))

@@ -153,8 +153,8 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
                 [
                     f"{budget}: {titles[method]}",
                     f"{here[method].compute:.1f}",
-                    _shown(sgd),
-                    _shown(sam),
+                    _difference_text(sgd),
+                    _difference_text(sam),
                     "" if p is None else f"{p:.3f}",
                 ]
             )
@@ -172,14 +172,14 @@ def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
             titles[p.method],
             f"{p.mean:.2f}",
             _with_interval(list(p.recomputed.values())),
-            _shown(difference(p.recomputed, p.finals)),
+            _difference_text(difference(p.recomputed, p.finals)),
         ]
         for p in here
     ]
     return markdown(("method", "final, %", "after `update_bn`, %", "difference"), rows)
 
 
-def _shown(found: Difference | None) -> str:
+def _difference_text(found: Difference | None) -> str:
     """Return a difference as text, in bold if its whole interval is above 0."""
     if found is None:
         return ""

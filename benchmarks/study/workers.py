@@ -18,7 +18,7 @@ from benchmarks.study.planning import make_plan
 from benchmarks.study.settings import Setting
 from benchmarks.train import train
 
-__all__ = ["claimed", "folder_of", "work"]
+__all__ = ["claim_run", "folder_of", "work"]
 
 
 def folder_of(setting: Setting, results: Path) -> Path:
@@ -27,7 +27,7 @@ def folder_of(setting: Setting, results: Path) -> Path:
 
 
 @contextmanager
-def claimed(run: Run, folder: Path) -> Iterator[bool]:
+def claim_run(run: Run, folder: Path) -> Iterator[bool]:
     """Lock a run, unless another process has locked it.
 
     Args:
@@ -86,7 +86,7 @@ def _records(setting: Setting, results: Path) -> list[dict[str, object]]:
 
 def _make(run: Run, folder: Path, say: Callable[[str], None]) -> bool:
     """Make a run, unless another process is making it or has made it; return whether."""
-    with claimed(run, folder) as ours:
+    with claim_run(run, folder) as ours:
         if not ours or Store(folder).find(run, FIT) is not None:
             return False
         train(run, folder, checkpoint_every=2, probe=Fit(), say=say)

@@ -146,7 +146,7 @@ def test_a_training_image_is_cropped_and_mirrored_as_drawn(
     path = tmp_path / "quarters.png"
     Image.fromarray(pixels).save(path)
     folder = ImageFolder(tmp_path, batch=1, seed=0, size=16)
-    image = folder._cropped(path, np.array(draws)) * folders._STD + folders._MEAN
+    image = folder._crop(path, np.array(draws)) * folders._STD + folders._MEAN
     found = [image[:, row, column] for row in (1, -2) for column in (1, -2)]
     for seen, name in zip(found, corners, strict=True):
         expected = torch.tensor(colours[name]) / 255
@@ -164,7 +164,7 @@ def test_crops_of_a_folder_differ_between_epochs(tmp_path: Path) -> None:
         mirrored.append(draws[4] < 0.5)
         return torch.zeros(3, 16, 16)
 
-    folder._cropped = cropped
+    folder._crop = cropped
     for epoch in range(200):
         list(folder.epoch(epoch))
     assert 70 < sum(mirrored) < 130

@@ -8,8 +8,8 @@ import pytest
 import torch
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.paper.fig7 import _zeta
-from benchmarks.paper.gradients import Point, cosine, length, shifted
-from benchmarks.paper.landscape import filter_normalised
+from benchmarks.paper.gradients import Point, cosine, length, shift
+from benchmarks.paper.landscape import filter_normalised_direction
 from benchmarks.recipes import RECIPES
 from torch import nn
 
@@ -60,7 +60,7 @@ def test_recipes_take_rho_beta_gamma_from_the_presets() -> None:
 
 def test_filters_have_the_networks_norms_and_vectors_are_zero() -> None:
     parameters = [torch.randn(4, 3, 2, 2), torch.randn(4), torch.randn(5, 7)]
-    direction = filter_normalised(parameters, torch.Generator().manual_seed(0))
+    direction = filter_normalised_direction(parameters, torch.Generator().manual_seed(0))
     torch.testing.assert_close(
         direction[0].flatten(1).norm(dim=1), parameters[0].flatten(1).norm(dim=1)
     )
@@ -100,7 +100,7 @@ def test_shifted_restores_the_weights_even_after_an_error() -> None:
     seen: list[torch.Tensor] = []
 
     def fail() -> None:
-        with shifted(point, [torch.ones(2, 3)]):
+        with shift(point, [torch.ones(2, 3)]):
             seen.append(point.parameters[0].detach() - before)
             raise RuntimeError("no")
 

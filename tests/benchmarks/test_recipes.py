@@ -49,7 +49,7 @@ def _asked(
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(module, "train", train, raising=False)
-    monkeypatch.setattr(module, "probed", stop, raising=False)
+    monkeypatch.setattr(module, "train_with_probes", stop, raising=False)
     monkeypatch.setattr(
         *(module, "_trained", lambda run, options: stop([run], None, options)), raising=False
     )
@@ -178,12 +178,12 @@ def test_the_command_of_a_committed_figure_gives_its_probe(
     name = module.__name__.rpartition(".")[2]
     figure = json.loads((RESULTS / name / f"{name}.json").read_text())
 
-    def probed(_runs: Any, probe: Any, _options: Any) -> None:
+    def train_with_probes(_runs: Any, probe: Any, _options: Any) -> None:
         (record,) = Store(RESULTS / name).records()
         assert record["probe"] == probe().options
         raise _Asked
 
-    monkeypatch.setattr(module, "probed", probed)
+    monkeypatch.setattr(module, "train_with_probes", train_with_probes)
     threads = torch.get_num_threads()
     try:
         with pytest.raises(_Asked):

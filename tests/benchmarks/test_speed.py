@@ -10,7 +10,7 @@ from benchmarks import speed
 from benchmarks.costs import counted_steps
 from benchmarks.methods import METHODS, make_stepper
 from benchmarks.models import build
-from benchmarks.timing import interleaved, peak_memory
+from benchmarks.timing import peak_memory, time_interleaved
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +44,7 @@ def test_full_resnet18_meets_its_bars() -> None:
 def test_rounds_run_each_step_once() -> None:
     calls: list[str] = []
     steps = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
-    times, ratios = interleaved(steps, repeats=4, warmup=1, device=torch.device("cpu"))
+    times, ratios = time_interleaved(steps, repeats=4, warmup=1, device=torch.device("cpu"))
     for i in range(5):
         assert sorted(calls[3 * i : 3 * i + 3]) == ["a", "b", "c"]
     assert ratios["a"].median == 1.0

@@ -20,7 +20,7 @@ from benchmarks.study import command, workers
 from benchmarks.study.fit import FIT, Fit
 from benchmarks.study.planning import make_plan, tune
 from benchmarks.study.settings import METHODS, QUICK, SETTINGS, Cell
-from benchmarks.study.workers import claimed, folder_of, work
+from benchmarks.study.workers import claim_run, folder_of, work
 from benchmarks.train import train
 from benchmarks.training import Trainer
 
@@ -142,10 +142,10 @@ def test_reported_runs_start_with_the_tuned_budget_and_are_ordered_by_seed() -> 
 
 def test_a_worker_skips_a_run_that_another_has_locked(tmp_path: Path) -> None:
     run = QUICK.run("sgd", Cell(32, 0.05), 2, 0)
-    with claimed(run, tmp_path) as first, claimed(run, tmp_path) as second:
+    with claim_run(run, tmp_path) as first, claim_run(run, tmp_path) as second:
         assert first
         assert not second
-    with claimed(run, tmp_path) as again:
+    with claim_run(run, tmp_path) as again:
         assert again
 
 

@@ -431,5 +431,5 @@ def test_gradients_are_also_kept_without_a_model():
     assert sum("previous_gradient" in v.path for v in optimizer.variables) == 6
     model.compile(optimizer, cross_entropy())
     model.fit(X, Y, batch_size=4, verbose=0)
-    assert Training.of(model).kept(model.trainable_variables) == [False] * 4 + [True] * 2
+    assert Training.of(model).find_kept(model.trainable_variables) == [False] * 4 + [True] * 2
     assert len(optimizer.report.perturbed) == 2

@@ -9,7 +9,7 @@ from esam_torch import compat
 def test_writes_in_an_uncounted_context_do_not_change_version_counters():
     tensors = [torch.nn.Parameter(torch.ones(3)), torch.zeros(2)]
     tensors[1].add_(1.0)
-    with torch.no_grad(), compat.uncounted(tensors):
+    with torch.no_grad(), compat.uncounted_writes(tensors):
         for tensor in tensors:
             tensor.mul_(2.0)
     assert [t._version for t in tensors] == [0, 1]
@@ -27,7 +27,7 @@ def test_clones_have_the_values_and_strides_but_no_graph_and_no_shared_memory(
         monkeypatch.setattr(compat, "_CLONE", lambda tensors: [t.clone() for t in tensors])
     image = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     tensors = [torch.nn.Parameter(torch.tensor([-0.0, 1e-40, torch.inf])), image]
-    copies = compat.cloned(tensors)
+    copies = compat.clone_all(tensors)
     for tensor, copy in zip(tensors, copies, strict=True):
         assert copy.stride() == tensor.stride() and not copy.requires_grad
         assert copy.data_ptr() != tensor.data_ptr()

@@ -112,10 +112,10 @@ def base_cost(units: Sequence[Unit]) -> float:
         2.9
     """
     ordered, shares = _shares(units)
-    return 1.0 + sum(_backward(ordered, shares, _trained(units)))
+    return 1.0 + sum(_backward(ordered, shares, _trained_names(units)))
 
 
-def _trained(units: Sequence[Unit]) -> set[str]:
+def _trained_names(units: Sequence[Unit]) -> set[str]:
     """Return the names of the units that are trained."""
     names = {unit.name for unit in units if unit.trained}
     if not names:
@@ -159,7 +159,7 @@ def step_cost(
     ordered, shares = _shares(units)
     perturbed = {unit.name for unit, m in zip(units, mask.perturbed, strict=True) if m}
     full = norm == "full"
-    activations, weights = _backward(ordered, shares, _trained(units) if full else perturbed)
+    activations, weights = _backward(ordered, shares, _trained_names(units) if full else perturbed)
     gamma = _exact(selector.gamma, batch_size)
     climbs = _climbing(ascend, batch_size)
     selects = gamma < 1.0 and selector.score is not None

@@ -59,7 +59,7 @@ class Every:
     def needs_blocks(self) -> bool:
         return self.inner.needs_blocks
 
-    def _scaled(self, mask: Mask) -> Mask:
+    def _scale_mask(self, mask: Mask) -> Mask:
         """Return the mask with rho multiplied by n if `scale_rho` is set."""
         factor = float(self.n) if self.scale_rho else 1.0
         return replace(mask, rho_factor=mask.rho_factor * factor)
@@ -67,13 +67,13 @@ class Every:
     def draw(self, units: Sequence[Unit], *, seed: int, count: int, stream: int = 0) -> Mask:
         if count % self.n:
             return _empty(units)
-        return self._scaled(self.inner.draw(units, seed=seed, count=count, stream=stream))
+        return self._scale_mask(self.inner.draw(units, seed=seed, count=count, stream=stream))
 
     def masks(self, units: Sequence[Unit]) -> tuple[Mask, ...] | None:
         inner = self.inner.masks(units)
         if inner is None:
             return None
-        scaled = tuple(self._scaled(mask) for mask in inner)
+        scaled = tuple(self._scale_mask(mask) for mask in inner)
         return scaled if self.n == 1 else _with_empty(scaled, units)
 
 

@@ -131,7 +131,7 @@ def cache_for_units(
     kept: dict[tuple[_What, int], tuple[Sequence[Unit], _Result]] = {}
 
     @functools.wraps(function)
-    def cached(what: _What, units: Sequence[Unit]) -> _Result:
+    def wrapper(what: _What, units: Sequence[Unit]) -> _Result:
         if not isinstance(units, tuple):
             return function(what, units)
         found = kept.get((what, id(units)))
@@ -143,4 +143,4 @@ def cache_for_units(
         kept[what, id(units)] = units, result
         return result
 
-    return cached
+    return wrapper

@@ -259,7 +259,7 @@ def update_inputs(
         scale = optimizer.dynamic_scale
         finite = optimizer.check_finite(gradients)
         inner = update_inputs(
-            optimizer.inner_optimizer, [_unscaled(g, scale) for g in gradients], variables
+            optimizer.inner_optimizer, [_unscale(g, scale) for g in gradients], variables
         )
         return [Given(g, _both(finite, updates)) for g, updates in inner]
     result = [Given(None, True)] * len(variables)
@@ -293,7 +293,7 @@ def _given_to_one(
     optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
 ) -> tuple[list[Tensor], Any]:
     """Return the gradients for an optimizer's update rule, and whether it is applied."""
-    found = [_unscaled(g, optimizer.loss_scale_factor) for g in gradients]
+    found = [_unscale(g, optimizer.loss_scale_factor) for g in gradients]
     updates: Any = True
     steps = optimizer.gradient_accumulation_steps
     if steps:
@@ -304,7 +304,7 @@ def _given_to_one(
     return [ops.convert_to_tensor(g) for g in compat.clip_gradients(optimizer, found)], updates
 
 
-def _unscaled(gradient: Any, scale: Any) -> Any:
+def _unscale(gradient: Any, scale: Any) -> Any:
     """Return a gradient without a scale."""
     return gradient if gradient is None or scale is None else gradient / scale
 

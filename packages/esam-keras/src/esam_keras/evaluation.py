@@ -15,7 +15,7 @@ from keras import ops, tree
 
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
-from esam_keras.losses import Batch, check_scalar, weighted
+from esam_keras.losses import Batch, check_scalar, weigh_samples
 from esam_keras.rows import Fill, rows
 from esam_keras.units import statistics_layers
 
@@ -112,7 +112,7 @@ class Evaluator:
             y_pred = self._forward(x, running=running, records=records)
             masks = compat.masks_of(y_pred)
             loss = self._loss(y_pred, factor)
-        return self._evaluated(scope, state, loss, y_pred, masks)
+        return self._evaluate(scope, state, loss, y_pred, masks)
 
     def evaluate_rows(
         self,
@@ -140,7 +140,7 @@ class Evaluator:
             run = self._forward(rows(self.batch[0], indices), running=running, records=records)
             y_pred, masks = fill(run, compat.masks_of(run))
             loss = self._loss(compat.with_masks(y_pred, masks), factor)
-        return self._evaluated(scope, state, loss, y_pred, masks)
+        return self._evaluate(scope, state, loss, y_pred, masks)
 
     def predict_rows(
         self, state: State, indices: Tensor, *, running: bool = False
@@ -153,7 +153,7 @@ class Evaluator:
             run = self._forward(rows(self.batch[0], indices), running=running, records=False)
         return tree.map_structure(self.backend.without_gradient, run), compat.masks_of(run)
 
-    def _evaluated(
+    def _evaluate(
         self,
         scope: compat.PassScope,
         state: State,
@@ -165,7 +165,7 @@ class Evaluator:
         strangers = []
         if self.backend.keeps_assigned:
             strangers = [(v, scope.state_mapping[id(v)]) for v in scope.strangers]
-        return Evaluated(loss, y_pred, masks, self._left(scope, state), strangers)
+        return Evaluated(loss, y_pred, masks, self._state_after(scope, state), strangers)
 
     def scope(self, state: State, cut: Cut | None = None) -> compat.PassScope:
         """Return a scope in which the model's variables have a state's values."""
@@ -182,7 +182,7 @@ class Evaluator:
             }
         return compat.PassScope(values, assigned)
 
-    def _left(self, scope: compat.PassScope, state: State) -> State:
+    def _state_after(self, scope: compat.PassScope, state: State) -> State:
         """Return the state after a pass."""
         values = scope.state_mapping
         trainable = state.trainable
@@ -202,7 +202,7 @@ class Evaluator:
 
     def _loss(self, y_pred: Any, factor: Tensor | None) -> Tensor:
         """Return the total loss, including regularisation."""
-        with weighted(self.model, self.route, self.batch, factor) as (x, y, sample_weight):
+        with weigh_samples(self.model, self.route, self.batch, factor) as (x, y, sample_weight):
             loss = compat.total_loss(self.model, x, y, y_pred, sample_weight)
         check_scalar(loss)
         return loss

@@ -53,12 +53,12 @@ def _wrap_train_step(owner: Any) -> None:
     original = vars(owner)["train_step"]
 
     @functools.wraps(original)
-    def wrapped(self: Any, *arguments: Any) -> Any:
+    def wrapper(self: Any, *arguments: Any) -> Any:
         if ATTRIBUTE in vars(self):
             return train_step(self, *arguments)
         return original(self, *arguments)
 
-    owner.train_step = wrapped
+    owner.train_step = wrapper
 
 
 def _wrap_compile(owner: Any) -> None:
@@ -115,7 +115,7 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
 def _attach(model: Any, esam: ESAM) -> None:
     """Give a model instance our step."""
     training = Training(model, esam)
-    esam.keep_gradients_of(training.kept)
+    esam.keep_gradients_of(training.find_kept)
     mine = vars(model)
     mine[ATTRIBUTE] = training
     mine["make_train_function"] = functools.partial(_make_train_function, model)

@@ -21,7 +21,7 @@ from keras import ops, tree
 from esam_core import ESAMValueError
 from esam_keras import compat
 
-__all__ = ["ADVICE", "Batch", "check_scalar", "has_own_compute_loss", "weighted"]
+__all__ = ["ADVICE", "Batch", "check_scalar", "has_own_compute_loss", "weigh_samples"]
 
 Tensor = Any
 #: (x, y, sample_weight) as Keras unpacks them.
@@ -49,7 +49,7 @@ def check_scalar(loss: Tensor) -> None:
 
 
 @contextmanager
-def weighted(
+def weigh_samples(
     model: keras.Model, route: str | None, batch: Batch, factor: Tensor | None
 ) -> Iterator[Batch]:
     """Yield a batch for the loss, with sample i weighted by factor_i.

@@ -106,7 +106,7 @@ class Passes:
             factor = arguments[-1] if routed else None
             evaluate = self._evaluate_part if on_a_part else self._evaluate_batch
             evaluated = evaluate(state(arguments), factor, self._cut(cut, chosen))
-            return self._scaled(evaluated.loss), evaluated
+            return self._scale_loss(evaluated.loss), evaluated
 
         arguments = [self.state.trainable[t] for t in chosen]
         if routed:
@@ -208,7 +208,7 @@ class Passes:
             else:
                 fill = self._fill(selected, at_theta, b)
                 evaluated = evaluator.evaluate_rows(state, factor, selected.indices, fill, **how)
-            loss = self._scaled(evaluated.loss * ops.cast(poison, evaluated.loss.dtype))
+            loss = self._scale_loss(evaluated.loss * ops.cast(poison, evaluated.loss.dtype))
             return loss, evaluated if records else None
 
         arguments = list(climbed)
@@ -275,10 +275,10 @@ class Passes:
         """Return a cut for the chosen variables, by their indices in the model."""
         at = {t: place for place, t in enumerate(chosen)}
 
-        def of_chosen(t: int, value: Tensor) -> Tensor:
+        def cut_chosen(t: int, value: Tensor) -> Tensor:
             return cut(at[t], value) if t in at else self._backend.without_gradient(value)
 
-        return of_chosen
+        return cut_chosen
 
     def _per_sample(self, derivative: Tensor, b: int | Tensor) -> Tensor:
         """Return l_i from the derivative of the scaled loss with respect to the factors."""
@@ -286,11 +286,11 @@ class Passes:
             derivative = derivative / ops.cast(self.loss_scale, derivative.dtype)
         return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
 
-    def _scaled(self, loss: Tensor) -> Tensor:
+    def _scale_loss(self, loss: Tensor) -> Tensor:
         """Return the loss scaled by the optimizer."""
         return loss if self.loss_scale is None else loss * ops.cast(self.loss_scale, loss.dtype)
 
-    def _unscaled(self, theta: Tensor, gradient: Tensor | None) -> Tensor:
+    def _unscale(self, theta: Tensor, gradient: Tensor | None) -> Tensor:
         """Return an ascent gradient without the scale, dense, or 0 if there is none."""
         if gradient is None:
             return ops.zeros_like(theta)

@@ -66,9 +66,9 @@ def perturb(
         directions = [p * p * g for p, g in zip(theta, wide, strict=True)]
     if weight_masks is not None:
         masks = [weight_masks[t] for t in places]
-        directions = _masked(directions, masks)
+        directions = _mask(directions, masks)
         if config.norm != "full":
-            lengths = _masked(lengths, masks)
+            lengths = _mask(lengths, masks)
     known = not ops.is_tensor(scale)
     factors: Any = [scale[t] for t in places] if known else ops.take(scale, places, axis=0)
 
@@ -128,7 +128,7 @@ def _as(numbers: Any, dtype: Any) -> Tensor:
     return ops.cast(numbers, dtype)
 
 
-def _masked(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+def _mask(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors with 0 where a mask is False, even for non-finite values."""
     return [ops.where(m, x, ops.zeros_like(x)) for x, m in zip(tensors, masks, strict=True)]
 

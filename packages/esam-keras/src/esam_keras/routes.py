@@ -15,7 +15,7 @@ from keras import ops, tree
 from esam_core import ESAMValueError
 from esam_core.draws import uniforms
 from esam_keras import compat
-from esam_keras.losses import ADVICE, has_own_compute_loss, weighted
+from esam_keras.losses import ADVICE, has_own_compute_loss, weigh_samples
 
 __all__ = ["check_rows", "find_route"]
 
@@ -160,7 +160,7 @@ def _total_loss(model: keras.Model, data: Any, b: int, state: Any) -> Total:
         y_pred = tree.map_structure(lambda spec: _artificial_predictions(spec, b), found())
         with keras.StatelessScope(_mapping(model, state)):
             factor = ops.convert_to_tensor(factors)
-            with weighted(model, route, (x, y, sample_weight), factor) as (x, y, weights):
+            with weigh_samples(model, route, (x, y, sample_weight), factor) as (x, y, weights):
                 loss = compat.total_loss(model, x, y, y_pred, weights)
             return float(np.sum(ops.convert_to_numpy(loss)))
 

@@ -40,13 +40,13 @@ def rows(structure: Any, indices: Tensor) -> Any:
 def rows_of_batch(structure: Any, indices: Tensor, b: int | Tensor) -> Any:
     """Return the rows of the leaves that have b rows; other leaves are unchanged."""
 
-    def taken(leaf: Any) -> Any:
+    def take_rows(leaf: Any) -> Any:
         if leaf is None or len(leaf.shape) == 0:
             return leaf
         known = isinstance(b, int) and leaf.shape[0] is not None
         return leaf if known and leaf.shape[0] != b else ops.take(leaf, indices, axis=0)
 
-    return tree.map_structure(taken, structure)
+    return tree.map_structure(take_rows, structure)
 
 
 def spread(indices: Tensor, values: Tensor, b: int | Tensor) -> Tensor:
@@ -126,15 +126,13 @@ def fill_from_rest(others: Callable[[], Predicted], part: Tensor, rest: Tensor) 
         y_pred, other_masks = others()
         order = ops.argsort(ops.concatenate([part, rest], axis=0))
 
-        def joined(now: Tensor, other: Tensor) -> Tensor:
+        def join(now: Tensor, other: Tensor) -> Tensor:
             return ops.take(ops.concatenate([now, other], axis=0), order, axis=0)
 
         flat = list(zip(tree.flatten(run), tree.flatten(y_pred), strict=True))
-        leaves = [joined(now, other) if _has_rows(now, part) else now for now, other in flat]
+        leaves = [join(now, other) if _has_rows(now, part) else now for now, other in flat]
         kept = [
-            None
-            if mask is None or other is None or not _has_rows(now, part)
-            else joined(mask, other)
+            None if mask is None or other is None or not _has_rows(now, part) else join(mask, other)
             for (now, _), mask, other in zip(flat, masks, other_masks, strict=True)
         ]
         return tree.pack_sequence_as(run, leaves), kept

@@ -102,7 +102,7 @@ class Step(Passes):
             found, at_theta, losses = self.at_theta(chosen)
             theta = at_theta.state.trainable
             for t, g in zip(chosen, found, strict=True):
-                gradients[t] = self._unscaled(theta[t], g)
+                gradients[t] = self._unscale(theta[t], g)
         masks = None
         if self.plan.weight_beta is not None:
             seed = self.inputs["weight_seed"]
@@ -150,10 +150,16 @@ class Step(Passes):
         # One of the two records.
         left = cast(Evaluated, climb.at_theta if descent.evaluated is None else descent.evaluated)
         return Outcome(
-            descent.gradients, left, self._seen(climb, descent.evaluated, selected), finite, report
+            descent.gradients,
+            left,
+            self._find_seen(climb, descent.evaluated, selected),
+            finite,
+            report,
         )
 
-    def _seen(self, climb: Climb, descent: Evaluated | None, selected: Selected | None) -> Seen:
+    def _find_seen(
+        self, climb: Climb, descent: Evaluated | None, selected: Selected | None
+    ) -> Seen:
         """Return the samples that the step sees first: at theta if there is such a pass."""
         at_theta, part = climb.at_theta, self.inputs.get("part")
         if at_theta is None:

@@ -100,7 +100,7 @@ class Training:
         perturbable = [not _is_stored(v) for v in self.model.trainable_variables]
         return Planner(self.esam.config, unit_records(self.model), perturbable)
 
-    def kept(self, variables: Sequence[Any]) -> list[bool]:
+    def find_kept(self, variables: Sequence[Any]) -> list[bool]:
         """Return for each variable whether `Previous` keeps its gradient."""
         config, planner = self.esam.config, self._planner()
         kept = kept_units(config.perturb, planner.units, planner.allowed, norm=config.norm)

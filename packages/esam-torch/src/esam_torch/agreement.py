@@ -7,7 +7,7 @@ differ between them, the descent pass uses a different loss than the selection.
 import torch
 from torch import Tensor, nn
 
-from esam_torch.compat import BATCH_NORM, times_written
+from esam_torch.compat import BATCH_NORM, count_writes
 
 __all__ = ["buffer_versions", "comparable", "disagreement"]
 
@@ -23,7 +23,7 @@ _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
 def buffer_versions(model: nn.Module) -> list[tuple[int, int]]:
     """Return the id and version of each floating-point buffer of a model."""
-    return [(id(b), times_written(b)) for b in model.buffers() if b.is_floating_point()]
+    return [(id(b), count_writes(b)) for b in model.buffers() if b.is_floating_point()]
 
 
 def comparable(model: nn.Module, *, drew: bool, wrote: bool) -> bool:

@@ -77,7 +77,7 @@ class Samples:
             raise ESAMValueError(_no_samples_message(reader))
         if reader.learned:  # a new kind of batch: find errors before the descent pass
             reader = Reader(b, {**self._readings, **reader.learned})
-            _each(batch, functools.partial(_taken, reader, Index(torch.tensor([0, 1]))))
+            _each(batch, functools.partial(_take_value, reader, Index(torch.tensor([0, 1]))))
             self._readings = {**self._readings, **reader.before}
 
     def size(self, batch: Batch) -> int | None:
@@ -117,7 +117,7 @@ class Samples:
         if self._take is not None:
             return _take_by(self._take, self.bare(batch), indices)
         reader = Reader(b, self._readings)
-        return _each(batch, functools.partial(_taken, reader, Index(indices)))
+        return _each(batch, functools.partial(_take_value, reader, Index(indices)))
 
     def note(self, batch: Batch, k: int, b: int) -> str:
         """Return a note for errors raised in the descent pass on k of b samples."""
@@ -133,7 +133,7 @@ class Samples:
     def _read(self, batch: Batch, b: int) -> Reader:
         """Return a reader that has read the whole batch."""
         reader = Reader(b, self._readings)
-        _each(batch, functools.partial(_taken, reader, None))
+        _each(batch, functools.partial(_take_value, reader, None))
         return reader
 
 
@@ -182,7 +182,9 @@ def _unwrap(x: Any, _: str) -> Any:
     return x.value if isinstance(x, Rows | Whole) else INSIDE
 
 
-def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: bool = False) -> Any:
+def _take_value(
+    reader: Reader, index: Index | None, x: Any, path: str, declared: bool = False
+) -> Any:
     """Return the selected samples of a value, or INSIDE to visit its parts.
 
     Args:
@@ -196,7 +198,9 @@ def _taken(reader: Reader, index: Index | None, x: Any, path: str, declared: boo
         reader.whole.append((path, x))
         return x.value
     if isinstance(x, Rows):
-        return map_values(x.value, functools.partial(_taken, reader, index, declared=True), path)
+        return map_values(
+            x.value, functools.partial(_take_value, reader, index, declared=True), path
+        )
     reading = reader.read(x, path, declared=declared)
     if reading is Reading.PARTS:
         return INSIDE

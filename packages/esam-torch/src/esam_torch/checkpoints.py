@@ -44,7 +44,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     own = state.pop("esam", None)
     config, count, budget, plan = run.config, run.count, run.budget, run.plan
     if own is not None:  # check everything before changing anything
-        config, count = _loaded(own["config"], config), int(own["count"])
+        config, count = _load(own["config"], config), int(own["count"])
         budget, plan = own.get("budget"), None
         run.memory.load(own.get("direction", {}), parameters_of(run.model, run.base.param_groups))
     run.base.load_state_dict(state)
@@ -53,7 +53,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
         after(optimizer)
 
 
-def _loaded(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:
+def _load(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:
     """Return a saved configuration; a sampler that could not be saved is taken from `given`."""
     if saved["perturb"] is not None:
         return ESAMConfig.from_dict(saved)

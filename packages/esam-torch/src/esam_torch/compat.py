@@ -19,16 +19,16 @@ __all__ = [
     "NORM_LAYERS",
     "active_replicas",
     "buffers_by_name",
-    "cloned",
+    "call_untraced",
+    "clone_all",
     "compiled_call",
     "compiled_original",
+    "count_writes",
     "fsdp_parameter_groups",
     "is_compiled_function",
     "parametrizations_are_cached",
     "saves_state_dict_hooks",
-    "times_written",
-    "uncounted",
-    "untraced",
+    "uncounted_writes",
     "without_global_step_hooks",
     "without_hooks",
 ]
@@ -58,7 +58,7 @@ def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
-def times_written(tensor: Tensor) -> int:
+def count_writes(tensor: Tensor) -> int:
     """Return how often a tensor has been written to in place; 0 if torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
 
@@ -81,19 +81,19 @@ def is_compiled_function(function: Callable[..., Any]) -> bool:
     return made and not getattr(function, "_torchdynamo_disable", False)
 
 
-def untraced(function: Callable[..., Any], *args: Any) -> Any:
+def call_untraced(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function without letting torch.compile trace it, and return its result.
 
     `torch.compiler.disable` imports the compiler immediately, which takes seconds. If the compiler
     has not been imported, nothing is compiled.
     """
     if torch.compiler.is_compiling() or "torch._dynamo.eval_frame" in sys.modules:
-        return _call_untraced(function, *args)
+        return _call_disabled(function, *args)
     return function(*args)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def _call_untraced(function: Callable[..., Any], *args: Any) -> Any:
+def _call_disabled(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function outside compiled code."""
     return function(*args)
 
@@ -104,7 +104,7 @@ def active_replicas() -> DistributedDataParallel | None:
     return found if isinstance(found, DistributedDataParallel) else None
 
 
-def uncounted(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+def uncounted_writes(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which writes do not change these tensors' version counters.
 
     Graphs that have saved the tensors stay valid: the caller must restore the values.
@@ -117,7 +117,7 @@ def uncounted(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[An
     return preserved
 
 
-def cloned(tensors: Sequence[Tensor]) -> list[Tensor]:
+def clone_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of tensors, in one call if torch has it."""
     with torch.no_grad():
         return list(_CLONE(tensors))
@@ -135,7 +135,7 @@ def without_hooks(
     own = [hooks for tensor in tensors if (hooks := tensor._backward_hooks)]
     if accumulating:
         own += [hooks for tensor in tensors if (hooks := tensor._post_accumulate_grad_hooks)]
-    return _emptied(own) if own else contextlib.nullcontext()
+    return _empty(own) if own else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -144,12 +144,12 @@ def without_global_step_hooks() -> Iterator[None]:
 
     They have already run for ESAM's own step, which calls the base optimizer's.
     """
-    with _emptied([_global_optimizer_pre_hooks, _global_optimizer_post_hooks]):
+    with _empty([_global_optimizer_pre_hooks, _global_optimizer_post_hooks]):
         yield
 
 
 @contextlib.contextmanager
-def _emptied(own: list[Any]) -> Iterator[None]:
+def _empty(own: list[Any]) -> Iterator[None]:
     """Empty dictionaries inside the context."""
     kept = [dict(hooks) for hooks in own]
     try:

@@ -192,12 +192,12 @@ class TorchSession:
         self.passes, self.fault = [], fault
         with self.own_generators():
             if self.esam is not None:
-                return self.observed(self.esam.step(self.losses, *self.tensors(batch)))
+                return self.observe(self.esam.step(self.losses, *self.tensors(batch)))
             self.base.zero_grad()
             values = self.losses(*self.tensors(batch))
             torch.autograd.backward(values.mean())
             self.base.step()
-            return self.observed(StepReport(count=0, losses=values.detach()))
+            return self.observe(StepReport(count=0, losses=values.detach()))
 
     def backward(self, batch: Batch) -> Observed:
         """Run the passes of one step, adding to the gradients, without the update."""
@@ -211,33 +211,33 @@ class TorchSession:
                 report = StepReport(count=0, losses=values.detach())
             else:
                 report = self.esam.backward(self.losses, *self.tensors(batch))
-        return self.observed(report, before)
+        return self.observe(report, before)
 
-    def observed(self, report: StepReport, before: Mapping[str, Array] | None = None) -> Observed:
+    def observe(self, report: StepReport, before: Mapping[str, Array] | None = None) -> Observed:
         """Return a report and the gradients as arrays."""
 
-        def shown(tensor: Tensor | None) -> Array | None:
+        def show(tensor: Tensor | None) -> Array | None:
             return None if tensor is None else tensor.cpu().numpy().copy()
 
         earlier = before or {}
         return Observed(
-            losses=shown(report.losses),
-            perturbed_losses=shown(report.perturbed_losses),
-            indices=shown(report.indices),
-            sample_weights=shown(report.sample_weights),
+            losses=show(report.losses),
+            perturbed_losses=show(report.perturbed_losses),
+            indices=show(report.indices),
+            sample_weights=show(report.sample_weights),
             perturbed=report.perturbed,
             perturbation_norm=float(report.perturbation_norm),
             gradient_norm=None if report.gradient_norm is None else float(report.gradient_norm),
-            part=shown(report.part),
+            part=show(report.part),
             gradient={n: g - earlier.get(n, 0.0) for n, g in self.gradients().items()},
             passes=tuple(self.passes),
         )
 
     def weights(self) -> dict[str, Array]:
         """Return copies of all parameters."""
-        return {name: self.oriented(name, p) for name, p in self.model.named_parameters()}
+        return {name: self.orient(name, p) for name, p in self.model.named_parameters()}
 
-    def oriented(self, name: str, tensor: Tensor) -> Array:
+    def orient(self, name: str, tensor: Tensor) -> Array:
         """Return a parameter, or its gradient, in the kit's layout."""
         dense = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Linear)
         return _array(tensor.T if dense and tensor.dim() == 2 else tensor)
@@ -258,7 +258,7 @@ class TorchSession:
     def gradients(self) -> dict[str, Array]:
         """Return copies of the gradients; absent ones left out."""
         return {
-            name: self.oriented(name, p.grad)
+            name: self.orient(name, p.grad)
             for name, p in self.model.named_parameters()
             if p.grad is not None
         }

@@ -117,7 +117,7 @@ class Memory:
             return
         rows = zip(layout.parameters, self._kept_of(layout, config), strict=True)
         given = {p.unit.name: p.tensor.grad for p, kept in rows if kept}
-        self.gradients = _copied(
+        self.gradients = _copy(
             {name: g.detach() for name, g in given.items() if g is not None}, self.gradients
         )
 
@@ -178,7 +178,7 @@ class Memory:
         return list(torch._foreach_neg(shards)) if ascend.sign < 0 else shards
 
 
-def _copied(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copy(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return dense copies of gradients, reusing the memory of the old ones if they fit."""
     copies: dict[str, Tensor] = {}
     places: list[Tensor] = []

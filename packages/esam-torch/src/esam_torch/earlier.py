@@ -47,12 +47,12 @@ class EarlierStep(Step):
             with self._watching():
                 self._before = self._without_a_graph(b)
             self._first.note()
-        left, self._written = RandomState(task.layout.devices), task.layout.writes.kept()
+        left, self._written = RandomState(task.layout.devices), task.layout.writes.keep()
         self._ascent_found = ascent = self._direction()
         flaw = ascent.flaw
         with self._at_the_peak() as weights:
             if task.watch_rounding:
-                self._rounded = weights.rounded(ascent.perturbations)
+                self._rounded = weights.share_rounded_away(ascent.perturbations)
             if b is not None and subset_size(config.select.gamma, b) < b:
                 task.samples.check(self._batch, b)
                 if needs_perturbed_losses(config.select, b):
@@ -63,7 +63,7 @@ class EarlierStep(Step):
                 self._selected_samples = select(
                     config.select,
                     b,
-                    self._seen(),
+                    self._losses_at_theta(),
                     self._after,
                     seed=config.seed,
                     count=task.count,
@@ -75,7 +75,7 @@ class EarlierStep(Step):
                 self._disagreement = disagreement(self._after, chosen, self._values)
         self._first.note()
         if task.records_at_theta:
-            self._at_the_descent = task.layout.writes.kept()
+            self._at_the_descent = task.layout.writes.keep()
             self._written.restore()
             left.restore()
         # Non-finite values must reach the gradient, even if all selected samples are finite.
@@ -84,7 +84,7 @@ class EarlierStep(Step):
     def _direction(self) -> Ascent:
         """Return epsilon, computed from the direction of earlier steps."""
         task, targets = self.task, self.task.targets
-        seen = self._seen()
+        seen = self._losses_at_theta()
         return perturb(
             task.climb.direction or [],
             targets,
@@ -95,7 +95,7 @@ class EarlierStep(Step):
             weight_masks=draw_weight_masks(task.mask, targets.tensors),
         )
 
-    def _seen(self) -> Tensor:
+    def _losses_at_theta(self) -> Tensor:
         """Return the losses at theta, or a finite number if there are none."""
         if self._before is not None:
             return self._before
@@ -112,11 +112,11 @@ class EarlierStep(Step):
         self._weights = weights = Weights(self.task.targets, sharded)
         try:
             weights.add(self._ascent_found.perturbations)
-            self._weights_changed()
+            self._refresh_weights()
             yield weights
         finally:
             weights.restore()
-            self._weights_changed()
+            self._refresh_weights()
             self._weights = None  # the copies are not needed in between
 
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
@@ -124,7 +124,7 @@ class EarlierStep(Step):
         if self.task.before_descent is not None:
             self.task.before_descent()
         at_the_descent = self._at_the_descent
-        found = None if at_the_descent is None else self.task.layout.writes.kept()
+        found = None if at_the_descent is None else self.task.layout.writes.keep()
         with self._at_the_peak():
             self._ascent_found.perturbations.clear()  # epsilon is in the weights
             if at_the_descent is not None:  # the graph may read buffers that its forward wrote

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from esam_torch.compat import BATCH_NORM, cloned, uncounted
+from esam_torch.compat import BATCH_NORM, clone_all, uncounted_writes
 from esam_torch.devices import on_device
 from esam_torch.sharded import local
 from esam_torch.targets import Targets
@@ -30,7 +30,7 @@ class RandomState:
             if device.type not in ("cpu", "meta")
         ]
 
-    def moved(self) -> bool:
+    def has_moved(self) -> bool:
         """Return whether the state of a generator has changed."""
         now = RandomState(device for device, _ in self._others)
         then = [self._cpu, *(state for _, state in self._others)]
@@ -58,13 +58,13 @@ class Autocast:
         ]
         self._cached = torch.is_autocast_cache_enabled()
 
-    def restored(self) -> contextlib.AbstractContextManager[None]:
+    def restoring(self) -> contextlib.AbstractContextManager[None]:
         """Return a context with the saved autocast settings."""
         off = not any(e or torch.is_autocast_enabled(k) for k, e, _ in self._settings)
-        return contextlib.nullcontext() if off else self._restored()
+        return contextlib.nullcontext() if off else self._restoring()
 
     @contextlib.contextmanager
-    def _restored(self) -> Iterator[None]:
+    def _restoring(self) -> Iterator[None]:
         """Use the saved autocast settings inside the context."""
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self._settings:
@@ -104,16 +104,16 @@ class Weights:
         tensors = targets.tensors
         self._weights = [local(p.data) for p in tensors] if sharded else list(tensors)
         self._by_kind = targets.by_kind  # what one kernel can write
-        self._copies = [cloned(weights) for weights in self._by_kind(self._weights)]
+        self._copies = [clone_all(weights) for weights in self._by_kind(self._weights)]
 
     def add(self, perturbations: list[Tensor]) -> None:
         """Add epsilon to the weights."""
-        with torch.no_grad(), uncounted(self._weights):
+        with torch.no_grad(), uncounted_writes(self._weights):
             kinds = zip(self._by_kind(self._weights), self._by_kind(perturbations), strict=True)
             for weights, epsilons in kinds:
                 torch._foreach_add_(weights, epsilons)
 
-    def rounded(self, perturbations: list[Tensor]) -> Tensor:
+    def share_rounded_away(self, perturbations: list[Tensor]) -> Tensor:
         """Return the share of epsilon's nonzero entries that changed no half-precision weight.
 
         A 0-d float32 tensor; 0 if there are no half-precision weights.
@@ -133,7 +133,7 @@ class Weights:
 
     def restore(self) -> None:
         """Restore theta bit for bit, even if a forward has assigned to `.data`."""
-        with torch.no_grad(), uncounted(self._weights):
+        with torch.no_grad(), uncounted_writes(self._weights):
             for weights, copies in zip(self._by_kind(self._weights), self._copies, strict=True):
                 torch._foreach_copy_(weights, copies)
 
@@ -165,11 +165,11 @@ def statistics_layers(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if isinstance(module, BATCH_NORM) and module.training and not _synchronised(module)
+        if isinstance(module, BATCH_NORM) and module.training and not _is_synchronised(module)
     ]
 
 
-def _synchronised(layer: nn.Module) -> bool:
+def _is_synchronised(layer: nn.Module) -> bool:
     """Return whether a BatchNorm layer shares its statistics with other ranks."""
     return (
         isinstance(layer, nn.SyncBatchNorm)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from esam_core import ESAMRuntimeError
 from esam_torch.batch import Batch
-from esam_torch.compat import times_written
+from esam_torch.compat import count_writes
 from esam_torch.containers import INSIDE, map_values
 from esam_torch.losses import LossFunction
 from esam_torch.values import tensors_in
@@ -32,13 +32,13 @@ def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
     written = False
 
     @functools.wraps(losses)
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         nonlocal written
         tensors = list(tensors_in([args, kwargs]))
-        versions = [times_written(t) for t in tensors]
+        versions = [count_writes(t) for t in tensors]
         copies = [t.detach().clone() for t in tensors] if written else None
         found = losses(*args, **kwargs)
-        changed = [t for t, n in zip(tensors, versions, strict=True) if times_written(t) != n]
+        changed = [t for t, n in zip(tensors, versions, strict=True) if count_writes(t) != n]
         if changed and copies is not None:
             for tensor, copy in zip(tensors, copies, strict=True):
                 if not _equal(tensor.detach(), copy):
@@ -54,7 +54,7 @@ def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
             written = any(id(t) in own for t in changed)
         return found
 
-    return watched
+    return wrapper
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -65,9 +65,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def copy_tensors(batch: Batch) -> Batch:
     """Return the batch with copies of its tensors, for a forward that is not a pass of a step."""
 
-    def copied(x: Any, _: str) -> Any:
+    def copy_tensor(x: Any, _: str) -> Any:
         return x.detach().clone() if type(x) is Tensor and not x.requires_grad else INSIDE
 
     with torch.no_grad():
-        found: Batch = map_values(batch, copied, strict=False)
+        found: Batch = map_values(batch, copy_tensor, strict=False)
     return found

@@ -14,7 +14,7 @@ from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.guards import RandomState
 from esam_torch.notes import WITHOUT_A_GRAPH, note_errors
 from esam_torch.sharded import Shards, reshard
-from esam_torch.synchronisation import unsynchronised
+from esam_torch.synchronisation import without_reduction
 from esam_torch.targets import Options, Targets, find_targets
 from esam_torch.wrappers import bare_model
 from esam_torch.written import Writes
@@ -167,7 +167,7 @@ def without_side_effects(
     before = writes.before_forward()
     try:
         with (
-            unsynchronised(model),
+            without_reduction(model),
             note_errors(WITHOUT_A_GRAPH, RuntimeError, "does not require grad"),
         ):
             yield

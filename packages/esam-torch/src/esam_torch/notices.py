@@ -1,6 +1,6 @@
 """Warnings raised within a step, kept until the user's next call."""
 
-__all__ = ["Notices", "compiled", "rounded"]
+__all__ = ["Notices", "compilation_warning", "rounding_warning"]
 
 
 class Notices:
@@ -26,7 +26,7 @@ class Notices:
         return waiting
 
 
-def rounded(share: float) -> str | None:
+def rounding_warning(share: float) -> str | None:
     """Return a warning about the share of a perturbation that was rounded away; None if it is 0."""
     if share == 0.0:
         return None
@@ -37,7 +37,7 @@ def rounded(share: float) -> str | None:
     )
 
 
-def compiled(few_masks: bool) -> str:
+def compilation_warning(few_masks: bool) -> str:
     """Return why the ascent pass of a compiled model computes all gradients, and what to do."""
     why, way_out = (
         ("torch before 2.13 does not recompile it for other weights", "Use torch 2.13")

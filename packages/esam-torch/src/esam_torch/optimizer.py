@@ -25,7 +25,7 @@ from esam_core.perturbation import Norm
 from esam_core.presets import recommended_arguments
 from esam_torch.bases import check_base, refuse_optimizer_class
 from esam_torch.batch import Samples
-from esam_torch.compat import untraced
+from esam_torch.compat import call_untraced
 from esam_torch.delegation import DelegatingOptimizer
 from esam_torch.directions import check_moment
 from esam_torch.groups import check_groups
@@ -208,13 +208,13 @@ class ESAM(DelegatingOptimizer):
             >>> (loss + 1e-4 * model.weight.square().sum()).backward()
             >>> optimizer.step()
         """
-        loss: Tensor = untraced(self._run.loss, losses, (batch, kwargs))
+        loss: Tensor = call_untraced(self._run.loss, losses, (batch, kwargs))
         self._warn()
         return loss
 
     def backward(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> StepReport:
         """Add ESAM's gradient to `.grad`, as `loss(...).backward()` does; return the report."""
-        report: StepReport = untraced(self._run.backward, losses, (batch, kwargs))
+        report: StepReport = call_untraced(self._run.backward, losses, (batch, kwargs))
         self._warn()
         return report
 
@@ -238,9 +238,9 @@ class ESAM(DelegatingOptimizer):
         if closure is None and (batch or kwargs):
             raise ESAMTypeError("step() with a batch needs `losses` as its first argument.")
         if not (batch or kwargs):
-            result = untraced(run.update, closure)
+            result = call_untraced(run.update, closure)
         else:
-            result = untraced(run.step, closure, (batch, kwargs))
+            result = call_untraced(run.step, closure, (batch, kwargs))
         self._warn()
         return result
 

@@ -74,7 +74,7 @@ def perturb(
         directions = gradients[: len(parameters)]
         gradients.clear()
         if targets.any_adaptive:
-            directions = _stretched(directions, parameters, targets.adaptive)  # |theta| g
+            directions = _stretch(directions, parameters, targets.adaptive)  # |theta| g
         whole = total_norms(_norms(directions, device), targets.spread)
         masked = whole
         if weight_masks is not None:
@@ -86,7 +86,7 @@ def perturb(
             scales = torch.tensor(targets.scales, dtype=masked.dtype)
             length = torch.linalg.vector_norm(masked * on_device(scales.sqrt(), device))
         elif norm == "full":
-            rest = _stretched(idle, targets.idle, targets.idle_adaptive)
+            rest = _stretch(idle, targets.idle, targets.idle_adaptive)
             lengths = total_norms(_norms(rest, device), targets.idle_spread)
             length = torch.linalg.vector_norm(torch.cat([whole, lengths]))
             del rest
@@ -107,8 +107,8 @@ def perturb(
             directions = [torch.zeros_like(d) for d in directions]
             masked = torch.zeros_like(masked)
         if targets.any_adaptive:
-            directions = _stretched(directions, parameters, targets.adaptive)  # |theta|^2 g
-        perturbations = _scaled(directions, targets, common)
+            directions = _stretch(directions, parameters, targets.adaptive)  # |theta|^2 g
+        perturbations = _scale(directions, targets, common)
         if targets.any_adaptive:
             lengths = total_norms(_norms(perturbations, device), targets.spread)
             size = torch.linalg.vector_norm(lengths)
@@ -162,7 +162,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _stretched(
+def _stretch(
     gradients: list[Tensor], parameters: Sequence[Tensor], adaptive: Sequence[bool]
 ) -> list[Tensor]:
     """Return the gradients, those of adaptive parameters times |theta| (times theta, if real)."""
@@ -175,7 +175,7 @@ def _stretched(
     return [next(products) if a else g for g, a in zip(gradients, adaptive, strict=True)]
 
 
-def _scaled(directions: list[Tensor], targets: Targets, common: Tensor) -> list[Tensor]:
+def _scale(directions: list[Tensor], targets: Targets, common: Tensor) -> list[Tensor]:
     """Return each direction times its factor and the common 0-d tensor."""
     found: dict[int, Tensor] = {}
     for places, some in zip(targets.kinds, targets.by_kind(directions), strict=True):

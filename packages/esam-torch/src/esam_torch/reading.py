@@ -78,7 +78,7 @@ class Reader:
             ESAMTypeError: it is ambiguous, or cannot be indexed by sample.
             ESAMValueError: it has the wrong number of entries.
         """
-        found = self._declared(x, path) if declared else self._found(x, path)
+        found = self._read_declared(x, path) if declared else self._found(x, path)
         if found in (Reading.ROWS, Reading.ITEMS):
             self.apart.append((path, x))
         elif found is Reading.WHOLE:
@@ -101,7 +101,7 @@ class Reader:
             return Reading.PARTS
         return self._object(x, path)
 
-    def _declared(self, x: Any, path: str) -> Reading:
+    def _read_declared(self, x: Any, path: str) -> Reading:
         """Return how a value marked with `Rows` is read."""
         if x is None:
             return Reading.WHOLE

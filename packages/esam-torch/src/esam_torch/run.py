@@ -36,7 +36,7 @@ from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
 from esam_torch.notes import CLOSURE, LATE
-from esam_torch.notices import Notices, compiled, rounded
+from esam_torch.notices import Notices, compilation_warning, rounding_warning
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
 from esam_torch.step import Step
@@ -269,7 +269,7 @@ class Run:
         self.pending = self.pending or not result.report.skipped
         self.skipped = self.skipped or result.report.skipped
         if result.rounded is not None:
-            self.notices.add("rounding", rounded(float(result.rounded)))
+            self.notices.add("rounding", rounding_warning(float(result.rounded)))
         if result.disagreement is not None:
             self.notices.add("agreement", result.disagreement)
         if result.report.perturbed_losses is not None:  # one comparison per run: the host waits
@@ -318,7 +318,7 @@ class Run:
         few = masks is not None and len(masks) <= _MOST_COMPILED_MASKS
         if few and COMPILED_MODELS_SEE_REQUIRES_GRAD:
             return True
-        self.notices.add("compiled", compiled(few))
+        self.notices.add("compiled", compilation_warning(few))
         return False
 
     def _watch_strangers(

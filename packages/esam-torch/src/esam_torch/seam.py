@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from esam_core import ESAMRuntimeError
-from esam_torch.compat import untraced
+from esam_torch.compat import call_untraced
 
 __all__ = ["loss_with_backward", "once"]
 
@@ -31,7 +31,7 @@ class _Seam(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         """Return the gradients of the inputs, times the scale."""
-        return (None, None, *untraced(ctx.gradients, scale))
+        return (None, None, *call_untraced(ctx.gradients, scale))
 
 
 def loss_with_backward(
@@ -60,7 +60,7 @@ def once(
     """Return a function that can be called once, and then releases its references."""
     waiting = [gradients]
 
-    def called(scale: Tensor) -> Sequence[Tensor | None]:
+    def call_once(scale: Tensor) -> Sequence[Tensor | None]:
         if not waiting:
             raise ESAMRuntimeError(
                 "The backward of one of ESAM's losses must be called once. Received: a second "
@@ -68,4 +68,4 @@ def once(
             )
         return waiting.pop()(scale)
 
-    return called
+    return call_once

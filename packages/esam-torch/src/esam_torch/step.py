@@ -86,12 +86,12 @@ class Step:
             scale: 0-d, the gradient of what is minimised with respect to the mean loss.
             inputs: the tensors to compute gradients for.
         """
-        with torch.enable_grad(), self._autocast.restored():
+        with torch.enable_grad(), self._autocast.restoring():
             if self.task.perturbs:
                 result = self._perturbed_step(scale, inputs)
             else:
                 result = self._base_step(scale, inputs)
-            return self._checked(result)
+            return self._check(result)
 
     def finish_base(self) -> StepResult:
         """Return the result of a base step whose gradient is computed by the script's backward."""
@@ -107,7 +107,7 @@ class Step:
             parameter.requires_grad_(True)
         if self._weights is not None:
             self._weights.restore()
-            self._weights_changed()
+            self._refresh_weights()
         self._random.restore()
         self._first.undo()
 
@@ -159,8 +159,8 @@ class Step:
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Passes 2 to 6 of the step."""
         task, random = self.task, RandomState(self.task.layout.devices)
-        self._written = task.layout.writes.kept()  # after the pass at theta
-        others_drew = not task.records_at_theta and self._after_part.moved()
+        self._written = task.layout.writes.keep()  # after the pass at theta
+        others_drew = not task.records_at_theta and self._after_part.has_moved()
         b, k = self._b, self._selected
         with self._climbing():
             ascent = self._ascent(scale)
@@ -170,7 +170,7 @@ class Step:
         flaw = ascent.flaw
         if task.climb.part is not None and needs_losses(task.config.select, b):
             self._random.restore()
-            before = self._scored(before, task.climb.part)
+            before = self._score_all(before, task.climb.part)
             flaw = flaw + flaw_in(before)
         self._weights = weights = Weights(task.targets, task.layout.shards is not None)
         after: Tensor | None = None
@@ -178,9 +178,9 @@ class Step:
         rounded: Tensor | None = None
         try:
             weights.add(ascent.perturbations)
-            self._weights_changed()
+            self._refresh_weights()
             if task.watch_rounding:
-                rounded = weights.rounded(ascent.perturbations)
+                rounded = weights.share_rounded_away(ascent.perturbations)
             ascent.perturbations.clear()  # epsilon is in the weights; its memory is not needed
             if k < b:
                 if needs_perturbed_losses(task.config.select, b):
@@ -193,7 +193,7 @@ class Step:
             gradients = self._descent(selected, flaw, scale, inputs, after)
         finally:
             weights.restore()
-            self._weights_changed()
+            self._refresh_weights()
         if task.records_at_theta:
             self._written.restore()
         if task.records_at_theta or others_drew:
@@ -222,7 +222,7 @@ class Step:
             weight_masks=draw_weight_masks(task.mask, targets.tensors),
         )
 
-    def _scored(self, losses: Tensor, part: Tensor) -> Tensor:
+    def _score_all(self, losses: Tensor, part: Tensor) -> Tensor:
         """Return the (b,) losses at theta; only those of the part have a graph."""
         b = self._b
         rest = torch.ones(b, dtype=torch.bool).index_fill_(0, part, False).nonzero().flatten()
@@ -303,7 +303,9 @@ class Step:
             self._first.note()
             norms = self.task.layout.writes.statistics_layers
             wrote = bool(norms) or buffer_versions(self.task.model) != versions
-            self._comparable = comparable(self.task.model, drew=self._random.moved(), wrote=wrote)
+            self._comparable = comparable(
+                self.task.model, drew=self._random.has_moved(), wrote=wrote
+            )
 
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:
@@ -338,13 +340,13 @@ class Step:
         """Return the gradients of the inputs."""
         return gradients_of(total, inputs, scale, every=self._every())
 
-    def _weights_changed(self) -> None:
+    def _refresh_weights(self) -> None:
         """Let sharded models gather the weights again, and autocast cast them again."""
         if self.task.layout.shards is not None:
             self.task.layout.shards.reshard()
         torch.clear_autocast_cache()
 
-    def _checked(self, result: StepResult) -> StepResult:
+    def _check(self, result: StepResult) -> StepResult:
         """Return the result; skip it or raise if it is not finite, depending on `on_nonfinite`."""
         task = self.task
         if task.config.on_nonfinite == "propagate":

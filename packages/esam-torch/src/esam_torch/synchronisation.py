@@ -13,10 +13,10 @@ from esam_torch.compat import active_replicas
 from esam_torch.sharded import mesh_groups
 from esam_torch.wrappers import bare_model, replicas_of
 
-__all__ = ["Ranks", "unsynchronised"]
+__all__ = ["Ranks", "without_reduction"]
 
 
-def unsynchronised(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+def without_reduction(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which DistributedDataParallel reduces nothing.
 
     Forward *and* backward of a pass must run inside: the forward already prepares the reduction.

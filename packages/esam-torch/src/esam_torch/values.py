@@ -155,7 +155,7 @@ class State:
                 tensor.data = torch.empty_like(copy)
         copy_values([t.data for t in self._tensors], self._copies)
 
-    def changed(self) -> list[Place]:
+    def find_changes(self) -> list[Place]:
         """Return the places whose objects were replaced."""
         return [
             (d, n) for d, n, contents in self._contents if not contents.is_in(d.get(n, MISSING))
@@ -197,7 +197,7 @@ class State:
             found._copies.append(tensor.data.clone() if copy is None else copy)
         return found
 
-    def joined(self, *others: "State") -> "State":
+    def join(self, *others: "State") -> "State":
         """Return this state combined with others."""
         found = self.part((), ())
         for state in (self, *others):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from esam_torch.compat import NORM_LAYERS, buffers_by_name, times_written
+from esam_torch.compat import NORM_LAYERS, buffers_by_name, count_writes
 from esam_torch.values import Place, State, is_plain, parts_of, tensors_in
 from esam_torch.wrappers import bare_model
 
@@ -106,7 +106,7 @@ class Writes:
         watched = self._steps <= _WATCHED_STEPS or self._steps.bit_count() == 1
         return Forward(self, _Watch(self, by_value=self._steps == 1) if watched else None)
 
-    def kept(self, start: State | None = None) -> Kept:
+    def keep(self, start: State | None = None) -> Kept:
         """Return the written values, as they are now or as in a saved state."""
         norms = [module for module in self._norms if module.training]
         statistics = [
@@ -126,7 +126,7 @@ class Writes:
 
     def versions(self) -> list[int]:
         """Return the version counters of values that have not been seen to change."""
-        return [times_written(c.tensor) for c in self._idle]
+        return [count_writes(c.tensor) for c in self._idle]
 
     def learn(self, places: Iterable[Place], written: Iterable[_Candidate]) -> None:
         """Record places whose objects were replaced, and tensors written in place."""
@@ -141,7 +141,7 @@ class Writes:
     def learn_versions(self, versions: Sequence[int]) -> list[Tensor]:
         """Record and return the tensors written since the given version counters."""
         rows = zip(self._idle, versions, strict=True)
-        found = [c for c, version in rows if times_written(c.tensor) != version]
+        found = [c for c, version in rows if count_writes(c.tensor) != version]
         if found:
             self.late = True
             self.learn([], found)
@@ -212,8 +212,8 @@ class _Watch:
         self._by_value = by_value
         self._places, self._candidates = writes.candidates()
         self._marks = [_mark(c.tensor) for c in self._candidates]
-        kept = writes.kept()
-        self.state = State(self._places, self._affordable()).joined(
+        kept = writes.keep()
+        self.state = State(self._places, self._affordable()).join(
             kept.restarted, kept.statistics, kept.trained
         )
 
@@ -249,7 +249,7 @@ class _Watch:
         )
         if self._by_value:
             written |= {id(t) for t in self.state.unlike(without=written)}
-        changed = [*self.state.changed(), *self._writes.new_places(self._places)]
+        changed = [*self.state.find_changes(), *self._writes.new_places(self._places)]
         self._writes.learn(changed, [c for c in self._candidates if id(c.tensor) in written])
         self._writes.find_statistics()
         self._writes.set_idle(self._candidates)
@@ -272,7 +272,7 @@ class Forward:
     def __init__(self, writes: Writes, watch: _Watch | None) -> None:
         self._writes = writes
         self._watch = watch
-        self._start = writes.kept() if watch is None else None
+        self._start = writes.keep() if watch is None else None
         self._versions = writes.versions() if watch is None else []
         self._late: State | None = None
         self._noted = False
@@ -284,7 +284,7 @@ class Forward:
         self._noted = True
         if self._watch is not None:
             self._watch.compare()
-            self._start, self._watch = self._writes.kept(self._watch.state), None
+            self._start, self._watch = self._writes.keep(self._watch.state), None
         else:
             late = self._writes.learn_versions(self._versions)
             self._late = State((), late) if late else None
@@ -322,7 +322,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return a mark that changes if a tensor is written in place or its `.data` is replaced."""
-    return times_written(tensor), tensor.data_ptr()
+    return count_writes(tensor), tensor.data_ptr()
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

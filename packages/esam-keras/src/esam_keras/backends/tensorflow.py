@@ -82,11 +82,11 @@ class TensorFlowBackend(AssigningBackend):
         optimizer.apply(list(gradients), variables)
 
     def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
-        def kept() -> Any:
+        def commit_and_confirm() -> Any:
             commit()
             return tf.constant(True)
 
-        tf.cond(ok, kept, lambda: tf.constant(False))
+        tf.cond(ok, commit_and_confirm, lambda: tf.constant(False))
 
     # -- a step of a model -------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ class TorchBackend(AssigningBackend, threading.local):
         for (place, _), g in zip(more, found[len(leaves) :], strict=True):
             if g is not None:
                 found[place] = g if found[place] is None else found[place] + g
-        return found[: len(leaves)], None if rest is None else _detached(rest, variables, leaves)
+        return found[: len(leaves)], None if rest is None else _detach(rest, variables, leaves)
 
     def without_gradient(self, value: Tensor) -> Tensor:
         return value.detach()
@@ -162,7 +162,7 @@ class TorchBackend(AssigningBackend, threading.local):
         return torch.compiler.is_compiling()
 
     def eager_step(self, training: Any, *arguments: Any) -> Any:
-        return self._counted(training, arguments[0], functools.partial(self.step, training))
+        return self._run_counted(training, arguments[0], functools.partial(self.step, training))
 
     def make_train_function(self, training: Any) -> Callable[[Any], dict[str, Any]]:
         steps = training.model.steps_per_execution
@@ -174,12 +174,12 @@ class TorchBackend(AssigningBackend, threading.local):
 
         def train_function(data: Any) -> dict[str, Any]:
             (batch,) = data
-            logs: dict[str, Any] = self._counted(training, batch, training.step)
+            logs: dict[str, Any] = self._run_counted(training, batch, training.step)
             return logs
 
         return train_function
 
-    def _counted(self, training: Any, data: Any, make: Callable[..., Any]) -> Any:
+    def _run_counted(self, training: Any, data: Any, make: Callable[..., Any]) -> Any:
         """Draw a step, run it, and count it."""
         training.prepare(data)
         count = int(training.esam.count.value)
@@ -198,23 +198,23 @@ def _copy(leaf: Any) -> Any:
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
-def _detached(rest: Any, variables: Sequence[Tensor], leaves: Sequence[Tensor]) -> Any:
+def _detach(rest: Any, variables: Sequence[Tensor], leaves: Sequence[Tensor]) -> Any:
     """Return the results of a forward without its graph; leaves become their original tensors."""
     origin = {id(leaf): variable for leaf, variable in zip(leaves, variables, strict=True)}
 
-    def detached(leaf: Any) -> Any:
+    def detach_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         if id(leaf) in origin:
             return origin[id(leaf)]
         return leaf.detach() if leaf.requires_grad else leaf
 
-    state = [[detached(value) for value in group] for group in rest.state]
+    state = [[detach_leaf(value) for value in group] for group in rest.state]
     return rest._replace(
-        loss=detached(rest.loss),
-        y_pred=keras.tree.map_structure(detached, rest.y_pred),
+        loss=detach_leaf(rest.loss),
+        y_pred=keras.tree.map_structure(detach_leaf, rest.y_pred),
         state=type(rest.state)(*state),
-        strangers=[(variable, detached(value)) for variable, value in rest.strangers],
+        strangers=[(variable, detach_leaf(value)) for variable, value in rest.strangers],
     )
 
 

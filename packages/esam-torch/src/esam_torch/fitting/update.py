@@ -14,7 +14,7 @@ from esam_torch.fitting.data import Arguments
 from esam_torch.fitting.measures import ModelLosses
 from esam_torch.losses import per_sample
 from esam_torch.optimizer import ESAM
-from esam_torch.synchronisation import unsynchronised
+from esam_torch.synchronisation import without_reduction
 
 __all__ = ["Update"]
 
@@ -60,7 +60,7 @@ class Update:
             # they reduce with each batch: the last one may be skipped too, and ranks would then
             # continue with gradients that were never reduced.
             alone = place < len(group) and not self._skips
-            with unsynchronised(self.model) if alone else contextlib.nullcontext():
+            with without_reduction(self.model) if alone else contextlib.nullcontext():
                 reports.append(self._gradient(batch))
         kept = sum(not report.skipped for report in reports)
         if kept == 0:
@@ -121,8 +121,8 @@ def with_precision(losses: ModelLosses, update: Update) -> Callable[..., Any]:
     """Return `losses` with the update's autocast precision, for an evaluation."""
 
     @functools.wraps(losses)
-    def computed(model: nn.Module, *batch: Any) -> Any:
+    def wrapper(model: nn.Module, *batch: Any) -> Any:
         with update.autocast():
             return losses(model, *batch)
 
-    return computed
+    return wrapper

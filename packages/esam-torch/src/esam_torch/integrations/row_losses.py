@@ -179,7 +179,7 @@ class RowLosses(TorchFunctionMode):
                 f"{function.__name__} must return one value per label. Received: values of "
                 f"shape {tuple(values.shape)} for labels of shape {tuple(target.shape)}."
             )
-        sums, counts = self._summed(values, rows), self._summed(counts.expand_as(values), rows)
+        sums, counts = self._sum_rows(values, rows), self._sum_rows(counts.expand_as(values), rows)
         return self.means(sums, counts, lambda: function(*args, **kwargs), reduction)
 
     def means(
@@ -239,7 +239,7 @@ class RowLosses(TorchFunctionMode):
             )
         return each
 
-    def _summed(self, values: Tensor, rows: Tensor) -> Tensor:
+    def _sum_rows(self, values: Tensor, rows: Tensor) -> Tensor:
         """Return the sum of each sample's values, (b,)."""
         b, values, rows = self.samples, values.reshape(-1), rows.reshape(-1)
         if len(rows) % b == 0:

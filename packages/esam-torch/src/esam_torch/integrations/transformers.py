@@ -207,10 +207,10 @@ class _SmoothedRows:
         counted = (labels[..., 1:] if shift_labels else labels) != self._smoother.ignore_index
         counts = counted.reshape(len(labels), -1).sum(1)
 
-        def smoothed(i: int, j: int, **options: Any) -> Tensor:
+        def smooth(i: int, j: int, **options: Any) -> Tensor:
             part = {"logits": logits[i:j]}
             loss: Tensor = self._smoother(part, labels[i:j], shift_labels, **options)
             return loss
 
-        sums = [smoothed(i, i + 1, num_items_in_batch=1) for i in range(len(labels))]
-        return self._rows.means(torch.stack(sums), counts, lambda: smoothed(0, len(labels)))
+        sums = [smooth(i, i + 1, num_items_in_batch=1) for i in range(len(labels))]
+        return self._rows.means(torch.stack(sums), counts, lambda: smooth(0, len(labels)))

@@ -17,7 +17,7 @@ from esam_core.schedules import Every, Sometimes
 __all__ = ["CHECKS"]
 
 
-def _perturbed(problem: Problem, sampler: Sampler, seed: int, count: int) -> tuple[str, ...]:
+def _perturbed_names(problem: Problem, sampler: Sampler, seed: int, count: int) -> tuple[str, ...]:
     """Return the names that a sampler perturbs in one step."""
     units = Network(problem.layers).units
     mask = sampler.draw(units, seed=seed, count=count)
@@ -31,7 +31,7 @@ def check_each_step_has_its_own_mask(adapter: Adapter) -> None:
     for seed in (3, 11):
         session = Run(problem=problem, esam={"beta": 0.5, "gamma": 0.5, "seed": seed}).on(adapter)
         for count, batch in enumerate(problem.batches):
-            expected = _perturbed(problem, Bernoulli(0.5), seed, count)
+            expected = _perturbed_names(problem, Bernoulli(0.5), seed, count)
             shown = session.step(batch).perturbed
             equal(f"seed {seed}, step {count}: perturbed", shown, expected)
             masks.append(shown)

@@ -32,7 +32,7 @@ class InjectedInterrupt(BaseException):
     """The interrupt of a fault, instead of a KeyboardInterrupt."""
 
 
-def _uneven(problem: Problem) -> Problem:
+def _uneven_problem(problem: Problem) -> Problem:
     """Return the problem with weights that use all their bits, so that rounding is visible."""
     layers = tuple(
         replace(layer, weight=layer.weight / 3.0) if isinstance(layer, Dense) else layer
@@ -45,7 +45,7 @@ def _uneven(problem: Problem) -> Problem:
 def check_weights_come_back_bit_for_bit(adapter: Adapter) -> None:
     """At lr = 0, twenty steps do not change any bit of the weights."""
     for dtype in adapter.dtypes:
-        for problem in (_uneven(mlp()), _uneven(batchnorm())):
+        for problem in (_uneven_problem(mlp()), _uneven_problem(batchnorm())):
             run = Run(
                 problem=problem,
                 esam={"rho": 0.7, "beta": 0.6, "gamma": 0.5},

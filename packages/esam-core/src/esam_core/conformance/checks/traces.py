@@ -14,7 +14,7 @@ from esam_core.conformance.trace import Run, compare_observed
 __all__ = ["CHECKS"]
 
 
-def _observed(step: dict[str, Any]) -> Observed:
+def _observation(step: dict[str, Any]) -> Observed:
     """Return a recorded step as the observations of a session."""
 
     def array(name: str) -> Any:
@@ -55,7 +55,7 @@ def _compare(adapter: Adapter, runs: Mapping[str, Run]) -> None:
                 batch = run.problem.batches[i % len(run.problem.batches)]
                 where = f"{name}, {dtype}, step {i}"
                 compare_observed(
-                    adapter, where, session.step(batch), _observed(step), dtype, gradient=False
+                    adapter, where, session.step(batch), _observation(step), dtype, gradient=False
                 )
                 kind = "weights" if run.base.kind == "sgd" else "adaptive weights"
                 means = {n: a for n, a in session.buffers().items() if n.endswith(".mean")}
