@@ -110,10 +110,11 @@ def reported_runs(setting: Setting, method: str, cell: Cell) -> list[Run]:
 
 
 def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
-    """Return the runs that a setting needs: tuning first, then the reported runs.
+    """Return the runs that a setting needs, in the order of the protocol.
 
-    The reported runs are those of the chosen cells of all methods, seed by seed, at the tuned
-    budget and then at the others; then the same with the second batch sizes.
+    Reported runs at the tuned budget of the methods that are tuned come first, then the tuning of
+    the others, then the other budgets and the second batch sizes. Reported runs are made seed by
+    seed, so that the methods that are compared have equally many.
 
     Args:
         setting: the setting.
@@ -130,5 +131,10 @@ def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
             if len(t.chosen) > place
         ]
         reported += chain.from_iterable(zip(*each, strict=True))
-    missing = [run for run in reported if run.key(FIT) not in finals]
-    return Plan((*tuning, *missing), not tuning and not missing)
+        if place == 0:
+            decisive = len(each) * len(setting.seeds)
+    first, rest = (
+        [run for run in part if run.key(FIT) not in finals]
+        for part in (reported[:decisive], reported[decisive:])
+    )
+    return Plan((*first, *tuning, *rest), not (first or tuning or rest))

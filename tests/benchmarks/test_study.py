@@ -97,6 +97,10 @@ def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
     assert len(confirmed) <= 6
 
 
+#: The seeds of `QUICK`'s tuning runs.
+TUNING = QUICK.tuning_seeds
+
+
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_reported_seeds_are_not_used_for_tuning(setting: Any) -> None:
     assert not set(setting.seeds) & set(setting.tuning_seeds)
@@ -123,12 +127,8 @@ def test_a_finished_plan_has_every_method_at_every_budget_and_two_batch_sizes() 
 
 def test_reported_runs_start_with_the_tuned_budget_and_are_ordered_by_seed() -> None:
     records: list[dict[str, Any]] = []
-    while (plan := make_plan(QUICK, records)).runs[0].seed in QUICK.tuning_seeds:
-        records += [
-            _record(run, 50.0 - _distance(run.batch, 32))
-            for run in plan.runs
-            if run.seed in QUICK.tuning_seeds
-        ]
+    while asked := [r for r in (plan := make_plan(QUICK, records)).runs if r.seed in TUNING]:
+        records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in asked]
     half = len(plan.runs) // 2  # the best batch sizes, then the second
     tuned = plan.runs[: len(METHODS) * len(QUICK.seeds)]
     assert [run.seed for run in tuned] == [seed for seed in QUICK.seeds for _ in METHODS]
@@ -138,6 +138,20 @@ def test_reported_runs_start_with_the_tuned_budget_and_are_ordered_by_seed() -> 
         assert {run.epochs for run in tuned if run.method == method} == {epochs}
     assert all(run.batch == 32 for run in plan.runs[:half])
     assert not any(run.batch == 32 for run in plan.runs[half:])
+
+
+def test_tuned_methods_are_compared_before_the_others_are_tuned() -> None:
+    records: list[dict[str, Any]] = []
+    while asked := [r for r in make_plan(QUICK, records).runs if r.seed in TUNING]:
+        asked = [run for run in asked if run.method in ("sgd", "sam")]
+        if not asked:
+            break
+        records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in asked]
+    runs = make_plan(QUICK, records).runs
+    count = 2 * len(QUICK.seeds)
+    assert {run.method for run in runs[:count]} == {"sgd", "sam"}
+    assert not any(run.seed in TUNING for run in runs[:count])
+    assert runs[count].seed in TUNING
 
 
 def test_a_worker_skips_a_run_that_another_has_locked(tmp_path: Path) -> None:
