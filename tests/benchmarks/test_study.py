@@ -127,8 +127,9 @@ def test_a_finished_plan_has_every_method_at_every_budget_and_two_batch_sizes() 
 
 def test_reported_runs_start_with_the_tuned_budget_and_are_ordered_by_seed() -> None:
     records: list[dict[str, Any]] = []
-    while asked := [r for r in (plan := make_plan(QUICK, records)).runs if r.seed in TUNING]:
+    while asked := [r for r in make_plan(QUICK, records).runs if r.seed in TUNING]:
         records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in asked]
+    plan = make_plan(QUICK, records)
     half = len(plan.runs) // 2  # the best batch sizes, then the second
     tuned = plan.runs[: len(METHODS) * len(QUICK.seeds)]
     assert [run.seed for run in tuned] == [seed for seed in QUICK.seeds for _ in METHODS]
