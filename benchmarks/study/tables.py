@@ -1,11 +1,9 @@
-"""The tables and the figure of a setting, from its records."""
+"""The tables of a setting, from its records."""
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import COLOURS, MARKERS, plt, save
 from benchmarks.report import markdown
 from benchmarks.run import Run
 from benchmarks.store import Store
@@ -19,6 +17,7 @@ from benchmarks.study.analysis import (
     reported_points,
 )
 from benchmarks.study.fit import FIT
+from benchmarks.study.pictures import cell_text, draw_differences, draw_frontier, titles_of
 from benchmarks.study.planning import finals_by_key, make_plan, tune
 from benchmarks.study.settings import Cell, Setting
 
@@ -35,24 +34,8 @@ intervals. Methods of `ascend=` run no pass with the whole batch at the weights,
 statistics are those of perturbed weights or of parts of the batch."""
 
 
-def _titles(setting: Setting) -> dict[str, str]:
-    """Return the methods' names in tables."""
-    return {
-        "sgd": setting.base,
-        "sgd-ema": f"{setting.base}, averaged weights",
-        "sam": "SAM",
-        "half-suffix": "Suffix(0.5), Proportional(0.5)",
-        "part": "Part(0.25)",
-        "suffix-part": "Suffix(0.5), Part(0.25)",
-        "part-random": "Part(0.5), Random(0.5)",
-        "previous": "Previous()",
-        "momentum": "Momentum()",
-        "esam": "the paper's ESAM",
-    }
-
-
 def write_report(setting: Setting, folder: Path) -> str:
-    """Write study.md and frontier.png of a setting, and return the page.
+    """Write study.md and the figures of a setting, and return the page.
 
     Args:
         setting: the setting.
@@ -61,13 +44,14 @@ def write_report(setting: Setting, folder: Path) -> str:
     records = Store(folder).records()
     points = reported_points(setting, records)
     plan = make_plan(setting, records)
-    seeds = min((len(p.finals) for p in points), default=0)
+    counts = sorted(len(p.finals) for p in points) or [0]
+    seeds = f"{counts[0]} to {counts[-1]} of {len(setting.seeds)}"
     state = (
         "All runs are finished." if plan.done else "**Interim: some runs have not been made yet.**"
     )
     parts = [
         f"# {setting.name}: {setting.title}",
-        f"{state} {len(records)} runs; {seeds} to {len(setting.seeds)} reported seeds a point.",
+        f"{state} {len(records)} runs; {seeds} reported seeds per point.",
         _places(records),
         "## Accuracy and compute",
         _points_table(setting, points),
@@ -84,7 +68,8 @@ def write_report(setting: Setting, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.md").write_text(page, "utf-8")
     if points:
-        _draw(folder / "frontier.png", setting, points, done=plan.done)
+        draw_differences(folder / "differences.png", setting, points, done=plan.done)
+        draw_frontier(folder / "frontier.png", setting, points, done=plan.done)
     return page
 
 
@@ -99,12 +84,6 @@ def _places(records: Sequence[Mapping[str, Any]]) -> str:
     return f"Made with: {made or 'nothing yet'}. Revisions: {', '.join(revisions) or 'none'}."
 
 
-def _cell(method: str, cell: Cell) -> str:
-    """Return a cell's values as text."""
-    strength = f", {'share' if method == 'sgd-ema' else 'rho'} {cell.strength:g}"
-    return f"batch {cell.batch}, lr {cell.lr:g}{strength if cell.strength else ''}"
-
-
 def _with_interval(values: Sequence[float]) -> str:
     mean = sum(values) / len(values)
     if len(values) < 2:
@@ -114,12 +93,12 @@ def _with_interval(values: Sequence[float]) -> str:
 
 def _points_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of all points: means with 95 % intervals and numbers of seeds."""
-    titles = _titles(setting)
+    titles = titles_of(setting)
     columns = ("method", "cell", "compute", "final, %", "best, %", "on the training samples, %")
     rows = [
         [
             titles[p.method],
-            _cell(p.method, p.cell),
+            cell_text(p.method, p.cell),
             f"{p.compute:.1f}",
             _with_interval(list(p.finals.values())),
             _with_interval(list(p.bests.values())),
@@ -132,7 +111,7 @@ def _points_table(setting: Setting, points: Sequence[Point]) -> str:
 
 def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of differences between each method's chosen cell and both frontiers."""
-    titles = _titles(setting)
+    titles = titles_of(setting)
     rows = []
     corrected: dict[str, float] = {}
     for budget in sorted(setting.budgets, key=lambda b: b != setting.tuned_at):
@@ -165,7 +144,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
 
 def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of accuracies with recomputed statistics."""
-    titles = _titles(setting)
+    titles = titles_of(setting)
     here = [p for p in points if p.budget == setting.tuned_at and not p.second and p.recomputed]
     rows = [
         [
@@ -198,7 +177,7 @@ def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str
         cell = Cell(run.batch, run.lr, strength)
         cells.setdefault((run.method, cell), {})[run.seed] = record["final"]
     chosen = {method: tune(setting, method, finals).chosen for method in setting.methods}
-    titles = _titles(setting)
+    titles = titles_of(setting)
     rows = []
     for method in setting.methods:
         own = {cell: found for (name, cell), found in cells.items() if name == method}
@@ -208,42 +187,5 @@ def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str
             mark = "second batch size" if chosen[method][1:] == (cell,) else mark
             shown = ", ".join(f"{values[seed]:.2f}" for seed in sorted(values))
             mean = f"{sum(values.values()) / len(values):.2f}"
-            rows.append([f"{titles[method]}, {_cell(method, cell)}", shown, mean, mark])
+            rows.append([f"{titles[method]}, {cell_text(method, cell)}", shown, mean, mark])
     return markdown(("method and cell", "final, % (tuning seeds)", "mean", ""), rows)
-
-
-def _draw(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
-    """Draw mean final accuracy against compute: one line per method and batch size."""
-    titles = _titles(setting)
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for i, method in enumerate(setting.methods):
-        for second in (False, True):
-            line = [p for p in points if p.method == method and p.second == second]
-            if not line:
-                continue
-            line.sort(key=lambda p: p.compute)
-            halves = [interval(list(p.finals.values())) for p in line]
-            aside = 1.0 + 0.02 * (
-                i - len(setting.methods) // 2
-            )  # so that the intervals can be told apart
-            axes.errorbar(
-                [aside * p.compute for p in line],
-                [p.mean for p in line],
-                yerr=None if second else [h if isfinite(h) else 0.0 for h in halves],
-                fmt=MARKERS[i],
-                linestyle=":" if second else "-",
-                alpha=0.5 if second else 1.0,
-                color=COLOURS[i],
-                capsize=3,
-                label=f"{titles[method]}, batch {line[0].cell.batch}",
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(setting.budgets, [str(budget) for budget in setting.budgets])
-    axes.set(
-        xlabel=f"compute (epochs of {setting.base})",
-        ylabel="final test accuracy (%), 95 % interval",
-    )
-    axes.set_title(f"{setting.title}{'' if done else ' (interim)'}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    save(figure, path)

@@ -121,6 +121,7 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     assert "**" not in rows["10: the paper's ESAM"][3]
     assert rows["10: SGD"][3].strip() == ""
     assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # the gain from recomputed statistics
-    assert (folder / "frontier.png").stat().st_size > 10_000
+    for name in ("frontier.png", "differences.png"):
+        assert (folder / name).stat().st_size > 10_000
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
     assert "Interim" in write_report(SETTING, folder)

@@ -1,0 +1,105 @@
+"""The figures of a setting, and the names of its methods."""
+
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+
+from benchmarks.figures import COLOURS, MARKERS, plt, save
+from benchmarks.study.analysis import Point, difference, frontier, interval
+from benchmarks.study.settings import Cell, Setting
+
+__all__ = ["cell_text", "draw_differences", "draw_frontier", "titles_of"]
+
+
+def titles_of(setting: Setting) -> dict[str, str]:
+    """Return the methods' names in tables."""
+    return {
+        "sgd": setting.base,
+        "sgd-ema": f"{setting.base}, averaged weights",
+        "sam": "SAM",
+        "half-suffix": "Suffix(0.5), Proportional(0.5)",
+        "part": "Part(0.25)",
+        "suffix-part": "Suffix(0.5), Part(0.25)",
+        "part-random": "Part(0.5), Random(0.5)",
+        "previous": "Previous()",
+        "momentum": "Momentum()",
+        "esam": "the paper's ESAM",
+    }
+
+
+def cell_text(method: str, cell: Cell) -> str:
+    """Return a cell's values as text."""
+    strength = f", {'share' if method == 'sgd-ema' else 'rho'} {cell.strength:g}"
+    return f"batch {cell.batch}, lr {cell.lr:g}{strength if cell.strength else ''}"
+
+
+def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
+    """Draw each method's difference from the base optimizer's best at the tuned budget.
+
+    Args:
+        path: of the figure; not written without such differences.
+        setting: the setting.
+        points: all points of the setting.
+        done: whether all runs have been made.
+    """
+    titles, rows = titles_of(setting), []
+    for point in points:
+        base = frontier(points, "sgd", point.compute)
+        if point.budget != setting.tuned_at or point.second or base in (None, point):
+            continue
+        found = difference(point.finals, base.finals)
+        if found is not None:
+            rows.append((found.mean, found.half, f"{titles[point.method]} ({found.seeds} seeds)"))
+    if not rows:
+        return
+    rows.sort()
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(rows)))
+    for place, (mean, half, _) in enumerate(rows):
+        above, below = mean - half > 0.0, mean + half < 0.0
+        colour = COLOURS[2] if above else COLOURS[1] if below else "0.5"
+        spread = half if isfinite(half) else 0.0
+        axes.errorbar(mean, place, xerr=spread, fmt="o", color=colour, capsize=4, markersize=8)
+    axes.axvline(0.0, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for _, _, name in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(f"points of test accuracy over {setting.base} for the same compute")
+    axes.set_title(f"{setting.title}{'' if done else ' (interim)'}", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, path)
+
+
+def draw_frontier(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
+    """Draw mean final accuracy against compute: one line per method and batch size."""
+    titles = titles_of(setting)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for i, method in enumerate(setting.methods):
+        for second in (False, True):
+            line = [p for p in points if p.method == method and p.second == second]
+            if not line:
+                continue
+            line.sort(key=lambda p: p.compute)
+            halves = [interval(list(p.finals.values())) for p in line]
+            aside = 1.0 + 0.02 * (
+                i - len(setting.methods) // 2
+            )  # so that the intervals can be told apart
+            axes.errorbar(
+                [aside * p.compute for p in line],
+                [p.mean for p in line],
+                yerr=None if second else [h if isfinite(h) else 0.0 for h in halves],
+                fmt=MARKERS[i],
+                linestyle=":" if second else "-",
+                alpha=0.5 if second else 1.0,
+                color=COLOURS[i],
+                capsize=3,
+                label=f"{titles[method]}, batch {line[0].cell.batch}",
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(setting.budgets, [str(budget) for budget in setting.budgets])
+    axes.set(
+        xlabel=f"compute (epochs of {setting.base})",
+        ylabel="final test accuracy (%), 95 % interval",
+    )
+    axes.set_title(f"{setting.title}{'' if done else ' (interim)'}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(figure, path)
