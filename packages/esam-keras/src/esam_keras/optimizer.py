@@ -154,7 +154,7 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         rho: float = 0.05,
         **overrides: Any,
     ) -> Self:
-        """Return an ESAM with the settings that our study supports (`RECOMMENDED`).
+        """Return an ESAM with cheap steps: half of the network and of the samples (`RECOMMENDED`).
 
         Args:
             base_optimizer: as for `ESAM`.

@@ -72,8 +72,8 @@ class ESAM(DelegatingOptimizer):
         ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
             and the value received.
 
-    Differences from the paper: masks depend only on (seed, count); k = ceil(gamma b) samples are
-    selected, with ties going to the lower index. See the documentation.
+    Unlike in the paper, masks depend only on (seed, count), and k = ceil(gamma b) samples are
+    Unlike in the paper, masks depend only on (seed, count); ties of losses go to the lower index.
 
     Example:
         >>> import torch
@@ -149,7 +149,7 @@ class ESAM(DelegatingOptimizer):
         rho: float = 0.05,
         **overrides: Any,
     ) -> "ESAM":
-        """Return an ESAM with the settings that our study supports (`RECOMMENDED`).
+        """Return an ESAM with cheap steps: half of the network and of the samples (`RECOMMENDED`).
 
         Args:
             base_optimizer: as for `ESAM`.
@@ -264,9 +264,8 @@ class ESAM(DelegatingOptimizer):
             **kwargs: its keyword arguments.
 
         Returns:
-            One `Unit` for each parameter tensor of the model, in the model's order, including those
-            that are not in the optimizer. Costs are the floating-point operations of a forward on
-            this batch.
+            One `Unit` per parameter tensor of the model, in its order, also for those that are not
+            in the optimizer. Costs are the floating-point operations of a forward on this batch.
         """
         layout = self._run.lay_out(losses, (batch, kwargs), watch=True)
         return tuple(p.unit for p in all_parameters(layout, self.model))
