@@ -72,7 +72,6 @@ class ESAM(DelegatingOptimizer):
         ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
             and the value received.
 
-    Unlike in the paper, masks depend only on (seed, count), and k = ceil(gamma b) samples are
     Unlike in the paper, masks depend only on (seed, count); ties of losses go to the lower index.
 
     Example:
