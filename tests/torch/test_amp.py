@@ -237,6 +237,41 @@ def test_an_overflow_in_any_pass_backs_off_and_recovers(base, passes, clip, devi
 
 
 @devices
+@pytest.mark.parametrize("overflows", [None, "esam", "plain"])
+def test_a_scaler_shared_with_another_optimizer(overflows, device):
+    """As in a GAN: each optimizer skips only its own overflow, and ESAM's step is not affected."""
+    found = []
+    for scaler in (None, torch.amp.GradScaler(device, init_scale=1024.0)):
+        model, other = net().to(device), nn.Linear(6, 2).to(device)
+        esam = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1, gamma=0.5)
+        plain = torch.optim.SGD(other.parameters(), lr=0.1)
+        losses, (x, y) = losses_of(model), on(device)
+        start = [p.detach().clone() for p in (*model.parameters(), *other.parameters())]
+        esam.zero_grad()
+        plain.zero_grad()
+        first, second = esam.loss(losses, x, y), other(x.flatten(1)[:, :6]).square().mean()
+        if scaler is None:
+            (first + second).backward()
+            esam.step()
+            plain.step()
+        else:
+            factors = [3e38 if name == overflows else 1.0 for name in ("esam", "plain")]
+            (scaler.scale(first) * factors[0] + scaler.scale(second) * factors[1]).backward()
+            scaler.step(esam)
+            scaler.step(plain)
+            scaler.update()
+            assert scaler.get_scale() == (1024.0 if overflows is None else 512.0)
+        found.append([p.detach().clone() for p in (*model.parameters(), *other.parameters())])
+    n = len(list(model.parameters()))
+    wanted = found[0][:]
+    if overflows is not None:
+        skipped = slice(0, n) if overflows == "esam" else slice(n, None)
+        wanted[skipped] = start[skipped]
+    for value, right in zip(found[1], wanted, strict=True):
+        assert torch.equal(value, right)
+
+
+@devices
 def test_scaled_training_finds_its_scale(device):
     """A scale that is far too large decreases until it fits, and the model learns."""
     model = net(dropout=0.0).to(device)

@@ -341,3 +341,13 @@ def test_refused_pytorch_optimizers(name, match):
         base = cls(model.parameters())
     with pytest.raises(ESAMTypeError, match=match):
         ESAM(base, model)
+
+
+def test_the_methods_of_other_sams_are_missing_with_a_hint():
+    model = nn.Linear(2, 2)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    assert not hasattr(optimizer, "first_step")
+    with pytest.raises(AttributeError, match=r"'first_step': one backward .*optimizer\.loss\("):
+        optimizer.first_step(zero_grad=True)
+    with pytest.raises(AttributeError, match=r"object has no attribute 'frist_step'\.$"):
+        optimizer.frist_step()

@@ -1,6 +1,6 @@
 """The part of ESAM that delegates to its base optimizer and its run."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -95,6 +95,19 @@ class DelegatingOptimizer(torch.optim.Optimizer):
     def model(self, model: nn.Module) -> None:
         if model is not self._run.model:
             self._run.set_model(model)
+
+    if not TYPE_CHECKING:  # a type checker must still find attributes that do not exist
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise for a missing attribute, with a hint for the methods of other SAMs."""
+            hint = ""
+            if name in ("first_step", "second_step"):
+                hint = (
+                    ": one backward runs both passes. Write `loss = optimizer.loss(losses, inputs, "
+                    "targets)`, `loss.backward()` and `optimizer.step()`, where `losses` returns "
+                    "one loss per sample"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}.")
 
     # -- checkpoints ------------------------------------------------------------------------------
 
