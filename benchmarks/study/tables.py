@@ -134,7 +134,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
                     f"{here[method].compute:.1f}",
                     _difference_text(sgd),
                     _difference_text(sam),
-                    "" if p is None else f"{p:.3f}",
+                    "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
                 ]
             )
     return markdown(
