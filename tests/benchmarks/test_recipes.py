@@ -51,7 +51,7 @@ def _asked(
     monkeypatch.setattr(module, "train", train, raising=False)
     monkeypatch.setattr(module, "train_with_probes", stop, raising=False)
     monkeypatch.setattr(
-        *(module, "_trained", lambda run, options: stop([run], None, options)), raising=False
+        *(module, "_load_or_train", lambda run, options: stop([run], None, options)), raising=False
     )
     monkeypatch.setattr(module, "_images", lambda options: (None, None), raising=False)
     monkeypatch.setattr(comparison, "train", train)

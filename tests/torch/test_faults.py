@@ -110,7 +110,7 @@ def test_in_the_backward_of_a_pass(which, error):
 STAGES = {
     "guarding": (Writes, "before_forward"),
     "finding writes": (Forward, "note"),
-    "keeping writes": (Writes, "kept"),
+    "keeping writes": (Writes, "keep"),
     "ascent gradient": (esam_torch.step, "ascent_gradients"),
     "perturbation": (esam_torch.step, "perturb"),
     "copying": (Weights, "__init__"),
