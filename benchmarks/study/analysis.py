@@ -14,7 +14,16 @@ from benchmarks.study.planning import finals_by_key, reported_runs, tune
 from benchmarks.study.settings import Cell, Setting
 
 __all__ = [
-    *("Difference", "Point", "compute_of", "difference", "frontier", "holm", "interval"),
+    *(
+        "Difference",
+        "Point",
+        "compute_of",
+        "difference",
+        "difference_from_frontier",
+        "frontier",
+        "holm",
+        "interval",
+    ),
     "reported_points",
 ]
 
@@ -167,6 +176,22 @@ def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Differen
         spread = stdev(values)
         p = float(stats.ttest_1samp(values, 0.0).pvalue) if spread else float(not any(values))
     return Difference(mean(values), interval(values), p, len(values))
+
+
+def difference_from_frontier(
+    points: Sequence[Point], point: Point, method: str
+) -> Difference | None:
+    """Return a point's difference from a method's frontier at its compute.
+
+    None without such a frontier, and for the frontier's own point.
+
+    Args:
+        points: all points of the setting.
+        point: the point to compare.
+        method: the method whose frontier it is compared with.
+    """
+    other = frontier(points, method, point.compute)
+    return None if other is None or other == point else difference(point.finals, other.finals)
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:

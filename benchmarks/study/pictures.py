@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 
 from benchmarks.figures import COLOURS, MARKERS, plt, save
-from benchmarks.study.analysis import Point, difference, frontier, interval
+from benchmarks.study.analysis import Point, difference_from_frontier, interval
 from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["cell_text", "draw_differences", "draw_frontier", "titles_of"]
@@ -44,10 +44,9 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
     """
     titles, rows = titles_of(setting), []
     for point in points:
-        base = frontier(points, "sgd", point.compute)
-        if point.budget != setting.tuned_at or point.second or base in (None, point):
+        if point.budget != setting.tuned_at or point.second:
             continue
-        found = difference(point.finals, base.finals)
+        found = difference_from_frontier(points, point, "sgd")
         if found is not None:
             rows.append((found.mean, found.half, f"{titles[point.method]} ({found.seeds} seeds)"))
     if not rows:

@@ -11,7 +11,7 @@ from benchmarks.study.analysis import (
     Difference,
     Point,
     difference,
-    frontier,
+    difference_from_frontier,
     holm,
     interval,
     reported_points,
@@ -117,10 +117,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     for budget in sorted(setting.budgets, key=lambda b: b != setting.tuned_at):
         here = {p.method: p for p in points if p.budget == budget and not p.second}
         against = {
-            method: [
-                None if other is None or other == point else difference(point.finals, other.finals)
-                for other in (frontier(points, name, point.compute) for name in ("sgd", "sam"))
-            ]
+            method: [difference_from_frontier(points, point, name) for name in ("sgd", "sam")]
             for method, point in here.items()
         }
         if budget == setting.tuned_at:
