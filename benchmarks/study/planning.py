@@ -6,14 +6,13 @@ computed again after each run, and only from the records.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from statistics import mean
 from typing import Any
 
 from benchmarks.run import Run
 from benchmarks.store import key_of
 from benchmarks.study.fit import FIT
-from benchmarks.study.settings import Cell, Setting
+from benchmarks.study.settings import CONTENDERS, Cell, Setting
 
 __all__ = ["Plan", "Tuning", "finals_by_key", "make_plan", "reported_runs", "tune"]
 
@@ -112,29 +111,38 @@ def reported_runs(setting: Setting, method: str, cell: Cell) -> list[Run]:
 def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
     """Return the runs that a setting needs, in the order of the protocol.
 
-    Reported runs at the tuned budget of the methods that are tuned come first, then the tuning of
-    the others, then the other budgets and the second batch sizes. Reported runs are made seed by
-    seed, so that the methods that are compared have equally many.
+    First come the reported runs at the tuned budget of all methods that are tuned, and those of the
+    contenders at smaller budgets; then the tuning of the other methods; then the other budgets and
+    the second batch sizes, each with the contenders first. Reported runs are ordered by seed, so
+    that the methods that are compared have equally many.
 
     Args:
         setting: the setting.
         records: the records of the finished runs.
     """
     finals = finals_by_key(records)
-    tunings = {method: tune(setting, method, finals) for method in setting.methods}
-    tuning = list(chain.from_iterable(t.missing for t in tunings.values()))
-    reported: list[Run] = []
-    for place in (0, 1):
-        each = [
-            reported_runs(setting, method, t.chosen[place])
-            for method, t in tunings.items()
-            if len(t.chosen) > place
-        ]
-        reported += chain.from_iterable(zip(*each, strict=True))
-        if place == 0:
-            decisive = len(each) * len(setting.seeds)
-    first, rest = (
-        [run for run in part if run.key(FIT) not in finals]
-        for part in (reported[:decisive], reported[decisive:])
-    )
-    return Plan((*first, *tuning, *rest), not (first or tuning or rest))
+    ordered: list[tuple[tuple[int, ...], Run]] = []
+    for place, method in enumerate(setting.methods):
+        tuning = tune(setting, method, finals)
+        ordered += [((2, place), run) for run in tuning.missing]
+        for second, cell in enumerate(tuning.chosen):
+            for budget in setting.budgets:
+                order = _order(setting, method, budget, second=bool(second))
+                for seed in setting.seeds:
+                    run = setting.run(method, cell, budget, seed)
+                    if run.key(FIT) not in finals:
+                        ordered.append(((*order, seed, place), run))
+    runs = tuple(run for _, run in sorted(ordered, key=lambda entry: entry[0]))
+    return Plan(runs, not runs)
+
+
+def _order(setting: Setting, method: str, budget: int, *, second: bool) -> tuple[int, ...]:
+    """Return the place of a point's reported runs in the plan; tuning has the place (2,)."""
+    other = method not in CONTENDERS
+    if second:
+        return (4, other, budget != setting.tuned_at, budget)
+    if budget == setting.tuned_at:
+        return (0,)
+    if budget < setting.tuned_at and not other:
+        return (1, budget)
+    return (3, other, budget)

@@ -19,7 +19,7 @@ from benchmarks.store import Store, key_of
 from benchmarks.study import command, workers
 from benchmarks.study.fit import FIT, Fit
 from benchmarks.study.planning import make_plan, tune
-from benchmarks.study.settings import METHODS, QUICK, SETTINGS, Cell
+from benchmarks.study.settings import CONTENDERS, METHODS, QUICK, SETTINGS, Cell
 from benchmarks.study.workers import claim_run, folder_of, work
 from benchmarks.train import train
 from benchmarks.training import Trainer
@@ -153,6 +153,24 @@ def test_tuned_methods_are_compared_before_the_others_are_tuned() -> None:
     assert {run.method for run in runs[:count]} == {"sgd", "sam"}
     assert not any(run.seed in TUNING for run in runs[:count])
     assert runs[count].seed in TUNING
+
+
+def test_contenders_run_at_smaller_budgets_before_the_others_are_tuned() -> None:
+    setting = dataclasses.replace(QUICK, budgets=(4, 8), tuned_at=8)
+    records: list[dict[str, Any]] = []
+    while asked := [
+        run
+        for run in make_plan(setting, records).runs
+        if run.seed in TUNING and run.method in CONTENDERS
+    ]:
+        records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in asked]
+    runs = make_plan(setting, records).runs
+    first = next(i for i, run in enumerate(runs) if run.seed in TUNING)
+    assert {(run.method, run.epochs) for run in runs[:first]} == {
+        *(("sgd", 4), ("sam", 2), ("suffix-part", 3)),  # half of the tuned budget
+        *(("sgd", 8), ("sam", 4), ("suffix-part", 7)),
+    }
+    assert len(runs[:first]) == 2 * len(CONTENDERS) * len(setting.seeds)
 
 
 def test_a_worker_skips_a_run_that_another_has_locked(tmp_path: Path) -> None:
