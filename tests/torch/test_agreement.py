@@ -228,6 +228,15 @@ def test_the_first_step_with_a_selection_is_compared():
         optimizer.step(coupled, X, Z)
 
 
+def test_base_steps_do_not_walk_the_model_for_a_comparison(monkeypatch):
+    model, optimizer = make(perturb=Between(2, None))
+    monkeypatch.setattr("esam_torch.step.buffer_versions", None)
+    for _ in range(2):
+        optimizer.step(lambda x, y: cross_entropy(model, x, y), X, Y)
+    with pytest.raises(TypeError, match="NoneType"):  # the first step that perturbs
+        optimizer.step(lambda x, y: cross_entropy(model, x, y), X, Y)
+
+
 def test_with_every_sample_nothing_is_compared():
     model, optimizer = make(gamma=1.0)
     optimizer.step(lambda x, y: mixup(model, x, y), X, Y)

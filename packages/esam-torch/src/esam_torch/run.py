@@ -304,6 +304,7 @@ class Run:
             prune=self._prunes(losses, layout, targets),
             watch_rounding="rounding" not in self.notices and targets.any_half,
             compare="agreement" not in self.notices
+            and bool(targets.tensors)
             and config.select.score == "increase"
             and config.select.gamma < 1.0,
             before_descent=before_descent,
