@@ -78,9 +78,8 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point], *, done
                 continue
             line.sort(key=lambda p: p.compute)
             halves = [interval(list(p.finals.values())) for p in line]
-            aside = 1.0 + 0.02 * (
-                i - len(setting.methods) // 2
-            )  # so that the intervals can be told apart
+            # So that the intervals can be told apart.
+            aside = 1.0 + 0.008 * (i - len(setting.methods) // 2)
             axes.errorbar(
                 [aside * p.compute for p in line],
                 [p.mean for p in line],
