@@ -10,7 +10,7 @@ from scipy import stats
 from benchmarks.run import Run
 from benchmarks.store import key_of
 from benchmarks.study.fit import FIT
-from benchmarks.study.planning import finals_by_key, reported_runs, tune
+from benchmarks.study.planning import finals_by_key, tune
 from benchmarks.study.settings import Cell, Setting
 
 __all__ = [
@@ -80,8 +80,7 @@ def reported_points(setting: Setting, records: Iterable[Mapping[str, Any]]) -> l
         for place, cell in enumerate(tune(setting, method, finals).chosen):
             groups: dict[int, list[Mapping[str, Any]]] = {}
             for budget in setting.budgets:
-                epochs = setting.run(method, cell, budget, 0).epochs
-                runs = [r for r in reported_runs(setting, method, cell) if r.epochs == epochs]
+                runs = [setting.run(method, cell, budget, seed) for seed in setting.seeds]
                 keys = [run.key(FIT) for run in runs]
                 groups[budget] = [found[key] for key in keys if key in found]
             points += [

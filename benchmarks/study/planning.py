@@ -14,7 +14,7 @@ from benchmarks.store import key_of
 from benchmarks.study.fit import FIT
 from benchmarks.study.settings import CONTENDERS, Cell, Setting
 
-__all__ = ["Plan", "Tuning", "finals_by_key", "make_plan", "reported_runs", "tune"]
+__all__ = ["Plan", "Tuning", "finals_by_key", "make_plan", "tune"]
 
 #: Numbers of cells that also run on the other tuning seeds, for the first and second batch size.
 CONFIRMED, CONFIRMED_SECOND = 4, 2
@@ -26,7 +26,8 @@ class Tuning:
 
     Args:
         missing: the runs to make next; empty when tuning is done.
-        chosen: the cells of the best and of the second batch size; empty until tuning is done.
+        chosen: the cells of the best and, unless only that is reported, of the second batch size;
+            empty until tuning is done.
     """
 
     missing: tuple[Run, ...]
@@ -89,7 +90,7 @@ def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
     if isinstance(chosen, list):
         return Tuning(tuple(chosen))
     rest = {cell: value for cell, value in found.items() if cell.batch != chosen.batch}
-    if not rest:
+    if not rest or method not in setting.two_sizes:
         return Tuning((), (chosen,))
     second = confirm(rest, CONFIRMED_SECOND)
     if isinstance(second, list):
@@ -100,12 +101,6 @@ def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
 def _best(values: Mapping[Cell, float], count: int) -> list[Cell]:
     """Return the cells with the highest values; of equal cells, the first tried comes first."""
     return sorted(values, key=lambda cell: -values[cell])[:count]  # sorting is stable
-
-
-def reported_runs(setting: Setting, method: str, cell: Cell) -> list[Run]:
-    """Return the reported runs of a method's cell, seed by seed, the tuned budget first."""
-    budgets = sorted(setting.budgets, key=lambda budget: budget != setting.tuned_at)
-    return [setting.run(method, cell, b, seed) for b in budgets for seed in setting.seeds]
 
 
 def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:

@@ -87,6 +87,17 @@ def _starts(lr: float, batches: tuple[int, ...] = (16, 32)) -> dict[str, tuple[C
     }
 
 
+#: The cells that tuning chose in "small": of the best and of the second batch size.
+_CHOSEN_IN_SMALL: dict[str, tuple[Cell, ...]] = {
+    "sgd": (Cell(16, 0.1), Cell(8, 0.1)),
+    "sam": (Cell(16, 0.05, 0.05), Cell(8, 0.05, 0.05)),
+    "suffix-part": (Cell(8, 0.05, 0.4), Cell(16, 0.1, 0.4)),
+    "esam": (Cell(32, 0.05, 0.0125), Cell(64, 0.025, 0.025)),
+    "half-suffix": (Cell(32, 0.025, 0.1), Cell(16, 0.025, 0.1)),
+    "sgd-ema": (Cell(8, 0.1, 0.02), Cell(16, 0.1, 0.01)),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One setting of the study.
@@ -101,6 +112,7 @@ class Setting:
         seeds: the seeds of the reported runs.
         starts: the start cells of each method.
         methods: keys of `METHODS`.
+        two_sizes: the methods that are also reported with their second batch size.
         base: the name of the base optimizer.
         costs: costs of a step that differ from `METHODS`.
     """
@@ -114,6 +126,7 @@ class Setting:
     seeds: tuple[int, ...]
     starts: Mapping[str, tuple[Cell, ...]]
     methods: tuple[str, ...] = tuple(METHODS)
+    two_sizes: tuple[str, ...] = CONTENDERS
     base: str = "SGD"
     costs: Mapping[str, float] = field(default_factory=dict)
 
@@ -160,6 +173,7 @@ SETTINGS: dict[str, Setting] = {
             tuning_seeds=(100, 101),
             seeds=tuple(range(10)),
             starts=_starts(0.05) | {name: _grid(name) for name in ("sgd", "sam", "half-suffix")},
+            two_sizes=tuple(METHODS),
         ),
         Setting(
             name="noisy",
@@ -169,7 +183,7 @@ SETTINGS: dict[str, Setting] = {
             tuned_at=20,
             tuning_seeds=(100, 101),
             seeds=tuple(range(8)),
-            starts=_starts(0.05),
+            starts=_CHOSEN_IN_SMALL,
             methods=_CARRIED,
         ),
         Setting(
@@ -180,7 +194,7 @@ SETTINGS: dict[str, Setting] = {
             tuned_at=30,
             tuning_seeds=(100,),
             seeds=(0, 1, 2, 3),
-            starts=_starts(0.05),
+            starts=_CHOSEN_IN_SMALL,
             methods=_CARRIED,
         ),
         Setting(
@@ -217,4 +231,5 @@ QUICK = Setting(
     tuning_seeds=(100, 101),
     seeds=(0, 1),
     starts=_starts(0.05),
+    two_sizes=tuple(METHODS),
 )

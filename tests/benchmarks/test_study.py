@@ -18,7 +18,7 @@ from benchmarks.run import Run
 from benchmarks.store import Store, key_of
 from benchmarks.study import command, workers
 from benchmarks.study.fit import FIT, Fit
-from benchmarks.study.planning import make_plan, tune
+from benchmarks.study.planning import finals_by_key, make_plan, tune
 from benchmarks.study.settings import CONTENDERS, METHODS, QUICK, SETTINGS, Cell
 from benchmarks.study.workers import claim_run, folder_of, work
 from benchmarks.train import train
@@ -76,6 +76,28 @@ def test_tuning_starts_with_the_cells_of_the_protocol() -> None:
     assert {r.ema for r in tune(SMALL, "sgd-ema", {}).missing} == {0.02}
     momentum = tune(SMALL, "momentum", {}).missing
     assert {r.effective_rho for r in momentum if r.batch == 32} == {0.1, 0.4, 1.6}
+
+
+def test_two_settings_start_from_the_cells_that_were_chosen_in_the_first() -> None:
+    records = Store(ROOT / "benchmarks/results/study-small").records()
+    finals = finals_by_key(records)
+    for name in ("noisy", "wide"):
+        setting = SETTINGS[name]
+        assert setting.starts.keys() == set(setting.methods)
+        for method, cells in setting.starts.items():
+            assert tune(SMALL, method, finals).chosen == cells
+
+
+def test_a_second_batch_size_only_where_it_is_reported() -> None:
+    def accuracy(run: Run) -> float:
+        return 50.0 - _distance(run.lr, 0.05) - _distance(run.batch, 32)
+
+    assert len(_tuned("esam", accuracy)[0]) == 2
+    finals: dict[str, float] = {}
+    setting = SETTINGS["noisy"]
+    while missing := tune(setting, "half-suffix", finals).missing:
+        finals |= {run.key(FIT): accuracy(run) for run in missing}
+    assert tune(setting, "half-suffix", finals).chosen == (Cell(32, 0.05, 0.1),)
 
 
 def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
