@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 
 from benchmarks.figures import COLOURS, MARKERS, plt, save
-from benchmarks.study.analysis import Point, difference_from_frontier, interval
+from benchmarks.study.analysis import Point, difference_from_frontier, holm, interval
 from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["cell_text", "draw_differences", "draw_frontier", "titles_of"]
@@ -36,6 +36,8 @@ def cell_text(method: str, cell: Cell) -> str:
 def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
     """Draw each method's difference from the base optimizer's best at the tuned budget.
 
+    Differences that are certain after Holm's correction have a colour.
+
     Args:
         path: of the figure; not written without such differences.
         setting: the setting.
@@ -48,18 +50,26 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
             continue
         found = difference_from_frontier(points, point, "sgd")
         if found is not None:
-            rows.append((found.mean, found.half, f"{titles[point.method]} ({found.seeds} seeds)"))
+            rows.append((found, point.method))
     if not rows:
         return
-    rows.sort()
+    rows.sort(key=lambda row: row[0].mean)
+    ps = holm({method: found.p for found, method in rows if method != "sgd"})
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(rows)))
-    for place, (mean, half, _) in enumerate(rows):
-        above, below = mean - half > 0.0, mean + half < 0.0
-        colour = COLOURS[2] if above else COLOURS[1] if below else "0.5"
-        spread = half if isfinite(half) else 0.0
-        axes.errorbar(mean, place, xerr=spread, fmt="o", color=colour, capsize=4, markersize=8)
+    for place, (found, method) in enumerate(rows):
+        colour = COLOURS[2] if found.mean > 0.0 else COLOURS[1]
+        axes.errorbar(
+            found.mean,
+            place,
+            xerr=found.half if isfinite(found.half) else 0.0,
+            fmt="o",
+            color=colour if ps.get(method, 1.0) < 0.05 else "0.5",
+            capsize=4,
+            markersize=8,
+        )
     axes.axvline(0.0, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), [name for _, _, name in rows])
+    names = [f"{titles[method]} ({found.seeds} seeds)" for found, method in rows]
+    axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel(f"points of test accuracy over {setting.base} for the same compute")
     axes.set_title(f"{setting.title}{'' if done else ' (interim)'}", fontsize=10)

@@ -26,8 +26,8 @@ class Recommended(TypedDict):
 #: network by cost, and run the descent pass on half of the samples, drawn in proportion to their
 #: loss and reweighted. Source: our own measurements on a subset of CIFAR-100 (the study page of the
 #: documentation). At equal batch size and epochs it beat SGD and the paper's default. For the same
-#: compute it is as accurate as SGD, and less accurate than `perturb=Suffix(0.5), gamma=1.0,
-#: ascend=Part(0.25)` and than SAM with fewer epochs.
+#: compute no difference from SGD was found, and `perturb=Suffix(0.5), gamma=1.0, ascend=Part(0.25)`
+#: was more accurate.
 RECOMMENDED: Recommended = {"perturb": Suffix(0.5), "select": Proportional(0.5)}
 
 
