@@ -188,7 +188,7 @@ class ESAM(DelegatingOptimizer):
             **kwargs: its keyword arguments, handled in the same way.
 
         Returns:
-            The mean loss at the current weights, of shape ().
+            The mean loss of the first pass, of shape (): with `ascend=Part(...)`, of the part.
 
         Raises:
             ESAMValueError, ESAMTypeError: `losses` did not return one floating loss per sample.
