@@ -18,6 +18,7 @@ __all__ = [
         "Difference",
         "Point",
         "compute_of",
+        "corrected_ps",
         "difference",
         "difference_from_frontier",
         "frontier",
@@ -191,6 +192,22 @@ def difference_from_frontier(
     """
     other = frontier(points, method, point.compute)
     return None if other is None or other == point else difference(point.finals, other.finals)
+
+
+def corrected_ps(setting: Setting, points: Sequence[Point]) -> dict[str, float]:
+    """Return Holm's p values of the chosen cells' differences from the base optimizer's frontier.
+
+    Args:
+        setting: the setting.
+        points: all its points; those of the tuned budget are compared.
+    """
+    ps: dict[str, float] = {}
+    for point in points:
+        if point.budget == setting.tuned_at and not point.second and point.method != "sgd":
+            found = difference_from_frontier(points, point, "sgd")
+            if found is not None:
+                ps[point.method] = found.p
+    return holm(ps)
 
 
 def holm(ps: Mapping[str, float]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from math import isfinite
 from pathlib import Path
 
 from benchmarks.figures import COLOURS, MARKERS, plt, save
-from benchmarks.study.analysis import Point, difference_from_frontier, holm, interval
+from benchmarks.study.analysis import Point, corrected_ps, difference_from_frontier, interval
 from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["cell_text", "draw_differences", "draw_frontier", "titles_of"]
@@ -54,7 +54,7 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
     if not rows:
         return
     rows.sort(key=lambda row: row[0].mean)
-    ps = holm({method: found.p for found, method in rows if method != "sgd"})
+    ps = corrected_ps(setting, points)
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(rows)))
     for place, (found, method) in enumerate(rows):
         colour = COLOURS[2] if found.mean > 0.0 else COLOURS[1]

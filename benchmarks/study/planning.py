@@ -40,11 +40,14 @@ class Plan:
 
     Args:
         runs: the runs that can be made now, the most important first.
-        done: whether all runs have been made.
     """
 
     runs: tuple[Run, ...]
-    done: bool
+
+    @property
+    def done(self) -> bool:
+        """Whether all runs have been made."""
+        return not self.runs
 
 
 def finals_by_key(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -127,8 +130,7 @@ def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
                     run = setting.run(method, cell, budget, seed)
                     if run.key(FIT) not in finals:
                         ordered.append(((*order, seed, place), run))
-    runs = tuple(run for _, run in sorted(ordered, key=lambda entry: entry[0]))
-    return Plan(runs, not runs)
+    return Plan(tuple(run for _, run in sorted(ordered, key=lambda entry: entry[0])))
 
 
 def _order(setting: Setting, method: str, budget: int, *, second: bool) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from benchmarks.store import Store
 from benchmarks.study.analysis import (
     Difference,
     Point,
+    corrected_ps,
     difference,
     difference_from_frontier,
-    holm,
     interval,
     reported_points,
 )
@@ -113,16 +113,13 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of differences between each method's chosen cell and both frontiers."""
     titles = titles_of(setting)
     rows = []
-    corrected: dict[str, float] = {}
+    corrected = corrected_ps(setting, points)
     for budget in sorted(setting.budgets, key=lambda b: b != setting.tuned_at):
         here = {p.method: p for p in points if p.budget == budget and not p.second}
         against = {
             method: [difference_from_frontier(points, point, name) for name in ("sgd", "sam")]
             for method, point in here.items()
         }
-        if budget == setting.tuned_at:
-            ps = {m: both[0].p for m, both in against.items() if m != "sgd" and both[0] is not None}
-            corrected = holm(ps)
         for method, (sgd, sam) in against.items():
             p = corrected.get(method) if budget == setting.tuned_at else None
             rows.append(
