@@ -81,7 +81,7 @@ def test_tuning_starts_with_the_cells_of_the_protocol() -> None:
 def test_two_settings_start_from_the_cells_that_were_chosen_in_the_first() -> None:
     records = Store(ROOT / "benchmarks/results/study-small").records()
     finals = finals_by_key(records)
-    for name in ("noisy", "wide"):
+    for name in ("short", "noisy", "wide"):
         setting = SETTINGS[name]
         assert setting.starts.keys() == set(setting.methods)
         for method, cells in setting.starts.items():
@@ -95,9 +95,9 @@ def test_a_second_batch_size_only_where_it_is_reported() -> None:
     assert len(_tuned("esam", accuracy)[0]) == 2
     finals: dict[str, float] = {}
     setting = SETTINGS["noisy"]
-    while missing := tune(setting, "half-suffix", finals).missing:
+    while missing := tune(setting, "esam", finals).missing:
         finals |= {run.key(FIT): accuracy(run) for run in missing}
-    assert tune(setting, "half-suffix", finals).chosen == (Cell(32, 0.05, 0.1),)
+    assert tune(setting, "esam", finals).chosen == (Cell(32, 0.05, 0.0125),)
 
 
 def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
@@ -353,7 +353,7 @@ def test_a_budget_is_the_same_compute_for_every_method(name: str) -> None:
 def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["large"])
-    assert "SETTING must be one of small, noisy" in capsys.readouterr().err
+    assert "SETTING must be one of small, short, noisy" in capsys.readouterr().err
 
 
 def test_the_plan_is_shown_without_running_it(
