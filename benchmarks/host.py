@@ -22,7 +22,7 @@ from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
 from benchmarks.timing import time_interleaved
-from esam_torch import ESAM, Everything, Only
+from esam_torch import ESAM, Everything, Only, Proportional, Suffix
 
 __all__ = ["STEPS", "Scene", "main", "operations"]
 
@@ -92,7 +92,7 @@ def sam_by_hand(scene: Scene) -> Step:
     return step
 
 
-def recommended_by_hand(scene: Scene) -> Step:
+def half_by_hand(scene: Scene) -> Step:
     """Return a hand-written step that perturbs half of the layers and uses half of the samples."""
     weights = list(scene.model.parameters())
     idle, late = weights[: len(weights) // 2], weights[len(weights) // 2 :]
@@ -145,10 +145,7 @@ def ours(**options: Any) -> Callable[[Scene], Step]:
     """Return a function that creates a step of ESAM with these options."""
 
     def make(scene: Scene) -> Step:
-        if options.get("recommended"):
-            optimizer = ESAM.recommended(scene.base, scene.model, rho=RHO)
-        else:
-            optimizer = ESAM(scene.base, scene.model, rho=RHO, **options)
+        optimizer = ESAM(scene.base, scene.model, rho=RHO, **options)
 
         def step() -> None:
             optimizer.zero_grad()
@@ -167,8 +164,8 @@ STEPS: dict[str, Callable[[Scene], Step]] = {
     "SAM of pytorch-optimizer": peer_sam,
     "SAM": ours(perturb=Everything(), gamma=1.0),
     "ESAM": ours(),
-    "RECOMMENDED by hand": recommended_by_hand,
-    "RECOMMENDED": ours(recommended=True),
+    "half of the work by hand": half_by_hand,
+    "half of the work": ours(perturb=Suffix(0.5), select=Proportional(0.5)),
     "empty mask": ours(perturb=Only("norm")),
 }
 

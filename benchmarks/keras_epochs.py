@@ -22,7 +22,7 @@ from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
 from esam_core.cost import expected_cost
-from esam_keras import ESAM, RandomSuffix
+from esam_keras import ESAM, Proportional, RandomSuffix, Suffix
 
 __all__ = ["SETTINGS", "main"]
 
@@ -42,7 +42,9 @@ SETTINGS: dict[str, Callable[[], Optimizer]] = {
     "SGD": _sgd,
     "SAM": lambda: ESAM(_sgd(), rho=RHO, beta=1.0, gamma=1.0),
     "ESAM, the default": lambda: ESAM(_sgd(), rho=RHO),
-    "Suffix(0.5), Proportional(0.5)": lambda: ESAM.recommended(_sgd(), rho=RHO),
+    "Suffix(0.5), Proportional(0.5)": lambda: ESAM(
+        _sgd(), rho=RHO, perturb=Suffix(0.5), select=Proportional(0.5)
+    ),
     "RandomSuffix with six masks": lambda: ESAM(
         _sgd(), rho=RHO, perturb=RandomSuffix(SIX, (1 / 6,) * 6), gamma=1.0
     ),

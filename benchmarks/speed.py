@@ -56,6 +56,7 @@ BARS = {
     "norm-suffix-sds": 1.33,
     "last-loss": 1.00,
     "part": 1.26,
+    "suffix-part": 1.17,
     "previous": 1.00,
     "momentum": 1.00,
     "empty": 1.00,

@@ -146,14 +146,6 @@ def test_a_config_from_before_there_were_directions():
     assert ESAM.from_config(config).config == ESAM("sgd").config
 
 
-def test_recommended_settings_and_overrides():
-    config = ESAM.recommended("sgd", rho=0.1).config
-    assert (config.rho, config.perturb, config.select) == (0.1, Suffix(0.5), Proportional(0.5))
-    config = ESAM.recommended("sgd", gamma=1.0, adaptive=True).config
-    assert (config.perturb, config.select.gamma, config.adaptive) == (Suffix(0.5), 1.0, True)
-    assert ESAM.recommended("sgd", beta=0.6).config.perturb == Bernoulli(0.6)
-
-
 def test_loading_a_sampler_that_holds_a_function_is_an_error():
     optimizer = ESAM("sgd", perturb=Only(lambda unit: unit.kind == "bias"))
     with pytest.raises(ESAMValueError, match="holds a function"):

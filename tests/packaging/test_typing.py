@@ -10,21 +10,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 CONFIGURATION = """\
-from esam_core import ESAMConfig
-from esam_core.presets import RECOMMENDED
+from esam_core import ESAMConfig, Suffix
+from esam_core.presets import PRESETS
 
-ESAMConfig(rho=0.1, **RECOMMENDED)
+ESAMConfig.from_arguments(**PRESETS["cifar-resnet18"].arguments())
+ESAMConfig(rho=0.1, perturb=Suffix(0.5))
 ESAMConfig(norm="full", on_nonfinite="skip")
 """
 
 TORCH = """\
 import torch
 
-from esam_core.presets import RECOMMENDED
-from esam_torch import ESAM
+from esam_core.presets import PRESETS
+from esam_torch import ESAM, Part, Suffix
 
 model = torch.nn.Linear(2, 2)
-ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.05, **RECOMMENDED)
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+ESAM(sgd, model, rho=0.2, perturb=Suffix(0.5), gamma=1.0, ascend=Part(0.25))
+ESAM(sgd, model, **PRESETS["cifar-resnet18"].arguments())
 """
 
 

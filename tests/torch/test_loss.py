@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from esam_core import ESAMRuntimeError, NonFiniteError
-from esam_torch import ESAM, Bernoulli, Everything, Suffix, TopIncrease
+from esam_torch import ESAM, Bernoulli, Suffix, TopIncrease
 
 
 def make(seed=0, **options):
@@ -574,12 +574,3 @@ def test_the_sampler_of_a_compiled_function_is_not_traced():
         other.step(lambda x, y: F.cross_entropy(twin(x), y, reduction="none"), x, y)
     assert optimizer.count == 3
     close(dict(model.named_parameters()), dict(twin.named_parameters()), 1e-6)
-
-
-def test_recommended():
-    model = net()
-    optimizer = ESAM.recommended(sgd(model), model, rho=0.1)
-    assert optimizer.config.rho == 0.1 and optimizer.config.perturb == Suffix(0.5)
-    assert ESAM.recommended(sgd(model), model, beta=0.5).config.perturb == Bernoulli(0.5)
-    assert ESAM.recommended(sgd(model), model, perturb=Everything()).config.perturb == Everything()
-    assert ESAM.recommended(sgd(model), model, gamma=0.25).config.select == TopIncrease(0.25)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from esam_torch import ESAM, Rows
+from esam_torch import ESAM, Proportional, Rows, Suffix
 
 reason = "installed by `nox -s tests_torch_newest`"
 timm = pytest.importorskip("timm", reason=reason)
@@ -67,7 +67,7 @@ def test_the_tools_of_timm_s_training_script():
     mixup = timm.data.Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=5)
     average = timm.utils.ModelEmaV3(model, decay=0.5)
     base = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-    optimizer = ESAM.recommended(base, model, rho=RHO)
+    optimizer = ESAM(base, model, rho=RHO, perturb=Suffix(0.5), select=Proportional(0.5))
     scheduler, _ = timm.scheduler.create_scheduler_v2(optimizer, sched="cosine", num_epochs=2)
 
     def losses(inputs, soft):
@@ -99,7 +99,7 @@ def test_a_detector_of_torchvision_image_by_image():
         weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
     )
     base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.001)
-    optimizer = ESAM.recommended(base, model, rho=RHO)
+    optimizer = ESAM(base, model, rho=RHO, perturb=Suffix(0.5), select=Proportional(0.5))
     images = [torch.rand(3, 64, 64), torch.rand(3, 48, 64), torch.rand(3, 64, 56)]
     boxes = [[[4.0, 4.0, 40.0, 40.0]], [[8.0, 8.0, 30.0, 40.0], [1.0, 2.0, 20.0, 22.0]], []]
     targets = [

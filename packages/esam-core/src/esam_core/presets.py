@@ -1,4 +1,4 @@
-"""The paper's settings, by name, and the recommended one.
+"""The paper's settings, by name.
 
 Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.1 and tables 7 and 8. The authors'
 training script (`run.sh` at github.com/dydjw9/Efficient_SAM) trains the CIFAR networks; each preset
@@ -6,47 +6,19 @@ notes where its values differ from the paper's.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from esam_core import validation
-from esam_core.samplers import Suffix
-from esam_core.selectors import Proportional
 
-__all__ = ["PRESETS", "RECOMMENDED", "Preset", "Recommended", "recommended_arguments"]
+__all__ = ["PRESETS", "Arguments", "Preset"]
 
 
-class Recommended(TypedDict):
-    """The keyword arguments in `RECOMMENDED`, typed: type checkers accept `**RECOMMENDED`."""
+class Arguments(TypedDict):
+    """A preset as keyword arguments for `ESAM(...)`; type checkers accept `**arguments`."""
 
-    perturb: Suffix
-    select: Proportional
-
-
-#: A setting with cheap steps, as keyword arguments for `ESAM(...)`: perturb the last half of the
-#: network by cost, and run the descent pass on half of the samples, drawn in proportion to their
-#: loss and reweighted. Source: our own measurements on a subset of CIFAR-100 (the study page of the
-#: documentation). At equal batch size and epochs it beat SGD and the paper's default. For the same
-#: compute no difference from SGD was found, and `perturb=Suffix(0.5), gamma=1.0, ascend=Part(0.25)`
-#: was more accurate.
-RECOMMENDED: Recommended = {"perturb": Suffix(0.5), "select": Proportional(0.5)}
-
-
-def recommended_arguments(**overrides: Any) -> dict[str, Any]:
-    """Return `RECOMMENDED` with some arguments replaced, as keyword arguments for `ESAM(...)`.
-
-    Args:
-        **overrides: any arguments of `ESAM`; `beta` replaces `perturb`, `gamma` replaces `select`,
-            and `budget` replaces both.
-
-    Example:
-        >>> recommended_arguments(gamma=1.0)
-        {'perturb': Suffix(start=0.5), 'gamma': 1.0}
-    """
-    arguments: dict[str, Any] = dict(RECOMMENDED)
-    for short, name in (("beta", "perturb"), ("gamma", "select")):
-        if overrides.get(short) is not None or overrides.get("budget") is not None:
-            del arguments[name]
-    return {**arguments, **overrides}
+    rho: float
+    beta: float
+    gamma: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +50,7 @@ class Preset:
         validation.open_unit("beta", self.beta)
         validation.open_unit("gamma", self.gamma)
 
-    def arguments(self) -> dict[str, float]:
+    def arguments(self) -> Arguments:
         """Return the keyword arguments for `ESAM(...)`."""
         return {"rho": self.rho, "beta": self.beta, "gamma": self.gamma}
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Never, Self
+from typing import Any, Never
 
 import keras
 
@@ -20,7 +20,6 @@ from esam_core import (
 from esam_core.config import OnNonfinite
 from esam_core.directions import check_saved_direction
 from esam_core.perturbation import Norm
-from esam_core.presets import recommended_arguments
 from esam_core.validation import flag
 from esam_keras import compat
 from esam_keras.bases import BaseAttribute, refuse_other_arguments, resolve_base
@@ -145,29 +144,6 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         self._report: StepReport | None = None
         self._kept_of: Callable[[Sequence[Any]], Sequence[bool]] | None = None
         self._earlier: Earlier | None = None
-
-    @classmethod
-    def recommended(
-        cls,
-        base_optimizer: keras.optimizers.Optimizer | str,
-        *,
-        rho: float = 0.05,
-        **overrides: Any,
-    ) -> Self:
-        """Return an ESAM with cheap steps: half of the network and of the samples (`RECOMMENDED`).
-
-        Args:
-            base_optimizer: as for `ESAM`.
-            rho: the perturbation radius, finite, >= 0. Default 0.05.
-            **overrides: any other argument of `ESAM`; `beta` replaces `perturb`, and `gamma`
-                replaces `select`.
-
-        Example:
-            >>> from esam_keras import ESAM
-            >>> ESAM.recommended("sgd", rho=0.1).config.perturb
-            Suffix(start=0.5)
-        """
-        return cls(base_optimizer, rho=rho, **recommended_arguments(**overrides))
 
     # -- the base optimizer's attributes -----------------------------------------------------------
 

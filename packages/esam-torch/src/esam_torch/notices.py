@@ -44,7 +44,7 @@ def compilation_warning(few_masks: bool) -> str:
         if few_masks
         else (
             "the sampler has too many masks to compile one version for each",
-            "Use a sampler with few masks, such as Suffix or RECOMMENDED's,",
+            "Use a sampler with few masks, such as Suffix,",
         )
     )
     return (

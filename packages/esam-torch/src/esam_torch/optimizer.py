@@ -22,7 +22,6 @@ from esam_core import (
 from esam_core.budget import Plan
 from esam_core.config import OnNonfinite
 from esam_core.perturbation import Norm
-from esam_core.presets import recommended_arguments
 from esam_torch.bases import check_base, refuse_optimizer_class
 from esam_torch.batch import Samples
 from esam_torch.compat import call_untraced
@@ -138,33 +137,6 @@ class ESAM(DelegatingOptimizer):
         check_groups(base_optimizer.param_groups)
         samples = Samples(take)
         super().__init__(Run(base_optimizer, model, config, samples, blocks=blocks, budget=budget))
-
-    @classmethod
-    def recommended(
-        cls,
-        base_optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        rho: float = 0.05,
-        **overrides: Any,
-    ) -> "ESAM":
-        """Return an ESAM with cheap steps: half of the network and of the samples (`RECOMMENDED`).
-
-        Args:
-            base_optimizer: as for `ESAM`.
-            model: as for `ESAM`.
-            rho: the perturbation radius, finite, >= 0. Default 0.05.
-            **overrides: any other argument of `ESAM`; `beta` replaces `perturb`, `gamma` replaces
-                `select`, and `budget` replaces both.
-
-        Example:
-            >>> import torch
-            >>> model = torch.nn.Linear(4, 3)
-            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> ESAM.recommended(sgd, model, rho=0.1).config.perturb
-            Suffix(start=0.5)
-        """
-        return cls(base_optimizer, model, rho=rho, **recommended_arguments(**overrides))
 
     # -- the step ---------------------------------------------------------------------------------
 
