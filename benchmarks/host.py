@@ -92,6 +92,42 @@ def sam_by_hand(scene: Scene) -> Step:
     return step
 
 
+class _Loss(torch.autograd.Function):
+    """A loss with a given value, whose gradients a function computes in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rest: Callable[[Tensor], Any], value: Tensor, *_: Tensor) -> Tensor:
+        ctx.rest = rest
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: Tensor) -> Any:
+        return (None, None, *ctx.rest(*scales))
+
+
+def sam_by_hand_as_a_loss(scene: Scene) -> Step:
+    """Return the hand-written step of SAM as the backward of a loss, as ESAM's is."""
+    weights = list(scene.model.parameters())
+
+    def step() -> None:
+        scene.base.zero_grad()
+        mean = scene.losses(*scene.batch).mean()
+
+        def rest(scale: Tensor) -> Sequence[Tensor]:
+            with torch.enable_grad():
+                copies = _climb(torch.autograd.grad(mean, weights, scale), weights)
+                perturbed = scene.losses(*scene.batch).mean()
+                found = torch.autograd.grad(perturbed, weights, scale)
+            with torch.no_grad():
+                torch._foreach_copy_(weights, copies)
+            return found
+
+        _Loss.apply(rest, mean.detach(), *weights).backward()  # type: ignore[no-untyped-call]
+        scene.base.step()
+
+    return step
+
+
 def half_by_hand(scene: Scene) -> Step:
     """Return a hand-written step that perturbs half of the layers and uses half of the samples."""
     weights = list(scene.model.parameters())
@@ -161,6 +197,7 @@ def ours(**options: Any) -> Callable[[Scene], Step]:
 STEPS: dict[str, Callable[[Scene], Step]] = {
     "SGD": sgd,
     "SAM by hand": sam_by_hand,
+    "SAM by hand, as a loss": sam_by_hand_as_a_loss,
     "SAM of pytorch-optimizer": peer_sam,
     "SAM": ours(perturb=Everything(), gamma=1.0),
     "ESAM": ours(),

@@ -75,13 +75,15 @@ def perturb(
         gradients.clear()
         if targets.any_adaptive:
             directions = _stretch(directions, parameters, targets.adaptive)  # |theta| g
-        whole = total_norms(_norms(directions, device), targets.spread)
+        alike = len(targets.kinds) == 1
+        whole = total_norms(_norms(directions, device, alike=alike), targets.spread)
         masked = whole
         if weight_masks is not None:
             for i, mask in enumerate(weight_masks):
                 directions[i] = directions[i] * mask
             weight_masks.clear()
-            masked = total_norms(_norms(directions, device), targets.spread)
+            masked = total_norms(_norms(directions, device, alike=alike), targets.spread)
+        masked_norm = torch.linalg.vector_norm(masked)
         if norm == "estimated":
             scales = torch.tensor(targets.scales, dtype=masked.dtype)
             length = torch.linalg.vector_norm(masked * on_device(scales.sqrt(), device))
@@ -92,7 +94,7 @@ def perturb(
             del rest
             idle.clear()
         else:
-            length = torch.linalg.vector_norm(masked)
+            length = masked_norm
         # The norm is finite only if all gradients are.
         flaw = flaw_in(losses) + length * 0.0
         magnitude = on_device(scale, device).to(length.dtype).abs()
@@ -105,15 +107,17 @@ def perturb(
         common = torch.where(usable, divisor.reciprocal() / magnitude, 0.0)
         if on_host(device) and flaw.item() != 0.0:  # 0 * inf is NaN; checking is free here
             directions = [torch.zeros_like(d) for d in directions]
-            masked = torch.zeros_like(masked)
+            masked, masked_norm = torch.zeros_like(masked), torch.zeros_like(masked_norm)
         if targets.any_adaptive:
             directions = _stretch(directions, parameters, targets.adaptive)  # |theta|^2 g
+        if targets.factor is not None:
+            common = common * targets.factor
         perturbations = _scale(directions, targets, common)
         if targets.any_adaptive:
-            lengths = total_norms(_norms(perturbations, device), targets.spread)
+            lengths = total_norms(_norms(perturbations, device, alike=alike), targets.spread)
             size = torch.linalg.vector_norm(lengths)
         elif targets.factor is not None:
-            size = torch.linalg.vector_norm(masked) * (common * targets.factor)
+            size = masked_norm * common
         else:
             factors = torch.tensor(targets.factors, dtype=masked.dtype)
             size = torch.linalg.vector_norm(masked * on_device(factors, device)) * common
@@ -135,11 +139,17 @@ def draw_weight_masks(mask: Mask, like: Sequence[Tensor]) -> list[Tensor] | None
     return masks
 
 
-def _norms(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Return the (T,) Euclidean norms of tensors, accumulated in float32 or wider."""
+def _norms(tensors: list[Tensor], device: torch.device, *, alike: bool = False) -> Tensor:
+    """Return the (T,) Euclidean norms of tensors, accumulated in float32 or wider.
+
+    Args:
+        tensors: T tensors.
+        device: of the result.
+        alike: whether all of them are known to have the same device and dtype.
+    """
     if not tensors:
         return torch.zeros(0, device=device)
-    if len({(t.dtype, t.device) for t in tensors}) == 1:
+    if alike or len({(t.dtype, t.device) for t in tensors}) == 1:
         wide = _wide(tensors[0].dtype)
         dtype = None if wide == tensors[0].dtype else wide
         norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
@@ -176,14 +186,14 @@ def _stretch(
 
 
 def _scale(directions: list[Tensor], targets: Targets, common: Tensor) -> list[Tensor]:
-    """Return each direction times its factor and the common 0-d tensor."""
-    found: dict[int, Tensor] = {}
+    """Return each direction times a 0-d tensor and, if they are different, its own factor."""
+    scaled = []
     for places, some in zip(targets.kinds, targets.by_kind(directions), strict=True):
         here = on_device(common, some[0].device)
         if targets.factor is not None:
-            products = torch._foreach_mul(some, here * targets.factor)
+            products = torch._foreach_mul(some, here)
         else:
             products = torch._foreach_mul(some, [targets.factors[i] for i in places])
             torch._foreach_mul_(products, here)
-        found.update(zip(places, products, strict=True))
-    return [found[i] for i in range(len(directions))]
+        scaled.append(list(products))
+    return targets.in_order(scaled)

@@ -84,6 +84,14 @@ class Targets:
             return [values]
         return [[values[i] for i in places] for places in self.kinds]
 
+    def in_order(self, values: list[list[Tensor]]) -> list[Tensor]:
+        """Return the tensors of lists like those of `by_kind` in the order of the parameters."""
+        if len(values) == 1:
+            return values[0]
+        rows = zip(self.kinds, values, strict=True)
+        found = {i: value for row in rows for i, value in zip(*row, strict=True)}
+        return [found[i] for i in range(len(found))]
+
     @functools.cached_property
     def spread(self) -> Spread:
         """Which parameters are sharded over which ranks."""

@@ -67,6 +67,10 @@ class Kept:
         self.trained.restore()
 
 
+#: What is saved for a model whose forwards write nothing.
+_NOTHING = Kept(State((), ()), State((), ()), State((), ()))
+
+
 class Writes:
     """Finds and copies what the forwards of a model write.
 
@@ -109,6 +113,8 @@ class Writes:
     def keep(self, start: State | None = None) -> Kept:
         """Return the written values, as they are now or as in a saved state."""
         norms = [module for module in self._norms if module.training]
+        if not (norms or self.statistics_layers or self._places or self._parameters):
+            return _NOTHING
         statistics = [
             (buffers_by_name(module), name)
             for module in (*norms, *self.statistics_layers)
