@@ -16,4 +16,6 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
     Without waiting, a copy *to* the host could be read before it has arrived.
     """
+    if tensor.device == device:
+        return tensor
     return tensor.to(device, non_blocking=not on_host(device))

@@ -19,6 +19,7 @@ from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
 from esam_torch.step import Step
 from esam_torch.task import StepResult
+from esam_torch.values import widened
 from esam_torch.written import Kept
 
 __all__ = ["EarlierStep"]
@@ -100,9 +101,7 @@ class EarlierStep(Step):
         if self._before is not None:
             return self._before
         like = self.task.targets.tensors[0]
-        dtype = torch.promote_types(
-            like.real.dtype if like.is_complex() else like.dtype, torch.float32
-        )
+        dtype = widened(like.real.dtype if like.is_complex() else like.dtype)
         return torch.zeros(1, dtype=dtype, device=like.device)
 
     @contextlib.contextmanager

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.values import widened
 
 __all__ = ["LossFunction", "check_losses", "per_sample"]
 
@@ -59,7 +59,7 @@ def per_sample(
             f"{len(losses)} losses for {expected} samples."
         )
     # The mean over the batch and the differences need more digits than half precision has.
-    return losses.to(torch.promote_types(losses.dtype, torch.float32)), rest
+    return losses.to(widened(losses.dtype)), rest
 
 
 def _shape_advice(losses: Tensor, closure: bool) -> str:

@@ -3,7 +3,6 @@
 No value leaves the device, so the host never waits.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from esam_torch.devices import on_device, on_host
 from esam_torch.finiteness import flaw_in
 from esam_torch.sharded import local, local_part, total_norms
 from esam_torch.targets import Targets
+from esam_torch.values import widened
 
 __all__ = ["Ascent", "draw_weight_masks", "perturb"]
 
@@ -150,7 +150,7 @@ def _norms(tensors: list[Tensor], device: torch.device, *, alike: bool = False) 
     if not tensors:
         return torch.zeros(0, device=device)
     if alike or len({(t.dtype, t.device) for t in tensors}) == 1:
-        wide = _wide(tensors[0].dtype)
+        wide = widened(tensors[0].dtype)
         dtype = None if wide == tensors[0].dtype else wide
         norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
         return on_device(norms.real if norms.is_complex() else norms, device)
@@ -164,12 +164,6 @@ def _norms(tensors: list[Tensor], device: torch.device, *, alike: bool = False) 
             found[i] = norm
     widest = torch.float64 if any(n.dtype == torch.float64 for n in found) else torch.float32
     return torch.stack([norm.to(widest) for norm in found])
-
-
-@functools.cache
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which norms are accumulated."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _stretch(

@@ -1,5 +1,6 @@
 """Saving and restoring values of modules' attributes and tensors."""
 
+import functools
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 __all__ = [
     *("MISSING", "Place", "State", "copy_values", "is_expanded", "is_half", "is_plain"),
-    "tensors_in",
+    *("tensors_in", "widened"),
 ]
 
 #: The place of a value: a dictionary of a module, and a name in it.
@@ -17,6 +18,9 @@ Place = tuple[dict[str, Any], str]
 
 #: Represents the value of a name that does not exist.
 MISSING = object()
+
+#: The containers whose contents are looked at. A union of types would be built in each call.
+_CONTAINERS = (list, tuple, deque, dict)
 
 #: The maximum depth of nested containers.
 _DEPTH = 4
@@ -29,6 +33,12 @@ def copy_values(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         kinds.setdefault((target.device, target.dtype), []).append(i)
     for places in kinds.values():
         torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
+
+
+@functools.cache
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums of values are accumulated: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def is_half(tensor: Tensor) -> bool:
@@ -69,7 +79,7 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
 
 def parts_of(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
     """Yield a value itself or, if it is a container, its contents."""
-    if depth and isinstance(value, list | tuple | deque | dict):
+    if depth and isinstance(value, _CONTAINERS):
         for part in value.values() if isinstance(value, dict) else value:
             yield from parts_of(part, depth - 1)
     else:
