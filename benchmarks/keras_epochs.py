@@ -21,6 +21,7 @@ import esam_keras
 from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
+from benchmarks.timing import time_interleaved
 from esam_core.cost import expected_cost
 from esam_keras import ESAM, Proportional, RandomSuffix, Suffix
 
@@ -66,7 +67,7 @@ def network(width: int, size: int) -> keras.Model:
 
 
 class _Training:
-    """One setting with its own network; `epoch()` returns the processor time of an epoch."""
+    """One setting with its own network; `epoch()` trains it for an epoch."""
 
     def __init__(self, optimizer: Optimizer, options: argparse.Namespace) -> None:
         keras.utils.set_random_seed(0)
@@ -78,10 +79,8 @@ class _Training:
         self.x = rng.normal(size=(images, options.size, options.size, 3)).astype("float32")
         self.y, self.batch = np.arange(images) % 10, options.batch
 
-    def epoch(self) -> float:
-        start = time.process_time()
+    def epoch(self) -> None:
         self.model.fit(self.x, self.y, batch_size=self.batch, verbose=0)
-        return time.process_time() - start
 
     def counted_cost(self) -> float:
         """Return the counted cost of a step in base steps."""
@@ -94,33 +93,35 @@ class _Training:
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each setting."""
+    device = torch.device("cpu")
     first: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    later: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    counted = {}
+    trainings: dict[str, _Training] = {}
     for _ in range(options.repeats):
         trainings = {name: _Training(make(), options) for name, make in SETTINGS.items()}
-        begun = {name: training.epoch() for name, training in trainings.items()}
-        for name, seconds in begun.items():
-            first[name].append(seconds / begun["SGD"])
-        for _ in range(options.epochs):
-            taken = {name: training.epoch() for name, training in trainings.items()}
-            for name, seconds in taken.items():
-                later[name].append(seconds / taken["SGD"])
-        counted = {name: training.counted_cost() for name, training in trainings.items()}
+        epochs = {name: training.epoch for name, training in trainings.items()}
+        _, begun = time_interleaved(
+            epochs, repeats=1, warmup=0, device=device, clock=time.process_time
+        )
+        for name, ratio in begun.items():
+            first[name].append(ratio.median)
+    epochs = {name: training.epoch for name, training in trainings.items()}
+    _, later = time_interleaved(
+        epochs, repeats=options.epochs, warmup=1, device=device, clock=time.process_time
+    )
     return [
         {
             "setting": name,
-            "counted": counted[name],
-            "later": median(later[name]),
-            "low": min(later[name]),
-            "high": max(later[name]),
+            "counted": trainings[name].counted_cost(),
+            "later": later[name].median,
+            "low": later[name].low,
+            "high": later[name].high,
             "first": median(first[name]),
         }
         for name in SETTINGS
     ]
 
 
-COLUMNS = ("setting", "counted", "later epochs / SGD", "range", "first epoch / SGD")
+COLUMNS = ("setting", "counted", "later epochs / SGD", "quartiles", "first epoch / SGD")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,8 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=count_number, default=16, help="of the images (16)")
     parser.add_argument("--batch", type=count_number, default=64, help="samples per step (64)")
     parser.add_argument("--steps", type=count_number, default=20, help="per epoch (20)")
-    parser.add_argument("--epochs", type=count_number, default=5, help="later epochs (5)")
-    parser.add_argument("--repeats", type=count_number, default=2, help="trainings (2)")
+    parser.add_argument("--epochs", type=count_number, default=15, help="later epochs (15)")
+    parser.add_argument("--repeats", type=count_number, default=3, help="first epochs (3)")
     parser.add_argument("--threads", type=count_number, default=1, help="of torch (1)")
     parser.add_argument("--out", type=Path, help="folder (default: benchmarks/results/keras-...)")
     parser.add_argument("--quick", action="store_true", help="two steps of a tiny network")
