@@ -97,6 +97,14 @@ _CHOSEN_IN_SMALL: dict[str, tuple[Cell, ...]] = {
 }
 
 
+#: The cells that tuning chose in "short".
+_CHOSEN_IN_SHORT: dict[str, tuple[Cell, ...]] = {
+    "sgd": (Cell(8, 0.05),),
+    "sam": (Cell(32, 0.05, 0.05),),
+    "suffix-part": (Cell(16, 0.05, 0.2),),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One setting of the study.
@@ -196,6 +204,18 @@ SETTINGS: dict[str, Setting] = {
             seeds=tuple(range(8)),
             starts=_CHOSEN_IN_SMALL,
             methods=_CARRIED,
+        ),
+        Setting(
+            name="short-noisy",
+            title="as noisy, tuned at half of the compute",
+            shared={**_SMALL, "noise": 0.3},
+            budgets=(10,),
+            tuned_at=10,
+            tuning_seeds=(100, 101),
+            seeds=tuple(range(8)),
+            starts=_CHOSEN_IN_SHORT,
+            methods=CONTENDERS,
+            two_sizes=(),
         ),
         Setting(
             name="wide",

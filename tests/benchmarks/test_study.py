@@ -78,14 +78,16 @@ def test_tuning_starts_with_the_cells_of_the_protocol() -> None:
     assert {r.effective_rho for r in momentum if r.batch == 32} == {0.1, 0.4, 1.6}
 
 
-def test_two_settings_start_from_the_cells_that_were_chosen_in_the_first() -> None:
-    records = Store(ROOT / "benchmarks/results/study-small").records()
-    finals = finals_by_key(records)
-    for name in ("short", "noisy", "wide"):
-        setting = SETTINGS[name]
-        assert setting.starts.keys() == set(setting.methods)
-        for method, cells in setting.starts.items():
-            assert tune(SMALL, method, finals).chosen == cells
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("short", "small"), ("noisy", "small"), ("wide", "small"), ("short-noisy", "short")],
+)
+def test_settings_start_from_the_cells_that_were_chosen_in_another(name: str, first: str) -> None:
+    records = Store(ROOT / f"benchmarks/results/study-{first}").records()
+    finals, setting = finals_by_key(records), SETTINGS[name]
+    assert setting.starts.keys() == set(setting.methods)
+    for method, cells in setting.starts.items():
+        assert tune(SETTINGS[first], method, finals).chosen == cells
 
 
 def test_a_second_batch_size_only_where_it_is_reported() -> None:
