@@ -11,6 +11,10 @@ from benchmarks.study.settings import Cell, Setting
 __all__ = ["cell_text", "draw_differences", "draw_frontier", "titles_of"]
 
 
+#: The fewest seeds of a point in the figure of accuracy against compute.
+_FEWEST_SEEDS = 3
+
+
 def titles_of(setting: Setting) -> dict[str, str]:
     """Return the methods' names in tables."""
     return {
@@ -78,12 +82,16 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
 
 
 def draw_frontier(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
-    """Draw mean final accuracy against compute: one line per method and batch size."""
+    """Draw mean final accuracy against compute: one line per method and batch size.
+
+    Points of fewer than three seeds are left out: their intervals would be larger than the figure.
+    """
     titles = titles_of(setting)
     figure, axes = plt.subplots(figsize=(8, 5))
     for i, method in enumerate(setting.methods):
         for second in (False, True):
-            line = [p for p in points if p.method == method and p.second == second]
+            line = [p for p in points if (p.method, p.second) == (method, second)]
+            line = [p for p in line if len(p.finals) >= min(_FEWEST_SEEDS, len(setting.seeds))]
             if not line:
                 continue
             line.sort(key=lambda p: p.compute)
@@ -102,6 +110,7 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point], *, done
                 label=f"{titles[method]}, batch {line[0].cell.batch}",
             )
     axes.set_xscale("log", base=2)
+    axes.set_xlim(0.8 * min(setting.budgets), 1.25 * max(setting.budgets))
     axes.set_xticks(setting.budgets, [str(budget) for budget in setting.budgets])
     axes.set(
         xlabel=f"compute (epochs of {setting.base})",
