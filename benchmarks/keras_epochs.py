@@ -104,7 +104,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         for name, ratio in begun.items():
             first[name].append(ratio.median)
-    epochs = {name: training.epoch for name, training in trainings.items()}
     _, later = time_interleaved(
         epochs, repeats=options.epochs, warmup=1, device=device, clock=time.process_time
     )

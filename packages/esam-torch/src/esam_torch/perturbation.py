@@ -13,6 +13,7 @@ from esam_core import Mask
 from esam_core.perturbation import Norm
 from esam_torch.devices import on_device, on_host
 from esam_torch.finiteness import flaw_in
+from esam_torch.kinds import Kinds, join_kinds, kinds_of, split_by_kind
 from esam_torch.sharded import local, local_part, total_norms
 from esam_torch.targets import Targets
 from esam_torch.values import widened
@@ -75,21 +76,20 @@ def perturb(
         gradients.clear()
         if targets.any_adaptive:
             directions = _stretch(directions, parameters, targets.adaptive)  # |theta| g
-        alike = len(targets.kinds) == 1
-        whole = total_norms(_norms(directions, device, alike=alike), targets.spread)
+        whole = total_norms(_norms(directions, targets.kinds, device), targets.spread)
         masked = whole
         if weight_masks is not None:
             for i, mask in enumerate(weight_masks):
                 directions[i] = directions[i] * mask
             weight_masks.clear()
-            masked = total_norms(_norms(directions, device, alike=alike), targets.spread)
+            masked = total_norms(_norms(directions, targets.kinds, device), targets.spread)
         masked_norm = torch.linalg.vector_norm(masked)
         if norm == "estimated":
             scales = torch.tensor(targets.scales, dtype=masked.dtype)
             length = torch.linalg.vector_norm(masked * on_device(scales.sqrt(), device))
         elif norm == "full":
             rest = _stretch(idle, targets.idle, targets.idle_adaptive)
-            lengths = total_norms(_norms(rest, device), targets.idle_spread)
+            lengths = total_norms(_norms(rest, kinds_of(rest), device), targets.idle_spread)
             length = torch.linalg.vector_norm(torch.cat([whole, lengths]))
             del rest
             idle.clear()
@@ -114,7 +114,7 @@ def perturb(
             common = common * targets.factor
         perturbations = _scale(directions, targets, common)
         if targets.any_adaptive:
-            lengths = total_norms(_norms(perturbations, device, alike=alike), targets.spread)
+            lengths = total_norms(_norms(perturbations, targets.kinds, device), targets.spread)
             size = torch.linalg.vector_norm(lengths)
         elif targets.factor is not None:
             size = masked_norm * common
@@ -139,31 +139,29 @@ def draw_weight_masks(mask: Mask, like: Sequence[Tensor]) -> list[Tensor] | None
     return masks
 
 
-def _norms(tensors: list[Tensor], device: torch.device, *, alike: bool = False) -> Tensor:
+def _norms(tensors: list[Tensor], kinds: Kinds, device: torch.device) -> Tensor:
     """Return the (T,) Euclidean norms of tensors, accumulated in float32 or wider.
 
     Args:
         tensors: T tensors.
+        kinds: their kinds.
         device: of the result.
-        alike: whether all of them are known to have the same device and dtype.
     """
     if not tensors:
         return torch.zeros(0, device=device)
-    if alike or len({(t.dtype, t.device) for t in tensors}) == 1:
-        wide = widened(tensors[0].dtype)
-        dtype = None if wide == tensors[0].dtype else wide
-        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
-        return on_device(norms.real if norms.is_complex() else norms, device)
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
-    found: list[Tensor] = [torch.empty(0)] * len(tensors)
-    for places in kinds.values():
-        some = _norms([tensors[i] for i in places], device)
-        for i, norm in zip(places, some.unbind(), strict=True):
-            found[i] = norm
-    widest = torch.float64 if any(n.dtype == torch.float64 for n in found) else torch.float32
-    return torch.stack([norm.to(widest) for norm in found])
+    parts = [_norms_of_a_kind(some, device) for some in split_by_kind(tensors, kinds)]
+    if len(parts) == 1:
+        return parts[0]
+    widest = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
+    return torch.stack(join_kinds([part.to(widest).unbind() for part in parts], kinds))
+
+
+def _norms_of_a_kind(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return the norms of tensors with the same device and dtype."""
+    wide = widened(tensors[0].dtype)
+    dtype = None if wide == tensors[0].dtype else wide
+    norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype))
+    return on_device(norms.real if norms.is_complex() else norms, device)
 
 
 def _stretch(
@@ -189,5 +187,5 @@ def _scale(directions: list[Tensor], targets: Targets, common: Tensor) -> list[T
         else:
             products = torch._foreach_mul(some, [targets.factors[i] for i in places])
             torch._foreach_mul_(products, here)
-        scaled.append(list(products))
-    return targets.in_order(scaled)
+        scaled.append(products)
+    return join_kinds(scaled, targets.kinds)

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esam_core import Mask, Unit
+from esam_torch.kinds import Kinds, kinds_of, split_by_kind
 from esam_torch.sharded import Spread, spread_of
 from esam_torch.values import is_half
 
@@ -71,26 +71,13 @@ class Targets:
         return any(map(is_half, self.tensors))
 
     @functools.cached_property
-    def kinds(self) -> Sequence[Sequence[int]]:
+    def kinds(self) -> Kinds:
         """The indices of the parameters of each device and dtype."""
-        found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i, tensor in enumerate(self.tensors):
-            found.setdefault((tensor.device, tensor.dtype), []).append(i)
-        return list(found.values())
+        return kinds_of(self.tensors)
 
     def by_kind(self, values: list[Tensor]) -> list[list[Tensor]]:
         """Return one tensor per parameter, as lists with the same device and dtype."""
-        if len(self.kinds) == 1:
-            return [values]
-        return [[values[i] for i in places] for places in self.kinds]
-
-    def in_order(self, values: list[list[Tensor]]) -> list[Tensor]:
-        """Return the tensors of lists like those of `by_kind` in the order of the parameters."""
-        if len(values) == 1:
-            return values[0]
-        rows = zip(self.kinds, values, strict=True)
-        found = {i: value for row in rows for i, value in zip(*row, strict=True)}
-        return [found[i] for i in range(len(found))]
+        return split_by_kind(values, self.kinds)
 
     @functools.cached_property
     def spread(self) -> Spread:

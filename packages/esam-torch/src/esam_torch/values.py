@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esam_torch.kinds import kinds_of
+
 __all__ = [
     *("MISSING", "Place", "State", "copy_values", "is_expanded", "is_half", "is_plain"),
     *("tensors_in", "widened"),
@@ -28,10 +30,7 @@ _DEPTH = 4
 
 def copy_values(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy values in few kernels, grouped by device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, target in enumerate(targets):
-        kinds.setdefault((target.device, target.dtype), []).append(i)
-    for places in kinds.values():
+    for places in kinds_of(targets):
         torch._foreach_copy_([targets[i] for i in places], [sources[i] for i in places])
 
 
