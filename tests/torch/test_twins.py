@@ -142,10 +142,15 @@ def case(seed, *, masks, tensors=6):
     return gradients, parameters, chosen, probability, rho, adaptive, drawn
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32,), (torch.float64,), (torch.float32, torch.float64)],
+    ids=["float32", "float64", "in turn"],
+)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("masks", [False, True], ids=["tensors", "weights"])
-def test_perturbations(norm, masks, dtype):
+def test_perturbations(norm, masks, dtypes):
+    dtype = dtypes[0]  # the coarsest
     for seed in range(40):
         gradients, parameters, chosen, probability, rho, adaptive, drawn = case(seed, masks=masks)
         scale = [
@@ -160,9 +165,10 @@ def test_perturbations(norm, masks, dtype):
 
         moved = [t for t in range(len(chosen)) if chosen[t]]
         still = [t for t in range(len(chosen)) if not chosen[t]] if norm == "full" else []
-        theta = [torch.tensor(p, dtype=dtype) for p in parameters]
+        of = [dtypes[t % len(dtypes)] for t in range(len(chosen))]
+        theta = [torch.tensor(p, dtype=d) for p, d in zip(parameters, of, strict=True)]
         ascent = perturb(
-            [torch.tensor(gradients[t], dtype=dtype) for t in moved + still],
+            [torch.tensor(gradients[t], dtype=of[t]) for t in moved + still],
             targets_of(
                 [theta[t] for t in moved],
                 [1.0 / probability[t] for t in moved],
@@ -179,13 +185,14 @@ def test_perturbations(norm, masks, dtype):
         )
         tolerance = 64 * torch.finfo(dtype).eps
         for t, epsilon in zip(moved, ascent.perturbations, strict=True):
+            assert epsilon.dtype == of[t]
             np.testing.assert_allclose(epsilon.numpy(), wanted[t], rtol=tolerance, atol=1e-30)
         np.testing.assert_allclose(float(ascent.gradient_norm), length, rtol=tolerance)
         total = np.sqrt(sum(float(np.sum(e * e)) for e in wanted))
         np.testing.assert_allclose(float(ascent.perturbation_norm), total, rtol=tolerance)
         assert float(ascent.flaw) == 0.0
         for t in moved:  # parameters are read but not changed
-            assert theta[t].tolist() == torch.tensor(parameters[t], dtype=dtype).tolist()
+            assert theta[t].tolist() == torch.tensor(parameters[t], dtype=of[t]).tolist()
 
 
 @pytest.mark.parametrize("norm", NORMS)
