@@ -80,7 +80,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help=f"averaging rate of sgd-ema (default: {run.ema})",
     )
     add("--images", type=count_number, help="training images, balanced by class (default: all)")
-    add("--classes", type=at_least(2), help="use only the first classes (default: all)")
+    add("--classes", type=at_least(2), help="number of classes (default: all)")
+    add("--first-class", type=at_least(0), default=0, help="the first of these (default: 0)")
     add("--spare", action="store_true", help="also test on the unused training images")
     add("--test-every", type=count_number, default=1, help="epochs between tests (default: 1)")
     add(

@@ -37,6 +37,7 @@ class Run:
         seed: the seed of weights, order, augmentation, masks and selections.
         images: number of training images; None is all.
         classes: number of classes; None is all.
+        first_class: the first of these classes.
         spare: also test on the unused training images.
         size: size to downscale the images to; None keeps them.
         noise: share of wrong training labels.
@@ -68,6 +69,7 @@ class Run:
     seed: int = 0
     images: int | None = None
     classes: int | None = None
+    first_class: int = 0
     spare: bool = False
     size: int | None = None
     noise: float = 0.0

@@ -50,6 +50,7 @@ class Trainer:
             device=self.device,
             images=run.images,
             classes=run.classes,
+            first_class=run.first_class,
             spare=run.spare,
             size=run.size,
             noise=run.noise,

@@ -27,6 +27,11 @@ class Split:
         """Return the images with these indices, in this order."""
         return Split(self.images[indices], self.labels[indices])
 
+    def of_classes(self, first: int, count: int) -> "Split":
+        """Return the images of some classes, with labels that start at 0."""
+        found = self.take(np.flatnonzero((first <= self.labels) & (self.labels < first + count)))
+        return Split(found.images, found.labels - first)
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -62,6 +67,7 @@ def balanced_subset(
     *,
     images: int | None = None,
     classes: int | None = None,
+    first_class: int = 0,
     spare: bool = False,
     seed: int = 0,
 ) -> ImageSet:
@@ -71,15 +77,21 @@ def balanced_subset(
         data: the whole set.
         images: number of training images, >= classes; None keeps all. The first `images % classes`
             classes get one more.
-        classes: number of classes kept (the first ones), in training and test; None keeps all.
+        classes: number of classes kept, in training and test; None keeps all.
+        first_class: the first class kept; it becomes class 0.
         spare: also test on the unused training images, for a more precise test.
         seed: the seed of the choice of images.
     """
     kept = data.classes if classes is None else classes
     if not 2 <= kept <= data.classes:
         raise ValueError(f"`classes` must be in [2, {data.classes}]. Received: {classes}.")
-    train = data.train.take(np.flatnonzero(data.train.labels < kept))
-    test = data.test.take(np.flatnonzero(data.test.labels < kept))
+    if not 0 <= first_class <= data.classes - kept:
+        raise ValueError(
+            f"`first_class` must be in [0, {data.classes - kept}], so that there are {kept} "
+            f"classes. Received: {first_class}."
+        )
+    train = data.train.of_classes(first_class, kept)
+    test = data.test.of_classes(first_class, kept)
     if images is not None:
         if not kept <= images <= len(train):
             raise ValueError(f"`images` must be in [{kept}, {len(train)}]. Received: {images}.")
@@ -105,7 +117,8 @@ def balanced_subset(
         train = train.take(taken)
     if len(train) == len(data.train) and kept == data.classes:
         return data
-    note = f"{kept} of {data.classes} classes, {len(train)} of {len(data.train)} training images"
+    which = f" from class {first_class}" if first_class else ""
+    note = f"{kept} of {data.classes} classes{which}, {len(train)} of {len(data.train)} training images"
     if spare:
         note += f", tested on {len(test)} others"
     return replace(data, classes=kept, train=train, test=test, note=_join(data.note, note))

@@ -75,6 +75,7 @@ def load_source(
     device: torch.device | str = "cpu",
     images: int | None = None,
     classes: int | None = None,
+    first_class: int = 0,
     spare: bool = False,
     size: int | None = None,
     noise: float = 0.0,
@@ -91,6 +92,7 @@ def load_source(
         device: the device of the batches.
         images: number of training images; None is all.
         classes: number of classes; None is all.
+        first_class: the first of these classes.
         spare: also test on the unused training images.
         size: height and width to downscale the images to; None keeps them.
         noise: share of wrong training labels.
@@ -104,7 +106,7 @@ def load_source(
         return Passages(text, batch=batch, seed=seed, size=bytes_of_text, device=device, **length)
     folder = Path(name.removeprefix("imagenet:"))
     if (folder / "train").is_dir() and (folder / "val").is_dir():
-        if images is not None or classes is not None or noise:
+        if images is not None or classes is not None or first_class or noise:
             raise ValueError("A folder in ImageNet's layout takes no `images`, `classes`, `noise`.")
         return ImageFolder(
             folder,
@@ -114,7 +116,9 @@ def load_source(
             size=size or 224,
             channels_last=channels_last,
         )
-    data = balanced_subset(load_images(name), images=images, classes=classes, spare=spare)
+    data = balanced_subset(
+        load_images(name), images=images, classes=classes, first_class=first_class, spare=spare
+    )
     data = shrunk(noisy_labels(data, noise), size)
     return Batches(
         data,

@@ -110,6 +110,7 @@ def _images(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
         device=options.device,
         images=options.images,
         classes=options.classes,
+        first_class=options.first_class,
         size=options.size,
         noise=options.noise,
         augment=False,

@@ -47,7 +47,6 @@ class Point:
     Args:
         method: a key of `METHODS`.
         cell: its hyperparameters.
-        second: whether this is the cell of the second batch size.
         budget: in epochs of SGD.
         compute: the counted cost of its runs, in epochs of SGD.
         finals: final test accuracies of the finished runs, by seed.
@@ -58,7 +57,6 @@ class Point:
 
     method: str
     cell: Cell
-    second: bool
     budget: int
     compute: float
     finals: Mapping[int, float]
@@ -77,29 +75,21 @@ def reported_points(setting: Setting, records: Iterable[Mapping[str, Any]]) -> l
     found = {key_of(record): record for record in records}
     finals = finals_by_key(found.values())
     points = []
-    for method in setting.methods:
-        for place, cell in enumerate(tune(setting, method, finals).chosen):
-            groups: dict[int, list[Mapping[str, Any]]] = {}
-            for budget in setting.budgets:
-                runs = [setting.run(method, cell, budget, seed) for seed in setting.seeds]
-                keys = [run.key(FIT) for run in runs]
-                groups[budget] = [found[key] for key in keys if key in found]
-            points += [
-                _point(method, cell, place == 1, budget, group)
-                for budget, group in groups.items()
-                if group
-            ]
+    for method, budget in setting.points():
+        cell = tune(setting, method, budget, finals).chosen
+        if cell is None:
+            continue
+        keys = [setting.run(method, cell, budget, seed).key(FIT) for seed in setting.seeds]
+        if group := [found[key] for key in keys if key in found]:
+            points.append(_point(method, cell, budget, group))
     return points
 
 
-def _point(
-    method: str, cell: Cell, second: bool, budget: int, records: Sequence[Mapping[str, Any]]
-) -> Point:
+def _point(method: str, cell: Cell, budget: int, records: Sequence[Mapping[str, Any]]) -> Point:
     by_seed = {Run(**record["run"]).seed: record for record in records}
     return Point(
         method,
         cell,
-        second,
         budget,
         mean(compute_of(record) for record in records),
         {seed: record["final"] for seed, record in by_seed.items()},
@@ -195,15 +185,15 @@ def difference_from_frontier(
 
 
 def corrected_ps(setting: Setting, points: Sequence[Point]) -> dict[str, float]:
-    """Return Holm's p values of the chosen cells' differences from the base optimizer's frontier.
+    """Return Holm's p values of the methods' differences from the base optimizer's frontier.
 
     Args:
         setting: the setting.
-        points: all its points; those of the tuned budget are compared.
+        points: all its points; those of the main budget are compared.
     """
     ps: dict[str, float] = {}
     for point in points:
-        if point.budget == setting.tuned_at and not point.second and point.method != "sgd":
+        if point.budget == setting.main and point.method != "sgd":
             found = difference_from_frontier(points, point, "sgd")
             if found is not None:
                 ps[point.method] = found.p

@@ -38,7 +38,7 @@ def cell_text(method: str, cell: Cell) -> str:
 
 
 def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
-    """Draw each method's difference from the base optimizer's best at the tuned budget.
+    """Draw each method's difference from the base optimizer's best at the main budget.
 
     Differences that are certain after Holm's correction have a colour.
 
@@ -50,7 +50,7 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
     """
     titles, rows = titles_of(setting), []
     for point in points:
-        if point.budget != setting.tuned_at or point.second:
+        if point.budget != setting.main:
             continue
         found = difference_from_frontier(points, point, "sgd")
         if found is not None:
@@ -82,33 +82,31 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
 
 
 def draw_frontier(path: Path, setting: Setting, points: Sequence[Point], *, done: bool) -> None:
-    """Draw mean final accuracy against compute: one line per method and batch size.
+    """Draw mean final accuracy against compute, one line per method.
 
     Points of fewer than three seeds are left out: their intervals would be larger than the figure.
     """
     titles = titles_of(setting)
     figure, axes = plt.subplots(figsize=(8, 5))
     for i, method in enumerate(setting.methods):
-        for second in (False, True):
-            line = [p for p in points if (p.method, p.second) == (method, second)]
-            line = [p for p in line if len(p.finals) >= min(_FEWEST_SEEDS, len(setting.seeds))]
-            if not line:
-                continue
-            line.sort(key=lambda p: p.compute)
-            halves = [interval(list(p.finals.values())) for p in line]
-            # So that the intervals can be told apart.
-            aside = 1.0 + 0.008 * (i - len(setting.methods) // 2)
-            axes.errorbar(
-                [aside * p.compute for p in line],
-                [p.mean for p in line],
-                yerr=None if second else [h if isfinite(h) else 0.0 for h in halves],
-                fmt=MARKERS[i],
-                linestyle=":" if second else "-",
-                alpha=0.5 if second else 1.0,
-                color=COLOURS[i],
-                capsize=3,
-                label=f"{titles[method]}, batch {line[0].cell.batch}",
-            )
+        line = [p for p in points if p.method == method]
+        line = [p for p in line if len(p.finals) >= min(_FEWEST_SEEDS, len(setting.seeds))]
+        if not line:
+            continue
+        line.sort(key=lambda p: p.compute)
+        halves = [interval(list(p.finals.values())) for p in line]
+        # So that the intervals can be told apart.
+        aside = 1.0 + 0.008 * (i - len(setting.methods) // 2)
+        axes.errorbar(
+            [aside * p.compute for p in line],
+            [p.mean for p in line],
+            yerr=[h if isfinite(h) else 0.0 for h in halves],
+            fmt=MARKERS[i],
+            linestyle="-",
+            color=COLOURS[i],
+            capsize=3,
+            label=titles[method],
+        )
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.8 * min(setting.budgets), 1.25 * max(setting.budgets))
     axes.set_xticks(setting.budgets, [str(budget) for budget in setting.budgets])

@@ -12,26 +12,26 @@ from typing import Any
 from benchmarks.run import Run
 from benchmarks.store import key_of
 from benchmarks.study.fit import FIT
-from benchmarks.study.settings import CONTENDERS, Cell, Setting
+from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["Plan", "Tuning", "finals_by_key", "make_plan", "tune"]
 
-#: Numbers of cells that also run on the other tuning seeds, for the first and second batch size.
-CONFIRMED, CONFIRMED_SECOND = 4, 2
+#: The number of cells that also run on the other tuning seeds.
+CONFIRMED = 4
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The state of a method's tuning.
+    """The state of a method's tuning at a budget.
 
     Args:
-        missing: the runs to make next; empty when tuning is done.
-        chosen: the cells of the best and, unless only that is reported, of the second batch size;
-            empty until tuning is done.
+        missing: the runs to make next; empty when tuning is done, and as long as it waits for the
+            tuning at the main budget.
+        chosen: the best cell; None until tuning is done.
     """
 
-    missing: tuple[Run, ...]
-    chosen: tuple[Cell, ...] = ()
+    missing: tuple[Run, ...] = ()
+    chosen: Cell | None = None
 
 
 @dataclass(frozen=True)
@@ -55,50 +55,50 @@ def finals_by_key(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {key_of(record): record["final"] for record in records}
 
 
-def tune(setting: Setting, method: str, finals: Mapping[str, float]) -> Tuning:
-    """Return the state of a method's tuning.
+def tune(setting: Setting, method: str, budget: int, finals: Mapping[str, float]) -> Tuning:
+    """Return the state of a method's tuning at a budget.
 
     Args:
         setting: the setting.
         method: the method.
+        budget: the budget.
         finals: final accuracies, by the keys of the runs.
     """
+    asked = _starts(setting, method, budget, finals)
+    if not asked or not setting.tuning_seeds:
+        return Tuning(chosen=asked[0] if asked else None)
 
     def run(cell: Cell, seed: int) -> Run:
-        return setting.run(method, cell, setting.tuned_at, seed)
+        return setting.run(method, cell, budget, seed)
 
     def final(cell: Cell, seed: int) -> float | None:
         return finals.get(run(cell, seed).key(FIT))
 
     first, *others = setting.tuning_seeds
     found: dict[Cell, float] = {}
-    asked = list(setting.starts[method])
     while asked:
         missing = [run(cell, first) for cell in asked if final(cell, first) is None]
         if missing:
             return Tuning(tuple(missing))
         found |= {cell: final(cell, first) or 0.0 for cell in asked}
         asked = [cell for cell in _best(found, 1)[0].neighbours() if cell not in found]
+    best = _best(found, CONFIRMED)
+    missing = [run(cell, seed) for seed in others for cell in best if final(cell, seed) is None]
+    if missing:
+        return Tuning(tuple(missing))
+    means = {c: mean(final(c, seed) or 0.0 for seed in setting.tuning_seeds) for c in best}
+    return Tuning(chosen=_best(means, 1)[0])
 
-    def confirm(candidates: Mapping[Cell, float], count: int) -> Cell | list[Run]:
-        """Return the best cell by the mean of all tuning seeds, or the missing runs."""
-        best = _best(candidates, count)
-        missing = [run(c, seed) for seed in others for c in best if final(c, seed) is None]
-        if missing:
-            return missing
-        means = {c: mean(final(c, seed) or 0.0 for seed in setting.tuning_seeds) for c in best}
-        return _best(means, 1)[0]
 
-    chosen = confirm(found, CONFIRMED)
-    if isinstance(chosen, list):
-        return Tuning(tuple(chosen))
-    rest = {cell: value for cell, value in found.items() if cell.batch != chosen.batch}
-    if not rest or method not in setting.two_sizes:
-        return Tuning((), (chosen,))
-    second = confirm(rest, CONFIRMED_SECOND)
-    if isinstance(second, list):
-        return Tuning(tuple(second))
-    return Tuning((), (chosen, second))
+def _starts(setting: Setting, method: str, budget: int, finals: Mapping[str, float]) -> list[Cell]:
+    """Return the start cells; none as long as they depend on unfinished tuning."""
+    if budget == setting.main:
+        return list(setting.starts[method])
+    given = setting.restarts.get(budget, {}).get(method)
+    if given is not None:
+        return list(given)
+    chosen = tune(setting, method, setting.main, finals).chosen
+    return [] if chosen is None else [chosen]
 
 
 def _best(values: Mapping[Cell, float], count: int) -> list[Cell]:
@@ -109,10 +109,8 @@ def _best(values: Mapping[Cell, float], count: int) -> list[Cell]:
 def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
     """Return the runs that a setting needs, in the order of the protocol.
 
-    First come the reported runs at the tuned budget of all methods that are tuned, and those of the
-    contenders at smaller budgets; then the tuning of the other methods; then the other budgets and
-    the second batch sizes, each with the contenders first. Reported runs are ordered by seed, so
-    that the methods that are compared have equally many.
+    The contenders come first, at the main budget and then at the others; then the other methods. The reported runs of tuned methods come before the tuning of other methods, and are
+    ordered by seed, so that the methods that are compared have equally many.
 
     Args:
         setting: the setting.
@@ -120,26 +118,14 @@ def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
     """
     finals = finals_by_key(records)
     ordered: list[tuple[tuple[int, ...], Run]] = []
-    for place, method in enumerate(setting.methods):
-        tuning = tune(setting, method, finals)
-        ordered += [((2, place), run) for run in tuning.missing]
-        for second, cell in enumerate(tuning.chosen):
-            for budget in setting.budgets:
-                order = _order(setting, method, budget, second=bool(second))
-                for seed in setting.seeds:
-                    run = setting.run(method, cell, budget, seed)
-                    if run.key(FIT) not in finals:
-                        ordered.append(((*order, seed, place), run))
+    for place, (method, budget) in enumerate(setting.points()):
+        tuning = tune(setting, method, budget, finals)
+        stage = setting.stage(method, budget)
+        ordered += [((*stage, 1, place), run) for run in tuning.missing]
+        if tuning.chosen is None:
+            continue
+        for seed in setting.seeds:
+            run = setting.run(method, tuning.chosen, budget, seed)
+            if run.key(FIT) not in finals:
+                ordered.append(((*stage, 0, seed, place), run))
     return Plan(tuple(run for _, run in sorted(ordered, key=lambda entry: entry[0])))
-
-
-def _order(setting: Setting, method: str, budget: int, *, second: bool) -> tuple[int, ...]:
-    """Return the place of a point's reported runs in the plan; tuning has the place (2,)."""
-    other = method not in CONTENDERS
-    if second:
-        return (4, other, budget != setting.tuned_at, budget)
-    if budget == setting.tuned_at:
-        return (0,)
-    if budget < setting.tuned_at and not other:
-        return (1, budget)
-    return (3, other, budget)

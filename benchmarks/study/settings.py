@@ -29,11 +29,8 @@ STRENGTHS: dict[str, str] = {
 }
 
 
-#: The methods of the two frontiers, and the method that counts in "small" so far. They run first.
+#: The methods of the two frontiers, and the one that is compared with them at every budget.
 CONTENDERS = ("sgd", "sam", "suffix-part")
-
-#: The methods that run with other data and networks too.
-_CARRIED = (*CONTENDERS, "esam", "sgd-ema")
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def _starts(lr: float, batches: tuple[int, ...] = (16, 32)) -> dict[str, tuple[C
     }
 
 
-#: The cells that tuning chose in "small": of the best and of the second batch size.
+#: The cells that tuning chose in "small" at budget 20, each with the best cell of another batch size.
 _CHOSEN_IN_SMALL: dict[str, tuple[Cell, ...]] = {
     "sgd": (Cell(16, 0.1), Cell(8, 0.1)),
     "sam": (Cell(16, 0.05, 0.05), Cell(8, 0.05, 0.05)),
@@ -97,8 +94,8 @@ _CHOSEN_IN_SMALL: dict[str, tuple[Cell, ...]] = {
 }
 
 
-#: The cells that tuning chose in "short".
-_CHOSEN_IN_SHORT: dict[str, tuple[Cell, ...]] = {
+#: The cells that tuning chose in "small" at budget 10.
+_CHOSEN_AT_10: dict[str, tuple[Cell, ...]] = {
     "sgd": (Cell(8, 0.05),),
     "sam": (Cell(32, 0.05, 0.05),),
     "suffix-part": (Cell(16, 0.05, 0.2),),
@@ -113,13 +110,16 @@ class Setting:
         name: its name on the command line.
         title: its name in tables.
         shared: fields that all runs have in common.
-        budgets: the cost of a run in epochs of SGD.
-        tuned_at: the budget of the tuning runs.
-        tuning_seeds: the first is for the climb; the others confirm the best cells.
+        main: the budget at which all methods are tuned and compared.
+        budgets: all budgets, the costs of a run in epochs of SGD.
+        tuning_seeds: the first is for the climb; the others confirm the best cells. If there are
+            none, the first start cell is used as it is.
         seeds: the seeds of the reported runs.
-        starts: the start cells of each method.
+        starts: the start cells at the main budget, by method.
+        restarts: the start cells at other budgets, by budget and method. The default is the cell
+            that was chosen at the main budget.
         methods: keys of `METHODS`.
-        two_sizes: the methods that are also reported with their second batch size.
+        everywhere: those that are tuned and compared at each budget.
         base: the name of the base optimizer.
         costs: costs of a step that differ from `METHODS`.
     """
@@ -127,15 +127,34 @@ class Setting:
     name: str
     title: str
     shared: Mapping[str, Any]
+    main: int
     budgets: tuple[int, ...]
-    tuned_at: int
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     starts: Mapping[str, tuple[Cell, ...]]
+    restarts: Mapping[int, Mapping[str, tuple[Cell, ...]]] = field(default_factory=dict)
     methods: tuple[str, ...] = tuple(METHODS)
-    two_sizes: tuple[str, ...] = CONTENDERS
+    everywhere: tuple[str, ...] = CONTENDERS
     base: str = "SGD"
     costs: Mapping[str, float] = field(default_factory=dict)
+
+    def points(self) -> list[tuple[str, int]]:
+        """Return the methods and budgets to tune and report, the most important first."""
+        found = [
+            (method, budget)
+            for budget in self.budgets
+            for method in self.methods
+            if budget == self.main or method in self.everywhere
+        ]
+        return sorted(found, key=lambda point: self.stage(*point))  # sorting is stable
+
+    def stage(self, method: str, budget: int) -> tuple[int, ...]:
+        """Return a key that sorts points by importance: contenders and the main budget first."""
+        return (method not in CONTENDERS, budget != self.main, budget)
+
+    def epochs(self, method: str, budget: int) -> int:
+        """Return the epochs that a budget buys for a method."""
+        return max(1, round(budget / self.costs.get(method, METHODS[method])))
 
     def run(self, method: str, cell: Cell, budget: int, seed: int) -> Run:
         """Return a run of a method, with as many epochs as a budget buys.
@@ -146,7 +165,7 @@ class Setting:
             budget: in epochs of SGD.
             seed: the seed of the run.
         """
-        epochs = max(1, round(budget / self.costs.get(method, METHODS[method])))
+        epochs = self.epochs(method, budget)
         options = {**self.shared, "batch": cell.batch, "lr": cell.lr}
         if method in STRENGTHS:
             options[STRENGTHS[method]] = cell.strength
@@ -175,58 +194,37 @@ SETTINGS: dict[str, Setting] = {
             name="small",
             title="4,000 images of 20 classes of CIFAR-100, 16 x 16, ResNet-10 of width 16",
             shared=_SMALL,
+            main=20,
             budgets=(10, 20, 40),
-            tuned_at=20,
             tuning_seeds=(100, 101),
             seeds=tuple(range(10)),
             starts=_starts(0.05) | {name: _grid(name) for name in ("sgd", "sam", "half-suffix")},
-            two_sizes=tuple(METHODS),
+            restarts={10: {name: _CHOSEN_IN_SMALL[name] for name in CONTENDERS}},
+            everywhere=(*CONTENDERS, "esam", "sgd-ema"),
         ),
         Setting(
-            name="short",
-            title="as small, tuned at half of the compute",
-            shared=_SMALL,
-            budgets=(10,),
-            tuned_at=10,
-            tuning_seeds=(100, 101),
+            name="fresh",
+            title="as small, with 20 other classes and nothing tuned",
+            shared={**_SMALL, "first_class": 20},
+            main=20,
+            budgets=(10, 20),
+            tuning_seeds=(),
             seeds=tuple(range(10)),
-            starts={name: _CHOSEN_IN_SMALL[name] for name in CONTENDERS},
+            starts=_CHOSEN_IN_SMALL,
+            restarts={10: _CHOSEN_AT_10},
             methods=CONTENDERS,
-            two_sizes=(),
         ),
         Setting(
             name="noisy",
             title="as small, 30 % of the training labels wrong",
             shared={**_SMALL, "noise": 0.3},
+            main=20,
             budgets=(10, 20, 40),
-            tuned_at=20,
             tuning_seeds=(100, 101),
             seeds=tuple(range(8)),
             starts=_CHOSEN_IN_SMALL,
-            methods=_CARRIED,
-        ),
-        Setting(
-            name="short-noisy",
-            title="as noisy, tuned at half of the compute",
-            shared={**_SMALL, "noise": 0.3},
-            budgets=(10,),
-            tuned_at=10,
-            tuning_seeds=(100, 101),
-            seeds=tuple(range(8)),
-            starts=_CHOSEN_IN_SHORT,
-            methods=CONTENDERS,
-            two_sizes=(),
-        ),
-        Setting(
-            name="wide",
-            title="as small, width 32, cropped and mirrored",
-            shared={**_SMALL, "width": 32, "augment": True},
-            budgets=(30, 60, 120),
-            tuned_at=30,
-            tuning_seeds=(100,),
-            seeds=(0, 1, 2, 3),
-            starts=_CHOSEN_IN_SMALL,
-            methods=_CARRIED,
+            restarts={10: _CHOSEN_AT_10},
+            methods=(*CONTENDERS, "esam", "sgd-ema"),
         ),
         Setting(
             name="text",
@@ -240,14 +238,25 @@ SETTINGS: dict[str, Setting] = {
                 "weight_decay": 0.01,
                 "device": "cpu",
             },
+            main=20,
             budgets=(10, 20, 40),
-            tuned_at=20,
             tuning_seeds=(100, 101),
             seeds=(0, 1, 2, 3, 4),
             starts=_starts(0.001),
-            methods=_CARRIED,
+            methods=(*CONTENDERS, "esam", "sgd-ema"),
             base="AdamW",
             costs={"suffix-part": 1.133, "esam": 1.727},
+        ),
+        Setting(
+            name="wide",
+            title="as small, width 32, cropped and mirrored",
+            shared={**_SMALL, "width": 32, "augment": True},
+            main=60,
+            budgets=(60,),
+            tuning_seeds=(100,),
+            seeds=(0, 1, 2, 3),
+            starts=_CHOSEN_IN_SMALL,
+            methods=(*CONTENDERS, "esam"),
         ),
     )
 }
@@ -257,10 +266,9 @@ QUICK = Setting(
     name="quick",
     title="150 digits, ResNet-8 of width 2",
     shared={"data": "digits", "images": 150, "model": "resnet8", "width": 2, "device": "cpu"},
+    main=2,
     budgets=(2, 4),
-    tuned_at=2,
     tuning_seeds=(100, 101),
     seeds=(0, 1),
     starts=_starts(0.05),
-    two_sizes=tuple(METHODS),
 )

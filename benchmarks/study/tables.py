@@ -23,14 +23,14 @@ from benchmarks.study.settings import Cell, Setting
 
 __all__ = ["write_report"]
 
-_EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, of each
-method's chosen cell, in bold if the whole interval is above 0. p is that of the difference from the
-base optimizer's frontier at budget {}, corrected by Holm's procedure."""
+_EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, in bold if
+the whole interval is above 0. p is that of the difference from the base optimizer's frontier at
+budget {}, corrected by Holm's procedure."""
 
 
 _RECOMPUTED = """The change of the final accuracy if `torch.optim.swa_utils.update_bn` recomputes
-the statistics from the training samples at the final weights. Chosen cells at budget {}, with 95 %
-intervals. Methods of `ascend=` run no pass with the whole batch at the weights, so their running
+the statistics from the training samples at the final weights, at budget {}, with 95 % intervals.
+Methods of `ascend=` run no pass with the whole batch at the weights, so their running
 statistics are those of perturbed weights or of parts of the batch."""
 
 
@@ -56,10 +56,10 @@ def write_report(setting: Setting, folder: Path) -> str:
         "## Accuracy and compute",
         _points_table(setting, points),
         f"## Against the frontiers of {setting.base} and SAM",
-        _EXPLANATION.format(setting.tuned_at),
+        _EXPLANATION.format(setting.main),
         _differences_table(setting, points),
         "## Statistics of batch normalization",
-        _RECOMPUTED.format(setting.tuned_at),
+        _RECOMPUTED.format(setting.main),
         _recomputed_table(setting, points),
         "## Tuning",
         _tuning_table(setting, records),
@@ -110,18 +110,18 @@ def _points_table(setting: Setting, points: Sequence[Point]) -> str:
 
 
 def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
-    """Return the table of differences between each method's chosen cell and both frontiers."""
+    """Return the table of the methods' differences from both frontiers."""
     titles = titles_of(setting)
     rows = []
     corrected = corrected_ps(setting, points)
-    for budget in sorted(setting.budgets, key=lambda b: b != setting.tuned_at):
-        here = {p.method: p for p in points if p.budget == budget and not p.second}
+    for budget in sorted(setting.budgets, key=lambda b: b != setting.main):
+        here = {p.method: p for p in points if p.budget == budget}
         against = {
             method: [difference_from_frontier(points, point, name) for name in ("sgd", "sam")]
             for method, point in here.items()
         }
         for method, (sgd, sam) in against.items():
-            p = corrected.get(method) if budget == setting.tuned_at else None
+            p = corrected.get(method) if budget == setting.main else None
             rows.append(
                 [
                     f"{budget}: {titles[method]}",
@@ -139,7 +139,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
 def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of accuracies with recomputed statistics."""
     titles = titles_of(setting)
-    here = [p for p in points if p.budget == setting.tuned_at and not p.second and p.recomputed]
+    here = [p for p in points if p.budget == setting.main and p.recomputed]
     rows = [
         [
             titles[p.method],
@@ -160,26 +160,26 @@ def _difference_text(found: Difference | None) -> str:
 
 
 def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of all cells of the tuning, the best first."""
+    """Return the table of all cells of the tuning: per method and budget, the best first."""
     finals = finals_by_key(records)
-    cells: dict[tuple[str, Cell], dict[int, float]] = {}
+    cells: dict[tuple[str, int], dict[Cell, dict[int, float]]] = {}
     for record in records:
         run = Run(**record["run"])
         if run.seed not in setting.tuning_seeds or record.get("probe") != FIT:
             continue
         strength = run.ema if run.method == "sgd-ema" else run.effective_rho
         cell = Cell(run.batch, run.lr, strength)
-        cells.setdefault((run.method, cell), {})[run.seed] = record["final"]
-    chosen = {method: tune(setting, method, finals).chosen for method in setting.methods}
+        own = cells.setdefault((run.method, run.epochs), {})
+        own.setdefault(cell, {})[run.seed] = record["final"]
     titles = titles_of(setting)
     rows = []
-    for method in setting.methods:
-        own = {cell: found for (name, cell), found in cells.items() if name == method}
+    for method, budget in setting.points():
+        own = cells.get((method, setting.epochs(method, budget)), {})
+        chosen = tune(setting, method, budget, finals).chosen
         for cell in sorted(own, key=lambda c: (-len(own[c]), -sum(own[c].values()) / len(own[c]))):
             values = own[cell]
-            mark = "chosen" if chosen[method][:1] == (cell,) else ""
-            mark = "second batch size" if chosen[method][1:] == (cell,) else mark
             shown = ", ".join(f"{values[seed]:.2f}" for seed in sorted(values))
             mean = f"{sum(values.values()) / len(values):.2f}"
-            rows.append([f"{titles[method]}, {cell_text(method, cell)}", shown, mean, mark])
-    return markdown(("method and cell", "final, % (tuning seeds)", "mean", ""), rows)
+            name = f"{budget}: {titles[method]}, {cell_text(method, cell)}"
+            rows.append([name, shown, mean, "chosen" if cell == chosen else ""])
+    return markdown(("budget, method and cell", "final, % (tuning seeds)", "mean", ""), rows)
