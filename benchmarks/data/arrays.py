@@ -117,8 +117,10 @@ def balanced_subset(
         train = train.take(taken)
     if len(train) == len(data.train) and kept == data.classes:
         return data
-    which = f" from class {first_class}" if first_class else ""
-    note = f"{kept} of {data.classes} classes{which}, {len(train)} of {len(data.train)} training images"
+    which = f"{kept} of {data.classes} classes"
+    if first_class:
+        which += f" from class {first_class}"
+    note = f"{which}, {len(train)} of {len(data.train)} training images"
     if spare:
         note += f", tested on {len(test)} others"
     return replace(data, classes=kept, train=train, test=test, note=_join(data.note, note))

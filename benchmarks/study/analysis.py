@@ -24,8 +24,9 @@ __all__ = [
         "frontier",
         "holm",
         "interval",
+        "records_by_cell",
+        "reported_points",
     ),
-    "reported_points",
 ]
 
 #: A point of a frontier may cost this much more than the method compared with it, because the
@@ -48,6 +49,7 @@ class Point:
         method: a key of `METHODS`.
         cell: its hyperparameters.
         budget: in epochs of SGD.
+        chosen: whether tuning chose this cell at this budget.
         compute: the counted cost of its runs, in epochs of SGD.
         finals: final test accuracies of the finished runs, by seed.
         bests: best test accuracies, by seed.
@@ -58,6 +60,7 @@ class Point:
     method: str
     cell: Cell
     budget: int
+    chosen: bool
     compute: float
     finals: Mapping[int, float]
     bests: Mapping[int, float]
@@ -70,28 +73,61 @@ class Point:
         return mean(self.finals.values())
 
 
-def reported_points(setting: Setting, records: Iterable[Mapping[str, Any]]) -> list[Point]:
-    """Return the points of all tuned methods that have finished reported runs."""
-    found = {key_of(record): record for record in records}
-    finals = finals_by_key(found.values())
+def records_by_cell(
+    setting: Setting,
+    method: str,
+    budget: int,
+    seeds: Iterable[int],
+    records: Iterable[Mapping[str, Any]],
+) -> dict[Cell, dict[int, Mapping[str, Any]]]:
+    """Return a method's records at a budget, by cell and seed.
+
+    Args:
+        setting: the setting.
+        method: the method.
+        budget: the budget.
+        seeds: the seeds to include.
+        records: all records of the setting.
+    """
+    found: dict[Cell, dict[int, Mapping[str, Any]]] = {}
+    for record in records:
+        run = Run(**record["run"])
+        cell = Cell.of(run)
+        same = setting.run(method, cell, budget, run.seed).key(FIT) == key_of(record)
+        if same and run.seed in seeds:
+            found.setdefault(cell, {})[run.seed] = record
+    return found
+
+
+def reported_points(setting: Setting, records: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return the points of the chosen cells, and of other cells with all reported seeds.
+
+    Args:
+        setting: the setting.
+        records: the records of the finished runs.
+    """
+    finals = finals_by_key(records)
     points = []
     for method, budget in setting.points():
-        cell = tune(setting, method, budget, finals).chosen
-        if cell is None:
-            continue
-        keys = [setting.run(method, cell, budget, seed).key(FIT) for seed in setting.seeds]
-        if group := [found[key] for key in keys if key in found]:
-            points.append(_point(method, cell, budget, group))
+        chosen = tune(setting, method, budget, finals).chosen
+        cells = records_by_cell(setting, method, budget, setting.seeds, records)
+        points += [
+            _point(method, cell, budget, found, chosen=cell == chosen)
+            for cell, found in cells.items()
+            if cell == chosen or len(found) == len(setting.seeds)
+        ]
     return points
 
 
-def _point(method: str, cell: Cell, budget: int, records: Sequence[Mapping[str, Any]]) -> Point:
-    by_seed = {Run(**record["run"]).seed: record for record in records}
+def _point(
+    method: str, cell: Cell, budget: int, by_seed: Mapping[int, Mapping[str, Any]], *, chosen: bool
+) -> Point:
     return Point(
         method,
         cell,
         budget,
-        mean(compute_of(record) for record in records),
+        chosen,
+        mean(compute_of(record) for record in by_seed.values()),
         {seed: record["final"] for seed, record in by_seed.items()},
         {seed: record["best"] for seed, record in by_seed.items()},
         {seed: r["history"][-1]["training_accuracy"] for seed, r in by_seed.items()},
@@ -193,7 +229,7 @@ def corrected_ps(setting: Setting, points: Sequence[Point]) -> dict[str, float]:
     """
     ps: dict[str, float] = {}
     for point in points:
-        if point.budget == setting.main and point.method != "sgd":
+        if point.chosen and point.budget == setting.main and point.method != "sgd":
             found = difference_from_frontier(points, point, "sgd")
             if found is not None:
                 ps[point.method] = found.p

@@ -13,8 +13,9 @@ import torch
 
 from benchmarks.arguments import count_number
 from benchmarks.store import Store
+from benchmarks.study.pictures import cell_text
 from benchmarks.study.planning import make_plan
-from benchmarks.study.settings import QUICK, SETTINGS, Setting
+from benchmarks.study.settings import QUICK, SETTINGS, Cell, Setting
 from benchmarks.study.tables import write_report
 from benchmarks.study.workers import folder_of, work
 
@@ -77,8 +78,7 @@ def _show_plan(setting: Setting, out: Path) -> None:
     plan = make_plan(setting, Store(folder_of(setting, out)).records())
     print(f"{setting.name}: {len(plan.runs)} runs can be made now")
     for run in plan.runs:
-        strength = run.ema if run.method == "sgd-ema" else run.effective_rho
-        cell = f"batch {run.batch}, lr {run.lr:g}, strength {strength:g}"
+        cell = cell_text(run.method, Cell.of(run))
         print(f"  {run.method}, {cell}, {run.epochs} epochs, seed {run.seed}")
 
 

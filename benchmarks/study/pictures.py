@@ -50,7 +50,7 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
     """
     titles, rows = titles_of(setting), []
     for point in points:
-        if point.budget != setting.main:
+        if not point.chosen or point.budget != setting.main:
             continue
         found = difference_from_frontier(points, point, "sgd")
         if found is not None:
@@ -89,7 +89,7 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point], *, done
     titles = titles_of(setting)
     figure, axes = plt.subplots(figsize=(8, 5))
     for i, method in enumerate(setting.methods):
-        line = [p for p in points if p.method == method]
+        line = [p for p in points if p.chosen and p.method == method]
         line = [p for p in line if len(p.finals) >= min(_FEWEST_SEEDS, len(setting.seeds))]
         if not line:
             continue

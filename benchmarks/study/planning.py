@@ -109,8 +109,9 @@ def _best(values: Mapping[Cell, float], count: int) -> list[Cell]:
 def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
     """Return the runs that a setting needs, in the order of the protocol.
 
-    The contenders come first, at the main budget and then at the others; then the other methods. The reported runs of tuned methods come before the tuning of other methods, and are
-    ordered by seed, so that the methods that are compared have equally many.
+    The contenders come first, at the main budget and then at the others; then the other methods.
+    The reported runs of tuned methods come before the tuning of other methods, and are ordered by
+    seed, so that the methods that are compared have equally many.
 
     Args:
         setting: the setting.

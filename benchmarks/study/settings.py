@@ -47,6 +47,12 @@ class Cell:
     lr: float
     strength: float = 0.0
 
+    @classmethod
+    def of(cls, run: Run) -> "Cell":
+        """Return the cell of a run."""
+        strength = run.ema if run.method == "sgd-ema" else run.effective_rho
+        return cls(run.batch, run.lr, strength)
+
     def neighbours(self) -> list["Cell"]:
         """Return the cells with one value halved or doubled, with batch sizes from 8 to 128."""
         found = []
@@ -84,7 +90,7 @@ def _starts(lr: float, batches: tuple[int, ...] = (16, 32)) -> dict[str, tuple[C
     }
 
 
-#: The cells that tuning chose in "small" at budget 20, each with the best cell of another batch size.
+#: The cells that tuning chose in "small" at budget 20, each with the best of another batch size.
 _CHOSEN_IN_SMALL: dict[str, tuple[Cell, ...]] = {
     "sgd": (Cell(16, 0.1), Cell(8, 0.1)),
     "sam": (Cell(16, 0.05, 0.05), Cell(8, 0.05, 0.05)),

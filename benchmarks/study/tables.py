@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import markdown
-from benchmarks.run import Run
 from benchmarks.store import Store
 from benchmarks.study.analysis import (
     Difference,
@@ -14,12 +13,12 @@ from benchmarks.study.analysis import (
     difference,
     difference_from_frontier,
     interval,
+    records_by_cell,
     reported_points,
 )
-from benchmarks.study.fit import FIT
 from benchmarks.study.pictures import cell_text, draw_differences, draw_frontier, titles_of
 from benchmarks.study.planning import finals_by_key, make_plan, tune
-from benchmarks.study.settings import Cell, Setting
+from benchmarks.study.settings import Setting
 
 __all__ = ["write_report"]
 
@@ -44,7 +43,7 @@ def write_report(setting: Setting, folder: Path) -> str:
     records = Store(folder).records()
     points = reported_points(setting, records)
     plan = make_plan(setting, records)
-    counts = sorted(len(p.finals) for p in points) or [0]
+    counts = sorted(len(p.finals) for p in points if p.chosen) or [0]
     seeds = f"{counts[0]} to {counts[-1]} of {len(setting.seeds)}"
     state = (
         "All runs are finished." if plan.done else "**Interim: some runs have not been made yet.**"
@@ -98,7 +97,7 @@ def _points_table(setting: Setting, points: Sequence[Point]) -> str:
     rows = [
         [
             titles[p.method],
-            cell_text(p.method, p.cell),
+            cell_text(p.method, p.cell) + ("" if p.chosen else ", not the chosen cell"),
             f"{p.compute:.1f}",
             _with_interval(list(p.finals.values())),
             _with_interval(list(p.bests.values())),
@@ -115,7 +114,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     rows = []
     corrected = corrected_ps(setting, points)
     for budget in sorted(setting.budgets, key=lambda b: b != setting.main):
-        here = {p.method: p for p in points if p.budget == budget}
+        here = {p.method: p for p in points if p.chosen and p.budget == budget}
         against = {
             method: [difference_from_frontier(points, point, name) for name in ("sgd", "sam")]
             for method, point in here.items()
@@ -139,7 +138,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
 def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of accuracies with recomputed statistics."""
     titles = titles_of(setting)
-    here = [p for p in points if p.budget == setting.main and p.recomputed]
+    here = [p for p in points if p.chosen and p.budget == setting.main and p.recomputed]
     rows = [
         [
             titles[p.method],
@@ -162,19 +161,14 @@ def _difference_text(found: Difference | None) -> str:
 def _tuning_table(setting: Setting, records: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of all cells of the tuning: per method and budget, the best first."""
     finals = finals_by_key(records)
-    cells: dict[tuple[str, int], dict[Cell, dict[int, float]]] = {}
-    for record in records:
-        run = Run(**record["run"])
-        if run.seed not in setting.tuning_seeds or record.get("probe") != FIT:
-            continue
-        strength = run.ema if run.method == "sgd-ema" else run.effective_rho
-        cell = Cell(run.batch, run.lr, strength)
-        own = cells.setdefault((run.method, run.epochs), {})
-        own.setdefault(cell, {})[run.seed] = record["final"]
     titles = titles_of(setting)
     rows = []
     for method, budget in setting.points():
-        own = cells.get((method, setting.epochs(method, budget)), {})
+        found = records_by_cell(setting, method, budget, setting.tuning_seeds, records)
+        own = {
+            cell: {seed: record["final"] for seed, record in by_seed.items()}
+            for cell, by_seed in found.items()
+        }
         chosen = tune(setting, method, budget, finals).chosen
         for cell in sorted(own, key=lambda c: (-len(own[c]), -sum(own[c].values()) / len(own[c]))):
             values = own[cell]

@@ -85,6 +85,21 @@ def test_subset_is_balanced_and_labels_stay_in_range() -> None:
     assert "52 of 1297" in data.note
 
 
+def test_other_classes_get_labels_from_0() -> None:
+    whole, data = digits(), balanced_subset(digits(), classes=4, first_class=6)
+    assert data.classes == 4
+    for all_images, some in ((whole.train, data.train), (whole.test, data.test)):
+        found = np.flatnonzero(all_images.labels >= 6)
+        assert np.array_equal(some.labels, all_images.labels[found] - 6)
+        assert np.array_equal(some.images, all_images.images[found])
+    assert "4 of 10 classes from class 6" in data.note
+
+
+def test_a_first_class_that_leaves_too_few_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`first_class` must be in \[0, 6\].*Received: 7"):
+        balanced_subset(digits(), classes=4, first_class=7)
+
+
 def test_spare_images_are_only_for_testing() -> None:
     data = balanced_subset(digits(), images=100, spare=True)
     assert len(data.train) + len(data.test) == 1797

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from benchmarks.run import Run
 from benchmarks.store import Store, key_of
 from benchmarks.study import command, workers
 from benchmarks.study.fit import FIT, Fit
-from benchmarks.study.planning import finals_by_key, make_plan, tune
+from benchmarks.study.planning import Tuning, finals_by_key, make_plan, tune
 from benchmarks.study.settings import CONTENDERS, METHODS, QUICK, SETTINGS, Cell
 from benchmarks.study.workers import claim_run, folder_of, work
 from benchmarks.train import train
@@ -32,12 +32,14 @@ def _record(run: Run, final: float) -> dict[str, Any]:
     return {"run": dataclasses.asdict(run), "probe": FIT, "final": final}
 
 
-def _tuned(method: str, accuracy: Callable[[Run], float]) -> tuple[tuple[Cell, ...], list[Run]]:
-    """Return the cells chosen by tuning on runs with known accuracies, and all tuning runs."""
+def _tuned(
+    method: str, accuracy: Callable[[Run], float], budget: int = SMALL.main
+) -> tuple[Cell | None, list[Run]]:
+    """Return the cell chosen by tuning on runs with known accuracies, and all tuning runs."""
     finals: dict[str, float] = {}
     made: list[Run] = []
     while True:
-        tuning = tune(SMALL, method, finals)
+        tuning = tune(SMALL, method, budget, finals)
         if not tuning.missing:
             return tuning.chosen, made
         made += tuning.missing
@@ -54,52 +56,72 @@ def test_tuning_continues_beyond_the_first_cells_to_the_best() -> None:
         off = _distance(run.lr, 0.0125) + _distance(run.batch, 128) + _distance(run.rho, 0.8)
         return 50.0 - off
 
-    (best, second), made = _tuned("sam", accuracy)
+    best, made = _tuned("sam", accuracy)
     assert best == Cell(128, 0.0125, 0.8)
-    assert second == Cell(64, 0.0125, 0.8)
     assert all(8 <= run.batch <= 128 for run in made)
     assert {run.epochs for run in made} == {10}  # at budget 20 SAM has half of SGD's epochs
     assert len({run.key(FIT) for run in made}) == len(made)
 
 
 def test_tuning_starts_with_the_cells_of_the_protocol() -> None:
-    sgd = {(r.batch, r.lr) for r in tune(SMALL, "sgd", {}).missing}
+    def started(method: str) -> tuple[Run, ...]:
+        return tune(SMALL, method, SMALL.main, {}).missing
+
+    sgd = {(r.batch, r.lr) for r in started("sgd")}
     assert sgd == {(b, lr) for b in (16, 32, 64) for lr in (0.0125, 0.025, 0.05, 0.1, 0.2)}
-    sam = {(r.batch, r.lr, r.rho) for r in tune(SMALL, "sam", {}).missing}
+    sam = {(r.batch, r.lr, r.rho) for r in started("sam")}
     assert {rho for batch, _, rho in sam if batch == 32} == {0.05, 0.1, 0.2}
     assert {lr for _, lr, _ in sam} == {0.05}
     for method in ("sgd-ema", "part", "previous", "esam"):
-        assert {(r.batch, r.lr) for r in tune(SMALL, method, {}).missing} == {
-            (16, 0.05),
-            (32, 0.05),
-        }
-    assert {r.ema for r in tune(SMALL, "sgd-ema", {}).missing} == {0.02}
-    momentum = tune(SMALL, "momentum", {}).missing
-    assert {r.effective_rho for r in momentum if r.batch == 32} == {0.1, 0.4, 1.6}
+        assert {(r.batch, r.lr) for r in started(method)} == {(16, 0.05), (32, 0.05)}
+    assert {r.ema for r in started("sgd-ema")} == {0.02}
+    assert {r.effective_rho for r in started("momentum") if r.batch == 32} == {0.1, 0.4, 1.6}
 
 
-@pytest.mark.parametrize(
-    ("name", "first"),
-    [("short", "small"), ("noisy", "small"), ("wide", "small"), ("short-noisy", "short")],
-)
-def test_settings_start_from_the_cells_that_were_chosen_in_another(name: str, first: str) -> None:
-    records = Store(ROOT / f"benchmarks/results/study-{first}").records()
-    finals, setting = finals_by_key(records), SETTINGS[name]
-    assert setting.starts.keys() == set(setting.methods)
-    for method, cells in setting.starts.items():
-        assert tune(SETTINGS[first], method, finals).chosen == cells
+def _chosen(name: str, method: str, budget: int) -> Cell | None:
+    """Return the cell that tuning has chosen in the committed results."""
+    records = Store(ROOT / f"benchmarks/results/study-{name}").records()
+    return tune(SETTINGS[name], method, budget, finals_by_key(records)).chosen
 
 
-def test_a_second_batch_size_only_where_it_is_reported() -> None:
+@pytest.mark.parametrize("name", ["fresh", "noisy", "wide"])
+def test_settings_start_from_the_cells_that_were_chosen_in_small(name: str) -> None:
+    setting = SETTINGS[name]
+    for method in setting.methods:
+        first, *second = setting.starts[method]
+        assert first == _chosen("small", method, SMALL.main)
+        assert all(cell.batch != first.batch for cell in second)
+    for method, cells in setting.restarts.get(10, {}).items():
+        assert cells == (_chosen("small", method, 10),)
+
+
+def test_a_setting_without_tuning_seeds_is_not_tuned() -> None:
+    fresh = SETTINGS["fresh"]
+    plan = make_plan(fresh, [])
+    assert {run.seed for run in plan.runs} == set(fresh.seeds)
+    assert len(plan.runs) == len(fresh.points()) * len(fresh.seeds)
+    for method, budget in fresh.points():
+        tuning = tune(fresh, method, budget, {})
+        assert tuning.chosen == _chosen("small", method, budget)
+        assert not tuning.missing
+
+
+def test_other_budgets_are_tuned_from_the_cell_of_the_main_budget() -> None:
     def accuracy(run: Run) -> float:
-        return 50.0 - _distance(run.lr, 0.05) - _distance(run.batch, 32)
+        best = 0.1 if run.epochs == 10 else 0.4  # of SAM's ten epochs, and of twice as many
+        return 50.0 - _distance(run.rho, best) - _distance(run.lr, 0.05) - _distance(run.batch, 32)
 
-    assert len(_tuned("esam", accuracy)[0]) == 2
     finals: dict[str, float] = {}
-    setting = SETTINGS["noisy"]
-    while missing := tune(setting, "esam", finals).missing:
+    assert tune(SMALL, "sam", 40, finals) == Tuning()  # it waits for the main budget
+    while missing := tune(SMALL, "sam", SMALL.main, finals).missing:
         finals |= {run.key(FIT): accuracy(run) for run in missing}
-    assert tune(setting, "esam", finals).chosen == (Cell(32, 0.05, 0.0125),)
+    assert tune(SMALL, "sam", SMALL.main, finals).chosen == Cell(32, 0.05, 0.1)
+    (start,) = tune(SMALL, "sam", 40, finals).missing
+    assert (start.batch, start.lr, start.rho, start.epochs) == (32, 0.05, 0.1, 20)
+    while missing := tune(SMALL, "sam", 40, finals).missing:
+        finals |= {run.key(FIT): accuracy(run) for run in missing}
+    assert tune(SMALL, "sam", 40, finals).chosen == Cell(32, 0.05, 0.4)
+    assert tune(SMALL, "sam", SMALL.main, finals).chosen == Cell(32, 0.05, 0.1)
 
 
 def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
@@ -113,12 +135,11 @@ def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
         return 43.0 - _distance(run.lr, 0.05) - _distance(run.batch, 32)
 
     chosen, made = _tuned("sgd", accuracy)
-    assert chosen[0] == steady
-    assert chosen[1].batch != steady.batch
+    assert chosen == steady
     confirmed = {(run.batch, run.lr) for run in made if run.seed != 100}
     assert {run.seed for run in made} == {100, 101}
     assert (lucky.batch, lucky.lr) in confirmed
-    assert len(confirmed) <= 6
+    assert len(confirmed) == 4
 
 
 #: The seeds of `QUICK`'s tuning runs.
@@ -128,10 +149,10 @@ TUNING = QUICK.tuning_seeds
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_reported_seeds_are_not_used_for_tuning(setting: Any) -> None:
     assert not set(setting.seeds) & set(setting.tuning_seeds)
-    assert setting.tuned_at in setting.budgets
+    assert setting.main in setting.budgets
 
 
-def test_a_finished_plan_has_every_method_at_every_budget_and_two_batch_sizes() -> None:
+def test_a_finished_plan_has_the_contenders_at_every_budget_and_all_at_the_main_one() -> None:
     records: list[dict[str, Any]] = []
     while not (plan := make_plan(QUICK, records)).done:
         assert plan.runs
@@ -144,57 +165,43 @@ def test_a_finished_plan_has_every_method_at_every_budget_and_two_batch_sizes() 
     for method in METHODS:
         found = [run for run in reported if run.method == method]
         assert {run.seed for run in found} == set(QUICK.seeds)
-        assert len({run.epochs for run in found}) == 2
-        assert len({run.batch for run in found}) == 2
-        assert len(found) == 8
+        assert {run.batch for run in found} == {32}
+        budgets = QUICK.budgets if method in CONTENDERS else (QUICK.main,)
+        epochs = [QUICK.epochs(method, budget) for budget in budgets]
+        assert Counter(run.epochs for run in found) == Counter(2 * epochs)
 
 
-def test_reported_runs_start_with_the_tuned_budget_and_are_ordered_by_seed() -> None:
-    records: list[dict[str, Any]] = []
-    while asked := [r for r in make_plan(QUICK, records).runs if r.seed in TUNING]:
-        records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in asked]
-    plan = make_plan(QUICK, records)
-    half = len(plan.runs) // 2  # the best batch sizes, then the second
-    tuned = plan.runs[: len(METHODS) * len(QUICK.seeds)]
-    assert [run.seed for run in tuned] == [seed for seed in QUICK.seeds for _ in METHODS]
-    assert {run.method for run in tuned[: len(METHODS)]} == set(METHODS)
-    for method in METHODS:
-        epochs = QUICK.run(method, Cell(32, 0.05), QUICK.tuned_at, 0).epochs
-        assert {run.epochs for run in tuned if run.method == method} == {epochs}
-    assert all(run.batch == 32 for run in plan.runs[:half])
-    assert not any(run.batch == 32 for run in plan.runs[half:])
-
-
-def test_tuned_methods_are_compared_before_the_others_are_tuned() -> None:
-    records: list[dict[str, Any]] = []
-    while asked := [r for r in make_plan(QUICK, records).runs if r.seed in TUNING]:
-        asked = [run for run in asked if run.method in ("sgd", "sam")]
-        if not asked:
-            break
-        records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in asked]
-    runs = make_plan(QUICK, records).runs
-    count = 2 * len(QUICK.seeds)
-    assert {run.method for run in runs[:count]} == {"sgd", "sam"}
-    assert not any(run.seed in TUNING for run in runs[:count])
-    assert runs[count].seed in TUNING
-
-
-def test_contenders_run_at_smaller_budgets_before_the_others_are_tuned() -> None:
-    setting = dataclasses.replace(QUICK, budgets=(4, 8), tuned_at=8)
+def _tune_all(methods: Collection[str]) -> list[dict[str, Any]]:
+    """Return the records of all tuning runs of some methods of `QUICK`."""
     records: list[dict[str, Any]] = []
     while asked := [
         run
-        for run in make_plan(setting, records).runs
-        if run.seed in TUNING and run.method in CONTENDERS
+        for run in make_plan(QUICK, records).runs
+        if run.seed in TUNING and run.method in methods
     ]:
         records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in asked]
-    runs = make_plan(setting, records).runs
-    first = next(i for i, run in enumerate(runs) if run.seed in TUNING)
-    assert {(run.method, run.epochs) for run in runs[:first]} == {
-        *(("sgd", 4), ("sam", 2), ("suffix-part", 3)),  # half of the tuned budget
-        *(("sgd", 8), ("sam", 4), ("suffix-part", 7)),
-    }
-    assert len(runs[:first]) == 2 * len(CONTENDERS) * len(setting.seeds)
+    return records
+
+
+def test_reported_runs_start_with_the_contenders_and_are_ordered_by_seed() -> None:
+    runs = make_plan(QUICK, _tune_all(METHODS)).runs
+    stages = [[(name, budget) for name in CONTENDERS] for budget in (2, 4)]
+    stages.append([(name, 2) for name in METHODS if name not in CONTENDERS])
+    expected = [
+        (name, QUICK.epochs(name, budget), seed)
+        for stage in stages
+        for seed in QUICK.seeds
+        for name, budget in stage
+    ]
+    assert [(run.method, run.epochs, run.seed) for run in runs] == expected
+
+
+def test_tuned_methods_are_compared_before_the_others_are_tuned() -> None:
+    runs = make_plan(QUICK, _tune_all(("sgd", "sam"))).runs
+    count = 2 * len(QUICK.seeds)
+    assert {run.method for run in runs[:count]} == {"sgd", "sam"}
+    assert not any(run.seed in TUNING for run in runs[:count])
+    assert (runs[count].method, runs[count].seed) == ("suffix-part", TUNING[0])
 
 
 def test_a_worker_skips_a_run_that_another_has_locked(tmp_path: Path) -> None:
@@ -229,7 +236,7 @@ def test_a_killed_workers_run_is_resumed_bit_for_bit(
     tmp_path: Path,
 ) -> None:
     setting = dataclasses.replace(
-        QUICK, shared={**QUICK.shared, "images": 600}, budgets=(12,), tuned_at=12
+        QUICK, shared={**QUICK.shared, "images": 600}, budgets=(12,), main=12
     )
     (tmp_path / "kill.py").write_text(
         "import dataclasses, pathlib, sys, torch\n"
@@ -237,7 +244,7 @@ def test_a_killed_workers_run_is_resumed_bit_for_bit(
         "from benchmarks.study.settings import QUICK\n"
         "from benchmarks.study.workers import work\n"
         "setting = dataclasses.replace(QUICK, shared={**QUICK.shared, 'images': 600},\n"
-        "                              budgets=(12,), tuned_at=12)\n"
+        "                              budgets=(12,), main=12)\n"
         "work([setting], pathlib.Path(sys.argv[1]), most=1)\n"
     )
     out = tmp_path / "out"
@@ -355,7 +362,7 @@ def test_a_budget_is_the_same_compute_for_every_method(name: str) -> None:
 def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["large"])
-    assert "SETTING must be one of small, short, noisy" in capsys.readouterr().err
+    assert "SETTING must be one of small, fresh, noisy" in capsys.readouterr().err
 
 
 def test_the_plan_is_shown_without_running_it(
@@ -363,5 +370,5 @@ def test_the_plan_is_shown_without_running_it(
 ) -> None:
     monkeypatch.setattr(workers, "train", None)
     command.main(["small", "--plan", "--out", str(tmp_path)])
-    assert "small: 51 runs can be made now" in capsys.readouterr().out
+    assert "small: 57 runs can be made now" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -18,15 +18,15 @@ from benchmarks.study.analysis import (
 )
 from benchmarks.study.fit import FIT
 from benchmarks.study.planning import make_plan
-from benchmarks.study.settings import METHODS, QUICK, Cell
+from benchmarks.study.settings import CONTENDERS, METHODS, QUICK, Cell
 from benchmarks.study.tables import write_report
 
-SETTING = dataclasses.replace(QUICK, budgets=(10, 20), tuned_at=10)
+SETTING = dataclasses.replace(QUICK, budgets=(10, 20), main=10)
 
 
-def _point(method: str, compute: float, *finals: float, second: bool = False) -> Point:
+def _point(method: str, compute: float, *finals: float) -> Point:
     values = dict(enumerate(finals))
-    return Point(method, Cell(32, 0.05), second, 20, compute, values, values, values)
+    return Point(method, Cell(32, 0.05), 20, True, compute, values, values, values)
 
 
 def test_intervals_are_from_students_t() -> None:
@@ -52,13 +52,13 @@ def test_above_means_that_the_whole_interval_is_above_0() -> None:
 
 
 def test_a_frontier_is_the_best_accuracy_up_to_each_cost() -> None:
-    cheap, dear, second = (
+    cheap, dear, between = (
         _point("sgd", 10, 44.0),
         _point("sgd", 40, 46.0),
-        _point("sgd", 20.9, 45.0, second=True),
+        _point("sgd", 20.9, 45.0),
     )
-    points = [cheap, dear, second, _point("sam", 10, 50.0)]
-    assert frontier(points, "sgd", 20.0) == second
+    points = [cheap, dear, between, _point("sam", 10, 50.0)]
+    assert frontier(points, "sgd", 20.0) == between
     assert frontier(points, "sgd", 19.0) == cheap
     assert frontier(points, "sgd", 40.0) == dear
     assert frontier(points, "sgd", 5.0) is None
@@ -99,10 +99,23 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
     return records
 
 
+def test_other_cells_are_points_if_they_have_all_seeds() -> None:
+    records = _records({})
+    (chosen,) = [p.cell for p in reported_points(SETTING, records) if p.method == "previous"]
+    other = dataclasses.replace(chosen, lr=2 * chosen.lr)
+    for seed in SETTING.seeds:
+        assert all(point.chosen for point in reported_points(SETTING, records))
+        run = SETTING.run("previous", other, SETTING.main, seed)
+        records.append({**records[0], "run": dataclasses.asdict(run), "final": 50.0})
+    (found,) = [point for point in reported_points(SETTING, records) if not point.chosen]
+    assert (found.method, found.cell, found.mean) == ("previous", other, 50.0)
+    assert frontier(reported_points(SETTING, records), "previous", 10.0) == found
+
+
 def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     records = _records({"sam": 1.0, "esam": -2.0})
     points = reported_points(SETTING, records)
-    assert len(points) == len(METHODS) * len(SETTING.budgets) * 2
+    assert len(points) == len(METHODS) + len(CONTENDERS)
     assert {len(p.finals) for p in points} == {len(SETTING.seeds)}
     folder = tmp_path / "study-quick"
     folder.mkdir()
