@@ -117,18 +117,18 @@ def _optimised(function):
 def traces(monkeypatch, *parts):
     """Yield a list that gets a plan for each step that is run or traced in Python.
 
-    A step is a `base_step`, or a `climb` followed by a `descend`; `parts` lists those that count.
+    A step is a `base_step`, or `ascend`, `climb` and `descend`; `parts` lists those that count.
     """
     seen = []
 
     def counted(run):
-        def wrapped(step, *arguments):
+        def wrapped(step, *arguments, **options):
             seen.append(step.plan)
-            return run(step, *arguments)
+            return run(step, *arguments, **options)
 
         return wrapped
 
     with monkeypatch.context() as patch:
-        for part in parts or ("base_step", "climb"):
+        for part in parts or ("base_step", "ascend"):
             patch.setattr(Step, part, counted(getattr(Step, part)))
         yield seen

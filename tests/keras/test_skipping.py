@@ -15,6 +15,7 @@ from esam_keras import (
     Momentum,
     Only,
     Part,
+    Previous,
     Random,
     RandomSuffix,
     Suffix,
@@ -227,12 +228,24 @@ def test_everything_after_the_ascent_is_compiled_once_for_all_masks(monkeypatch)
     sampler = RandomSuffix(("first", "second", "head"))
     model.compile(ESAM(keras.optimizers.SGD(0.01), perturb=sampler), cross_entropy())
     with (
+        traces(monkeypatch, "ascend") as ascents,
         traces(monkeypatch, "climb") as climbs,
         traces(monkeypatch, "descend") as descents,
     ):
         model.fit(*data(12), batch_size=2, epochs=2, verbose=0)
-    assert len(climbs) == len(set(climbs)) == 3
-    assert len(descents) == 1
+    assert len(ascents) == len(set(ascents)) == 3
+    assert len(climbs) == len(descents) == 1
+
+
+@pytest.mark.backends("jax")
+def test_without_an_ascent_pass_one_function_serves_all_masks(monkeypatch):
+    model = mlp()
+    sampler = RandomSuffix(("first", "second", "head"))
+    optimizer = ESAM(keras.optimizers.SGD(0.01), perturb=sampler, ascend=Previous(), gamma=1.0)
+    model.compile(optimizer, cross_entropy())
+    with traces(monkeypatch) as seen:
+        model.fit(*data(12), batch_size=2, epochs=3, verbose=0)
+    assert [plan.active for plan in seen] == [False, True]  # there is no direction at first
 
 
 @pytest.mark.backends("torch")

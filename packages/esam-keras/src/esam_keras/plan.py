@@ -7,7 +7,7 @@ does not need. Any other mask is an input that multiplies the gradients.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -72,9 +72,9 @@ class Plan:
     ascent: Ascent = WHOLE
 
     @property
-    def after_climb(self) -> "Plan":
-        """The plan of phases 4 to 7, the same for all masks."""
-        return Plan(kept=self.kept, ascent=self.ascent)
+    def of_any_mask(self) -> "Plan":
+        """The same plan with the mask as an input."""
+        return replace(self, scale=None)
 
 
 #: A base step.
@@ -117,7 +117,7 @@ class Planner:
         self._listed = None if listed is None else {mask.within(self.allowed) for mask in listed}
 
     @property
-    def climbs_are_many(self) -> bool:
+    def masks_are_many(self) -> bool:
         """Whether there are several listed masks that perturb something."""
         return self._listed is not None and sum(mask.active for mask in self._listed) > 1
 
@@ -155,7 +155,7 @@ class Planner:
             return Drawn(BASE, mask, batch_size)
         ascent, inputs = self._ascent(batch_size, count)
         scale = mask.scale if not compiled or self._is_listed(mask) else None
-        if scale is None:
+        if scale is None or self.masks_are_many:
             inputs["scale"] = np.asarray(mask.scale, dtype=np.float32)
         if mask.weight_seed is not None:
             inputs["weight_seed"] = _two_words(mask.weight_seed)

@@ -12,18 +12,32 @@ from esam_keras.evaluation import Evaluated, batch_size
 from esam_keras.passes import Passes
 from esam_keras.selection import Selected, select
 
-__all__ = ["Climb", "Outcome", "Seen", "Step"]
+__all__ = ["Ascended", "Climb", "Outcome", "Seen", "Step"]
 
 Tensor = Any
+
+
+class Ascended(NamedTuple):
+    """The results of phase 2.
+
+    Args:
+        gradients: T ascent gradients; None for a variable that is not perturbed.
+        at_theta: the pass at theta, or None if there is none.
+        losses: at theta: (b,), or (n,) of the part; None if there are none.
+    """
+
+    gradients: list[Tensor | None]
+    at_theta: Evaluated | None
+    losses: Tensor | None
 
 
 class Climb(NamedTuple):
     """The results of phases 2 and 3.
 
     Args:
-        at_theta: the pass at theta, or None if there is none.
+        at_theta: as in `Ascended`.
         climbed: T tensors theta + epsilon.
-        losses: at theta: (b,), or (n,) of the part; None if there are none.
+        losses: as in `Ascended`.
         gradient_norm: ||g||.
         perturbation_norm: ||epsilon||.
         finite: whether all values were finite.
@@ -77,7 +91,9 @@ class Step(Passes):
 
     def run(self) -> Outcome:
         """Return the gradients for the update, the state to keep, and the report."""
-        return self.descend(self.climb()) if self.plan.active else self.base_step()
+        if not self.plan.active:
+            return self.base_step()
+        return self.descend(self.climb(self.ascend()))
 
     def base_step(self) -> Outcome:
         """Return the outcome of a step without a perturbation: one forward and backward."""
@@ -85,12 +101,21 @@ class Step(Passes):
         report = {} if losses is None else {"losses": losses}
         return Outcome(gradients, left, Seen(left.loss, left), ops.isfinite(left.loss), report)
 
-    def climb(self) -> Climb:
-        """Phases 2 and 3: the ascent direction of the masked units, and epsilon."""
+    def ascend(self, *, all_gradients: bool = False) -> Ascended:
+        """Phase 2: the ascent direction of the masked units.
+
+        Args:
+            all_gradients: return zeros for units outside the mask, instead of None, so that the
+                result has the same form for every mask.
+        """
         count = len(self.state.trainable)
-        chosen = [t for t in range(count) if t not in self.fixed and self._needs_gradient(t)]
+        perturbable = [t for t in range(count) if t not in self.fixed]
+        chosen = [t for t in perturbable if self._needs_gradient(t)]
         gradients: list[Tensor | None] = [None] * count
         at_theta, losses, theta = None, None, self.state.trainable
+        if all_gradients:
+            for t in perturbable:
+                gradients[t] = self._unscale(theta[t], ops.zeros_like(theta[t]))
         if self.plan.ascent.of == "earlier":
             if self.plan.ascent.scores:
                 _, at_theta, losses = self.at_theta([])
@@ -103,6 +128,12 @@ class Step(Passes):
             theta = at_theta.state.trainable
             for t, g in zip(chosen, found, strict=True):
                 gradients[t] = self._unscale(theta[t], g)
+        return Ascended(gradients, at_theta, losses)
+
+    def climb(self, ascended: Ascended) -> Climb:
+        """Phase 3: theta + epsilon."""
+        gradients, at_theta, losses = ascended
+        theta = self.state.trainable if at_theta is None else at_theta.state.trainable
         masks = None
         if self.plan.weight_beta is not None:
             seed = self.inputs["weight_seed"]

@@ -4,8 +4,8 @@ With `keras.distribution.DataParallel` the devices share one theta. The compiled
 device: the gradient, its norm, epsilon and the selected samples are those of the whole batch, so
 that m-sharpness has m = b. There is no separate perturbation for each device's shard.
 
-If a sampler lists several masks, everything after the ascent is the same function for all of them.
-It is compiled once, and only the ascent is compiled once per mask.
+If a sampler lists several masks, only the ascent gradient is compiled once per mask. Everything
+after it is compiled once, with the mask as an input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from esam_keras.metrics import log_sums, logs_if, metrics_after
 from esam_keras.passes import loss_scale
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
-from esam_keras.step import Climb, Outcome, Step
+from esam_keras.step import Ascended, Outcome, Step
 
 __all__ = ["BACKEND", "JaxBackend", "compiled_steps"]
 
@@ -125,19 +125,20 @@ class JaxBackend(Backend):
         model = training.model
         counter = _Counter()
         compiled = not model.run_eagerly and model.jit_compile
-        step, steps_after_climb = training.step, None
+        step, parts = training.step, None
         if compiled:
-            step, steps_after_climb = compiled_steps(training)
+            step, parts = compiled_steps(training)
 
         def one_step(drawn: Drawn, state: Any, data: Any) -> Any:
             inputs = _to_native(drawn.inputs)
-            climbs_apart = training.prepared.planner.climbs_are_many and drawn.plan.active
-            if steps_after_climb is None or not climbs_apart:
-                return step(drawn.plan, inputs, state, data)
-            climb, after = steps_after_climb
-            return after(
-                drawn.plan.after_climb, inputs, state, data, climb(drawn.plan, inputs, state, data)
-            )
+            plan, planner = drawn.plan, training.prepared.planner
+            if parts is None or not plan.active or not planner.masks_are_many:
+                return step(plan, inputs, state, data)
+            if plan.ascent.of == "earlier":  # there is no ascent gradient to compile
+                return step(plan.of_any_mask, inputs, state, data)
+            ascend, after = parts
+            ascended = ascend(plan, inputs, state, data)
+            return after(plan.of_any_mask, inputs, state, data, ascended)
 
         def train_function(state: Any, iterator: Iterator[Any]) -> tuple[dict[str, Any], Any]:
             logs = None
@@ -174,8 +175,8 @@ def compiled_steps(training: Any) -> tuple[Any, tuple[Any, Any] | None]:
 
     Returns:
         A function of (plan, inputs, state, data). The two parts are a function of the same
-        arguments that returns a `Climb`, and a function of these and the climb, whose plan has no
-        mask.
+        arguments that returns an `Ascended`, and a function of these and the `Ascended`, whose plan
+        has no mask.
     """
     out_shardings = None
     distributed = keras.distribution.distribution() is not None
@@ -188,53 +189,46 @@ def compiled_steps(training: Any) -> tuple[Any, tuple[Any, Any] | None]:
     def whole(plan: Plan, inputs: Any, state: Any, data: Any) -> Any:
         return training.step(plan, inputs, state, data)
 
-    def climb(plan: Plan, inputs: Any, state: Any, data: Any) -> Climb:
-        return _drop_shared(state, _step_of(training, plan, inputs, state, data).climb())
-
-    def after(plan: Plan, inputs: Any, state: Any, data: Any, climb: Climb) -> Any:
+    def ascend(plan: Plan, inputs: Any, state: Any, data: Any) -> Ascended:
         step = _step_of(training, plan, inputs, state, data)
-        return _after(training, step.descend(_restore_shared(state, climb)), state, data)
+        return _drop_shared(state, step.ascend(all_gradients=True))
+
+    def after(plan: Plan, inputs: Any, state: Any, data: Any, ascended: Ascended) -> Any:
+        step = _step_of(training, plan, inputs, state, data)
+        climb = step.climb(_restore_shared(state, ascended))
+        return _after(training, step.descend(climb), state, data)
 
     step = jax.jit(whole, static_argnums=0, donate_argnums=2, out_shardings=out_shardings)
     if distributed or training.has_own_train_step:
         return step, None
-    parts = (jax.jit(climb, static_argnums=0), jax.jit(after, static_argnums=0, donate_argnums=2))
+    parts = (jax.jit(ascend, static_argnums=0), jax.jit(after, static_argnums=0, donate_argnums=2))
     return step, parts
 
 
-def _drop_shared(state: Any, climb: Climb) -> Climb:
-    """Return a climb that shares no buffer with the state, which the next function also gets.
+def _drop_shared(state: Any, ascended: Ascended) -> Ascended:
+    """Return results that share no buffer with the state, which the next function also gets.
 
     Values equal to those in the state are left out; other shared values are copied.
     """
     entry = State(state[0], state[1], state[3])
-    climbed = [
-        jnp.copy(new) if new is old else new
-        for new, old in zip(climb.climbed, entry.trainable, strict=True)
-    ]
-    climb = climb._replace(climbed=climbed)
-    if climb.at_theta is None:
-        return climb
     changed = [
         [None if new is old else new for new, old in zip(*groups, strict=True)]
-        for groups in zip(climb.at_theta.state, entry, strict=True)
+        for groups in zip(ascended.at_theta.state, entry, strict=True)
     ]
-    at_theta = climb.at_theta._replace(
-        y_pred=jax.tree_util.tree_map(jnp.copy, climb.at_theta.y_pred), state=State(*changed)
+    at_theta = ascended.at_theta._replace(
+        y_pred=jax.tree_util.tree_map(jnp.copy, ascended.at_theta.y_pred), state=State(*changed)
     )
-    return climb._replace(at_theta=at_theta)
+    return ascended._replace(at_theta=at_theta)
 
 
-def _restore_shared(state: Any, climb: Climb) -> Climb:
-    """Return the climb that `_drop_shared` split."""
-    if climb.at_theta is None:
-        return climb
+def _restore_shared(state: Any, ascended: Ascended) -> Ascended:
+    """Return the results that `_drop_shared` split."""
     entry = State(state[0], state[1], state[3])
     whole = [
         [old if new is None else new for new, old in zip(*groups, strict=True)]
-        for groups in zip(climb.at_theta.state, entry, strict=True)
+        for groups in zip(ascended.at_theta.state, entry, strict=True)
     ]
-    return climb._replace(at_theta=climb.at_theta._replace(state=State(*whole)))
+    return ascended._replace(at_theta=ascended.at_theta._replace(state=State(*whole)))
 
 
 # -- the parts of a step ---------------------------------------------------------------------------
