@@ -19,13 +19,14 @@ import torch
 
 import esam_keras
 from benchmarks.arguments import count_number
+from benchmarks.keras_by_hand import ByHand
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
 from benchmarks.timing import time_interleaved
 from esam_core.cost import expected_cost
 from esam_keras import ESAM, Proportional, RandomSuffix, Suffix
 
-__all__ = ["SETTINGS", "main"]
+__all__ = ["BY_HAND", "SETTINGS", "main", "network"]
 
 RHO = 0.05
 #: The shares of the network, by cost, that six suffixes contain; all are equally likely.
@@ -52,10 +53,14 @@ SETTINGS: dict[str, Callable[[], Optimizer]] = {
 }
 
 
-def network(width: int, size: int) -> keras.Model:
+#: The name of a control: the passes of the default, written by hand.
+BY_HAND = "ESAM's passes by hand"
+
+
+def network(width: int, size: int, kind: type[keras.Sequential]) -> keras.Model:
     """Return a network of six convolutions for images of size x size pixels."""
     layers = keras.layers
-    model = keras.Sequential([keras.Input((size, size, 3))])
+    model = kind([keras.Input((size, size, 3))])
     for i, factor in enumerate((1, 1, 2, 2, 4, 4)):
         strides = 2 if i in (2, 4) else 1
         model.add(layers.Conv2D(factor * width, 3, padding="same", strides=strides))
@@ -69,9 +74,11 @@ def network(width: int, size: int) -> keras.Model:
 class _Training:
     """One setting with its own network; `epoch()` trains it for an epoch."""
 
-    def __init__(self, optimizer: Optimizer, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
         keras.utils.set_random_seed(0)
-        self.model = network(options.width, options.size)
+        by_hand = name == BY_HAND
+        optimizer = _sgd() if by_hand else SETTINGS[name]()
+        self.model = network(options.width, options.size, ByHand if by_hand else keras.Sequential)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self.model.compile(optimizer=optimizer, loss=loss)
         images = options.batch * options.steps
@@ -84,7 +91,8 @@ class _Training:
 
     def counted_cost(self) -> float:
         """Return the counted cost of a step in base steps."""
-        optimizer = self.model.optimizer
+        by_hand = isinstance(self.model, ByHand)
+        optimizer = ESAM(_sgd(), rho=RHO, beta=1.0) if by_hand else self.model.optimizer
         if not isinstance(optimizer, ESAM):
             return 1.0
         config, units = optimizer.config, esam_keras.unit_records(self.model)
@@ -94,10 +102,11 @@ class _Training:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each setting."""
     device = torch.device("cpu")
-    first: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    names = [*SETTINGS, BY_HAND]
+    first: dict[str, list[float]] = {name: [] for name in names}
     trainings: dict[str, _Training] = {}
     for _ in range(options.repeats):
-        trainings = {name: _Training(make(), options) for name, make in SETTINGS.items()}
+        trainings = {name: _Training(name, options) for name in names}
         epochs = {name: training.epoch for name, training in trainings.items()}
         _, begun = time_interleaved(
             epochs, repeats=1, warmup=0, device=device, clock=time.process_time
@@ -116,7 +125,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "high": later[name].high,
             "first": median(first[name]),
         }
-        for name in SETTINGS
+        for name in names
     ]
 
 
