@@ -24,9 +24,10 @@ class Perturbation:
     """The perturbation of a step.
 
     Args:
-        climbed: T tensors theta_t + epsilon_t.
+        climbed: T tensors theta_t + epsilon_t; meaningless unless `finite`, because choosing
+            theta_t instead would make each tensor's code, and its compilation, longer.
         gradient_norm: ||g|| of equation 2 as `norm` defines it.
-        perturbation_norm: ||epsilon||.
+        perturbation_norm: ||epsilon||; 0 unless `finite`.
         finite: whether the norm, and therefore every gradient, was finite.
     """
 
@@ -84,9 +85,7 @@ def perturb(
         if known and factors[i] == 0.0:
             continue
         epsilon = ops.cast(steps[i], directions[i].dtype) * directions[i]
-        # 0 * inf is NaN, but epsilon must be 0 if any value is not finite.
-        moved = parameters[t] + ops.cast(epsilon, parameters[t].dtype)
-        climbed[t] = ops.where(finite, moved, parameters[t])
+        climbed[t] = parameters[t] + ops.cast(epsilon, parameters[t].dtype)
     if config.adaptive or (weight_masks is not None and config.norm == "full"):
         squares = _squares(directions)
     size = ops.sqrt(ops.sum(_weigh(squares, ops.square(steps))))

@@ -105,8 +105,7 @@ class TorchBackend(AssigningBackend, threading.local):
             climbed = list(parameters)
             sums = torch._foreach_add([theta[i] for i in moved], epsilons)
             for i, value in zip(moved, sums, strict=True):
-                # 0 * inf is NaN, but epsilon must be 0 if any value is not finite.
-                climbed[places[i]] = torch.where(finite, value, theta[i])
+                climbed[places[i]] = value
         return Perturbation(climbed, length, torch.where(finite, size, 0.0), finite)
 
     def weight_masks(self, seed: Tensor, like: Sequence[Tensor], beta: float) -> list[Tensor]:
