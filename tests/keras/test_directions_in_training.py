@@ -212,6 +212,21 @@ def test_generators_advance_as_in_one_forward(ascend):
     close(*found)
 
 
+@pytest.mark.parametrize("ascend", [Previous(), Momentum()], ids=repr)
+def test_a_direction_that_is_not_finite_does_not_reach_the_moving_statistics(ascend):
+    model = normalised()
+    model.compile(esam(ascend=ascend), cross_entropy())
+    train(model)
+    for variable in model.optimizer.variables:
+        if variable.shape == (6, 8):  # of the first kernel
+            variable.assign(np.full((6, 8), np.inf))
+    model.train_on_batch(X[:4], Y[:4])
+    norm = model.get_layer("norm")
+    for variable in (norm.moving_mean, norm.moving_variance):
+        assert np.isfinite(ops.convert_to_numpy(variable.value)).all()
+    assert np.isnan(ops.convert_to_numpy(model.get_layer("head").kernel.value)).any()
+
+
 @pytest.mark.backends("torch")
 def test_buffers_of_torch_modules_are_from_the_descent():
     import torch

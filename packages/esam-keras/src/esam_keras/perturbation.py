@@ -24,8 +24,7 @@ class Perturbation:
     """The perturbation of a step.
 
     Args:
-        climbed: T tensors theta_t + epsilon_t; meaningless unless `finite`, because choosing
-            theta_t instead would make each tensor's code, and its compilation, longer.
+        climbed: T tensors theta_t + epsilon_t, which may be NaN unless `finite`.
         gradient_norm: ||g|| of equation 2 as `norm` defines it.
         perturbation_norm: ||epsilon||; 0 unless `finite`.
         finite: whether the norm, and therefore every gradient, was finite.

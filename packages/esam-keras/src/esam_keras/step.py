@@ -141,12 +141,17 @@ class Step(Passes):
         scale = self.inputs["scale"] if self.plan.scale is None else self.plan.scale
         rho = self.config.rho * self.plan.rho_factor
         perturbed = self._backend.perturb(gradients, theta, scale, rho, self.config, masks)
-        finite = perturbed.finite
+        climbed, finite = perturbed.climbed, perturbed.finite
+        if not self.plan.ascent.records:  # the descent pass updates the moving statistics
+            climbed = [
+                old if new is old else ops.where(finite, new, old)
+                for new, old in zip(climbed, theta, strict=True)
+            ]
         if losses is not None:
             finite = ops.logical_and(finite, ops.all(ops.isfinite(losses)))
         return Climb(
             at_theta,
-            perturbed.climbed,
+            climbed,
             losses,
             perturbed.gradient_norm,
             perturbed.perturbation_norm,
