@@ -57,9 +57,7 @@ def write_report(setting: Setting, folder: Path) -> str:
         f"## Against the frontiers of {setting.base} and SAM",
         _EXPLANATION.format(setting.main),
         _differences_table(setting, points),
-        "## Statistics of batch normalization",
-        _RECOMPUTED.format(setting.main),
-        _recomputed_table(setting, points),
+        *_recomputed_parts(setting, points),
         "## Tuning",
         _tuning_table(setting, records),
     ]
@@ -135,8 +133,8 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     )
 
 
-def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
-    """Return the table of accuracies with recomputed statistics."""
+def _recomputed_parts(setting: Setting, points: Sequence[Point]) -> list[str]:
+    """Return the section about recomputed statistics; empty for networks without any."""
     titles = titles_of(setting)
     here = [p for p in points if p.chosen and p.budget == setting.main and p.recomputed]
     rows = [
@@ -148,7 +146,11 @@ def _recomputed_table(setting: Setting, points: Sequence[Point]) -> str:
         ]
         for p in here
     ]
-    return markdown(("method", "final, %", "after `update_bn`, %", "difference"), rows)
+    if not rows:
+        return []
+    table = markdown(("method", "final, %", "after `update_bn`, %", "difference"), rows)
+    explanation = _RECOMPUTED.format(setting.main)
+    return ["## Statistics of batch normalization", explanation, table]
 
 
 def _difference_text(found: Difference | None) -> str:
