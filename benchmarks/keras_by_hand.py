@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-__all__ = ["ByHand"]
+__all__ = ["RHO", "ByHand"]
 
 RHO = 0.05
 

@@ -19,7 +19,7 @@ import torch
 
 import esam_keras
 from benchmarks.arguments import count_number
-from benchmarks.keras_by_hand import ByHand
+from benchmarks.keras_by_hand import RHO, ByHand
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
 from benchmarks.timing import time_interleaved
@@ -28,7 +28,6 @@ from esam_keras import ESAM, Proportional, RandomSuffix, Suffix
 
 __all__ = ["BY_HAND", "SETTINGS", "main", "network"]
 
-RHO = 0.05
 #: The shares of the network, by cost, that six suffixes contain; all are equally likely.
 SIX = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0)
 

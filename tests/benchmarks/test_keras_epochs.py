@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from benchmarks.keras_by_hand import ByHand
+from benchmarks.keras_by_hand import RHO, ByHand
 from benchmarks.keras_epochs import BY_HAND, SETTINGS, main, network
 
 from esam_keras import ESAM
@@ -31,7 +31,7 @@ def test_the_control_makes_esams_step():
     trained = []
     for kind, optimizer in (
         (ByHand, keras.optimizers.SGD(0.5)),
-        (keras.Sequential, ESAM(keras.optimizers.SGD(0.5), rho=0.05, beta=1.0)),
+        (keras.Sequential, ESAM(keras.optimizers.SGD(0.5), rho=RHO, beta=1.0)),
         (keras.Sequential, keras.optimizers.SGD(0.5)),
     ):
         keras.utils.set_random_seed(0)
