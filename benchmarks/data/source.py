@@ -107,7 +107,10 @@ def load_source(
     folder = Path(name.removeprefix("imagenet:"))
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         if images is not None or classes is not None or first_class or noise:
-            raise ValueError("A folder in ImageNet's layout takes no `images`, `classes`, `noise`.")
+            raise ValueError(
+                "A folder in ImageNet's layout takes no `images`, `classes`, `first_class`, "
+                "`noise`."
+            )
         return ImageFolder(
             folder,
             batch=batch,

@@ -8,7 +8,6 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.run import Run
-from benchmarks.store import key_of
 from benchmarks.study.fit import FIT
 from benchmarks.study.planning import finals_by_key, tune
 from benchmarks.study.settings import Cell, Setting
@@ -93,7 +92,7 @@ def records_by_cell(
     for record in records:
         run = Run(**record["run"])
         cell = Cell.of(run)
-        same = setting.run(method, cell, budget, run.seed).key(FIT) == key_of(record)
+        same = run == setting.run(method, cell, budget, run.seed) and record.get("probe") == FIT
         if same and run.seed in seeds:
             found.setdefault(cell, {})[run.seed] = record
     return found

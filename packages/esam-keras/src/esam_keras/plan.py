@@ -71,11 +71,6 @@ class Plan:
     kept: str = "all"
     ascent: Ascent = WHOLE
 
-    @property
-    def of_any_mask(self) -> "Plan":
-        """The same plan with the mask as an input."""
-        return replace(self, scale=None)
-
 
 #: A base step.
 BASE = Plan(active=False)
@@ -89,6 +84,12 @@ class Drawn:
     mask: Mask
     batch_size: int
     inputs: Inputs = field(default_factory=dict)
+
+    def with_mask_as_input(self) -> "Drawn":
+        """Return the same step with the mask in the inputs instead of the plan."""
+        scale = np.asarray(self.mask.scale, dtype=np.float32)
+        plan = replace(self.plan, scale=None)
+        return replace(self, plan=plan, inputs={**self.inputs, "scale": scale})
 
 
 def needs_rows(config: ESAMConfig) -> bool:
@@ -115,11 +116,8 @@ class Planner:
         self.allowed = [p and config.rho > 0.0 for p in perturbable]
         listed = config.perturb.masks(self.units) if self.units else ()
         self._listed = None if listed is None else {mask.within(self.allowed) for mask in listed}
-
-    @property
-    def masks_are_many(self) -> bool:
-        """Whether there are several listed masks that perturb something."""
-        return self._listed is not None and sum(mask.active for mask in self._listed) > 1
+        #: Whether there are several listed masks that perturb something.
+        self.masks_are_many = sum(mask.active for mask in self._listed or ()) > 1
 
     def subset_sizes(self, b: int) -> set[int]:
         """Return the sizes of the subsets of b samples on which the model runs."""
@@ -154,17 +152,16 @@ class Planner:
         if not mask.active:
             return Drawn(BASE, mask, batch_size)
         ascent, inputs = self._ascent(batch_size, count)
-        scale = mask.scale if not compiled or self._is_listed(mask) else None
-        if scale is None or self.masks_are_many:
-            inputs["scale"] = np.asarray(mask.scale, dtype=np.float32)
         if mask.weight_seed is not None:
             inputs["weight_seed"] = _two_words(mask.weight_seed)
         k = selectors.subset_size(config.select.gamma, batch_size)
         kept = "one" if k == 1 else "all" if k == batch_size else "some"
         if kept != "all" and k < batch_size:
             inputs.update(self._selection_inputs(batch_size, k, count))
-        plan = Plan(True, scale, mask.rho_factor, mask.weight_beta, kept, ascent)
-        return Drawn(plan, mask, batch_size, inputs)
+        plan = Plan(True, mask.scale, mask.rho_factor, mask.weight_beta, kept, ascent)
+        drawn = Drawn(plan, mask, batch_size, inputs)
+        known = not compiled or self._is_listed(mask)
+        return drawn if known else drawn.with_mask_as_input()
 
     def _ascent(self, b: int, count: int) -> tuple[Ascent, Inputs]:
         """Return the source of the direction, and the inputs of the step if it is a part."""

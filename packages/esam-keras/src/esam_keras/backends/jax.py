@@ -10,7 +10,7 @@ after it is compiled once, with the mask as an input.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import keras
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
-from esam_keras.evaluation import Evaluator, State, Variables, batch_size
+from esam_keras.evaluation import Evaluated, Evaluator, State, Variables, batch_size
 from esam_keras.handover import applying
 from esam_keras.metrics import log_sums, logs_if, metrics_after
 from esam_keras.passes import loss_scale
@@ -130,15 +130,15 @@ class JaxBackend(Backend):
             step, parts = compiled_steps(training)
 
         def one_step(drawn: Drawn, state: Any, data: Any) -> Any:
-            inputs = _to_native(drawn.inputs)
-            plan, planner = drawn.plan, training.prepared.planner
-            if parts is None or not plan.active or not planner.masks_are_many:
+            plan, inputs = drawn.plan, _to_native(drawn.inputs)
+            if parts is None or not plan.active or not training.prepared.planner.masks_are_many:
                 return step(plan, inputs, state, data)
+            rest = drawn.with_mask_as_input()
+            for_rest = (rest.plan, _to_native(rest.inputs), state, data)
             if plan.ascent.of == "earlier":  # there is no ascent gradient to compile
-                return step(plan.of_any_mask, inputs, state, data)
+                return step(*for_rest)
             ascend, after = parts
-            ascended = ascend(plan, inputs, state, data)
-            return after(plan.of_any_mask, inputs, state, data, ascended)
+            return after(*for_rest, ascend(plan, inputs, state, data))
 
         def train_function(state: Any, iterator: Iterator[Any]) -> tuple[dict[str, Any], Any]:
             logs = None
@@ -211,24 +211,24 @@ def _drop_shared(state: Any, ascended: Ascended) -> Ascended:
     Values equal to those in the state are left out; other shared values are copied.
     """
     entry = State(state[0], state[1], state[3])
+    at_theta = cast(Evaluated, ascended.at_theta)  # the ascent pass
     changed = [
         [None if new is old else new for new, old in zip(*groups, strict=True)]
-        for groups in zip(ascended.at_theta.state, entry, strict=True)
+        for groups in zip(at_theta.state, entry, strict=True)
     ]
-    at_theta = ascended.at_theta._replace(
-        y_pred=jax.tree_util.tree_map(jnp.copy, ascended.at_theta.y_pred), state=State(*changed)
-    )
-    return ascended._replace(at_theta=at_theta)
+    y_pred = jax.tree_util.tree_map(jnp.copy, at_theta.y_pred)
+    return ascended._replace(at_theta=at_theta._replace(y_pred=y_pred, state=State(*changed)))
 
 
 def _restore_shared(state: Any, ascended: Ascended) -> Ascended:
     """Return the results that `_drop_shared` split."""
     entry = State(state[0], state[1], state[3])
+    at_theta = cast(Evaluated, ascended.at_theta)
     whole = [
         [old if new is None else new for new, old in zip(*groups, strict=True)]
-        for groups in zip(ascended.at_theta.state, entry, strict=True)
+        for groups in zip(at_theta.state, entry, strict=True)
     ]
-    return ascended._replace(at_theta=ascended.at_theta._replace(state=State(*whole)))
+    return ascended._replace(at_theta=at_theta._replace(state=State(*whole)))
 
 
 # -- the parts of a step ---------------------------------------------------------------------------
