@@ -10,6 +10,7 @@ from esam_core import (
     Part,
     Previous,
     Proportional,
+    Suffix,
     Unit,
 )
 from esam_core.budget import make_plan
@@ -32,13 +33,25 @@ def test_a_budget_for_sam_gives_sam():
     assert make_plan(UNITS, 2.0).chosen.select == All()
 
 
-def test_a_larger_budget_never_perturbs_less():
-    shares = [make_plan(UNITS, b).chosen.share for b in (0.95, 1.02, 1.1, 1.2, 1.3, 1.5, 2.0)]
+@pytest.mark.parametrize("select", [Proportional(0.5), All()])
+def test_with_equal_samples_a_larger_budget_never_perturbs_less(select):
+    budgets = (0.95, 1.02, 1.1, 1.2, 1.3, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0)
+    plans = [make_plan(UNITS, budget).chosen for budget in budgets]
+    shares = [chosen.share for chosen in plans if chosen.select == select]
     assert shares == sorted(shares)
     assert shares[0] < shares[1] < shares[2]
 
 
-@pytest.mark.parametrize("budget", [0.9, 1.1, 1.4, 1.5, 1.9])
+@pytest.mark.parametrize("budget", [1.68, 1.8, 1.95, 2.0])
+def test_all_samples_are_kept_if_half_of_the_network_fits(budget):
+    chosen = make_plan(UNITS, budget).chosen
+    assert chosen.select == All()
+    # Two base steps less the weight gradients of the share 1 - s.
+    assert chosen.share == pytest.approx(int(10 * (3 * budget - 4) / 2 + 1e-9) / 10)
+    assert chosen.share >= 0.5
+
+
+@pytest.mark.parametrize("budget", [0.9, 1.1, 1.4, 1.5, 1.65])
 def test_half_of_the_samples_allows_a_longer_suffix(budget):
     chosen = make_plan(UNITS, budget).chosen
     assert chosen.select == Proportional(0.5)
@@ -59,6 +72,10 @@ def test_the_direction_affects_costs_but_is_not_chosen():
     assert plan.chosen.select == All()
     assert plan.chosen.ratio == pytest.approx(1.25, abs=2e-3)
     assert str(plan).startswith("budget: 1.25 x the base optimizer's step, ascend=Part(share=0.25)")
+    # The setting of the study: the same direction, all samples, the last part of the network.
+    plan = make_plan(UNITS, 1.2, ascend=Part(0.25))
+    assert plan.chosen.perturb == Suffix("block3")  # 1 + (1 + 2 * 0.7) / 12
+    assert plan.chosen.select == All()
     free = make_plan(UNITS, 1.0, ascend=Previous())
     assert (free.chosen.perturb, free.chosen.select) == (Everything(), All())
     assert make_plan(UNITS, 1.25).chosen.share < 0.7  # the same budget with the whole batch

@@ -13,7 +13,20 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from esam_torch import ESAM, All, Everything, History, accuracy, evaluate, fit
+from esam_torch import (
+    ESAM,
+    All,
+    Everything,
+    History,
+    Momentum,
+    Part,
+    Previous,
+    TopIncrease,
+    TopLoss,
+    accuracy,
+    evaluate,
+    fit,
+)
 
 
 def _data(n=96, seed=0):
@@ -366,6 +379,37 @@ def test_losses_of_skipped_steps_are_left_out_of_the_means():
     assert row["train_loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-6)
     assert row["train_accuracy"] == pytest.approx(sum(right) / len(right))
     assert row["sample_share"] == 0.5  # without the reports of skipped steps
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("ascend", [Part(0.25), Previous(), Momentum()])
+@pytest.mark.parametrize("select", [All(), TopLoss(0.5), TopIncrease(0.5)])
+def test_means_are_over_the_samples_that_a_step_reports(ascend, select):
+    """With these directions, a pass may have seen only some of the samples in a batch."""
+
+    def optimizer(model):
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return ESAM(base, model, ascend=ascend, select=select)
+
+    model, twin = _model(), _model()
+    row = fit(
+        *(model, optimizer(model), _losses, _batches()), metrics={"accuracy": accuracy}, **_QUIETLY
+    ).last
+    esam, seen, right = optimizer(twin), [], []
+
+    def noted(inputs, targets):
+        values, outputs = _losses(twin, inputs, targets)
+        return values, (outputs, targets)  # the targets of the same samples
+
+    for batch in _batches():
+        report = esam.step(noted, *batch)
+        seen += (report.perturbed_losses if report.losses is None else report.losses).tolist()
+        right += accuracy(*report.outputs).tolist()
+        assert report.batch_size == 10
+    assert row["train_loss"] == pytest.approx(sum(seen) / len(seen), rel=1e-6)
+    assert row["train_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert row["samples_per_second"] * row["seconds"] == pytest.approx(40)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from esam_torch import ESAM, All, Everything
+from esam_torch import ESAM, All, Everything, Part, Previous, Suffix
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in THEIRS]
 
@@ -287,6 +287,17 @@ def test_lightnings_weight_averaging_keeps_batch_norm(lightning, tmp_path, rho):
         )
         for a, b in zip(module.parameters(), trained(plain).parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ascend", [Part(0.25), Previous()])
+def test_the_mixin_logs_the_loss_of_steps_without_a_sharpness(lightning, tmp_path, ascend):
+    module = module_of(lightning, "mixin", perturb=Suffix(0.5), select=All(), ascend=ascend)
+    trainer = trainer_of(lightning, tmp_path)
+    trainer.fit(module, DataLoader(data(), batch_size=8))
+    report = module.esam.report
+    assert module.esam.count == 8 and report.batch_size == 8 and report.sharpness is None
+    assert float(trainer.logged_metrics["train_loss"]) == float(report.loss)
+    assert "sharpness" not in trainer.logged_metrics
 
 
 def test_the_mixin_says_what_is_missing(lightning, tmp_path):

@@ -1,9 +1,10 @@
 """Choose a sampler and a selector for a cost budget, using the cost model.
 
-The rule: perturb the longest suffix that fits the budget. If the budget does not also cover a
-descent pass on the whole batch, the descent pass uses half of the samples, drawn in proportion to
-their loss and reweighted, so that its gradient equals the batch gradient in expectation. The study
-page of the documentation has the measurements behind this rule.
+The rule: keep all samples if the budget also covers half of the network, and perturb the longest
+suffix that fits. Otherwise the descent pass uses half of the samples, drawn in proportion to their
+loss and reweighted, so that its gradient equals the batch gradient in expectation, and the suffix
+is the longest that fits then. The study page of the documentation has the measurements behind this
+rule.
 
 The user chooses the ascent direction (`ascend=`). It enters the cost of every option.
 
@@ -111,8 +112,9 @@ def make_plan(
         >>> make_plan(units, 2.0).chosen.perturb, make_plan(units, 2.0).chosen.select
         (Everything(), All())
         >>> from esam_core import Part
-        >>> make_plan(units, 1.25, ascend=Part(0.25)).chosen.perturb
-        Everything()
+        >>> choice = make_plan(units, 1.2, ascend=Part(0.25)).chosen
+        >>> choice.perturb, choice.select
+        (Suffix(start='b4'), All())
     """
     budget = validation.positive("budget", budget)
     allowed = [unit.trained for unit in units] if perturbable is None else list(perturbable)
@@ -126,8 +128,13 @@ def make_plan(
             f"`budget` must be at least {cheapest.ratio:.3f} for this model, the cost of "
             f"{cheapest.perturb!r} with {cheapest.select!r}. Received: budget={budget}."
         )
-    chosen = max(fitting, key=lambda option: (option.share, isinstance(option.select, All)))
-    return Plan(budget, tuple(options), chosen, ascend)
+    half = max(option.share for option in options) / 2.0
+
+    def worth(option: Option) -> tuple[bool, float, bool]:
+        keeps_all = isinstance(option.select, All)
+        return keeps_all and option.share >= half, option.share, keeps_all
+
+    return Plan(budget, tuple(options), max(fitting, key=worth), ascend)
 
 
 def _options(

@@ -49,6 +49,7 @@ class StepReport:
         outputs: the other results of the user's function, in addition to the losses.
         part: (n,) indices of the samples in the ascent pass, ascending; None if these were all
             samples of the batch, or none.
+        batch_size: b, the number of samples in the batch.
 
     Example:
         >>> import numpy as np
@@ -75,6 +76,7 @@ class StepReport:
     skipped: bool = False
     outputs: Any = None
     part: Any = None
+    batch_size: int | None = None
 
     @property
     def loss(self) -> Any:

@@ -198,6 +198,7 @@ class Training:
                 sample_share=1.0 if indices is None else len(indices) / drawn.batch_size,
                 skipped=skipped,
                 part=None if part is None else ops.convert_to_tensor(part),
+                batch_size=drawn.batch_size,
                 **arrays,
             )
         )

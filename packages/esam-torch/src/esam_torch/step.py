@@ -368,13 +368,15 @@ class Step:
             skipped=True,
             outputs=seen.outputs,
             part=seen.part,
+            batch_size=seen.batch_size,
         )
         return dataclasses.replace(result, gradients=[None] * len(result.gradients), report=report)
 
     def _base_report(self) -> StepReport:
         """Return the report of a base step."""
+        losses = self._values.detach()
         return StepReport(
-            count=self.task.count, losses=self._values.detach(), outputs=self._outputs
+            count=self.task.count, losses=losses, outputs=self._outputs, batch_size=len(losses)
         )
 
     def _report(
@@ -394,4 +396,5 @@ class Step:
             sample_share=1.0 if selected is None else len(selected.indices) / self._b,
             outputs=self._outputs,
             part=self.task.climb.part,
+            batch_size=self._b,
         )

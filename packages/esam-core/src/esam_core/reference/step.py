@@ -160,7 +160,8 @@ class Step:
         """Return the ordinary gradient: for an empty mask, for rho = 0, or without a direction."""
         evaluation = self.model.evaluate(batch, statistics="batch", update=True)
         gradient = evaluation.gradient(mean_weights(len(evaluation.losses)))
-        return gradient, StepReport(count=self.count, losses=evaluation.losses)
+        losses = evaluation.losses
+        return gradient, StepReport(count=self.count, losses=losses, batch_size=len(losses))
 
     def perturbed_step(
         self, batch: Batch, mask: Mask, entry: Any
@@ -215,6 +216,7 @@ class Step:
             weight_share=self.weight_share(scale),
             sample_share=len(selection.indices) / b,
             part=part if 0 < len(part) < b else None,
+            batch_size=b,
         )
         return gradient, report
 
@@ -369,6 +371,7 @@ class Step:
             perturbed_losses=seen,
             part=report.part,
             skipped=True,
+            batch_size=report.batch_size,
         )
 
     def weight_share(self, scale: Sequence[float | Array]) -> float:

@@ -266,12 +266,11 @@ class _Training:
             reports, stepped = self.update(batches)
             if stepped and self.scheduler is not None:
                 self.scheduler.step()
-            for report, batch in zip(reports, batches, strict=True):
+            for report in reports:
                 if not report.skipped:  # one NaN would make the mean of the epoch NaN
-                    self.means.update(report.losses, report.outputs, batch)
-                    self.means.report(report)
-                samples += len(report.losses)
-            self.shown.loss(reports[-1].losses)
+                    self.means.add_step(report)
+                samples += report.batch_size or 0
+            self.shown.loss(reports[-1])
             if self.save_every is not None and number % self.save_every == 0:
                 self.checkpoints.save(Place(epoch, number, random, rate), self.means)
         if number == 0:

@@ -1,7 +1,7 @@
 """Means of losses, metrics and report fields, summed on the device."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from esam_torch.fitting.data import Arguments, arguments, move_batch
 from esam_torch.fitting.ranks import sum_over_ranks
 from esam_torch.losses import per_sample
 
-__all__ = ["Means", "Metric", "ModelLosses", "accuracy", "evaluate"]
+__all__ = ["Means", "Metric", "ModelLosses", "Seen", "accuracy", "evaluate"]
 
 ModelLosses = Callable[..., Any]
 Metric = Callable[..., Tensor]
@@ -26,6 +26,20 @@ REPORTED = (
     "weight_share",
     "sample_share",
 )
+
+
+class Seen(NamedTuple):
+    """What one pass of the model has computed.
+
+    Args:
+        losses: (n,) losses of the samples in the pass.
+        outputs: the other results of the user's function.
+        batch: its arguments, for these samples.
+    """
+
+    losses: Tensor
+    outputs: Any
+    batch: Arguments
 
 
 def accuracy(outputs: Tensor, *batch: Any) -> Tensor:
@@ -70,28 +84,30 @@ class Means:
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + count
 
-    def update(self, losses: Tensor, outputs: Any, batch: Arguments) -> None:
-        """Add a batch: its (b,) losses, the model's outputs, and the batch itself."""
+    def update(self, losses: Tensor, seen: Seen) -> None:
+        """Add a batch: the losses to average, and the pass that metrics are computed from."""
         values = {"loss": losses}
-        if self._metrics and outputs is None:
+        if self._metrics and seen.outputs is None:
             raise ESAMValueError(
                 "`losses` must return (losses, outputs) if there are metrics. Received: only "
                 "losses."
             )
         for name, metric in self._metrics.items():
-            value = metric(outputs, *batch)
-            if not isinstance(value, Tensor) or value.shape != losses.shape:
+            value = metric(seen.outputs, *seen.batch)
+            if not isinstance(value, Tensor) or value.shape != seen.losses.shape:
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ESAMTypeError(
                     f"The metric {name!r} must return one number per sample, a tensor of shape "
-                    f"{tuple(losses.shape)}. Received: {got}."
+                    f"{tuple(seen.losses.shape)}. Received: {got}."
                 )
             values[name] = value
         for name, value in values.items():
-            self._add(name, value.detach().sum(dtype=torch.float32), len(losses))
+            self._add(name, value.detach().sum(dtype=torch.float32), len(value))
 
-    def report(self, report: StepReport) -> None:
-        """Add a step's report. Fields that the step did not compute are left out."""
+    def add_step(self, report: StepReport) -> None:
+        """Add a step whose `outputs` are a `Seen`. Fields that it did not compute are left out."""
+        losses = report.perturbed_losses if report.losses is None else report.losses
+        self.update(losses, report.outputs)
         for name in REPORTED:
             value = getattr(report, name)
             if value is not None:
@@ -158,7 +174,7 @@ def evaluate(
             for batch in loader:
                 inputs = arguments(move_batch(batch, torch.device(device)))
                 values, outputs = per_sample(losses(model, *inputs))
-                means.update(values, outputs, inputs)
+                means.update(values, Seen(values, outputs, inputs))
     finally:
         for module, mode in modes:
             module.training = mode

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from esam_core import ESAMRuntimeError, ESAMValueError
+from esam_core import ESAMRuntimeError, ESAMValueError, StepReport
 
 __all__ = ["Plain", "RichBar", "Silent", "TqdmBar", "choose_progress", "line"]
 
@@ -51,8 +51,8 @@ class Silent:
     def advance(self, batches: int) -> None:
         """Advance by this many batches."""
 
-    def loss(self, losses: Any) -> None:
-        """Show the mean of a batch's losses."""
+    def loss(self, report: StepReport) -> None:
+        """Show the mean loss of a batch."""
 
     def finish(self, row: Mapping[str, float]) -> None:
         """Show an epoch's row."""
@@ -106,9 +106,9 @@ class RichBar(Silent):
     def advance(self, batches: int) -> None:
         self._bar.advance(self._task, batches)
 
-    def loss(self, losses: Any) -> None:
+    def loss(self, report: StepReport) -> None:
         if self._due():
-            self._bar.update(self._task, loss=f"loss {float(losses.mean()):.4g}")
+            self._bar.update(self._task, loss=f"loss {float(report.loss):.4g}")
 
     def finish(self, row: Mapping[str, float]) -> None:
         self._bar.remove_task(self._task)
@@ -138,9 +138,9 @@ class TqdmBar(Silent):
     def advance(self, batches: int) -> None:
         self._bar.update(batches)
 
-    def loss(self, losses: Any) -> None:
+    def loss(self, report: StepReport) -> None:
         if self._due():
-            self._bar.set_postfix_str(f"loss {float(losses.mean()):.4g}", refresh=False)
+            self._bar.set_postfix_str(f"loss {float(report.loss):.4g}", refresh=False)
 
     def finish(self, row: Mapping[str, float]) -> None:
         self._bar.close()

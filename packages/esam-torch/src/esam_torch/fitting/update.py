@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esam_core import StepReport
 from esam_torch.fitting.data import Arguments
-from esam_torch.fitting.measures import ModelLosses
+from esam_torch.fitting.measures import ModelLosses, Seen
 from esam_torch.losses import per_sample
 from esam_torch.optimizer import ESAM
 from esam_torch.synchronisation import without_reduction
@@ -98,10 +98,11 @@ class Update:
         optimizer = self.optimizer
         return isinstance(optimizer, ESAM) and optimizer.config.on_nonfinite == "skip"
 
-    def _losses(self, *batch: Any) -> Any:
-        """Return the result of the user's function for a batch."""
+    def _losses(self, *batch: Any) -> tuple[Tensor, Seen]:
+        """Return the losses of a batch, or of the samples in one pass, and what metrics need."""
         with self.autocast():
-            return self.losses(self.model, *batch)
+            values, outputs = per_sample(self.losses(self.model, *batch))
+        return values, Seen(values, outputs, batch)
 
     def _gradient(self, batch: Arguments) -> StepReport:
         """Add a batch's gradient to `.grad`: ESAM's, or that of the mean loss."""
@@ -109,12 +110,13 @@ class Update:
         if esam is not None:
             loss = esam.loss(self._losses, *batch)
         else:
-            values, outputs = per_sample(self._losses(*batch))
+            values, seen = self._losses(*batch)
             loss = values.mean()
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
         if esam is not None and esam.report is not None:
             return esam.report
-        return StepReport(count=0, losses=values.detach(), outputs=outputs)
+        losses = values.detach()
+        return StepReport(count=0, losses=losses, outputs=seen, batch_size=len(losses))
 
 
 def with_precision(losses: ModelLosses, update: Update) -> Callable[..., Any]:

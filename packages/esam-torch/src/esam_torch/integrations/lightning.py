@@ -15,8 +15,9 @@ class ESAMMixin:
     """A mixin with a `training_step` for ESAM and its logging. Put it before `LightningModule`.
 
     Write `losses` instead of `training_step`, and return an `ESAM` from `configure_optimizers`.
-    "train_loss" and "sharpness" are logged. The mixin saves four lines: your own `training_step`
-    that returns `self.optimizers().loss(self.losses, *batch)` trains the same way.
+    "train_loss" is logged, and "sharpness" if the selector needs it. The mixin saves four lines:
+    your own `training_step` that returns `self.optimizers().loss(self.losses, *batch)` trains the
+    same way.
 
     Example:
         >>> import lightning
@@ -52,14 +53,14 @@ class ESAMMixin:
         return self._esam().loss(self.losses, *arguments(batch))
 
     def on_after_backward(self) -> None:
-        """Log the loss and the sharpness."""
+        """Log the loss and, if the step computed it, the sharpness."""
         report = self.report
         if report is None:
             return
         log: Any = self.log  # type: ignore[attr-defined]
         for name, value in (("train_loss", report.loss), ("sharpness", report.sharpness)):
             if value is not None:
-                log(name, value, prog_bar=True, batch_size=len(report.losses))
+                log(name, value, prog_bar=True, batch_size=report.batch_size)
 
     def _esam(self) -> ESAM:
         """Return the module's only optimizer."""
