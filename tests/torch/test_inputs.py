@@ -1,13 +1,15 @@
-"""`losses` that writes to its batch is refused if later passes would read other values."""
+"""What all passes of a step read: the batch, its containers, the weights and the modes."""
 
 import copy
+import dataclasses
+from collections import UserDict
 
 import pytest
 import torch
-from tests.torch.scene import batch, net
+from tests.torch.scene import batch, losses_of, net
 from torch.nn import functional as F
 
-from esam_core import ESAMRuntimeError
+from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_torch import ESAM, Everything, Part, Random, Suffix
 
 KINDS = {
@@ -82,3 +84,120 @@ def test_writing_the_same_values_again_is_allowed(settings):
     other.step(lambda x, y: F.cross_entropy(plain(x), y, reduction="none"), cleaned, y)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# -- containers ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def tensordict(x, y):
+    return pytest.importorskip("tensordict").TensorDict({"x": x, "y": y}, batch_size=len(x))
+
+
+HOLDERS = {
+    "dict": (lambda x, y: {"x": x, "y": y}, lambda b: (b["x"], b["y"])),
+    "UserDict": (lambda x, y: UserDict(x=x, y=y), lambda b: (b["x"], b["y"])),
+    "dataclass": (Pair, lambda b: (b.x, b.y)),
+    "list in a dict": (lambda x, y: {"both": [x, y]}, lambda b: b["both"]),
+    "TensorDict": (tensordict, lambda b: (b["x"], b["y"])),
+}
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_a_tensor_in_any_container_that_each_pass_changes_is_refused(kind, settings):
+    model, (build, read) = net(dropout=0.0), HOLDERS[kind]
+
+    def losses(b):
+        x, y = read(b)
+        return F.cross_entropy(model(x.mul_(2.0)), y, reduction="none")
+
+    with pytest.raises(ESAMRuntimeError, match=r"must not change its batch in place"):
+        make(model, **settings).step(losses, build(*batch()))
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", ["dict", "UserDict", "dataclass", "TensorDict"])
+def test_a_pass_may_put_other_values_into_its_containers(kind, settings):
+    """Each pass has its own containers, and finds what the user has put into them."""
+    model, plain, (build, _) = net(dropout=0.0), net(dropout=0.0), HOLDERS[kind]
+
+    def doubling(b):
+        if kind == "dataclass":
+            b.x = b.x * 2.0
+            return F.cross_entropy(model(b.x), b.y, reduction="none")
+        b["x"] = b["x"] * 2.0
+        return F.cross_entropy(model(b["x"]), b["y"], reduction="none")
+
+    x, y = batch()
+    optimizer, other = make(model, **settings), make(plain, **settings)
+    given = build(x, y)
+    optimizer.step(doubling, given)
+    other.step(lambda x, y: F.cross_entropy(plain(x * 2.0), y, reduction="none"), x, y)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(given.x if kind == "dataclass" else given["x"], x)
+
+
+# -- between a loss and its backward ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("what", ["batch", "weights"])
+def test_what_is_written_between_loss_and_backward_is_refused(what, settings):
+    model, (x, y) = net(dropout=0.0), batch()
+    optimizer = make(model, **settings)
+    loss = optimizer.loss(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
+    with torch.no_grad():
+        (x if what == "batch" else next(model.parameters())).add_(1.0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ESAMRuntimeError, match=rf"The {what} must not change between optimizer"):
+        loss.backward()
+    assert optimizer.count == 0 and all(p.grad is None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) or "running" in name or "tracked" in name
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_all_passes_have_the_modes_of_the_first(settings):
+    """An evaluation between a loss and its backward, and a model that is left in that mode."""
+    model, twin, (x, y) = net(), net(), batch()
+    for module, mode in ((model, False), (twin, True)):
+        torch.manual_seed(3)
+        loss = make(module, **settings).loss(losses_of(module), x, y)
+        module.train(mode)
+        loss.backward()
+        assert all(m.training is mode for m in module.modules())
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_parameter_that_was_frozen_after_the_loss_stays_frozen():
+    model, (x, y) = net(dropout=0.0), batch()
+    optimizer = make(model, perturb=Suffix("head"))
+    loss = optimizer.loss(losses_of(model), x, y)
+    first = next(model.parameters())
+    first.requires_grad_(False)
+    loss.backward()
+    assert not first.requires_grad and all(p.requires_grad for p in [*model.parameters()][1:])
+
+
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_trained_parameter_is_not_an_argument(rows):
+    """It would be left out of the perturbation, or be split by sample."""
+    model = net(dropout=0.0)
+    model.scale = torch.nn.Parameter(torch.ones(rows, 1))
+    with pytest.raises(ESAMRuntimeError, match=r"take trained parameters from the model"):
+        make(model, gamma=0.5).loss(lambda x, y, s: x, *batch(), model.scale)
+    own = torch.nn.Parameter(torch.ones(len(batch()[0]), 1, 1, 1))  # of another optimizer
+
+    def losses(x, y, scale):
+        return F.cross_entropy(model(x * scale), y, reduction="none")
+
+    with pytest.raises(ESAMTypeError, match=r"one row per sample, or a parameter for all"):
+        make(model, gamma=0.5).loss(losses, *batch(), own).backward()

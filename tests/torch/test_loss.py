@@ -10,8 +10,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from esam_core import ESAMRuntimeError, NonFiniteError
-from esam_torch import ESAM, Bernoulli, Suffix, TopIncrease
+from esam_core import ESAMRuntimeError, ESAMValueError, NonFiniteError
+from esam_torch import (
+    ESAM,
+    Bernoulli,
+    Only,
+    Part,
+    Previous,
+    Random,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
 
 
 def make(seed=0, **options):
@@ -482,6 +492,126 @@ def test_gradients_of_tensors_outside_the_model(options):
     assert rows == list(chosen)
     torch.testing.assert_close(shift.grad[0], x.grad.sum())
     assert temperature.grad is not None and temperature.grad.abs() > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 1.0, "gamma": 1.0}, {"ascend": Previous()}])
+def test_other_leaves_get_their_gradient_in_every_step(options):
+    """A perturbation of the inputs that each step creates; a temperature that is used late."""
+    model, optimizer, _ = make(**options)
+    temperature = torch.ones(1, requires_grad=True)
+    for step in range(7):
+        (x, y), delta = batch(seed=step), torch.zeros(1, requires_grad=True)
+        scale = temperature if step == 6 else 1.0
+
+        def losses(x, y, delta=delta, scale=scale):
+            return F.cross_entropy(model(x + delta) / scale, y, reduction="none")
+
+        optimizer.zero_grad()
+        optimizer.loss(losses, x, y).backward()
+        optimizer.step()
+        assert delta.grad is not None and delta.grad.abs() > 0.0
+        assert (temperature.grad is not None) == (step == 6)
+
+
+def test_its_gradient_has_no_graph():
+    model, optimizer, losses = make()
+    for rho in (0.3, 0.0):  # also in a base step
+        optimizer.param_groups[0]["esam_rho"] = rho
+        loss = optimizer.loss(losses, *batch())
+        with pytest.raises(ESAMRuntimeError, match="`create_graph` must be False"):
+            torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+# -- losses that depend on no perturbed weight -----------------------------------------------------
+
+
+class Tasks(nn.Module):
+    """A trunk with two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x, task):
+        return getattr(self, task)(torch.tanh(self.trunk(x)))
+
+
+def tasks(**options):
+    torch.manual_seed(0)
+    model = Tasks()
+    return model, ESAM(sgd(model), model, rho=0.5, **options)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_a_batch_that_uses_no_perturbed_unit_gives_the_ordinary_gradient(gamma):
+    model, optimizer = tasks(perturb=Only("b.*"), select=Random(gamma))
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    report = optimizer.backward(
+        lambda x, y: F.cross_entropy(model(x, "a"), y, reduction="none"), x, y
+    )
+    assert float(report.perturbation_norm) == float(report.gradient_norm) == 0.0
+    chosen = slice(None) if gamma == 1.0 else report.indices
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    F.cross_entropy(plain(x[chosen], "a"), y[chosen]).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_model_whose_batches_use_different_parts_trains():
+    """Some masks of the default perturb only the head of the other task."""
+    model, optimizer = tasks()
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    norms = []
+    for step in range(80):
+        task = "ab"[step % 2]
+        report = optimizer.step(
+            lambda x, y, task=task: F.cross_entropy(model(x, task), y, reduction="none"), x, y
+        )
+        norms.append(float(report.perturbation_norm))
+    assert 0.0 in norms and max(norms) > 0.5
+    assert report.loss < 0.5
+
+
+def test_a_selection_without_a_graph_gives_zeros():
+    """A constant loss for images without objects: the others use the parameters."""
+    model, optimizer = tasks(beta=1.0, select=TopLoss(0.5))
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+
+    def losses(x, y, empty):
+        if empty.all():
+            return torch.full((len(x),), 9.0)
+        return torch.where(empty, 9.0, F.cross_entropy(model(x, "a"), y, reduction="none"))
+
+    empty = torch.arange(8) < 4
+    before = copy.deepcopy(model.state_dict())
+    report = optimizer.backward(losses, x, y, empty)
+    assert report.indices.tolist() == [0, 1, 2, 3]
+    for name, parameter in model.named_parameters():
+        used = not name.startswith("b.")
+        assert (parameter.grad is not None) == used
+        assert not used or not parameter.grad.any()
+        assert torch.equal(parameter, before[name])
+    never = torch.ones(8, dtype=torch.bool)
+    with pytest.raises(ESAMValueError, match="`losses` must depend on the model's parameters"):
+        optimizer.backward(losses, x, y, never)
+
+
+@pytest.mark.parametrize("options", [{"perturb": Suffix("b")}, {"ascend": Part(0.5), "beta": 1.0}])
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_losses_without_parameters_are_refused_also_in_part(options, gamma):
+    model, optimizer = tasks(**options, gamma=gamma)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+
+    def detached(x, y):
+        return F.cross_entropy(model(x, "b").detach(), y, reduction="none")
+
+    with pytest.raises(ESAMValueError, match="`losses` must depend on the model's parameters"):
+        optimizer.backward(detached, x, y)
+    assert optimizer.count == 0
 
 
 class WithPenalty(nn.Module):

@@ -215,7 +215,7 @@ def test_values_for_all_samples_are_the_same_objects():
     samples, batch = Samples(), ((model, things, len, table(5)), {})
     samples.check(batch, 5)
     (a, b, c, _), _ = samples.take(batch, CHOSEN, 5)
-    assert a is model and b is things and c is len
+    assert a is model and b["a"] == [1, 2] and b["b"] is things["b"] and c is len
 
 
 # -- ambiguous values --------------------------------------------------------------------

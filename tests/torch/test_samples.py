@@ -1,5 +1,6 @@
 """Selecting samples from batches, in a step and by the user's own function; and outputs."""
 
+import operator
 from typing import NamedTuple
 
 import pytest
@@ -74,13 +75,23 @@ def test_marks_are_removed():
     x, plain = table(5), {"deep": [Holder("a")]}
     args, kwargs = Samples().bare(((Whole(x), [Rows(x), 1], plain), {"y": Pair(Whole(2), x)}))
     assert args[0] is x and args[1] == [x, 1] and kwargs["y"] == Pair(2, x)
-    assert args[2] is plain  # unchanged without marks
+    assert args[2] == plain and args[2] is not plain  # each pass has its own containers
 
 
 def test_a_batch_without_marks_is_not_changed():
-    odd = (SharedStore({"x": 1}), packed(), iter("ab"), Holder(1), torch.max(table(5, 2), 1))
-    args, _ = Samples().bare((odd, {}))
-    assert all(a is b for a, b in zip(args, odd, strict=True))
+    odd, store, found = (packed(), Holder(1)), SharedStore({"x": 1}), torch.max(table(5, 2), 1)
+    args, _ = Samples().bare(((*odd, store, found), {}))
+    assert all(map(operator.is_, args[:2], odd)) and dict(args[2]) == {"x": 1}
+    assert type(args[3]) is type(found) and all(map(operator.is_, args[3], found))
+
+
+@pytest.mark.parametrize("value", [iter("ab"), torch.Generator()])
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_value_that_a_pass_uses_up_is_refused(value, gamma):
+    net = nn.Linear(1, 1)
+    esam = ESAM(torch.optim.SGD(net.parameters(), lr=0.1), net, beta=1.0, gamma=gamma)
+    with pytest.raises(ESAMTypeError, match=r"`batch\[1\]` can be read only once.*Pass"):
+        esam.loss(lambda x, _: net(x[:, None])[:, 0], table(5), value)
 
 
 def test_values_that_contain_themselves():

@@ -31,11 +31,14 @@ def gradients_of(
     if every is None:
         with without_hooks(tensors), own_backward():
             try:
-                found = torch.autograd.grad(loss, tensors, grad_outputs=scale, allow_unused=True)
+                # The user may have frozen some since the forward.
+                live = [t for t in tensors if t.requires_grad]
+                found = torch.autograd.grad(loss, live, grad_outputs=scale, allow_unused=True)
             except RuntimeError as error:
                 _refuse_reentrant(loss, error)
                 raise
-            return list(found)
+        rows = iter(found)
+        return [next(rows) if t.requires_grad else None for t in tensors]
     with without_hooks(every, accumulating=True), own_backward():
         aside = [p.grad for p in every]
         for parameter in every:
@@ -58,6 +61,8 @@ def ascent_gradients(
     Raises:
         ESAMRuntimeError: the loss was computed through a reentrant checkpoint.
     """
+    if every is None and not loss.requires_grad:  # it depends on no perturbed weight
+        return [torch.zeros_like(tensor) for tensor in tensors]
     found = gradients_of(loss, tensors, scale, every=every)
     gradients = []
     for tensor, gradient in zip(tensors, found, strict=True):
@@ -74,7 +79,8 @@ def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:
     It runs a separate backward, which `torch.autograd.grad` does not see: parameters used inside it
     seem to be unused.
     """
-    for node in graph_nodes(loss):
+    inner, ends = graph_nodes(loss)
+    for node in (*inner, *ends):
         if node.name() == "CheckpointFunctionBackward":
             raise ESAMRuntimeError(
                 "Activation checkpointing must be non-reentrant: call "
@@ -83,21 +89,25 @@ def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:
             ) from cause
 
 
-def graph_nodes(tensor: Tensor) -> list[torch.autograd.graph.Node]:
-    """Return the nodes of a tensor's graph, without duplicates."""
+def graph_nodes(
+    tensor: Tensor,
+) -> tuple[list[torch.autograd.graph.Node], list[torch.autograd.graph.Node]]:
+    """Return the nodes of a tensor's graph, without duplicates: those inside, and the ends."""
     waiting = [] if tensor.grad_fn is None else [tensor.grad_fn]
     seen = set(waiting)
-    found = []
+    inner, ends = [], []
     while waiting:
         node = waiting.pop()
-        found.append(node)
-        for function, _ in node.next_functions:
+        following = node.next_functions
+        (inner if following else ends).append(node)
+        for function, _ in following:
             if function is not None and function not in seen:
                 seen.add(function)
                 waiting.append(function)
-    return found
+    return inner, ends
 
 
 def graph_leaves(tensor: Tensor) -> list[Tensor]:
     """Return the leaves (mainly parameters) of a tensor's graph."""
-    return [node.variable for node in graph_nodes(tensor) if hasattr(node, "variable")]
+    _, ends = graph_nodes(tensor)
+    return [node.variable for node in ends if hasattr(node, "variable")]

@@ -211,7 +211,16 @@ class SideBySide(torch.optim.Optimizer):
                 f"`state_dict` must contain the states of {len(self._optimizers)} optimizers. "
                 f"Received: {len(states)}."
             )
-        for optimizer, state in zip(self._optimizers, states, strict=True):
+        rows = list(zip(self._optimizers, states, strict=True))
+        for i, (optimizer, state) in enumerate(rows):  # check everything before changing anything
+            own = [len(group["params"]) for group in optimizer.param_groups]
+            saved = [len(group["params"]) for group in state["param_groups"]]
+            if own != saved:
+                raise ESAMValueError(
+                    f"`state_dict` must fit the optimizers. Received: for optimizer {i}, groups of "
+                    f"{saved} parameters instead of {own}."
+                )
+        for optimizer, state in rows:
             optimizer.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch.containers import INSIDE, NestedTooDeepError, is_container, is_record, map_values
+from esam_torch.containers import (
+    INSIDE,
+    NestedTooDeepError,
+    is_container,
+    is_record,
+    is_tensor_collection,
+    map_values,
+)
 from esam_torch.entries import Index, describe, entries, items
 from esam_torch.marks import WAYS_OUT, Rows, Whole
-from esam_torch.reading import Reader, Reading
+from esam_torch.reading import Reader, Reading, refuse_used_up
 
 __all__ = ["Batch", "Samples"]
 
@@ -49,11 +56,17 @@ class Samples:
         self._readings: dict[tuple[str, str], Reading] = {}
 
     def bare(self, batch: Batch) -> Batch:
-        """Return the batch as `losses` receives it, without `Rows` and `Whole`."""
+        """Return the batch as `losses` receives it in one pass, without `Rows` and `Whole`.
+
+        Containers are copies, so that each pass finds what the user has put into them.
+
+        Raises:
+            ESAMTypeError: a pass would use up a value.
+        """
         args, kwargs = batch
         if not kwargs and all(type(x) is Tensor for x in args):
             return batch
-        return _each(batch, _unwrap, endless=True)
+        return _each(batch, _unwrap, endless=True, fresh=True)
 
     def check(self, batch: Batch, b: int) -> None:
         """Raise if it is not certain how to take samples from a batch.
@@ -117,7 +130,8 @@ class Samples:
         if self._take is not None:
             return _take_by(self._take, self.bare(batch), indices)
         reader = Reader(b, self._readings)
-        return _each(batch, functools.partial(_take_value, reader, Index(indices)))
+        taken = functools.partial(_take_value, reader, Index(indices))
+        return _each(batch, taken, fresh=True)
 
     def note(self, batch: Batch, k: int, b: int) -> str:
         """Return a note for errors raised in the descent pass on k of b samples."""
@@ -153,18 +167,25 @@ def _lengths(x: Any, path: str) -> list[int]:
     return found
 
 
-def _each(batch: Batch, visit: Callable[[Any, str], Any], *, endless: bool = False) -> Batch:
+def _each(
+    batch: Batch,
+    visit: Callable[[Any, str], Any],
+    *,
+    endless: bool = False,
+    fresh: bool = False,
+) -> Batch:
     """Return the arguments, with each value inside them replaced by the result of `visit`.
 
     Args:
         batch: the arguments.
         visit: as in `map_values`.
         endless: whether an argument that contains itself is kept as it is. If not, it is an error.
+        fresh: as in `map_values`.
     """
 
     def new(x: Any, path: str) -> Any:
         try:
-            return map_values(x, visit, path)
+            return map_values(x, visit, path, fresh=fresh)
         except NestedTooDeepError:
             if endless:
                 return x
@@ -177,9 +198,12 @@ def _each(batch: Batch, visit: Callable[[Any, str], Any], *, endless: bool = Fal
     )
 
 
-def _unwrap(x: Any, _: str) -> Any:
-    """Return the value inside `Rows` or `Whole`."""
-    return x.value if isinstance(x, Rows | Whole) else INSIDE
+def _unwrap(x: Any, path: str) -> Any:
+    """Return the value inside `Rows` or `Whole`, and a shallow copy of a TensorDict."""
+    if isinstance(x, Rows | Whole):
+        return x.value
+    refuse_used_up(x, path)
+    return x.clone(recurse=False) if is_tensor_collection(x) else INSIDE
 
 
 def _take_value(

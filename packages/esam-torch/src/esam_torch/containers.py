@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "is_tensor_collection",
     "map_values",
     "parts",
+    "tensors_inside",
 ]
 
 #: The most frequent types without parts.
@@ -39,6 +40,7 @@ def map_values(
     path: str = "batch",
     *,
     strict: bool = True,
+    fresh: bool = False,
     depth: int = 0,
 ) -> Any:
     """Return nested containers with new values; the same object if nothing changes.
@@ -49,6 +51,7 @@ def map_values(
             value, or INSIDE to visit the parts of the node; a node without parts is then kept.
         path: the place of `tree`.
         strict: whether a container that cannot be rebuilt is an error. If not, it is kept.
+        fresh: whether containers are copied even if nothing changes, where that is possible.
         depth: how many containers `tree` is nested in.
 
     Raises:
@@ -69,15 +72,16 @@ def map_values(
             f"deep. {WAYS_OUT} Received: a {type(tree).__name__}."
         )
     values = [
-        map_values(value, visit, path + place, strict=strict, depth=depth + 1)
+        map_values(value, visit, path + place, strict=strict, fresh=fresh, depth=depth + 1)
         for place, value in inside
     ]
-    if all(new is old for new, (_, old) in zip(values, inside, strict=True)):
+    same = all(new is old for new, (_, old) in zip(values, inside, strict=True))
+    if same and not fresh:
         return tree
     twin = _rebuild(tree, inside, values)
     if twin is not None:
         return twin
-    if not strict:
+    if same or not strict:
         return tree
     raise ESAMTypeError(
         f"`{path}` is a {type(tree).__name__}, which cannot be rebuilt with other values. Pass its "
@@ -142,6 +146,16 @@ def parts(tree: Any) -> list[tuple[str, Any]] | None:
         # Its items and its other attributes (such as the encodings of a tokenizer).
         return [("" if name == "data" else f".{name}", x) for name, x in vars(tree).items()]
     return [(f"[{key!r}]", tree[key]) for key in tree]
+
+
+def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers of any library."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif type(tree) not in _PLAIN and depth <= _DEEPEST:
+        within = tree.values() if is_tensor_collection(tree) else (x for _, x in parts(tree) or ())
+        for part in within:
+            yield from tensors_inside(part, depth + 1)
 
 
 def _attributes(record: Any) -> list[str]:

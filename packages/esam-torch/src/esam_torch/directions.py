@@ -171,7 +171,7 @@ class Memory:
             found = [_moment(state.get(tensor, {}), tensor, base) for tensor in of]
         else:
             names = {id(p.tensor): p.unit.name for p in layout.parameters}
-            found = [self.gradients.get(names[id(tensor)]) for tensor in of]
+            found = [_fitting(self.gradients.get(names[id(tensor)]), tensor) for tensor in of]
         if all(direction is None for direction in found[:perturbed]):
             return None
         shards = [_shard(direction, tensor) for direction, tensor in zip(found, of, strict=True)]
@@ -194,6 +194,11 @@ def _copy(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[st
     if places:
         torch._foreach_copy_(places, sources)
     return copies
+
+
+def _fitting(direction: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Return the direction of a parameter, or None if another one had its name before."""
+    return direction if direction is not None and direction.shape == parameter.shape else None
 
 
 def _shard(direction: Tensor | None, parameter: Tensor) -> Tensor:

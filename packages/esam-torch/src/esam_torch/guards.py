@@ -16,7 +16,7 @@ from esam_torch.sharded import local
 from esam_torch.targets import Targets
 from esam_torch.values import is_half
 
-__all__ = ["Autocast", "RandomState", "Weights", "without_gradients"]
+__all__ = ["Autocast", "Modes", "RandomState", "Weights"]
 
 
 class RandomState:
@@ -80,16 +80,35 @@ class Autocast:
             yield
 
 
-@contextlib.contextmanager
-def without_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Compute no gradients for these parameters, which require them, inside the context."""
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+class Modes:
+    """The training modes of modules, which the user may change between the passes.
+
+    Args:
+        modules: the modules.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._modes = [module.training for module in modules]
+
+    def restoring(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context with the saved modes."""
+        now = [module.training for module in self._modules]
+        return contextlib.nullcontext() if now == self._modes else self._restoring(now)
+
+    @contextlib.contextmanager
+    def _restoring(self, now: Sequence[bool]) -> Iterator[None]:
+        """Use the saved modes inside the context."""
+        try:
+            self._set(self._modes)
+            yield
+        finally:
+            self._set(now)
+
+    def _set(self, modes: Sequence[bool]) -> None:
+        """Set the mode of each module, and of no submodule."""
+        for module, training in zip(self._modules, modes, strict=True):
+            module.training = training
 
 
 class Weights:

@@ -1,5 +1,6 @@
 """Protection of the batch: every pass of a step must read the same values."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor
 from esam_core import ESAMRuntimeError
 from esam_torch.batch import Batch
 from esam_torch.compat import count_writes
-from esam_torch.containers import INSIDE, map_values
+from esam_torch.containers import INSIDE, map_values, tensors_inside
 from esam_torch.losses import LossFunction
-from esam_torch.values import tensors_in
+from esam_torch.values import can_be_written
 
-__all__ = ["copy_tensors", "read_only"]
+__all__ = ["Unwritten", "copy_tensors", "read_only"]
 
 
 def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
@@ -32,7 +33,7 @@ def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
 
     def call_and_compare(*args: Any, **kwargs: Any) -> Any:
         nonlocal written
-        tensors = list(tensors_in([args, kwargs]))
+        tensors = _tensors_of((args, kwargs))
         versions = [count_writes(t) for t in tensors]
         copies = [t.detach().clone() for t in tensors] if written else None
         found = losses(*args, **kwargs)
@@ -48,11 +49,50 @@ def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
                         "the batch before the step."
                     )
         if changed and not written:
-            own = {id(t) for t in tensors_in([*batch[0], *batch[1].values()])}
+            own = {id(t) for t in _tensors_of(batch)}
             written = any(id(t) in own for t in changed)
         return found
 
     return call_and_compare
+
+
+class Unwritten:
+    """The batch and the weights between a loss and its backward, whose passes read them again.
+
+    Args:
+        batch: arguments of `losses`.
+        weights: the trained weights.
+    """
+
+    def __init__(self, batch: Batch, weights: Sequence[Tensor]) -> None:
+        self._inputs = _tensors_of(batch)
+        self._weights = weights
+        self._writes = self._count()
+
+    def _count(self) -> tuple[list[int], list[int]]:
+        """Return how often each tensor has been written to."""
+        return [count_writes(t) for t in self._inputs], [count_writes(t) for t in self._weights]
+
+    def check(self) -> None:
+        """Raise if any of them has been written to since.
+
+        Raises:
+            ESAMRuntimeError: the batch or the weights have changed.
+        """
+        now = self._count()
+        for name, before, after in zip(("batch", "weights"), self._writes, now, strict=True):
+            if before != after:
+                raise ESAMRuntimeError(
+                    f"The {name} must not change between optimizer.loss(...) and the backward of "
+                    "this loss, which runs the other passes of the step. Call the backward first, "
+                    f"or compute the loss again. Received: {name} that were written to in place."
+                )
+
+
+def _tensors_of(batch: Batch) -> list[Tensor]:
+    """Return the tensors in a batch and in containers of any library, except parameters."""
+    args, kwargs = batch
+    return [t for t in tensors_inside((*args, *kwargs.values())) if can_be_written(t)]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

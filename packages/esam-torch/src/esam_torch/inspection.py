@@ -43,6 +43,7 @@ class Layout:
         writes: tracks what its forwards write.
         devices: the devices of the parameters.
         shards: the modules that FSDP2 shards, or None if nothing is sharded.
+        modules: all modules of the model.
     """
 
     groups: Sequence[tuple[dict[str, Any], tuple[Any, ...]]]
@@ -52,6 +53,7 @@ class Layout:
     writes: Writes
     devices: Sequence[torch.device]
     shards: Shards | None
+    modules: Sequence[nn.Module]
     tensors: Sequence[Tensor] = field(init=False)
     units: Sequence[Unit] = field(init=False)
     _targets: dict[Any, Targets] = field(default_factory=dict, init=False, repr=False)
@@ -214,4 +216,5 @@ def lay_out(
         writes=writes,
         devices=devices,
         shards=shards,
+        modules=list(model.modules()),
     )

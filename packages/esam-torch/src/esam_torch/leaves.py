@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from esam_core import ESAMRuntimeError
 from esam_torch.ascent import graph_leaves
@@ -26,7 +26,7 @@ def with_own_leaves(
         groups: the base optimizer's parameter groups.
 
     Raises:
-        ESAMRuntimeError: a tensor was computed from trained parameters.
+        ESAMRuntimeError: a tensor is a trained parameter, or was computed from some.
     """
     args, kwargs = batch
     if not kwargs and all(type(x) is Tensor and not x.requires_grad for x in args):
@@ -42,7 +42,8 @@ def with_own_leaves(
         if not x.requires_grad:
             return x
         if id(x) not in found:
-            found[id(x)] = x, x.detach().requires_grad_()
+            leaf = x.detach().requires_grad_()
+            found[id(x)] = x, nn.Parameter(leaf) if isinstance(x, nn.Parameter) else leaf
         return found[id(x)][1]
 
     replaced = map_values(batch, replace, strict=False)
@@ -50,6 +51,12 @@ def with_own_leaves(
         return batch, []
     trained = {id(p) for group in groups for p in group["params"]}
     for given, _ in found.values():
+        if id(given) in trained:
+            raise ESAMRuntimeError(
+                "`losses` must take trained parameters from the model, and not from its arguments: "
+                "a step evaluates it at other weights. Received: a parameter of shape "
+                f"{tuple(given.shape)} in the batch. Use it inside `losses`."
+            )
         if any(id(leaf) in trained for leaf in graph_leaves(given)):
             raise ESAMRuntimeError(
                 "`losses` must compute everything that depends on trained parameters, because a "

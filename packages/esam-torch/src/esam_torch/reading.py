@@ -46,6 +46,16 @@ class Reading(enum.Enum):
     WHOLE = "the same for all samples"
 
 
+def refuse_used_up(x: Any, path: str) -> None:
+    """Raise if a value gives each pass other values: an iterator or a random generator."""
+    if isinstance(x, Iterator | torch.Generator):
+        instead = "a list" if isinstance(x, Iterator) else "none, and use torch's global generator"
+        raise ESAMTypeError(
+            f"`{path}` can be read only once, but `losses` is called several times. Pass "
+            f"{instead}. Received: {type(x).__name__}."
+        )
+
+
 class Reader:
     """Reads the values of one batch.
 
@@ -201,11 +211,7 @@ class Reader:
 
     def _object(self, x: Any, path: str) -> Reading:
         """Return how a value of an unknown type is read."""
-        if isinstance(x, Iterator):
-            raise ESAMTypeError(
-                f"`{path}` can be read only once, but `losses` is called several times. Pass a "
-                f"list. Received: {type(x).__name__}."
-            )
+        refuse_used_up(x, path)
         length = _length(x)
         before = self.before.get((path, "object"))
         if before is Reading.ROWS and length != self.b:

@@ -50,9 +50,6 @@ __all__ = ["Run"]
 #: With more masks than this, the model is not compiled once for each mask.
 _MOST_COMPILED_MASKS = 4
 
-#: In how many steps of a layout to look for tensors outside the model that require a gradient.
-_WATCHED_STEPS = 3
-
 
 class Run:
     """A model, its base optimizer and hyperparameters, and the state of training.
@@ -109,15 +106,19 @@ class Run:
         """Inspect the model again in the next step."""
         self._layout: Layout | None = None
         self._ranks = Ranks(self.model)
-        self._strangers: list[Tensor] = []
-        self._watched = 0
         self._compiled = False
 
     def resume(
-        self, config: ESAMConfig, count: int, budget: float | None, plan: Plan | None
+        self,
+        config: ESAMConfig,
+        count: int,
+        budget: float | None,
+        plan: Plan | None,
+        memory: Memory,
     ) -> None:
         """Resume from a checkpoint."""
         self.config, self.count, self.budget, self.plan = config, count, budget, plan
+        self.memory = memory
         self.forget_layout()  # the sampler may be different
         self.pending = self.skipped = False
 
@@ -159,13 +160,14 @@ class Run:
     def _seam(self, step: Step, mean: Tensor, leaves: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the loss at theta with a backward that runs the rest of the step."""
         task, value = step.task, step.value
-        self._watch_strangers(mean, leaves, task.layout)
         natural = not task.perturbs and self.config.on_nonfinite == "propagate" and not leaves
         if natural:  # an ordinary step: the existing graph gives its gradient
             return loss_with_backward(value, [mean], once(lambda scale: self._base(step, scale)))
         trained = [p for p in (*task.layout.tensors, *task.layout.others) if p.requires_grad]
-        inputs = [*trained, *self._strangers, *(inner for _, inner in leaves)]
-        outer = [*trained, *self._strangers, *(given for given, _ in leaves)]
+        inner = [leaf for _, leaf in leaves]
+        strangers = _strangers(mean, inner, task.layout)
+        inputs = [*trained, *strangers, *inner]
+        outer = [*trained, *strangers, *(given for given, _ in leaves)]
         if not self._ranks.looks_for_unused:
             return loss_with_backward(
                 value, outer, once(lambda scale: self._finish(step, scale, inputs))
@@ -219,11 +221,8 @@ class Run:
         Args:
             closure: None, or a function that runs the backward itself, as for torch's optimizers.
         """
-        if closure is None:
-            if not (self.pending or self.skipped or self._moves_nothing()):
-                self.notices.add("plain", _PLAIN)
-            result = None
-        else:
+        result = None
+        if closure is not None:
             check_losses(closure)
             before = self._losses_computed
             with torch.enable_grad():
@@ -231,6 +230,8 @@ class Run:
             # Lightning's weight averaging runs closures that compute a loss without a backward.
             if self._losses_computed == before and result is not None:
                 raise ESAMTypeError(CLOSURE)
+        if not (self.pending or self.skipped or self._moves_nothing()):
+            self.notices.add("plain", _PLAIN)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False
         if isinstance(self.config.ascend, Previous) and self._layout is not None and not skipped:
@@ -322,18 +323,6 @@ class Run:
         self.notices.add("compiled", compilation_warning(few))
         return False
 
-    def _watch_strangers(
-        self, mean: Tensor, leaves: list[tuple[Tensor, Tensor]], layout: Layout
-    ) -> None:
-        """Find leaves that require a gradient and belong to neither the model nor the batch."""
-        if self._watched >= _WATCHED_STEPS:
-            return
-        self._watched += 1
-        known = {id(p) for p in (*layout.tensors, *layout.others, *self._strangers)}
-        known |= {id(inner) for _, inner in leaves}
-        if layout.shards is None:  # a sharded model's graph ends in gathered weights
-            self._strangers += [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]
-
     # -- the layout and the budget ----------------------------------------------------------------
 
     def layout(self, losses: LossFunction, batch: Any) -> Layout:
@@ -345,7 +334,6 @@ class Run:
             unspent = self.budget is not None and self.plan is None
             self._layout = self.lay_out(losses, batch, watch=unspent)
             self._compiled = holds_compiled(self.model)
-            self._watched = 0
             if unspent:
                 self.plan = spend(cast(float, self.budget), self._layout, self.model, self.config)
                 chosen = self.plan.chosen
@@ -372,11 +360,19 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy: the layout is found again for the copy.
-        return {**self.__dict__, "_layout": None, "_strangers": [], "_ranks": None}
+        return {**self.__dict__, "_layout": None, "_ranks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.forget_layout()
+
+
+def _strangers(mean: Tensor, leaves: list[Tensor], layout: Layout) -> list[Tensor]:
+    """Return the leaves of the loss that belong to neither the model nor the batch."""
+    if layout.shards is not None:  # a sharded model's graph ends in gathered weights
+        return []
+    known = {*map(id, layout.tensors), *map(id, layout.others), *map(id, leaves)}
+    return [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]
 
 
 _PLAIN = (

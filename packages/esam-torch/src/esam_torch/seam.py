@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from esam_core import ESAMRuntimeError
 from esam_torch.compat import call_untraced
@@ -28,9 +27,14 @@ class _Seam(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         """Return the gradients of the inputs, times the scale."""
+        if torch.is_grad_enabled():
+            raise ESAMRuntimeError(
+                "`create_graph` must be False: a step's gradient is that of other weights, and "
+                "cannot be differentiated again. Compute gradient penalties inside `losses`. "
+                "Received: create_graph=True."
+            )
         return (None, None, *call_untraced(ctx.gradients, scale))
 
 

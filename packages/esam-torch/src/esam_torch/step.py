@@ -18,13 +18,14 @@ from torch import Tensor
 from esam_core import ESAMValueError, Momentum, NonFiniteError, Previous, StepReport
 from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import buffer_versions, comparable, disagreement
-from esam_torch.ascent import ascent_gradients, gradients_of
+from esam_torch.ascent import ascent_gradients, gradients_of, graph_leaves
 from esam_torch.batch import Batch
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import Autocast, RandomState, Weights, running_statistics, without_gradients
-from esam_torch.inputs import read_only
+from esam_torch.guards import Autocast, Modes, RandomState, Weights, running_statistics
+from esam_torch.inputs import Unwritten, read_only
+from esam_torch.inspection import without_side_effects
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
@@ -57,6 +58,8 @@ class Step:
         self._after_part: RandomState
         self._written: Kept
         self._expected = task.climb.batch_size
+        self._reached: set[int] = set()
+        self._off: list[Tensor] = []  # parameters whose gradients are switched off
 
     # -- the two halves ---------------------------------------------------------------------------
 
@@ -72,6 +75,9 @@ class Step:
         self._synchronised = ranks.synchronised
         ranks.note_forward()
         self._mean = self._first_pass()
+        self._modes = Modes(layout.modules)
+        weights = layout.tensors if layout.shards is None else ()
+        self._read = Unwritten(self._batch, weights)
         return self._mean
 
     @property
@@ -86,7 +92,8 @@ class Step:
             scale: 0-d, the gradient of what is minimised with respect to the mean loss.
             inputs: the tensors to compute gradients for.
         """
-        with torch.enable_grad(), self._autocast.restoring():
+        self._read.check()
+        with torch.enable_grad(), self._autocast.restoring(), self._modes.restoring():
             if self.task.perturbs:
                 result = self._perturbed_step(scale, inputs)
             else:
@@ -103,8 +110,7 @@ class Step:
         """Restore everything that the step may have changed."""
         if not hasattr(self, "_synchronised"):
             return  # the copies are incomplete, but nothing has been changed
-        for parameter in self._switched_off():
-            parameter.requires_grad_(True)
+        self._switch_on()
         if self._weights is not None:
             self._weights.restore()
             self._refresh_weights()
@@ -118,7 +124,8 @@ class Step:
         task = self.task
         with self._climbing(), self._watching():
             if task.climb.part is None or not task.perturbs:
-                self._values, self._outputs = self._forward(task.samples.bare(self._batch))
+                batch = task.samples.bare(self._batch)
+                self._values, self._outputs = self._forward(batch, whole=not self._off)
             else:
                 self._values, self._outputs = self._forward_of(task.climb.part)
                 self._after_part = RandomState(task.layout.devices)
@@ -265,20 +272,44 @@ class Step:
             self._written.statistics.restore()
         if selected is None:
             batch = self.task.samples.bare(self._batch)
-            values, outputs = self._forward(batch, expected=self._expected)
+            values, outputs = self._forward(batch, expected=self._expected, whole=True)
             return values.mean(), values, outputs
         values, outputs = self._forward_of(selected.indices)
+        if not values.requires_grad:
+            self._reached = self._find_reached()
         return (selected.weights.to(values.dtype) * values).sum(), values, outputs
 
-    def _forward(self, batch: Batch, expected: int | None = None) -> tuple[Tensor, Any]:
-        """Return (b,) losses with their graph, and the other outputs of the user's function."""
+    def _find_reached(self) -> set[int]:
+        """Return the ids of the tensors that the losses of the whole batch depend on.
+
+        The selected samples depend on none: a constant loss for images without objects, say. Their
+        gradient is then 0 for the parameters that the others use.
+        """
+        task = self.task
+        with without_side_effects(task.model, task.layout.devices, task.layout.writes):
+            self._first.rewind()
+            batch = task.samples.bare(self._batch)
+            values, _ = self._forward(batch, expected=self._b, whole=True)
+            return {id(leaf) for leaf in graph_leaves(values)}
+
+    def _forward(
+        self, batch: Batch, expected: int | None = None, *, whole: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Return (b,) losses with their graph, and the other outputs of the user's function.
+
+        Args:
+            batch: arguments of `losses`.
+            expected: the number of losses, if it is known.
+            whole: whether these are all samples, with the gradients of all parameters. Other losses
+                may depend on none of the parameters in question, and then have no graph.
+        """
         args, kwargs = batch
         # An autocast context around the step caches casts: of other weights, or without a graph.
         torch.clear_autocast_cache()
         found, closure = self._losses(*args, **kwargs), not (args or kwargs)
         values, outputs = per_sample(found, expected=expected, closure=closure)
         outputs = detach_tree(outputs)  # otherwise a kept report would keep the graph
-        if torch.is_grad_enabled() and not values.requires_grad:
+        if whole and torch.is_grad_enabled() and not values.requires_grad:
             raise ESAMValueError(WITHOUT_PARAMETERS)
         return values, outputs
 
@@ -310,22 +341,30 @@ class Step:
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:
         """Compute gradients only of perturbed weights, only on this rank, inside the context."""
-        if not self.task.perturbs:
+        task = self.task
+        if not task.perturbs:
             yield
             return
-        off = self._switched_off()
-        with self.task.ranks.apart(), without_gradients(off):
-            if off:
+        whole = task.config.norm == "full" or task.layout.shards is not None or not task.prune
+        with task.ranks.apart():
+            if whole:
+                yield
+                return
+            try:
+                for parameter in task.targets.idle:
+                    if parameter.requires_grad:  # the user may have frozen it since the forward
+                        self._off.append(parameter)
+                        parameter.requires_grad_(False)
                 with note_errors(PRUNED, RuntimeError, "does not require grad"):
                     yield
-            else:
-                yield
+            finally:
+                self._switch_on()
 
-    def _switched_off(self) -> Sequence[Tensor]:
-        """Return the trained parameters for which the ascent pass computes no gradients."""
-        task = self.task
-        whole = task.config.norm == "full" or task.layout.shards is not None or not task.prune
-        return () if whole or not task.perturbs else task.targets.idle
+    def _switch_on(self) -> None:
+        """Compute gradients of all trained parameters again."""
+        while self._off:
+            self._off[-1].requires_grad_(True)
+            self._off.pop()
 
     def _every(self) -> Sequence[Tensor] | None:
         """Return all parameters with a gradient if the model is sharded, else None."""
@@ -338,6 +377,8 @@ class Step:
         self, total: Tensor, scale: Tensor, inputs: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """Return the gradients of the inputs."""
+        if not total.requires_grad and self.task.layout.shards is None:
+            return [torch.zeros_like(x) if id(x) in self._reached else None for x in inputs]
         return gradients_of(total, inputs, scale, every=self._every())
 
     def _refresh_weights(self) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from esam_torch.kinds import kinds_of
 
 __all__ = [
-    *("MISSING", "Place", "State", "copy_values", "is_expanded", "is_half", "is_plain"),
-    *("tensors_in", "widened"),
+    *("MISSING", "Place", "State", "can_be_written", "copy_values", "is_expanded", "is_half"),
+    *("is_plain", "tensors_in", "widened"),
 ]
 
 #: The place of a value: a dictionary of a module, and a name in it.
@@ -69,10 +69,15 @@ def is_plain(value: Any) -> bool:
     )
 
 
+def can_be_written(value: Any) -> bool:
+    """Return whether a value is a tensor of torch's own class, and not a parameter."""
+    return is_plain(value) and not isinstance(value, nn.Parameter)
+
+
 def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
     """Yield the tensors in a value and in its containers, except parameters."""
     for part in parts_of(value, depth):
-        if is_plain(part) and not isinstance(part, nn.Parameter):
+        if can_be_written(part):
             yield part
 
 

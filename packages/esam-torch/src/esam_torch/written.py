@@ -92,6 +92,7 @@ class Writes:
         self._held = {id(t) for t in trained}
         self._weights = weights
         self._steps = 0
+        self._seen_training = False
         self._places: dict[_Key, Place] = {}
         self._values: set[_Key] = set()  # the places whose tensors are written in place
         self._parameters: dict[int, _Candidate] = {}
@@ -107,8 +108,12 @@ class Writes:
     def before_forward(self) -> "Forward":
         """Return a record of the state before the first forward of a step."""
         self._steps += 1
-        watched = self._steps <= _WATCHED_STEPS or self._steps.bit_count() == 1
-        return Forward(self, _Watch(self, by_value=self._steps == 1) if watched else None)
+        # BatchNorm of the user's own may write only in training mode.
+        training = self._model.training and not self._seen_training
+        self._seen_training |= training
+        by_value = self._steps == 1 or training
+        watched = self._steps <= _WATCHED_STEPS or self._steps.bit_count() == 1 or by_value
+        return Forward(self, _Watch(self, by_value=by_value) if watched else None)
 
     def keep(self, start: State | None = None) -> Kept:
         """Return the written values, as they are now or as in a saved state."""
