@@ -192,8 +192,8 @@ class ESAMConfig:
         """Return a configuration from the public arguments of the optimizers.
 
         Args:
-            beta: short for `perturb=Bernoulli(beta)`; passing both is an error.
-            gamma: short for `select=TopIncrease(gamma)`; passing both is an error.
+            beta: short for `perturb=Bernoulli(beta)`; passing both raises an error.
+            gamma: short for `select=TopIncrease(gamma)`; passing both raises an error.
             perturb: a sampler, or None for Bernoulli(0.6).
             select: a selector, or None for TopIncrease(0.5).
             **others: the remaining fields of this class by name.

@@ -1,22 +1,22 @@
 """The cost model: what one step costs, given a sampler, a selector and an ascent direction.
 
-Costs are in units of one forward of the whole model on the whole batch. A backward costs two such
-units: one for the activation gradients and one for the weight gradients. The gradient of the first
-layer's input is never computed. A base step therefore costs slightly less than 3 units and a SAM
-step slightly less than 6. A step saves by skipping work in its passes:
+Costs are in units of one forward pass of the whole model on the whole batch. A backward pass costs
+two such units: one for the activation gradients and one for the weight gradients. The gradient of
+the first layer's input is never computed. A base step therefore costs slightly less than 3 units
+and a SAM step slightly less than 6. A step saves by skipping work in its passes:
 
-- the forward and backward of the samples outside the ascent pass, with `Part`;
+- the forward and backward pass of the samples outside the ascent pass, with `Part`;
 - the whole ascent pass, with `Previous` and `Momentum`;
 - weight gradients of units that are not perturbed, in the ascent pass;
 - activation gradients below the shallowest perturbed unit, in the ascent pass;
 - the selection pass, if the selector does not need it;
 - everything but a base step, if the mask is empty.
 
-Every forward runs through the whole model. If a selector scores by losses at theta, the samples
-outside the ascent pass need a forward for them.
+Every forward pass runs through the whole model. If a selector scores by losses at theta, the
+samples outside the ascent pass need a forward pass for them.
 
-Frozen units have no weight gradients in any pass, and a backward ends at the first trained unit.
-This makes the base step cheaper too; every ratio is relative to that cheaper base step.
+Frozen units have no weight gradients in any pass, and a backward pass ends at the first trained
+unit. This makes the base step cheaper too; every ratio is relative to that cheaper base step.
 
 A unit's cost is the cost of the layer it belongs to. The model treats the network as a chain of
 layers in the order of `depth`. Element-wise operations, optimizer updates and memory traffic count
@@ -43,12 +43,12 @@ WHOLE = Batch()
 
 @dataclass(frozen=True)
 class StepCost:
-    """The parts of a step, in forwards of the whole model on the whole batch.
+    """The parts of a step, in forward passes of the whole model on the whole batch.
 
     Args:
         ascent_forward: losses at theta of the samples in the ascent pass.
-        ascent_activations: activation gradients in the ascent pass's backward.
-        ascent_weights: weight gradients in the ascent pass's backward.
+        ascent_activations: activation gradients in the ascent pass.
+        ascent_weights: weight gradients in the ascent pass.
         scoring: losses at theta of the other samples, if the selector needs them.
         selection: losses at theta + epsilon.
         descent_forward: losses of the selected samples; the whole batch in a base step.
@@ -79,7 +79,7 @@ class StepCost:
 
 
 def _shares(units: Sequence[Unit]) -> tuple[list[Unit], list[float]]:
-    """Return the units in order of execution and each one's share of the forward."""
+    """Return the units in order of execution and each one's share of the forward pass."""
     if not units:
         raise ESAMValueError("`units` must not be empty.")
     ordered = sorted(units, key=lambda unit: unit.depth)  # stable: listing order within a block
@@ -139,7 +139,7 @@ def step_cost(
         mask: which of them are perturbed.
         selector: which samples are kept.
         batch_size: b, to use the exact shares k / b and n / b; default: gamma and the part's share.
-        norm: "full" needs the whole backward in the ascent pass.
+        norm: "full" needs a whole backward pass in the ascent.
         ascend: the ascent direction; default the whole batch.
 
     Example:

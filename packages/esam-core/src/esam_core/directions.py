@@ -1,7 +1,8 @@
 """Ascent directions: the values of `ascend=`.
 
-SAM perturbs along the gradient of the whole batch, which costs a forward and a backward. A part of
-the batch costs a part of that; a gradient or momentum kept from earlier steps costs no pass.
+SAM perturbs along the gradient of the whole batch, which costs a forward and a backward pass. A
+part of the batch costs a part of that; a gradient or momentum kept from earlier steps costs no
+pass.
 
 This module also defines, for all backends, which pass updates the BatchNorm statistics and the
 random state (`records_at_theta`), and which gradients are kept for the next step (`kept_units`).
@@ -56,8 +57,8 @@ class Part:
 
     The part is drawn from (seed, count), with the same random numbers as `Random`. A smaller part
     is therefore a subset of a larger one, and `Part(0.5)` with `Random(0.5)` uses the same samples
-    in the ascent and the descent pass. A selector that scores by loss needs a forward without a
-    graph for the other samples.
+    in the ascent and the descent pass. A selector that scores by loss needs a forward pass without
+    gradients for the other samples.
 
     BatchNorm normalises the part by the part's own statistics, and the other samples, if a selector
     needs their losses, by theirs. Because no pass at theta sees the whole batch, the descent pass
@@ -92,7 +93,7 @@ class Previous:
     checkpoints. Steps before the first update are base steps. A unit without a gradient in the last
     update is not perturbed. An update in which no unit had a gradient is ignored.
 
-    A selector that needs the losses at theta needs a forward without a graph for them.
+    A selector that needs the losses at theta needs a forward pass without gradients for them.
 
     Args:
         sign: 1 (default) along the gradient, -1 against it.
@@ -111,9 +112,9 @@ class Momentum:
     The first moment is SGD's momentum buffer, Adam's running mean of the gradients (before bias
     correction), or the equivalent in other optimizers. It includes terms that the base optimizer
     adds to the gradient, such as weight decay. It needs no extra memory. A base optimizer without a
-    first moment is an error. Steps before the first update are base steps.
+    first moment raises an error. Steps before the first update are base steps.
 
-    A selector that needs the losses at theta needs a forward without a graph for them.
+    A selector that needs the losses at theta needs a forward pass without gradients for them.
 
     Args:
         sign: -1 (default), the direction in which momentum moves the weights, as in MSAM; or 1.

@@ -24,7 +24,7 @@ __all__ = ["NORMS", "Norm", "perturbation_norm", "perturbations", "squared_norms
 
 #: "masked" (the authors' code): the norm of the gradient that was computed; the perturbation then
 #: has norm rho/p. "estimated": ||g||^2 ~ sum of m_t ||g_t||^2 / p_t, unbiased for the square, at no
-#: extra cost. "full": the whole gradient's norm, at the cost of the full backward. "none":
+#: extra cost. "full": the whole gradient's norm, at the cost of a whole backward pass. "none":
 #: Algorithm 1 as printed, eps = (rho / p) g.
 Norm = Literal["masked", "estimated", "full", "none"]
 
@@ -61,7 +61,7 @@ def perturbation_norm(
     Args:
         gradients: T arrays, None for units whose gradient was not computed.
         parameters: T arrays theta_t.
-        scale: T factors m_t / p_t; an array of theta_t's shape if weights are masked individually.
+        scale: T factors m_t / p_t; an array of theta_t's shape if single weights are perturbed.
         norm: one of `NORMS`.
         adaptive: T booleans.
 
@@ -97,7 +97,7 @@ def perturbations(
     Args:
         gradients: T arrays, None where not computed.
         parameters: T arrays theta_t.
-        scale: T factors m_t / p_t; an array of theta_t's shape if weights are masked individually.
+        scale: T factors m_t / p_t; an array of theta_t's shape if single weights are perturbed.
         rho: T radii >= 0.
         norm: one of `NORMS`.
         norm_eps: added to the norm, > 0.

@@ -68,10 +68,10 @@ class BatchNorm:
 
 @dataclass(frozen=True, eq=False)
 class Carry:
-    """Add the state from earlier forwards, a constant for the derivative: `x + state`.
+    """Add the state from earlier forward passes, a constant for the derivative: `x + state`.
 
-    Each forward then writes `state = (state + mean of x over every axis but the last) / 2`, in the
-    way in which the framework's users keep state between forwards.
+    Each forward pass then writes `state = (state + mean of x over every axis but the last) / 2`, in
+    the way in which the framework's users keep state between forward passes.
     """
 
     name: str

@@ -1,4 +1,4 @@
-r"""What SWP saves in the ascent pass's backward of a chain of layers, and its fit to timings.
+r"""What SWP saves in the backward pass of the ascent in a chain of layers, fitted to timings.
 
 The paper's appendix A.4 asks how much time Bernoulli(beta) masks over the N weight matrices of an
 MLP save, g(N, beta), and fits two constants to timings (its equations 11 and 12, tables 4 and 5).
@@ -12,8 +12,8 @@ There are two savings, with one constant each:
 
 .. math:: g(N, \beta) = k_1 (1 - \beta) + \frac{k_2}{N} \sum_{j=1}^{N} (1 - \beta)^j
 
-The second term vanishes with depth. This is why independent masks rarely stop a backward early, and
-why `Suffix` exists. The formula is derived here from the two mechanisms.
+The second term vanishes with depth. This is why independent masks rarely stop a backward pass
+early, and why `Suffix` exists. The formula is derived here from the two mechanisms.
 """
 
 from collections.abc import Sequence

@@ -236,9 +236,10 @@ def needs_perturbed_losses(selector: Selector, batch_size: int) -> bool:
 
 
 def top_indices(scores: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
-    """Return the indices of the k largest scores, ascending; ties go to the lower index.
+    """Return the indices of the k largest scores, ascending.
 
-    NaN counts as the largest score, so that a sample with a NaN loss is never rejected.
+    Among samples with equal scores, the one with the lower index is selected. NaN counts as the
+    largest score, so that a sample with a NaN loss is never rejected.
     """
     scores = np.asarray(scores)
     order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), kind="stable")

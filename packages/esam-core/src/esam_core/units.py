@@ -35,8 +35,8 @@ class Unit:
             (such as multiply-adds). Only shares of the total matter.
         depth: position of the block in the order of execution, >= 0. Blocks of equal depth keep the
             order in which they first appear among the units.
-        trained: whether a gradient is computed for it. A frozen unit costs only a forward, and is
-            not perturbed.
+        trained: whether a gradient is computed for it. A frozen unit costs only a forward pass, and
+            is not perturbed.
 
     Example:
         >>> Unit("head.weight", (10, 64), kind="weight", block="head", cost=640.0, depth=2).size

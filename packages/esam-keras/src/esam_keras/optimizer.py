@@ -36,6 +36,9 @@ LOG_SUMS = ("sharpness_total", "sharpness_count", "share_total", "share_count")
 class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
     """Efficient sharpness-aware minimisation around any Keras optimizer.
 
+    The defaults are the paper's method; `beta=1.0, gamma=1.0` is SAM. The most accurate setting in
+    our study, which is small, was `perturb=Suffix(0.5), gamma=1.0, ascend=Part(0.25)`.
+
     Pass it to `model.compile` and train as usual. A Keras optimizer sees only gradients, but the
     second pass needs model, loss and batch. Therefore `compile` installs ESAM's training step in
     the model.
@@ -53,13 +56,18 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         perturb: a sampler of masks, instead of `beta`.
         select: a selector of samples, instead of `gamma`.
         adaptive: scale the perturbation by the weights (ASAM). Default False.
-        norm: "masked" (default), "estimated", "full" or "none".
+        norm: the norm that divides the ascent gradient. "masked" (default): that of the gradients
+            of the perturbed variables, as in the authors' code. "estimated": an estimate of the
+            whole gradient's norm from them. "full": the norm of the whole gradient, which needs a
+            whole backward pass. "none": no division, as in the paper's algorithm 1.
         norm_eps: added to the gradient's norm, > 0. Default 1e-12.
         ascend: the ascent direction: the gradient of the batch (`Batch()`, default) or of a part of
             it (`Part(share)`); or, without an ascent pass, the gradient of the previous update
             (`Previous()`) or the base optimizer's first moment (`Momentum()`).
         seed: the seed of masks and random selections, in [0, 2**63). Default 0.
-        on_nonfinite: "propagate" (default), "skip" or "raise": see `esam_core.config`.
+        on_nonfinite: what to do if a loss or gradient is not finite: "propagate" (default; it
+            reaches the base optimizer or a loss scaler), "skip" (weights and optimizer stay as they
+            are) or "raise" (`NonFiniteError`).
         logs: whether "sharpness" and "sample_share" appear in the logs. Default True.
         name: the name of the optimizer. Default "esam".
 

@@ -38,6 +38,9 @@ __all__ = ["ESAM"]
 class ESAM(DelegatingOptimizer):
     """Efficient sharpness-aware minimisation around any optimizer.
 
+    The defaults are the paper's method; `beta=1.0, gamma=1.0` is SAM. The most accurate setting in
+    our study, which is small, was `perturb=Suffix(0.5), gamma=1.0, ascend=Part(0.25)`.
+
     Args:
         base_optimizer: an optimizer of parameters of `model`, such as
             `torch.optim.SGD(model.parameters(), lr=0.1)`. Any optimizer whose `step` needs no
@@ -51,16 +54,19 @@ class ESAM(DelegatingOptimizer):
         perturb: a mask sampler, such as `Suffix("layer3")`, instead of `beta`.
         select: a data selector, such as `TopLoss(0.5)`, instead of `gamma`.
         adaptive: scale the perturbation by the weights (ASAM). Default False.
-        norm: the norm that divides the ascent gradient: "masked" (default), "estimated", "full" or
-            "none".
+        norm: the norm that divides the ascent gradient. "masked" (default): that of the gradients
+            of the perturbed tensors, as in the authors' code. "estimated": an estimate of the whole
+            gradient's norm from them. "full": the norm of the whole gradient, which needs a whole
+            backward pass. "none": no division, as in the paper's algorithm 1.
         norm_eps: added to that norm, finite, > 0. Default 1e-12.
         ascend: the ascent direction: the gradient of the batch (`Batch()`, default) or of a part of
             it (`Part(share)`); or, without an ascent pass, the gradient of the previous update
             (`Previous()`) or the base optimizer's first moment (`Momentum()`).
         seed: of masks and random selections, in [0, 2**63). Default 0.
-        on_nonfinite: "propagate" (default), "skip" or "raise".
+        on_nonfinite: what to do if a loss or gradient is not finite: "propagate" (default; it
+            reaches `.grad`), "skip" (the step adds nothing) or "raise" (`NonFiniteError`).
         blocks: the model's blocks in order of execution, as modules or names, for samplers that use
-            blocks. Default: found by watching one forward.
+            blocks. Default: found by watching one forward pass.
         budget: the most that a step may cost, in base steps (SAM costs 2), > 0, instead of `beta`,
             `gamma`, `perturb` and `select`: the first step measures the blocks and chooses;
             `plan()` returns the choice. Default None.
@@ -71,7 +77,8 @@ class ESAM(DelegatingOptimizer):
         ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
             and the value received.
 
-    Unlike in the paper, masks depend only on (seed, count); ties of losses go to the lower index.
+    Unlike in the paper, masks depend only on (seed, count); among samples with equal scores, the
+    one with the lower index is selected.
 
     Example:
         >>> import torch
@@ -141,14 +148,14 @@ class ESAM(DelegatingOptimizer):
     # -- the step ---------------------------------------------------------------------------------
 
     def loss(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> Tensor:
-        """Return the mean loss of a batch; its backward adds ESAM's gradient to `.grad`.
+        """Return the mean loss of a batch; its `backward()` adds ESAM's gradient to `.grad`.
 
         It is an ordinary differentiable tensor: scale it, divide it for accumulation, add other
-        losses to it. Computing it runs the forward of the ascent pass; its backward runs the rest
-        of the step (Du et al. 2022, algorithm 1). The weights are then bit for bit what they were,
-        and `report` describes the step. If the backward is never called, or gradients are
-        disabled, this is an ordinary forward. Losses that exist at the same time draw the same
-        mask.
+        losses to it. Computing it runs the forward pass of the ascent; its `backward()` runs the
+        rest of the step (Du et al. 2022, algorithm 1). The weights are then bit for bit what they
+        were, and `report` describes the step. If `backward()` is never called, or gradients are
+        disabled, this is an ordinary forward pass. If you compute several losses before the first
+        `backward()`, they all use the same mask.
 
         Args:
             losses: a function of the batch that calls the model and returns one loss per sample,
@@ -164,8 +171,8 @@ class ESAM(DelegatingOptimizer):
 
         Raises:
             ESAMValueError, ESAMTypeError: `losses` did not return one floating loss per sample.
-            ESAMRuntimeError: in the backward, if it is called a second time.
-            NonFiniteError: in the backward, if a value is not finite and `on_nonfinite="raise"`.
+            ESAMRuntimeError: in `backward()`, if it is called a second time.
+            NonFiniteError: in `backward()`, if a value is not finite and `on_nonfinite="raise"`.
 
         Example:
             >>> import torch
@@ -193,8 +200,8 @@ class ESAM(DelegatingOptimizer):
         """Run the base optimizer's update or, with `losses` and a batch, the whole step.
 
         Args:
-            closure: None (default): update with the gradients that a backward computed. With a
-                batch: `losses`, as in `loss`. Without a batch: a function that runs the backward
+            closure: None (default): update with the gradients that `backward()` computed. With a
+                batch: `losses`, as in `loss`. Without a batch: a function that calls `backward()`
                 itself.
             *batch: arguments of `losses`.
             **kwargs: keyword arguments of `losses`.
@@ -203,7 +210,8 @@ class ESAM(DelegatingOptimizer):
             The result of the base optimizer's `step`, or the `StepReport` if `losses` is given.
 
         Raises:
-            ESAMRuntimeError: `losses` is given, but gradients of an earlier backward are pending.
+            ESAMRuntimeError: `losses` is given, but gradients of an earlier `backward()` are
+                pending.
         """
         run = self._run
         if closure is None and (batch or kwargs):
@@ -230,13 +238,13 @@ class ESAM(DelegatingOptimizer):
         """Return the model's units with their blocks and costs, for `esam_core.cost`.
 
         Args:
-            losses: as in `loss`; called once, without a graph or side effects.
+            losses: as in `loss`; called once, without gradients or side effects.
             *batch: its arguments.
             **kwargs: its keyword arguments.
 
         Returns:
             One `Unit` per parameter tensor of the model, in its order, also for those that are not
-            in the optimizer. Costs are the floating-point operations of a forward on this batch.
+            in the optimizer. Costs are the FLOPs of a forward pass on this batch.
         """
         layout = self._run.lay_out(losses, (batch, kwargs), watch=True)
         return tuple(p.unit for p in all_parameters(layout, self.model))
@@ -246,7 +254,7 @@ class ESAM(DelegatingOptimizer):
 
         Args:
             losses: as in `loss`; may be None after the first step.
-            *batch: arguments of `losses`, which is called once, without a graph.
+            *batch: arguments of `losses`, which is called once, without gradients.
             **kwargs: keyword arguments of `losses`.
 
         Raises:

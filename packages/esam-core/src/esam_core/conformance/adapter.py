@@ -77,7 +77,7 @@ class Fault:
 
     Args:
         call: 1 for the first pass (the ascent), then in the order of `Observed.passes`.
-        error: the exception to raise there, after the forward of that pass.
+        error: the exception to raise there, after that pass's evaluation of the losses.
     """
 
     call: int
@@ -104,7 +104,7 @@ class Observed:
             this call added (for `backward`).
         passes: the number of samples of each evaluation of the losses, in order: (8, 8, 4) for
             b = 8 and gamma = .5; (8,) for a base step. With `Part(0.25)`, `TopIncrease(0.5)`:
-            (2, 6, 8, 4), for the part, the other samples without a graph, selection and descent.
+            (2, 6, 8, 4), for the part, the other samples without gradients, selection and descent.
     """
 
     losses: Array | None = None

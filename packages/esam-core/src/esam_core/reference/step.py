@@ -231,7 +231,7 @@ class Step:
         return directions.records_at_theta(self.config.ascend, self.config.select, b)
 
     def ascent(self, batch: Batch, part: Array) -> Evaluation:
-        """Phase 2, forward: l_i(theta) of the samples in the ascent pass.
+        """Phase 2, forward pass: l_i(theta) of the samples in the ascent pass.
 
         A single sample of a larger batch has no batch statistics: BatchNorm then uses the running
         statistics.
@@ -243,12 +243,12 @@ class Step:
         )
 
     def ascent_gradient(self, ascent: Evaluation, mask: Mask) -> list[Array | None]:
-        """Phase 2, backward: g = grad L, for the masked units only (for all, if norm="full")."""
+        """Phase 2, backward pass: g = grad L of the units in the mask (of all, if norm="full")."""
         gradient = ascent.gradient(mean_weights(len(ascent.losses)))
         return self.masked_gradients(gradient, mask)
 
     def masked_gradients(self, gradient: Mapping[str, Array], mask: Mask) -> list[Array | None]:
-        """Return the gradients of the masked units (of all, if norm="full"), else None."""
+        """Return the gradients of the units in the mask (of all, if norm="full"), else None."""
         return [
             gradient.get(unit.name) if m or self.config.norm == "full" else None
             for unit, m in zip(self.model.units, mask.perturbed, strict=True)
@@ -266,7 +266,7 @@ class Step:
         return any(m and g is not None for g, m in found)
 
     def scoring_pass(self, batch: Batch, part: Array, losses: Array | None) -> Array:
-        """Phase 2, forward, no graph: l_i(theta) of the samples outside the ascent pass.
+        """Phase 2, without gradients: l_i(theta) of the samples outside the ascent pass.
 
         Returns the losses of all samples, in order: with `Part`, merged with those of the part.
         """
@@ -309,7 +309,7 @@ class Step:
             theta += e
 
     def selection_pass(self, batch: Batch) -> Array:
-        """Phase 4, forward: l_i(theta + epsilon) of the whole batch. No graph, no update."""
+        """Phase 4: l_i(theta + epsilon) of the whole batch, without gradients or an update."""
         return self.model.evaluate(batch, statistics="batch", update=False).losses
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> selectors.Selection:
