@@ -39,7 +39,7 @@ html_theme_options = {"navigation_with_keys": True}
 def skip_reexported(app, what, name, obj, skip, options):  # noqa: ARG001 (Sphinx's signature)
     """Skip objects of another package: they are on that package's page."""
     page = app.env.docname.rpartition("/")[2]
-    package = getattr(obj, "__module__", page).partition(".")[0]
+    package = (getattr(obj, "__module__", None) or page).partition(".")[0]
     return True if what == "module" and package != page else skip
 
 
