@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
             title=f"{name:<10}",
         )
     x, y = next(batches.epoch(1))
-    with console.status("Timing interleaved steps and counting their operations"):
+    with console.status("Timing interleaved steps and counting their FLOPs"):
         prices = costs(start, x, y, options)
     x, y = (torch.cat(parts) for parts in zip(*batches.epoch(1), strict=True))
     x, y = x[:1024], y[:1024]

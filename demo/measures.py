@@ -20,7 +20,7 @@ __all__ = ["RADIUS", "costs", "sharpness"]
 
 #: The distance at which the sharpness of a minimum is measured, the same for all methods.
 RADIUS = 0.2
-#: Steps over which the operations of random masks are averaged.
+#: Steps over which the FLOPs of random masks are averaged.
 COUNTED = 100
 #: Timed steps of each method; the first two warm up.
 TURNS = 17
