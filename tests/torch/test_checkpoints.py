@@ -14,9 +14,11 @@ from esam_torch import (
     Every,
     Everything,
     Only,
+    Previous,
     Proportional,
     Random,
     RandomSuffix,
+    SideBySide,
     Sometimes,
     Suffix,
     TopIncrease,
@@ -189,6 +191,47 @@ def test_a_state_that_cannot_be_loaded_changes_nothing():
         optimizer.load_state_dict(state)
     before.check()
     assert optimizer.count == 1
+
+
+def test_a_bare_state_keeps_the_options_of_the_groups():
+    model = net()
+    groups = [
+        {"params": list(model.conv.parameters()), "esam_perturb": False},
+        {"params": list(model.head.parameters()), "esam_rho": 0.3, "esam_adaptive": True},
+    ]
+    optimizer = ESAM(torch.optim.SGD(groups, lr=0.1), model, beta=1.0)
+    bare = [{"params": g["params"]} for g in groups]
+    optimizer.load_state_dict(torch.optim.SGD(bare, lr=0.7).state_dict())
+    first, second = optimizer.param_groups
+    assert first["lr"] == second["lr"] == 0.7 and first["esam_perturb"] is False
+    assert second["esam_rho"] == 0.3 and second["esam_adaptive"] is True
+    assert optimizer.step(losses_of(model), *batch()).perturbed == ("head.weight", "head.bias")
+
+
+def test_a_direction_is_loaded_only_with_the_rest():
+    model = net()
+    optimizer = ESAM(sgd(model), model, ascend=Previous())
+    optimizer.step(losses_of(model), *batch())
+    state = copy.deepcopy(optimizer.state_dict())
+    state["esam"]["direction"] = {n: g + 1 for n, g in state["esam"]["direction"].items()}
+    state["param_groups"] = []
+    before = copy.deepcopy(optimizer._run.memory.gradients)
+    with pytest.raises(ValueError, match="parameter groups"):
+        optimizer.load_state_dict(state)
+    for name, gradient in optimizer._run.memory.gradients.items():
+        assert torch.equal(gradient, before[name])
+
+
+def test_side_by_side_loads_all_states_or_none():
+    model = net()
+    one = torch.optim.SGD(model.conv.parameters(), lr=0.1)
+    base = SideBySide(one, torch.optim.SGD(model.head.parameters(), lr=0.1))
+    state = copy.deepcopy(base.state_dict())
+    state["optimizers"][0]["param_groups"][0]["lr"] = 7.0
+    state["optimizers"][1]["param_groups"][0]["params"] = [0]
+    with pytest.raises(ESAMValueError, match=r"for optimizer 1, groups of \[1\] .* of \[2\]"):
+        base.load_state_dict(state)
+    assert [group["lr"] for group in base.param_groups] == [0.1, 0.1]
 
 
 def test_loading_forgets_pending_gradients():

@@ -142,6 +142,22 @@ def test_changes_of_gradients_by_the_base_optimizer_do_not_affect_the_direction(
         assert torch.equal(kept[name], g)
 
 
+def test_the_direction_of_a_replaced_head_is_not_used():
+    """Another parameter has its name; its shape may even broadcast."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))
+    losses = lambda x: model(x).square().mean(1)  # noqa: E731
+    optimizer = ESAM(sgd(model), model, rho=0.2, beta=1.0, gamma=1.0, ascend=Previous())
+    optimizer.step(losses, torch.randn(8, 4))
+    optimizer.param_groups[0]["params"] = list(model[:1].parameters())
+    model[1] = nn.Linear(6, 5)
+    optimizer.param_groups[0]["params"] += list(model[1].parameters())
+    before = model[1].weight.detach().clone()
+    seen = []
+    model[1].register_forward_pre_hook(lambda m, _: seen.append(m.weight.detach().clone()))
+    optimizer.backward(losses, torch.randn(8, 4))
+    assert len(seen) == 1 and torch.equal(seen[0], before)
+
+
 BASES = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.01),

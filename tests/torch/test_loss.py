@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -520,6 +521,52 @@ def test_its_gradient_has_no_graph():
         loss = optimizer.loss(losses, *batch())
         with pytest.raises(ESAMRuntimeError, match="`create_graph` must be False"):
             torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+# -- terms that a forward keeps ------------------------------------------------------------------
+
+
+class Keeping(nn.Module):
+    """A network that keeps an auxiliary loss, features, or features without a graph."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+        self.trunk, self.aux, self.head = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        features = torch.tanh(self.trunk(x))
+        if self.kept == "loss":
+            self.early = self.aux(features).square().mean()
+        elif self.kept == "in a list":
+            self.early = [self.aux(features), None]
+        else:
+            self.early = features.detach()
+        return self.head(features)
+
+
+@pytest.mark.parametrize("kept", ["loss", "in a list", "detached"])
+def test_a_term_that_the_forward_keeps_has_its_gradient(kept):
+    torch.manual_seed(0)
+    model, (x, y) = Keeping(kept), (torch.randn(8, 4), torch.randint(3, (8,)))
+    optimizer = ESAM(sgd(model), model, perturb=Suffix("head"), gamma=1.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = optimizer.loss(losses_of(model), x, y)
+        assert len(caught) == (step == 1 and kept != "detached")
+        assert not caught or "To save them, detach" in str(caught[0].message)
+        if kept == "detached":
+            loss.backward()
+            assert not optimizer._run.layout(losses_of(model), ((x, y), {})).writes.keeps_graphs
+            continue
+        term = model.early if kept == "loss" else model.early[0].square().mean()
+        wanted = torch.autograd.grad(term, list(model.aux.parameters()), retain_graph=True)
+        (loss + term).backward()
+        for parameter, gradient in zip(model.aux.parameters(), wanted, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+        optimizer.step()
 
 
 # -- losses that depend on no perturbed weight -----------------------------------------------------

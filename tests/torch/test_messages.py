@@ -129,6 +129,20 @@ def test_a_closure(number):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["no backward", "a plain backward"])
+def test_a_closure_without_the_backward_of_an_esam_loss_warns(kind):
+    model = net()
+    optimizer = ESAM(sgd(model), model)
+
+    def closure():
+        if kind == "no backward":
+            return optimizer.loss(losses_of(model), *batch())
+        return losses_of(model)(*batch()).mean().backward()
+
+    with pytest.warns(UserWarning, match=r"step\(\) without a backward of optimizer.loss"):
+        optimizer.step(closure)
+
+
 def test_a_mean_with_a_batch_is_not_taken_for_a_closure():
     model, optimizer = make()
     message = refuses(

@@ -475,3 +475,34 @@ def test_a_step_of_a_model_that_writes_nothing_copies_nothing(monkeypatch):
     for x, y in batches(9):
         optimizer.step(losses_of(model), x, y)
     assert set(walks) == {1, 2, 3, 4, 8}
+
+
+def test_statistics_of_a_model_whose_first_step_was_in_evaluation_mode():
+    """Torch does not count that batch_norm has written; values are compared once in each mode."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(4, 6), OwnNorm(6), nn.Linear(6, 3)), *batches(1)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for training in (False, True, True):
+        model.train(training)
+        twin = copy.deepcopy(model)
+        twin(x)
+        optimizer.step(losses_of(model), x, y)
+        assert torch.equal(model[1].mean, twin[1].mean) and torch.equal(model[1].var, twin[1].var)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_buffers_of_a_scripted_module():
+    torch.manual_seed(0)
+    inner = torch.jit.script(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU()))
+    model, (x, y) = nn.Sequential(nn.Linear(4, 6), inner, nn.Linear(6, 3)), *batches(1)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for _ in range(4):
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        with torch.no_grad():
+            model(x)
+        wanted = {name: b.clone() for name, b in model.named_buffers()}
+        for name, buffer in model.named_buffers():
+            buffer.copy_(before[name])
+        optimizer.step(losses_of(model), x, y)
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, wanted[name])

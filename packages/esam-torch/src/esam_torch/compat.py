@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -55,7 +56,14 @@ COMPILED_MODELS_SEE_REQUIRES_GRAD = tuple(map(int, torch.__version__.split(".")[
 
 def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:
     """Return a module's own dictionary of buffers, which can be changed; `named_buffers` copies."""
-    return module._buffers
+    own: Any = module._buffers
+    if isinstance(own, dict):
+        return own
+    # A scripted module: its buffers are written in place, but not replaced.
+    return _OF_SCRIPTED.setdefault(module, dict(module.named_buffers(recurse=False)))
+
+
+_OF_SCRIPTED: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.WeakKeyDictionary()
 
 
 def count_writes(tensor: Tensor) -> int:

@@ -30,6 +30,12 @@ PRUNED = (
 )
 
 
+KEPT = (
+    "The model keeps tensors of its forward pass in attributes, such as a loss or features. You may "
+    "add them to the loss, so the ascent pass computes all gradients and saves none. To save them, "
+    "detach these tensors, or return them from `losses`."
+)
+
 LATE = (
     "A forward wrote to a frozen weight or a buffer that ESAM had not copied, because it was not "
     "written in the first steps or is larger than all trained weights. From now on it is written "

@@ -35,7 +35,7 @@ from esam_torch.inputs import copy_tensors
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
-from esam_torch.notes import CLOSURE, LATE
+from esam_torch.notes import CLOSURE, KEPT, LATE
 from esam_torch.notices import Notices, compilation_warning, rounding_warning
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
@@ -314,7 +314,12 @@ class Run:
 
     def _prunes(self, losses: LossFunction, layout: Layout, targets: Targets) -> bool:
         """Return whether the ascent pass builds its graph only for the perturbed weights."""
-        if not targets.idle or not (self._compiled or is_compiled_function(losses)):
+        if not targets.idle:
+            return True
+        if layout.writes.keeps_graphs:
+            self.notices.add("kept", KEPT)
+            return False
+        if not (self._compiled or is_compiled_function(losses)):
             return True
         masks = self.config.perturb.masks(layout.units)
         few = masks is not None and len(masks) <= _MOST_COMPILED_MASKS

@@ -123,13 +123,19 @@ class Step:
         """Return the mean loss at theta of the samples in the ascent pass, with its graph."""
         task = self.task
         with self._climbing(), self._watching():
+            pruned = bool(self._off)
             if task.climb.part is None or not task.perturbs:
                 batch = task.samples.bare(self._batch)
-                self._values, self._outputs = self._forward(batch, whole=not self._off)
+                self._values, self._outputs = self._forward(batch, whole=not pruned)
             else:
                 self._values, self._outputs = self._forward_of(task.climb.part)
                 self._after_part = RandomState(task.layout.devices)
         self._first.note()
+        if pruned and task.records_at_theta and self._keeps_graphs():
+            self._first.undo()
+            self._random.restore()
+            self.task = dataclasses.replace(task, prune=False)
+            return self._first_pass()
         if task.perturbs and not task.records_at_theta:
             self._first.undo()  # keep what the descent pass writes
         self._expected = self._b
@@ -139,6 +145,25 @@ class Step:
         if (task.perturbs or first) and self._selected < self._b:
             task.samples.check(self._batch, self._b)
         return self._values.mean()
+
+    def _keeps_graphs(self) -> bool:
+        """Return whether a forward puts tensors with a graph into attributes, such as a loss.
+
+        The user may add them to the loss, so their graph must not lack any gradient. A pruned pass
+        may have left them without a graph: then one more forward shows whether they have one.
+        """
+        task, writes = self.task, self.task.layout.writes
+        kept = [row for row in writes.kept_tensors() if row[0] not in writes.without_graphs]
+        if any(tensor.requires_grad for _, tensor in kept):
+            writes.keeps_graphs = True
+        elif kept:
+            with without_side_effects(task.model, task.layout.devices, writes):
+                self._first.rewind()
+                self._random.restore()
+                self._forward(task.samples.bare(self._batch))
+                writes.keeps_graphs = any(t.requires_grad for _, t in writes.kept_tensors())
+            writes.without_graphs.update(key for key, _ in kept)
+        return writes.keeps_graphs
 
     def _forward_of(self, indices: Tensor) -> tuple[Tensor, Any]:
         """Run `_forward` on some samples of the batch.
