@@ -95,7 +95,8 @@ def graph_nodes(
     """Return the nodes of a tensor's graph, without duplicates: those inside, and the ends."""
     waiting = [] if tensor.grad_fn is None else [tensor.grad_fn]
     seen = set(waiting)
-    inner, ends = [], []
+    inner: list[torch.autograd.graph.Node] = []
+    ends: list[torch.autograd.graph.Node] = []
     while waiting:
         node = waiting.pop()
         following = node.next_functions

@@ -16,7 +16,7 @@ from esam_torch.sharded import local
 from esam_torch.targets import Targets
 from esam_torch.values import is_half
 
-__all__ = ["Autocast", "Modes", "RandomState", "Weights"]
+__all__ = ["Autocast", "GradientsOff", "Modes", "RandomState", "Weights", "running_statistics"]
 
 
 class RandomState:
@@ -109,6 +109,35 @@ class Modes:
         """Set the mode of each module, and of no submodule."""
         for module, training in zip(self._modules, modes, strict=True):
             module.training = training
+
+
+class GradientsOff:
+    """Switches off the gradients of parameters for some passes.
+
+    Attributes:
+        parameters: those whose gradients are switched off now.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def inside(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+        """Compute no gradients of these parameters inside the context."""
+        try:
+            for parameter in parameters:
+                if parameter.requires_grad:  # the user may have frozen it since an earlier pass
+                    self.parameters.append(parameter)
+                    parameter.requires_grad_(False)
+            yield
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Compute all gradients again."""
+        while self.parameters:
+            self.parameters[-1].requires_grad_(True)
+            self.parameters.pop()
 
 
 class Weights:

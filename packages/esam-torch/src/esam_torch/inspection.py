@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
+from esam_torch.ascent import graph_leaves
 from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.guards import RandomState
 from esam_torch.notes import WITHOUT_A_GRAPH, note_errors
@@ -19,7 +20,14 @@ from esam_torch.targets import Options, Targets, find_targets
 from esam_torch.wrappers import bare_model
 from esam_torch.written import Writes
 
-__all__ = ["Layout", "Parameter", "lay_out", "parameters_of", "without_side_effects"]
+__all__ = [
+    "Layout",
+    "Parameter",
+    "find_leaves",
+    "lay_out",
+    "parameters_of",
+    "without_side_effects",
+]
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,12 @@ def without_side_effects(
     finally:
         before.undo()
         random.restore()
+
+
+def find_leaves(forward: Callable[[], Tensor], model: nn.Module, layout: Layout) -> set[int]:
+    """Return the ids of the leaves that a forward's result depends on, without side effects."""
+    with without_side_effects(model, layout.devices, layout.writes):
+        return {id(leaf) for leaf in graph_leaves(forward())}
 
 
 def lay_out(

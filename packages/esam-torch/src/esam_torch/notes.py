@@ -31,9 +31,10 @@ PRUNED = (
 
 
 KEPT = (
-    "The model keeps tensors of its forward pass in attributes, such as a loss or features. You may "
-    "add them to the loss, so the ascent pass computes all gradients and saves none. To save them, "
-    "detach these tensors, or return them from `losses`."
+    "The model keeps tensors of its forward pass in attributes, such as a loss or features. You "
+    "may add them to the loss, so from now on the ascent pass computes all gradients, and saves "
+    "none. In the first step, gradients through these tensors were incomplete. If you use them "
+    "only inside `losses`, detach or delete them there to save gradients again."
 )
 
 LATE = (

@@ -221,7 +221,7 @@ class Run:
         Args:
             closure: None, or a function that runs the backward itself, as for torch's optimizers.
         """
-        result = None
+        result, plain = None, True
         if closure is not None:
             check_losses(closure)
             before = self._losses_computed
@@ -230,7 +230,8 @@ class Run:
             # Lightning's weight averaging runs closures that compute a loss without a backward.
             if self._losses_computed == before and result is not None:
                 raise ESAMTypeError(CLOSURE)
-        if not (self.pending or self.skipped or self._moves_nothing()):
+            plain = self._losses_computed == before
+        if plain and not (self.pending or self.skipped or self._moves_nothing()):
             self.notices.add("plain", _PLAIN)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False

@@ -7,7 +7,6 @@ buffers and random state are restored.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,14 +17,21 @@ from torch import Tensor
 from esam_core import ESAMValueError, Momentum, NonFiniteError, Previous, StepReport
 from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import buffer_versions, comparable, disagreement
-from esam_torch.ascent import ascent_gradients, gradients_of, graph_leaves
+from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.batch import Batch
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import Autocast, Modes, RandomState, Weights, running_statistics
+from esam_torch.guards import (
+    Autocast,
+    GradientsOff,
+    Modes,
+    RandomState,
+    Weights,
+    running_statistics,
+)
 from esam_torch.inputs import Unwritten, read_only
-from esam_torch.inspection import without_side_effects
+from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
@@ -59,7 +65,7 @@ class Step:
         self._written: Kept
         self._expected = task.climb.batch_size
         self._reached: set[int] = set()
-        self._off: list[Tensor] = []  # parameters whose gradients are switched off
+        self._gradients_off = GradientsOff()
 
     # -- the two halves ---------------------------------------------------------------------------
 
@@ -110,7 +116,7 @@ class Step:
         """Restore everything that the step may have changed."""
         if not hasattr(self, "_synchronised"):
             return  # the copies are incomplete, but nothing has been changed
-        self._switch_on()
+        self._gradients_off.end()
         if self._weights is not None:
             self._weights.restore()
             self._refresh_weights()
@@ -123,19 +129,15 @@ class Step:
         """Return the mean loss at theta of the samples in the ascent pass, with its graph."""
         task = self.task
         with self._climbing(), self._watching():
-            pruned = bool(self._off)
             if task.climb.part is None or not task.perturbs:
                 batch = task.samples.bare(self._batch)
-                self._values, self._outputs = self._forward(batch, whole=not pruned)
+                self._values, self._outputs = self._forward(
+                    batch, whole=not self._gradients_off.parameters
+                )
             else:
                 self._values, self._outputs = self._forward_of(task.climb.part)
                 self._after_part = RandomState(task.layout.devices)
         self._first.note()
-        if pruned and task.records_at_theta and self._keeps_graphs():
-            self._first.undo()
-            self._random.restore()
-            self.task = dataclasses.replace(task, prune=False)
-            return self._first_pass()
         if task.perturbs and not task.records_at_theta:
             self._first.undo()  # keep what the descent pass writes
         self._expected = self._b
@@ -145,25 +147,6 @@ class Step:
         if (task.perturbs or first) and self._selected < self._b:
             task.samples.check(self._batch, self._b)
         return self._values.mean()
-
-    def _keeps_graphs(self) -> bool:
-        """Return whether a forward puts tensors with a graph into attributes, such as a loss.
-
-        The user may add them to the loss, so their graph must not lack any gradient. A pruned pass
-        may have left them without a graph: then one more forward shows whether they have one.
-        """
-        task, writes = self.task, self.task.layout.writes
-        kept = [row for row in writes.kept_tensors() if row[0] not in writes.without_graphs]
-        if any(tensor.requires_grad for _, tensor in kept):
-            writes.keeps_graphs = True
-        elif kept:
-            with without_side_effects(task.model, task.layout.devices, writes):
-                self._first.rewind()
-                self._random.restore()
-                self._forward(task.samples.bare(self._batch))
-                writes.keeps_graphs = any(t.requires_grad for _, t in writes.kept_tensors())
-            writes.without_graphs.update(key for key, _ in kept)
-        return writes.keeps_graphs
 
     def _forward_of(self, indices: Tensor) -> tuple[Tensor, Any]:
         """Run `_forward` on some samples of the batch.
@@ -282,6 +265,8 @@ class Step:
         alone = contextlib.nullcontext() if self._synchronised else self.task.ranks.apart()
         with alone:
             total, values, _ = self._descent_loss(selected)
+            if self.task.records_at_theta:  # otherwise the user sees only what this pass has kept
+                self.task.layout.writes.find_graphs()
             if self._comparable and selected is not None and after is not None:
                 self._disagreement = disagreement(after, selected.indices, values)
         if self.task.before_descent is not None:
@@ -301,21 +286,17 @@ class Step:
             return values.mean(), values, outputs
         values, outputs = self._forward_of(selected.indices)
         if not values.requires_grad:
-            self._reached = self._find_reached()
+            # A constant loss for images without objects, say. The gradient is 0 for the parameters
+            # that the other samples use.
+            task = self.task
+            self._reached = find_leaves(self._whole_batch, task.model, task.layout)
         return (selected.weights.to(values.dtype) * values).sum(), values, outputs
 
-    def _find_reached(self) -> set[int]:
-        """Return the ids of the tensors that the losses of the whole batch depend on.
-
-        The selected samples depend on none: a constant loss for images without objects, say. Their
-        gradient is then 0 for the parameters that the others use.
-        """
-        task = self.task
-        with without_side_effects(task.model, task.layout.devices, task.layout.writes):
-            self._first.rewind()
-            batch = task.samples.bare(self._batch)
-            values, _ = self._forward(batch, expected=self._b, whole=True)
-            return {id(leaf) for leaf in graph_leaves(values)}
+    def _whole_batch(self) -> Tensor:
+        """Return the losses of the whole batch with their graph, as this step's first pass."""
+        self._first.rewind()
+        batch = self.task.samples.bare(self._batch)
+        return self._forward(batch, expected=self._b, whole=True)[0]
 
     def _forward(
         self, batch: Batch, expected: int | None = None, *, whole: bool = False
@@ -375,21 +356,9 @@ class Step:
             if whole:
                 yield
                 return
-            try:
-                for parameter in task.targets.idle:
-                    if parameter.requires_grad:  # the user may have frozen it since the forward
-                        self._off.append(parameter)
-                        parameter.requires_grad_(False)
-                with note_errors(PRUNED, RuntimeError, "does not require grad"):
-                    yield
-            finally:
-                self._switch_on()
-
-    def _switch_on(self) -> None:
-        """Compute gradients of all trained parameters again."""
-        while self._off:
-            self._off[-1].requires_grad_(True)
-            self._off.pop()
+            pruned = note_errors(PRUNED, RuntimeError, "does not require grad")
+            with self._gradients_off.inside(task.targets.idle), pruned:
+                yield
 
     def _every(self) -> Sequence[Tensor] | None:
         """Return all parameters with a gradient if the model is sharded, else None."""
@@ -426,17 +395,7 @@ class Step:
                 'Use on_nonfinite="skip" to skip such steps.'
             )
         self._first.undo()
-        seen = result.report
-        report = StepReport(
-            count=task.count,
-            losses=seen.losses,
-            perturbed_losses=seen.perturbed_losses if seen.losses is None else None,
-            skipped=True,
-            outputs=seen.outputs,
-            part=seen.part,
-            batch_size=seen.batch_size,
-        )
-        return dataclasses.replace(result, gradients=[None] * len(result.gradients), report=report)
+        return result.skipped()
 
     def _base_report(self) -> StepReport:
         """Return the report of a base step."""

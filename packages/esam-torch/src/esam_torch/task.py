@@ -1,7 +1,7 @@
 """The inputs and the result of a step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -83,3 +83,17 @@ class StepResult:
     report: StepReport
     rounded: Tensor | None = None
     disagreement: str | None = None
+
+    def skipped(self) -> "StepResult":
+        """Return the result of a step that adds nothing, because a value was not finite."""
+        seen = self.report
+        report = StepReport(
+            count=seen.count,
+            losses=seen.losses,
+            perturbed_losses=seen.perturbed_losses if seen.losses is None else None,
+            skipped=True,
+            outputs=seen.outputs,
+            part=seen.part,
+            batch_size=seen.batch_size,
+        )
+        return replace(self, gradients=[None] * len(self.gradients), report=report)

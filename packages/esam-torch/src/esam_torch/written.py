@@ -87,7 +87,6 @@ class Writes:
         late: whether a value without a copy was written for the first time.
         keeps_graphs: whether a forward puts tensors with a graph into attributes. The user may add
             them to the loss, outside `losses`.
-        without_graphs: places of tensors that have none.
     """
 
     def __init__(self, model: nn.Module, trained: Iterable[Tensor], *, weights: bool) -> None:
@@ -108,7 +107,6 @@ class Writes:
         self.statistics_layers: list[nn.Module] = []
         self.late = False
         self.keeps_graphs = False
-        self.without_graphs: set[_Key] = set()
 
     def before_forward(self) -> "Forward":
         """Return a record of the state before the first forward of a step."""
@@ -164,13 +162,11 @@ class Writes:
             self.set_idle(self._idle)
         return [c.tensor for c in found]
 
-    def kept_tensors(self) -> Iterator[tuple[_Key, Tensor]]:
-        """Yield the floating tensors that a forward has put into attributes."""
-        for key, (names, name) in self._places.items():
-            if key not in self._values:
-                for tensor in tensors_in(names.get(name)):
-                    if tensor.is_floating_point():
-                        yield key, tensor
+    def find_graphs(self) -> None:
+        """Find whether the last forward, with all gradients, has left graphs in attributes."""
+        if self._places and not self.keeps_graphs:
+            places = (place for key, place in self._places.items() if key not in self._values)
+            self.keeps_graphs = any(t.requires_grad for t in _tensors(places))
 
     def set_idle(self, candidates: Iterable[_Candidate]) -> None:
         """Compare the version counters of the other candidates in later steps."""
