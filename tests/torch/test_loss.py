@@ -559,7 +559,7 @@ def test_a_term_that_the_forward_keeps_has_its_gradient(kept):
             warnings.simplefilter("always")
             loss = optimizer.loss(losses, x, y)
         assert len(caught) == (step == 0 and kept != "detached")
-        assert not caught or "To save them, detach" in str(caught[0].message)
+        assert not caught or "detach or delete them there" in str(caught[0].message)
         if kept == "detached":
             loss.backward()
             continue

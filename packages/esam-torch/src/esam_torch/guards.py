@@ -16,7 +16,7 @@ from esam_torch.sharded import local
 from esam_torch.targets import Targets
 from esam_torch.values import is_half
 
-__all__ = ["Autocast", "GradientsOff", "Modes", "RandomState", "Weights", "running_statistics"]
+__all__ = ["Autocast", "Modes", "Pruning", "RandomState", "Weights", "running_statistics"]
 
 
 class RandomState:
@@ -111,7 +111,7 @@ class Modes:
             module.training = training
 
 
-class GradientsOff:
+class Pruning:
     """Switches off the gradients of parameters for some passes.
 
     Attributes:

@@ -79,6 +79,12 @@ class Layout:
             for group, (then, old) in zip(groups, self.groups, strict=True)
         )
 
+    def gathered(self) -> Sequence[Tensor] | None:
+        """Return all parameters with a gradient if the model is sharded, else None."""
+        if self.shards is None:
+            return None
+        return [p for p in (*self.tensors, *self.others) if p.requires_grad]
+
     def targets(self, mask: Mask, defaults: Options) -> Targets:
         """Return the targets of a mask under the current options of the groups."""
         trained = tuple([t.dtype if t.requires_grad else None for t in self.tensors])

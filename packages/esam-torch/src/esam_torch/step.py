@@ -22,14 +22,7 @@ from esam_torch.batch import Batch
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import (
-    Autocast,
-    GradientsOff,
-    Modes,
-    RandomState,
-    Weights,
-    running_statistics,
-)
+from esam_torch.guards import Autocast, Modes, Pruning, RandomState, Weights, running_statistics
 from esam_torch.inputs import Unwritten, read_only
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
@@ -65,7 +58,7 @@ class Step:
         self._written: Kept
         self._expected = task.climb.batch_size
         self._reached: set[int] = set()
-        self._gradients_off = GradientsOff()
+        self._pruning = Pruning()
 
     # -- the two halves ---------------------------------------------------------------------------
 
@@ -100,23 +93,20 @@ class Step:
         """
         self._read.check()
         with torch.enable_grad(), self._autocast.restoring(), self._modes.restoring():
-            if self.task.perturbs:
-                result = self._perturbed_step(scale, inputs)
-            else:
-                result = self._base_step(scale, inputs)
-            return self._check(result)
+            run = self._perturbed_step if self.task.perturbs else self._base_step
+            return self._check(run(scale, inputs))
 
     def finish_base(self) -> StepResult:
         """Return the result of a base step whose gradient is computed by the script's backward."""
         if self.task.before_descent is not None:
             self.task.before_descent()
-        return StepResult((), self._base_report())
+        return StepResult((), self._report(self._values.detach()))
 
     def undo(self) -> None:
         """Restore everything that the step may have changed."""
         if not hasattr(self, "_synchronised"):
             return  # the copies are incomplete, but nothing has been changed
-        self._gradients_off.end()
+        self._pruning.end()
         if self._weights is not None:
             self._weights.restore()
             self._refresh_weights()
@@ -130,10 +120,8 @@ class Step:
         task = self.task
         with self._climbing(), self._watching():
             if task.climb.part is None or not task.perturbs:
-                batch = task.samples.bare(self._batch)
-                self._values, self._outputs = self._forward(
-                    batch, whole=not self._gradients_off.parameters
-                )
+                whole = not task.prunes
+                self._values, self._outputs = self._forward_all(self._expected, whole=whole)
             else:
                 self._values, self._outputs = self._forward_of(task.climb.part)
                 self._after_part = RandomState(task.layout.devices)
@@ -162,14 +150,16 @@ class Step:
             part = samples.take(self._batch, indices, b)
             note = functools.partial(samples.note, self._batch, k, b)
             stack.enter_context(note_errors(note, Exception))
-            return self._forward(part, expected=k)
+            return self._forward(part, k)
 
     def _base_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Run only the backward of the first pass: nothing is perturbed."""
         if self.task.before_descent is not None:
             self.task.before_descent()
         total = nan_if_flawed(self._mean, flaw_in(self._values))
-        return StepResult(self._gradients(total, scale, inputs), self._base_report())
+        return StepResult(
+            self._gradients(total, scale, inputs), self._report(self._values.detach())
+        )
 
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Passes 2 to 6 of the step."""
@@ -226,7 +216,7 @@ class Step:
         if task.layout.shards is not None:
             # Ranks share one epsilon, so a non-finite loss on one rank must affect all.
             loss = nan_if_flawed(loss, flaw_in(self._values))
-        found = ascent_gradients(loss, wanted, scale, every=self._every())
+        found = ascent_gradients(loss, wanted, scale, every=self.task.layout.gathered())
         return perturb(
             found,
             targets,
@@ -251,7 +241,7 @@ class Step:
         with torch.no_grad(), self.task.ranks.apart(), without:
             if indices is not None:
                 return self._forward_of(indices)[0].clone()
-            return self._forward(self.task.samples.bare(self._batch), expected=b)[0].clone()
+            return self._forward_all(b)[0].clone()
 
     def _descent(
         self,
@@ -281,25 +271,25 @@ class Step:
         if not self.task.records_at_theta or (selected and len(selected.indices) == 1):
             self._written.statistics.restore()
         if selected is None:
-            batch = self.task.samples.bare(self._batch)
-            values, outputs = self._forward(batch, expected=self._expected, whole=True)
+            values, outputs = self._forward_all(self._expected, whole=True)
             return values.mean(), values, outputs
         values, outputs = self._forward_of(selected.indices)
         if not values.requires_grad:
-            # A constant loss for images without objects, say. The gradient is 0 for the parameters
-            # that the other samples use.
-            task = self.task
-            self._reached = find_leaves(self._whole_batch, task.model, task.layout)
+            # A constant loss for images without objects, say: 0 for what the other samples use.
+            self._reached = find_leaves(self._first_losses, self.task.model, self.task.layout)
         return (selected.weights.to(values.dtype) * values).sum(), values, outputs
 
-    def _whole_batch(self) -> Tensor:
-        """Return the losses of the whole batch with their graph, as this step's first pass."""
+    def _first_losses(self) -> Tensor:
+        """Return the losses of the whole batch with their graph, as in a first pass."""
         self._first.rewind()
-        batch = self.task.samples.bare(self._batch)
-        return self._forward(batch, expected=self._b, whole=True)[0]
+        return self._forward_all(self._b, whole=True)[0]
+
+    def _forward_all(self, expected: int | None, *, whole: bool = False) -> tuple[Tensor, Any]:
+        """Run `_forward` on the whole batch."""
+        return self._forward(self.task.samples.bare(self._batch), expected, whole=whole)
 
     def _forward(
-        self, batch: Batch, expected: int | None = None, *, whole: bool = False
+        self, batch: Batch, expected: int | None, *, whole: bool = False
     ) -> tuple[Tensor, Any]:
         """Return (b,) losses with their graph, and the other outputs of the user's function.
 
@@ -347,25 +337,13 @@ class Step:
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:
         """Compute gradients only of perturbed weights, only on this rank, inside the context."""
-        task = self.task
-        if not task.perturbs:
+        with contextlib.ExitStack() as stack:
+            if self.task.perturbs:
+                stack.enter_context(self.task.ranks.apart())
+            if self.task.prunes:
+                stack.enter_context(note_errors(PRUNED, RuntimeError, "does not require grad"))
+                stack.enter_context(self._pruning.inside(self.task.targets.idle))
             yield
-            return
-        whole = task.config.norm == "full" or task.layout.shards is not None or not task.prune
-        with task.ranks.apart():
-            if whole:
-                yield
-                return
-            pruned = note_errors(PRUNED, RuntimeError, "does not require grad")
-            with self._gradients_off.inside(task.targets.idle), pruned:
-                yield
-
-    def _every(self) -> Sequence[Tensor] | None:
-        """Return all parameters with a gradient if the model is sharded, else None."""
-        layout = self.task.layout
-        if layout.shards is None:
-            return None
-        return [p for p in (*layout.tensors, *layout.others) if p.requires_grad]
 
     def _gradients(
         self, total: Tensor, scale: Tensor, inputs: Sequence[Tensor]
@@ -373,7 +351,7 @@ class Step:
         """Return the gradients of the inputs."""
         if not total.requires_grad and self.task.layout.shards is None:
             return [torch.zeros_like(x) if id(x) in self._reached else None for x in inputs]
-        return gradients_of(total, inputs, scale, every=self._every())
+        return gradients_of(total, inputs, scale, every=self.task.layout.gathered())
 
     def _refresh_weights(self) -> None:
         """Let sharded models gather the weights again, and autocast cast them again."""
@@ -384,9 +362,9 @@ class Step:
     def _check(self, result: StepResult) -> StepResult:
         """Return the result; skip it or raise if it is not finite, depending on `on_nonfinite`."""
         task = self.task
-        if task.config.on_nonfinite == "propagate":
-            return result
-        if task.ranks.agree(all_finite(result.gradients), task.layout.tensors):
+        if task.config.on_nonfinite == "propagate" or task.ranks.agree(
+            all_finite(result.gradients), task.layout.tensors
+        ):
             return result
         if task.config.on_nonfinite == "raise":
             raise NonFiniteError(
@@ -397,29 +375,26 @@ class Step:
         self._first.undo()
         return result.skipped()
 
-    def _base_report(self) -> StepReport:
-        """Return the report of a base step."""
-        losses = self._values.detach()
-        return StepReport(
-            count=self.task.count, losses=losses, outputs=self._outputs, batch_size=len(losses)
-        )
-
     def _report(
-        self, before: Tensor | None, after: Tensor | None, selected: Selected | None, ascent: Ascent
+        self,
+        before: Tensor | None,
+        after: Tensor | None = None,
+        selected: Selected | None = None,
+        ascent: Ascent | None = None,
     ) -> StepReport:
-        """Return the report of the step."""
+        """Return the report of the step; without an ascent, that of a base step."""
         return StepReport(
             count=self.task.count,
             losses=before,
             perturbed_losses=after,
             indices=None if selected is None else selected.indices,
             sample_weights=None if selected is None else selected.weights,
-            perturbation_norm=ascent.perturbation_norm,
-            gradient_norm=ascent.gradient_norm,
+            perturbation_norm=0.0 if ascent is None else ascent.perturbation_norm,
+            gradient_norm=None if ascent is None else ascent.gradient_norm,
             perturbed=self.task.targets.names,
             weight_share=self.task.targets.weight_share,
             sample_share=1.0 if selected is None else len(selected.indices) / self._b,
             outputs=self._outputs,
-            part=self.task.climb.part,
+            part=None if ascent is None else self.task.climb.part,
             batch_size=self._b,
         )

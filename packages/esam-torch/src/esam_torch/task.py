@@ -66,6 +66,13 @@ class Task:
         """Whether anything is perturbed."""
         return bool(self.targets.tensors)
 
+    @property
+    def prunes(self) -> bool:
+        """Whether the ascent pass computes only the gradients of perturbed parameters."""
+        if not (self.prune and self.perturbs and self.targets.idle):
+            return False
+        return self.config.norm != "full" and self.layout.shards is None
+
 
 @dataclass(frozen=True)
 class StepResult:
