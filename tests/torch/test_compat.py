@@ -32,3 +32,12 @@ def test_clones_have_the_values_and_strides_but_no_graph_and_no_shared_memory(
         assert copy.stride() == tensor.stride() and not copy.requires_grad
         assert copy.data_ptr() != tensor.data_ptr()
         assert torch.equal(copy.view(torch.int32), tensor.detach().view(torch.int32))
+
+
+def test_writes_of_several_tensors_are_counted():
+    with torch.inference_mode():
+        uncounted = torch.ones(2)
+    written, other = torch.ones(2), torch.ones(2)
+    written.add_(1.0)
+    assert compat.count_all_writes([written, other]) == [1, 0]
+    assert compat.count_all_writes([written, uncounted, other]) == [1, 0, 0]

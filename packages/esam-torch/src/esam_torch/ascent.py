@@ -79,8 +79,7 @@ def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:
     It runs a separate backward, which `torch.autograd.grad` does not see: parameters used inside it
     seem to be unused.
     """
-    inner, ends = graph_nodes(loss)
-    for node in (*inner, *ends):
+    for node in graph_nodes(loss)[0]:
         if node.name() == "CheckpointFunctionBackward":
             raise ESAMRuntimeError(
                 "Activation checkpointing must be non-reentrant: call "
@@ -91,21 +90,21 @@ def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:
 
 def graph_nodes(
     tensor: Tensor,
-) -> tuple[list[torch.autograd.graph.Node], list[torch.autograd.graph.Node]]:
-    """Return the nodes of a tensor's graph, without duplicates: those inside, and the ends."""
+) -> tuple[set[torch.autograd.graph.Node], list[torch.autograd.graph.Node]]:
+    """Return all nodes of a tensor's graph, and those at its ends."""
     waiting = [] if tensor.grad_fn is None else [tensor.grad_fn]
     seen = set(waiting)
-    inner: list[torch.autograd.graph.Node] = []
-    ends: list[torch.autograd.graph.Node] = []
+    ends = []
     while waiting:
         node = waiting.pop()
         following = node.next_functions
-        (inner if following else ends).append(node)
+        if not following:
+            ends.append(node)
         for function, _ in following:
             if function is not None and function not in seen:
                 seen.add(function)
                 waiting.append(function)
-    return inner, ends
+    return seen, ends
 
 
 def graph_leaves(tensor: Tensor) -> list[Tensor]:

@@ -24,6 +24,7 @@ __all__ = [
     "clone_all",
     "compiled_call",
     "compiled_original",
+    "count_all_writes",
     "count_writes",
     "fsdp_parameter_groups",
     "is_compiled_function",
@@ -69,6 +70,14 @@ _OF_SCRIPTED: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.W
 def count_writes(tensor: Tensor) -> int:
     """Return how often a tensor has been written to in place; 0 if torch does not count."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def count_all_writes(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor has been written to in place."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # torch does not count for inference tensors
+        return [count_writes(tensor) for tensor in tensors]
 
 
 def compiled_original(module: Any) -> nn.Module | None:

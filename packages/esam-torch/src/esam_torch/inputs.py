@@ -8,7 +8,7 @@ from torch import Tensor
 
 from esam_core import ESAMRuntimeError
 from esam_torch.batch import Batch
-from esam_torch.compat import count_writes
+from esam_torch.compat import count_all_writes
 from esam_torch.containers import INSIDE, map_values, tensors_inside
 from esam_torch.losses import LossFunction
 from esam_torch.values import can_be_written
@@ -34,10 +34,11 @@ def read_only(losses: LossFunction, batch: Batch) -> LossFunction:
     def call_and_compare(*args: Any, **kwargs: Any) -> Any:
         nonlocal written
         tensors = _tensors_of((args, kwargs))
-        versions = [count_writes(t) for t in tensors]
+        versions = count_all_writes(tensors)
         copies = [t.detach().clone() for t in tensors] if written else None
         found = losses(*args, **kwargs)
-        changed = [t for t, n in zip(tensors, versions, strict=True) if count_writes(t) != n]
+        now = count_all_writes(tensors)
+        changed = [t for t, n, m in zip(tensors, versions, now, strict=True) if n != m]
         if changed and copies is not None:
             for tensor, copy in zip(tensors, copies, strict=True):
                 if not _equal(tensor.detach(), copy):
@@ -71,7 +72,7 @@ class Unwritten:
 
     def _count(self) -> tuple[list[int], list[int]]:
         """Return how often each tensor has been written to."""
-        return [count_writes(t) for t in self._inputs], [count_writes(t) for t in self._weights]
+        return count_all_writes(self._inputs), count_all_writes(self._weights)
 
     def check(self) -> None:
         """Raise if any of them has been written to since.
