@@ -221,17 +221,17 @@ class Run:
         Args:
             closure: None, or a function that runs the backward itself, as for torch's optimizers.
         """
-        result, plain = None, True
+        result, computed = None, 0
         if closure is not None:
             check_losses(closure)
             before = self._losses_computed
             with torch.enable_grad():
                 result = closure()
-            # Lightning's weight averaging runs closures that compute a loss without a backward.
-            if self._losses_computed == before and result is not None:
+            computed = self._losses_computed - before
+            if not computed and result is not None:
                 raise ESAMTypeError(CLOSURE)
-            plain = self._losses_computed == before
-        if plain and not (self.pending or self.skipped or self._moves_nothing()):
+        # Lightning's weight averaging runs closures that compute a loss without a backward.
+        if not (computed or self.pending or self.skipped or self._moves_nothing()):
             self.notices.add("plain", _PLAIN)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False
