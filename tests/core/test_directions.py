@@ -35,6 +35,7 @@ from esam_core.conformance.numpy_adapter import NumpyAdapter
 from esam_core.conformance.trace import Run
 from esam_core.directions import (
     check_saved_direction,
+    check_statistics,
     climbing_indices,
     kept_units,
     records_at_theta,
@@ -97,6 +98,31 @@ class TestParts:
 )
 def test_which_pass_updates_the_running_state(ascend, select, b, at_theta):
     assert records_at_theta(ascend, select, b) is at_theta
+
+
+@pytest.mark.parametrize(
+    ("ascend", "select", "b", "accepted"),
+    [
+        (Batch(), Random(0.5), 2, True),
+        (Previous(), Random(0.5), 1, True),  # nothing is selected
+        (Previous(), Random(0.5), 2, False),
+        (Momentum(), Random(0.5), 2, False),
+        (Previous(), Random(0.5), 3, True),
+        (Previous(), TopLoss(0.5), 2, True),  # the losses are those of the whole batch
+        (Part(0.25), Random(0.125), 8, True),
+        (Part(0.125), Random(0.125), 8, False),
+        (Part(0.125), TopLoss(0.125), 8, False),
+        (Part(0.125), TopLoss(0.25), 8, True),
+        (Part(1.0), Random(0.5), 2, True),
+    ],
+)
+def test_which_steps_update_running_statistics(ascend, select, b, accepted):
+    if accepted:
+        check_statistics(ascend, select, b)
+        return
+    with pytest.raises(ESAMValueError, match="at least 2 selected") as caught:
+        check_statistics(ascend, select, b)
+    assert f"Received: select={select!r}, which selects 1 of {b} samples." in str(caught.value)
 
 
 def test_which_gradients_are_kept():

@@ -32,6 +32,7 @@ class Quadratic:
     """b losses l_i = a_i |theta|^2 / 2 in one unit, which is easy to compute by hand."""
 
     forward_state = None
+    has_statistics = False
     units = (Unit("theta", (2,)),)
 
     def __init__(self, curvatures):

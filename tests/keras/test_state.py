@@ -11,7 +11,8 @@ import pytest
 from keras import ops
 from tests.keras.scene import cross_entropy, data, same, weights
 
-from esam_keras import ESAM
+from esam_core import ESAMValueError
+from esam_keras import ESAM, Batch, Everything, Previous, Random
 
 X, Y = data()
 
@@ -82,6 +83,62 @@ def test_moving_statistics_are_those_of_a_base_step():
         statistics.append([np.array(v.value) for v in model.layers[1].non_trainable_variables])
     for a, b in zip(*statistics, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def with_batchnorm():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((5, 5, 2)),
+            keras.layers.Conv2D(3, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+IMAGES = np.random.default_rng(0).normal(3.0, 2.0, (6, 5, 5, 2)).astype("float32")
+
+
+@pytest.mark.parametrize("ascend", [Batch(), Previous()])
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_a_batch_of_one_sample_is_normalised_by_itself(ascend, gamma):
+    """With a negligible perturbation, training is that of the base optimizer."""
+    found = []
+    esam = ESAM(keras.optimizers.SGD(0.1), rho=1e-7, beta=1.0, gamma=gamma, ascend=ascend)
+    for optimizer in (keras.optimizers.SGD(0.1), esam):
+        model = with_batchnorm()
+        model.compile(optimizer, cross_entropy())
+        for i in range(4):
+            model.train_on_batch(IMAGES[i : i + 1], Y[i : i + 1])
+        found.append(weights(model))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_moving_statistics_that_no_pass_would_update_are_refused():
+    model = with_batchnorm()
+    esam = ESAM("sgd", perturb=Everything(), select=Random(0.5), ascend=Previous())
+    model.compile(esam, cross_entropy())
+    model.train_on_batch(IMAGES[:2], Y[:2])  # a base step
+    before = weights(model)
+    with pytest.raises(ESAMValueError, match="which selects 1 of 2 samples"):
+        model.train_on_batch(IMAGES[2:4], Y[2:4])
+    same(weights(model), before)
+    model.train_on_batch(IMAGES, Y[:6])
+    assert len(esam.report.indices) == 3
+
+
+def test_frozen_batchnorm_needs_no_update():
+    model = with_batchnorm()
+    model.layers[1].trainable = False
+    esam = ESAM("sgd", perturb=Everything(), select=Random(0.5), ascend=Previous())
+    model.compile(esam, cross_entropy())
+    for _ in range(2):
+        model.train_on_batch(IMAGES[:2], Y[:2])
+    assert len(esam.report.indices) == 1
 
 
 @pytest.mark.backends("tensorflow", "torch")
@@ -173,6 +230,14 @@ class TestTorchModules:
         model.compile(ESAM("sgd", rho=1e-7, beta=1.0), cross_entropy())
         model.train_on_batch(X, Y)
         np.testing.assert_allclose(model.optimizer.report.increases, 0.0, atol=1e-4)
+
+    def test_running_statistics_that_no_pass_would_update_are_refused(self):
+        model = self.model()
+        esam = ESAM("sgd", perturb=Everything(), select=Random(0.05), ascend=Previous())
+        model.compile(esam, cross_entropy())
+        model.train_on_batch(X, Y)  # a base step
+        with pytest.raises(ESAMValueError, match="BatchNorm needs at least 2 selected"):
+            model.train_on_batch(X, Y)
 
     def test_one_selected_sample_uses_running_statistics(self):
         model = self.model()

@@ -14,7 +14,7 @@ import numpy as np
 
 from esam_core import ESAMConfig, ESAMValueError, Momentum, NonFiniteError, Previous, Unit
 from esam_core.conformance.adapter import Observed
-from esam_core.directions import climbing_indices, records_at_theta
+from esam_core.directions import check_statistics, climbing_indices, records_at_theta
 from esam_core.problem import (
     BatchNorm,
     Carry,
@@ -213,6 +213,8 @@ class Session:
             shown = {"losses": losses, "perturbed": (), "perturbation_norm": 0.0}
             return shown, gradient(names, x, y, np.full(b, 1.0 / b))
 
+        if any(isinstance(layer, BatchNorm) for layer in model.layers):
+            check_statistics(config.ascend, config.select, b)
         scale = dict(zip(names, mask.scale, strict=True))
         perturbed = tuple(name for name in names if scale[name])
         needed = names if config.norm == "full" else perturbed
@@ -243,8 +245,9 @@ class Session:
         hidden = np.nan if not finite or (peak is not None and not np.isfinite(peak).all()) else 1.0
         chosen = x[kept.indices], y[kept.indices]
         # The descent pass; its gradient needs many more forwards.
-        low = evaluate(*chosen, running=k == 1, update=not at_theta)
-        descent = gradient(names, *chosen, kept.weights * hidden, running=k == 1)
+        alone = k == 1 < b
+        low = evaluate(*chosen, running=alone, update=not at_theta)
+        descent = gradient(names, *chosen, kept.weights * hidden, running=alone)
         if at_theta:
             model.noise.bit_generator.state = after
         size = np.sqrt(sum(np.sum(e**2) for e in epsilon.values())) if finite else 0.0

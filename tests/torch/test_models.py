@@ -11,8 +11,22 @@ from tests.torch.scene import batch, losses_of, net, same, sgd
 from torch import nn
 from torch.nn import functional as F
 
+from esam_core import ESAMValueError
 from esam_core.perturbation import perturbations
-from esam_torch import ESAM, Bernoulli, Everything, Only, SideBySide, Suffix, Whole
+from esam_torch import (
+    ESAM,
+    Bernoulli,
+    Everything,
+    Momentum,
+    Only,
+    Part,
+    Previous,
+    Random,
+    SideBySide,
+    Suffix,
+    TopLoss,
+    Whole,
+)
 
 
 def pick(tree, indices, b):
@@ -175,6 +189,27 @@ def test_batchnorm_with_few_samples(b):
     layers = len(modes) // 3
     assert modes == [True] * (2 * layers) + [False] * layers
     assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("ascend", "select"),
+    [(Previous(), Random(0.5)), (Momentum(), Random(0.5)), (Part(0.5), TopLoss(0.5))],
+)
+def test_running_statistics_that_no_pass_would_update_are_refused(ascend, select):
+    torch.manual_seed(0)
+    model = ResNet().double()
+    esam = ESAM(sgd(model), model, perturb=Everything(), ascend=ascend, select=select)
+    x, y = images(2)
+    if not isinstance(ascend, Part):
+        esam.step(losses_of(model), x, y)  # a base step
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ESAMValueError, match="which selects 1 of 2 samples"):
+        esam.step(losses_of(model), x, y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for layer in model.modules():  # statistics that are not updated anyway
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    esam.step(losses_of(model), x, y)
 
 
 def test_frozen_batchnorm_stays_frozen():

@@ -134,6 +134,14 @@ class StatisticsOfPartAndDescent(Step):
         return super().ascent(batch, part)
 
 
+@MUTANTS.caught_by("check_constant_statistics_are_refused")
+class ConstantStatisticsAccepted(Step):
+    """BatchNorm trains although no pass updates its running statistics."""
+
+    def check_statistics(self, b: int) -> None:
+        """Accept everything."""
+
+
 @MUTANTS.caught_by("check_parts_with_every_selector")
 class RestScoredAtThePeak(Step):
     """The losses of the samples outside the part are those at theta + epsilon."""

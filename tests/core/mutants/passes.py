@@ -97,6 +97,19 @@ class OneSampleByItself(Step):
         return evaluation.gradient(weights), evaluation.losses
 
 
+@MUTANTS.caught_by("check_a_batch_of_one_sample_with_batchnorm")
+class BatchOfOneByRunningStatistics(Step):
+    """The only sample of a batch is normalised by the running statistics."""
+
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
+        """Look at the number of selected samples only."""
+        if len(indices) > 1:
+            return super().descent(batch, indices, weights)
+        samples, update = subset(batch, indices), not self.records_at_theta(len(batch.targets))
+        evaluation = self.model.evaluate(samples, statistics="running", update=update)
+        return evaluation.gradient(weights), evaluation.losses
+
+
 @MUTANTS.caught_by("check_selection_pass_sees_the_same_noise")
 class SelectionWithOtherNoise(Step):
     """The selection pass draws its own dropout noise."""

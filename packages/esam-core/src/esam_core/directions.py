@@ -35,6 +35,7 @@ __all__ = [
     "Previous",
     "check_direction",
     "check_saved_direction",
+    "check_statistics",
     "climbing_indices",
     "kept_units",
     "records_at_theta",
@@ -194,6 +195,38 @@ def records_at_theta(direction: Direction, selector: Selector, batch_size: int) 
         whole = subset_size(direction.share, batch_size) == batch_size
         return whole or subset_size(selector.gamma, batch_size) == 1
     return needs_losses(selector, batch_size)
+
+
+def check_statistics(direction: Direction, selector: Selector, batch_size: int) -> None:
+    """Raise if a step would not update the running statistics of a model with BatchNorm.
+
+    A pass on one of several samples has no batch statistics.
+
+    Args:
+        direction: any.
+        selector: any.
+        batch_size: b >= 1.
+
+    Raises:
+        ESAMValueError: the descent pass, and the pass at theta if there is one, run on one sample.
+
+    Example:
+        >>> from esam_core import Random
+        >>> check_statistics(Batch(), Random(0.5), 2)  # the ascent pass sees both samples
+        >>> check_statistics(Previous(), Random(0.5), 4)  # the descent pass sees two of four
+    """
+    if batch_size == 1 or subset_size(selector.gamma, batch_size) > 1:
+        return
+    at_theta = isinstance(direction, Batch) or needs_losses(selector, batch_size)
+    if isinstance(direction, Part):  # the losses of the other samples do not record
+        at_theta = subset_size(direction.share, batch_size) > 1
+    if not at_theta:
+        raise ESAMValueError(
+            f"With ascend={direction!r}, BatchNorm needs at least 2 selected samples: no other "
+            "pass updates its running statistics. Use a larger `gamma`, larger batches (and drop "
+            f"the last one if it is smaller) or ascend=Batch(). Received: select={selector!r}, "
+            f"which selects 1 of {batch_size} samples."
+        )
 
 
 def kept_units(

@@ -60,7 +60,8 @@ class Plan:
             input "scale".
         rho_factor: the factor of rho.
         weight_beta: share of the scalar weights that are perturbed, if weights are drawn singly.
-        kept: whether "all", "some" or "one" of the samples are selected; one has no statistics.
+        kept: whether "all", "some" or "one" of several samples are selected; one of several has no
+            batch statistics.
         ascent: the source of the ascent direction.
     """
 
@@ -155,8 +156,8 @@ class Planner:
         if mask.weight_seed is not None:
             inputs["weight_seed"] = _two_words(mask.weight_seed)
         k = selectors.subset_size(config.select.gamma, batch_size)
-        kept = "one" if k == 1 else "all" if k == batch_size else "some"
-        if kept != "all" and k < batch_size:
+        kept = "all" if k == batch_size else "one" if k == 1 else "some"
+        if kept != "all":
             inputs.update(self._selection_inputs(batch_size, k, count))
         plan = Plan(True, mask.scale, mask.rho_factor, mask.weight_beta, kept, ascent)
         drawn = Drawn(plan, mask, batch_size, inputs)

@@ -168,7 +168,7 @@ class Step(Passes):
         finite, selected = climb.finite, None
         if climb.losses is not None:
             report["losses"] = climb.losses
-        if self._selects(b):
+        if self.plan.kept != "all":
             perturbed = None
             if self.config.select.score == "increase":
                 perturbed = self.perturbed_losses(climb.climbed, b)
@@ -214,8 +214,3 @@ class Step(Passes):
         """Return whether the ascent pass needs a variable's gradient."""
         scale = self.plan.scale
         return self.config.norm == "full" or scale is None or scale[t] > 0.0
-
-    def _selects(self, b: int | Tensor) -> bool:
-        """Return whether this step selects only some of the samples."""
-        alone = isinstance(b, int) and b == 1
-        return self.plan.kept == "some" or (self.plan.kept == "one" and not alone)

@@ -11,7 +11,7 @@ import keras
 from keras import ops, tree
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
-from esam_core.directions import kept_units
+from esam_core.directions import check_statistics, kept_units
 from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
 from esam_keras.metrics import log_means
@@ -19,7 +19,7 @@ from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner, needs_rows
 from esam_keras.report import KerasReport
 from esam_keras.routes import check_rows, find_route
-from esam_keras.units import unit_records
+from esam_keras.units import has_moving_statistics, unit_records
 
 __all__ = ["Training", "train_step"]
 
@@ -93,7 +93,8 @@ class Training:
             for k in planner.subset_sizes(_batch_size(data)):
                 check_rows(model, data, k, state)
         route = find_route(model, needs_rows(self.esam.config), data, state)
-        self._prepared = _Prepared(planner, route, fixed, _identities(model))
+        statistics = has_moving_statistics(model)
+        self._prepared = _Prepared(planner, route, fixed, _identities(model), statistics)
 
     def _planner(self) -> Planner:
         """Return the planner for the model's trainable variables."""
@@ -132,7 +133,10 @@ class Training:
         """
         planner, b = self.prepared.planner, _batch_size(data)
         directed = not planner.needs_earlier or self._has_direction(count, state)
-        return planner.draw(count, b, compiled=compiled, directed=directed)
+        drawn = planner.draw(count, b, compiled=compiled, directed=directed)
+        if drawn.plan.active and self.prepared.has_statistics:
+            check_statistics(self.esam.config.ascend, self.esam.config.select, b)
+        return drawn
 
     def _has_direction(self, count: int, state: Any) -> bool:
         """Return whether earlier steps provide a direction.
@@ -241,12 +245,14 @@ class _Prepared:
         route: how losses per sample are computed; see `esam_keras.losses`.
         fixed: indices of variables whose gradient is a value to be stored, as in float8 training.
         variables: identifies the trainable variables.
+        has_statistics: whether training updates moving statistics.
     """
 
     planner: Planner
     route: str | None
     fixed: frozenset[int]
     variables: tuple[int, ...]
+    has_statistics: bool
 
 
 def _is_stored(variable: Any) -> bool:

@@ -14,7 +14,7 @@ import keras
 from esam_core import Unit
 from esam_keras import compat
 
-__all__ = ["statistics_layers", "unit_records"]
+__all__ = ["has_moving_statistics", "statistics_layers", "unit_records"]
 
 _NORMS = tuple(
     getattr(keras.layers, name)
@@ -70,6 +70,20 @@ def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:
         for layer in compat.flat_layers(model)
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
+
+
+def has_moving_statistics(model: keras.Model) -> bool:
+    """Return whether training updates moving statistics: in layers of Keras or wrapped modules."""
+    wrapped = (
+        layer
+        for layer in compat.flat_layers(model)
+        if isinstance(layer, keras.layers.TorchModuleWrapper)
+    )
+    return any(layer.trainable for layer in statistics_layers(model)) or any(
+        compat.is_torch_batchnorm(part) and part.track_running_stats
+        for layer in wrapped
+        for part in layer.module.modules()
+    )
 
 
 def _blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

@@ -267,7 +267,7 @@ class Step:
     def _descent_loss(self, selected: Selected | None) -> tuple[Tensor, Tensor, Any]:
         """Return the weighted loss of the selected samples, their losses, and other outputs."""
         self._first.rewind()
-        # On one sample BatchNorm uses its running statistics, and updates them if no pass has yet.
+        # On one sample BatchNorm uses its running statistics, as the pass at theta has left them.
         if not self.task.records_at_theta or (selected and len(selected.indices) == 1):
             self._written.statistics.restore()
         if selected is None:

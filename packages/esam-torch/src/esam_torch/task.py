@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from esam_core import ESAMConfig, Mask, StepReport
-from esam_core.directions import records_at_theta
+from esam_core.directions import check_statistics, records_at_theta
 from esam_torch.batch import Samples
 from esam_torch.directions import Climb
+from esam_torch.guards import statistics_layers
 from esam_torch.inspection import Layout
 from esam_torch.synchronisation import Ranks
 from esam_torch.targets import Targets
@@ -37,6 +38,9 @@ class Task:
         compare: whether to compare the selected samples' losses between the last two passes.
         before_descent: called when only the last backward remains.
         climb: the ascent direction.
+
+    Raises:
+        ESAMValueError: no pass would update the running statistics of the model's BatchNorm layers.
     """
 
     model: nn.Module
@@ -52,6 +56,15 @@ class Task:
     compare: bool = False
     before_descent: Callable[[], None] | None = None
     climb: Climb = WHOLE
+
+    def __post_init__(self) -> None:
+        b = self.climb.batch_size
+        if b is None or not self.perturbs:
+            return
+        norms = [layer for layer in statistics_layers(self.model) if layer.track_running_stats]
+        others = [layer for layer in self.layout.writes.statistics_layers if layer.training]
+        if norms or others:
+            check_statistics(self.config.ascend, self.config.select, b)
 
     @property
     def records_at_theta(self) -> bool:

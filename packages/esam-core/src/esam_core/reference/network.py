@@ -67,6 +67,11 @@ class Model(Protocol):
         """The records of the trainable parameters."""
         ...
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there are running statistics."""
+        ...
+
     def evaluate(self, batch: Batch, *, statistics: str, update: bool) -> Evaluation:
         """Return the losses of a batch at the current parameters.
 
@@ -153,6 +158,11 @@ class Network:
     def units(self) -> tuple[Unit, ...]:
         """A record for each trainable parameter."""
         return self._units
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there are running statistics."""
+        return any(isinstance(layer, BatchNorm) for layer in self.layers)
 
     @property
     def random_state(self) -> Any:

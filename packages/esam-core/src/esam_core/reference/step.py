@@ -120,7 +120,7 @@ class Step:
             are empty if a value was not finite and `on_nonfinite="skip"`.
 
         Raises:
-            ESAMValueError: the batch is empty.
+            ESAMValueError: the batch is empty, or no pass would update the running statistics.
             NonFiniteError: a value was not finite, and `on_nonfinite="raise"`.
             BaseException: any exception from the model. Parameters, random state and count are then
                 restored.
@@ -168,6 +168,7 @@ class Step:
     ) -> tuple[dict[str, Array], StepReport]:
         """Phases 2 to 5. The random state ends as the pass that updates statistics leaves it."""
         b = len(batch.targets)
+        self.check_statistics(b)
         part = self.ascent_indices(b)
         losses: Array | None = None
         if len(part):
@@ -229,6 +230,11 @@ class Step:
     def records_at_theta(self, b: int) -> bool:
         """Return whether a pass at theta updates the running state, and not the descent pass."""
         return directions.records_at_theta(self.config.ascend, self.config.select, b)
+
+    def check_statistics(self, b: int) -> None:
+        """Raise if no pass would update the running statistics of the model."""
+        if self.model.has_statistics:
+            directions.check_statistics(self.config.ascend, self.config.select, b)
 
     def ascent(self, batch: Batch, part: Array) -> Evaluation:
         """Phase 2, forward pass: l_i(theta) of the samples in the ascent pass.
@@ -332,11 +338,12 @@ class Step:
     ) -> tuple[dict[str, Array], Array]:
         """Phase 5: the gradient of the sum of w_i l_i(theta + epsilon) over the selected samples.
 
-        Returns these losses too. A single sample has no batch statistics: BatchNorm then uses the
-        running statistics.
+        Returns these losses too. A single sample of a larger batch has no batch statistics:
+        BatchNorm then uses the running statistics.
         """
-        statistics = "running" if len(indices) == 1 else "batch"
-        update = not self.records_at_theta(len(batch.targets))
+        b = len(batch.targets)
+        statistics = "running" if len(indices) == 1 < b else "batch"
+        update = not self.records_at_theta(b)
         evaluation = self.model.evaluate(
             subset(batch, indices), statistics=statistics, update=update
         )

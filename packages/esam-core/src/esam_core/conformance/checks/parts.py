@@ -6,10 +6,10 @@ import numpy as np
 
 from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
-from esam_core.conformance.compare import close, close_all, equal, require
+from esam_core.conformance.compare import close, close_all, equal, equal_all, require
 from esam_core.conformance.problems import batchnorm, dropout, mlp, softmax
 from esam_core.conformance.trace import Run, follow
-from esam_core.directions import Batch, Part
+from esam_core.directions import Batch, Momentum, Part, Previous
 from esam_core.problem import Base, BatchNorm, Dense
 from esam_core.reference.network import Network
 from esam_core.reference.step import subset
@@ -121,11 +121,13 @@ def check_parts_with_every_selector(adapter: Adapter) -> None:
         {"beta": 0.5, "select": Proportional(0.5), "norm": "full"},
         {"perturb": Bernoulli(0.5), "select": TopIncrease(0.25), "norm": "none"},
         {"beta": 1.0, "select": All(), "adaptive": True},
-        # One sample in the ascent and one in the descent pass: both use the running statistics.
+        # One sample in the descent pass: it uses the running statistics.
         {"beta": 1.0, "select": TopLoss(0.125)},
     )
     for case in cases:
         for share in (0.5, 0.125):
+            if share == 0.125 and case["select"] == TopLoss(0.125):
+                continue  # no pass would update the running statistics
             esam = {"rho": 0.2, "ascend": Part(share), "seed": 3, **case}
             follow(adapter, Run(problem=batchnorm(), esam=esam), steps=3)
 
@@ -152,6 +154,38 @@ def check_statistics_with_a_part(adapter: Adapter) -> None:
         found = session.buffers()
         for name, wanted in (("norm.mean", mean), ("norm.variance", variance)):
             close(f"step {i}: {name}", found[name], wanted, kind="buffers", dtype=dtype)
+
+
+@check("ascend")
+def check_constant_statistics_are_refused(adapter: Adapter) -> None:
+    """One sample in the descent pass, and no pass at theta on more: BatchNorm would learn nothing.
+
+    A ValueError that names the selector changes nothing. Without BatchNorm it is no problem.
+    """
+    cases: tuple[tuple[Any, Any], ...] = (
+        (Previous(), Random(0.125)),
+        (Momentum(), Random(0.125)),
+        (Part(0.125), Random(0.125)),
+        (Part(0.125), TopLoss(0.125)),
+    )
+    for ascend, select in cases:
+        esam = {"rho": 0.2, "beta": 1.0, "ascend": ascend, "select": select}
+        first, second = batchnorm().batches[:2]
+        session = Run(problem=batchnorm(), esam=esam).on(adapter)
+        if not isinstance(ascend, Part):
+            session.step(first)  # the first step is a base step
+        weights, buffers = session.weights(), session.buffers()
+        raised: Exception | None = None
+        try:
+            session.step(second)
+        except Exception as error:  # its type is checked below
+            raised = error
+        where = f"{ascend}, {select}"
+        named = isinstance(raised, ValueError) and repr(select) in str(raised)
+        require(named, f"{where}: expected a ValueError with {select!r}, got {raised!r}.")
+        equal_all(f"{where}: weights", session.weights(), weights)
+        equal_all(f"{where}: buffers", session.buffers(), buffers)
+        follow(adapter, Run(problem=mlp(), esam=esam), steps=2)
 
 
 @check("ascend", "passes")
@@ -196,6 +230,7 @@ CHECKS = (
     check_part_of_everything_is_the_batch,
     check_parts_with_every_selector,
     check_statistics_with_a_part,
+    check_constant_statistics_are_refused,
     check_passes_with_a_part,
     check_random_state_with_a_part,
 )

@@ -6,10 +6,12 @@ import numpy as np
 
 from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
-from esam_core.conformance.compare import close, equal, require
+from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.problems import batchnorm, convolution, dropout, mlp
-from esam_core.conformance.trace import Run, follow
+from esam_core.conformance.trace import Run, follow, shows
+from esam_core.directions import Batch, Part, Previous
 from esam_core.problem import Base, BatchNorm, Dense, Problem
+from esam_core.reference.step import subset
 from esam_core.samplers import Bernoulli
 from esam_core.schedules import Sometimes
 from esam_core.selectors import Proportional
@@ -58,6 +60,34 @@ def check_one_selected_sample_with_batchnorm(adapter: Adapter) -> None:
     """With k = 1 the descent pass uses the running statistics, since one sample has no others."""
     esam = {"rho": 0.2, "beta": 1.0, "gamma": 0.125}
     follow(adapter, Run(problem=batchnorm(), esam=esam), steps=3)
+
+
+@check()
+def check_a_batch_of_one_sample_with_batchnorm(adapter: Adapter) -> None:
+    """Nothing is selected from one sample: BatchNorm normalises by it, as the base optimizer does.
+
+    The running statistics are updated, whichever pass sees the batch first.
+    """
+    problem = convolution()
+    first, *others = problem.batches  # from the first one, a backend may learn what a sample is
+    batches = [first, *(subset(batch, np.arange(1)) for batch in others)]
+    directions = (Batch(), Part(0.5), Previous()) if shows(adapter, "ascend") else (Batch(),)
+    for ascend in directions:
+        for gamma in (1.0, 0.5):
+            esam = {"rho": 0.2, "beta": 1.0, "gamma": gamma, "ascend": ascend}
+            follow(adapter, Run(problem=problem, esam=esam), steps=3, batches=batches)
+    base = Run(problem=problem, esam=None).on(adapter)
+    ours = Run(problem=problem, esam={"rho": 1e-30, "beta": 1.0, "gamma": 0.5}).on(adapter)
+    for i, batch in enumerate(batches[1:]):
+        base.step(batch)
+        ours.step(batch)
+        close_all(
+            f"step {i}: weights with a negligible perturbation against the base optimizer's",
+            ours.weights(),
+            base.weights(),
+            kind="weights",
+            dtype=adapter.dtypes[0],
+        )
 
 
 @check("losses", "perturbed_losses", "dropout")
@@ -155,6 +185,7 @@ CHECKS = (
     check_running_statistics_are_updated_once,
     check_batch_statistics_are_those_of_each_pass,
     check_one_selected_sample_with_batchnorm,
+    check_a_batch_of_one_sample_with_batchnorm,
     check_selection_pass_sees_the_same_noise,
     check_descent_pass_sees_the_same_noise,
     check_random_state_after_a_step,
