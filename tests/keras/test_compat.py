@@ -169,6 +169,8 @@ def test_private_names_of_torch(model):
         assert compat.torch_parameter(variable) is not variable.value
     assert compat.torch_parameter(variable) is variable.value
     assert compat.is_torch_batchnorm(torch.nn.BatchNorm1d(3))
+    module = torch.nn.BatchNorm1d(3)
+    assert compat.torch_buffers(module)["running_mean"] is module.running_mean
     assert not compat.is_torch_batchnorm(torch.nn.LayerNorm(3))
 
 

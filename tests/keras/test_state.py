@@ -3,6 +3,7 @@
 The conformance kit checks seeded layers; these tests cover the rest.
 """
 
+import contextlib
 import random
 
 import keras
@@ -11,7 +12,7 @@ import pytest
 from keras import ops
 from tests.keras.scene import cross_entropy, data, same, weights
 
-from esam_core import ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_keras import ESAM, Batch, Everything, Previous, Random
 
 X, Y = data()
@@ -239,12 +240,126 @@ class TestTorchModules:
         with pytest.raises(ESAMValueError, match="BatchNorm needs at least 2 selected"):
             model.train_on_batch(X, Y)
 
+    @pytest.mark.parametrize("how", ["skip", "raise", "a metric"])
+    def test_a_step_that_fails_changes_no_buffer(self, how):
+        import torch
+
+        def metric(y, y_pred):
+            if how == "a metric" and fail:
+                raise FloatingPointError("in the metric")
+            return ops.mean(y_pred)
+
+        fail = False
+        model = self.model()
+        mode = "propagate" if how == "a metric" else how
+        model.compile(ESAM("sgd", on_nonfinite=mode), cross_entropy(), metrics=[metric])
+        model.train_on_batch(X, Y)
+        buffers = dict(model.layers[0].module.named_buffers())
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        random_state = torch.get_rng_state()
+        fail = True
+        x = X.copy()
+        x[3] = np.nan
+        with (
+            contextlib.nullcontext() if how == "skip" else pytest.raises(FloatingPointError),
+            np.errstate(all="ignore"),
+        ):
+            model.train_on_batch(X if how == "a metric" else x, Y)
+        assert how == "a metric" or model.optimizer.report.skipped
+        after = dict(model.layers[0].module.named_buffers())
+        assert all(after[name] is buffer for name, buffer in buffers.items())
+        assert all(torch.equal(after[name], old) for name, old in before.items())
+        assert how != "a metric" or torch.equal(torch.get_rng_state(), random_state)
+        fail = False
+        model.train_on_batch(X, Y)
+        assert int(after["1.num_batches_tracked"]) == 2
+
     def test_one_selected_sample_uses_running_statistics(self):
         model = self.model()
         model.compile(ESAM("sgd", rho=0.3, gamma=0.05), cross_entropy())
         model.train_on_batch(X, Y)
         assert len(model.optimizer.report.indices) == 1
         assert all(np.isfinite(w).all() for w in weights(model))
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_buffers_of_a_keras_layer_change_once_per_step(gamma):
+    import torch
+
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("written", torch.zeros(()))
+            self.register_buffer("replaced", torch.zeros(()))
+            self.register_buffer("grown", torch.zeros(0))
+
+        def call(self, x):
+            self.written += 1
+            self.replaced = self.replaced + 1
+            self.grown = torch.cat([self.grown, self.grown.new_ones(1)])
+            return x * (1 + self.written)  # each pass reads the same value
+
+    def values(layer):
+        return [float(layer.written), float(layer.replaced), len(layer.grown)]
+
+    found = []
+    for optimizer in ("sgd", ESAM("sgd", rho=1e-7, beta=1.0, gamma=gamma)):
+        layer = Counts()
+        model = keras.Sequential([keras.Input((6,)), layer, keras.layers.Dense(3)])
+        model.compile(optimizer, cross_entropy())
+        first = values(layer)
+        for _ in range(3):
+            model.train_on_batch(X, Y)
+        found.append([new - old for new, old in zip(values(layer), first, strict=True)])
+    assert found[0] == found[1]
+    if gamma < 1.0:
+        np.testing.assert_allclose(model.optimizer.report.increases, 0.0, atol=1e-5)
+
+
+@pytest.mark.backends("torch")
+def test_buffers_in_checkpointed_layers_change_once_per_step():
+    import torch
+
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.zeros(()))
+
+        def call(self, x):
+            self.n += 1
+            return x * 2.0
+
+    with keras.RematScope(mode="full"):
+        layer = Counts()
+        first, last = keras.layers.Dense(8), keras.layers.Dense(3)
+        model = keras.Sequential([keras.Input((6,)), first, layer, last])
+    model.compile(ESAM("sgd"), cross_entropy())
+    model.train_on_batch(X, Y)
+    before = float(layer.n)
+    model.train_on_batch(X, Y)
+    assert float(layer.n) == before + 1
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("inside", [False, True])
+def test_raw_variables_of_tensorflow_are_refused(inside):
+    import tensorflow as tf
+
+    class Counts(keras.layers.Layer):
+        def __init__(self):
+            super().__init__(name="counts")
+            self.n = [tf.Variable(0.0)] if inside else tf.Variable(0.0)
+
+        def call(self, x):
+            return x
+
+    model = keras.Sequential([keras.Input((6,)), Counts(), keras.layers.Dense(3)])
+    message = (
+        r"`self.add_weight\(..., trainable=False\)`. Received: attribute 'n' of layer 'counts'"
+    )
+    with pytest.raises(ESAMTypeError, match=message):
+        model.compile(ESAM("sgd"), cross_entropy())
 
 
 @pytest.mark.backends("torch")

@@ -45,6 +45,7 @@ __all__ = [
     "set_keras_mask",
     "takes_training",
     "teach_monitors",
+    "torch_buffers",
     "torch_parameter",
     "total_loss",
     "track_loss",
@@ -315,6 +316,11 @@ def jax_shardings(model: keras.Model, groups: Sequence[Sequence[Any]]) -> tuple[
     if hasattr(model, "_get_state_sharding_spec"):  # it warns about inconsistent shardings
         return model._get_state_sharding_spec()
     return tuple([variable.value.sharding for variable in group] for group in groups)
+
+
+def torch_buffers(module: Any) -> dict[str, Any]:
+    """Return a torch module's own buffers by name: the dictionary in which it keeps them."""
+    return module._buffers
 
 
 def is_torch_batchnorm(module: Any) -> bool:

@@ -89,10 +89,11 @@ class Training:
             warnings.warn("The model has no trainable weights: nothing is trained.", stacklevel=2)
         planner = self._planner()
         fixed = frozenset(t for t, v in enumerate(variables) if _is_stored(v))
-        if any(planner.allowed):
-            for k in planner.subset_sizes(_batch_size(data)):
-                check_rows(model, data, k, state)
-        route = find_route(model, needs_rows(self.esam.config), data, state)
+        with self.backend.checks_context(model):
+            if any(planner.allowed):
+                for k in planner.subset_sizes(_batch_size(data)):
+                    check_rows(model, data, k, state)
+            route = find_route(model, needs_rows(self.esam.config), data, state)
         statistics = has_moving_statistics(model)
         self._prepared = _Prepared(planner, route, fixed, _identities(model), statistics)
 

@@ -20,9 +20,19 @@ from esam_keras.passes import loss_scale
 from esam_keras.plan import Plan
 from esam_keras.step import Step
 
-__all__ = ["AssigningBackend"]
+__all__ = ["AssigningBackend", "Unknown"]
 
 Tensor = Any
+
+
+class Unknown:
+    """The state of a model that Keras does not know, during a step; here there is none."""
+
+    def keep_random_state(self) -> None:
+        """Set the generators to their state after the pass that records."""
+
+    def keep_buffers(self) -> None:
+        """Set the buffers to their values after the pass that records."""
 
 
 class AssigningBackend(Backend):
@@ -36,23 +46,29 @@ class AssigningBackend(Backend):
         self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step and return its logs and its report's arrays."""
-        (data,) = arguments
+        with self.whole_step(training.model) as unknown:
+            return self._step(training, plan, inputs, arguments[0], unknown)
+
+    def _step(
+        self, training: Any, plan: Plan, inputs: dict[str, Tensor], data: Any, unknown: Unknown
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run a step inside `whole_step`."""
         model, esam, prepared = training.model, training.esam, training.prepared
         batch = keras.utils.unpack_x_y_sample_weight(data)
         variables = Variables.of(model)
         entry = State(*([self.value(v) for v in group] for group in variables))
         earlier = esam.direction(variables.trainable) if plan.ascent.of == "earlier" else ()
-        with self.whole_step(model):
-            outcome = Step(
-                Evaluator(self, model, prepared.route, variables, batch),
-                esam.config,
-                plan,
-                inputs,
-                entry,
-                loss_scale(model.optimizer),
-                prepared.fixed,
-                earlier,
-            ).run()
+        outcome = Step(
+            Evaluator(self, model, prepared.route, variables, batch),
+            esam.config,
+            plan,
+            inputs,
+            entry,
+            loss_scale(model.optimizer),
+            prepared.fixed,
+            earlier,
+        ).run()
+        unknown.keep_random_state()
         left = outcome.left.state
         logs, counted = metrics_after(model, variables.metrics, outcome, batch)
         before = [self.value(v) for v in esam.log_variables]
@@ -66,6 +82,7 @@ class AssigningBackend(Backend):
         ]
 
         def commit() -> None:
+            unknown.keep_buffers()
             for variable, new in outcome.left.strangers:
                 variable.assign(new)
             for variable, old, new in assigned:
@@ -94,8 +111,8 @@ class AssigningBackend(Backend):
         """Return a variable's value, which is valid until the next assignment."""
 
     @abstractmethod
-    def whole_step(self, model: keras.Model) -> AbstractContextManager[Any]:
-        """Return the context of all passes, which handles state that Keras does not know."""
+    def whole_step(self, model: keras.Model) -> AbstractContextManager[Unknown]:
+        """Return the context of a step; its value handles state that Keras does not know."""
 
     @abstractmethod
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:

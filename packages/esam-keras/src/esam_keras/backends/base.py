@@ -98,6 +98,10 @@ class Backend(Protocol):
         """Raise if this backend cannot run ESAM's step for a model."""
         ...
 
+    def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
+        """Return the context of checks that run the model before its first step."""
+        ...
+
     def is_tracing(self, *arguments: Any) -> bool:
         """Return whether the user's own compiler is tracing."""
         ...

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from esam_core import ESAMRuntimeError
+from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
-from esam_keras.backends.assigning import AssigningBackend
+from esam_keras.backends.assigning import AssigningBackend, Unknown
 from esam_keras.backends.base import Cut, refuse_distribution
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
@@ -75,8 +75,8 @@ class TensorFlowBackend(AssigningBackend):
     def value(self, variable: Any) -> Tensor:
         return tf.convert_to_tensor(variable.value)
 
-    def whole_step(self, model: keras.Model) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def whole_step(self, model: keras.Model) -> AbstractContextManager[Unknown]:
+        return nullcontext(Unknown())
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
@@ -108,6 +108,10 @@ class TensorFlowBackend(AssigningBackend):
                     "trained. Remove the decorator: `fit` compiles the whole step. Received: "
                     f"layer {layer.name!r}."
                 )
+            _refuse_raw_variables(layer)
+
+    def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
+        return nullcontext()  # on symbolic tensors
 
     def is_tracing(self, *arguments: Any) -> bool:
         return tf.inside_function()
@@ -145,6 +149,20 @@ class TensorFlowBackend(AssigningBackend):
             return logs
 
         return train_function
+
+
+def _refuse_raw_variables(layer: Any) -> None:
+    """Raise if a layer has a `tf.Variable`, which each pass of a step would change again."""
+    for name, value in vars(layer).items():
+        if name.startswith("_self_"):  # TensorFlow's own records for checkpoints
+            continue
+        held = keras.tree.flatten(value) if isinstance(value, list | tuple | dict) else [value]
+        if any(isinstance(leaf, tf.Variable) for leaf in held):
+            raise ESAMTypeError(
+                "State of a layer must be in Keras variables: each pass of a step would change a "
+                "`tf.Variable` again. Use `self.add_weight(..., trainable=False)`. Received: "
+                f"attribute {name!r} of layer {layer.name!r}."
+            )
 
 
 def step_function(training: Any, plan: Plan) -> Callable[[Any, Any], Any]:

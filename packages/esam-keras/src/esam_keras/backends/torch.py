@@ -132,16 +132,16 @@ class TorchBackend(AssigningBackend, threading.local):
         return variable.value.detach()
 
     @contextmanager
-    def whole_step(self, model: keras.Model) -> Iterator[None]:
-        """Keep the generators' and wrapped modules' state after the pass that records."""
+    def whole_step(self, model: keras.Model) -> Iterator[UnknownState]:
+        """Let the passes use copies of the buffers; restore the generators after an error."""
         self._unknown = UnknownState(model)
         try:
-            yield
-            self._unknown.keep()
+            yield self._unknown
         except BaseException:
-            self._unknown.restore()
+            self._unknown.restore_random_state()
             raise
         finally:
+            self._unknown.put_back()
             self._unknown = None
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
@@ -156,6 +156,9 @@ class TorchBackend(AssigningBackend, threading.local):
 
     def refuse(self, model: keras.Model) -> None:
         refuse_distribution()
+
+    def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
+        return UnknownState(model).copies()
 
     def is_tracing(self, *arguments: Any) -> bool:
         return torch.compiler.is_compiling()

@@ -1,43 +1,59 @@
 """State of a torch model that Keras does not know, and a stateless scope cannot handle.
 
-Unseeded Dropout on Keras's torch backend draws from torch's global generators, and a
-`TorchModuleWrapper` holds a module whose parameters and buffers are used as they are. Each pass of
-a step starts from the generators and buffers at entry; the results of one pass are kept.
+Unseeded Dropout on Keras's torch backend draws from torch's global generators, layers may have
+buffers, and a `TorchModuleWrapper` holds a module whose parameters are used as they are. Each pass
+of a step starts from the generators and buffers at entry; the results of one pass are kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import torch
 
 from esam_keras import compat
+from esam_keras.backends.assigning import Unknown
 
 __all__ = ["UnknownState"]
 
 
-class UnknownState:
+class _Place(NamedTuple):
+    """The place of a buffer.
+
+    Args:
+        buffers: the buffers of a module, by name.
+        name: the name of this one.
+        is_statistic: whether it is a running statistic.
+    """
+
+    buffers: dict[str, torch.Tensor | None]
+    name: str
+    is_statistic: bool
+
+
+class UnknownState(Unknown):
     """The state at the entry of a step, and after the pass whose results are kept.
+
+    From the first pass until `put_back` the model has copies of its buffers.
 
     Args:
         model: any model.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        self._wrappers = [
-            layer
-            for layer in compat.flat_layers(model)
-            if isinstance(layer, keras.layers.TorchModuleWrapper)
-        ]
+        layers = compat.flat_layers(model)
+        self._wrappers = [x for x in layers if isinstance(x, keras.layers.TorchModuleWrapper)]
+        self._places = _places_of_buffers(layers)
+        self._buffers = self._read()
         self._devices = (
             [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
             if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
             else []
         )
         self._entry = self._random_state()
-        self._after: Any = None
-        self._buffers: Any = None
+        self._random_after: list[torch.Tensor] | None = None
+        self._buffers_after: list[torch.Tensor] | None = None
 
     def _random_state(self) -> list[torch.Tensor]:
         """Return the states of the global generators."""
@@ -50,43 +66,88 @@ class UnknownState:
         for device, state in zip(self._devices, states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
 
+    def _read(self) -> list[Any]:
+        """Return the tensors that the model has as its buffers."""
+        return [place.buffers.get(place.name) for place in self._places]
+
+    def _write(self, tensors: Sequence[Any]) -> None:
+        """Give the model tensors as its buffers."""
+        for place, tensor in zip(self._places, tensors, strict=True):
+            place.buffers[place.name] = tensor
+
+    @contextmanager
+    def copies(self) -> Iterator[None]:
+        """Give the model copies of its buffers inside the context."""
+        self._write(_copies(self._buffers))
+        try:
+            yield
+        finally:
+            self.put_back()
+
     @contextmanager
     def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
         """Run a forward from the state at entry, with the variables' current values.
 
         Args:
-            running: whether wrapped BatchNorm layers use their running statistics.
+            running: whether wrapped BatchNorm layers use their running statistics, after the pass
+                that records if there was one.
             records: whether the generators and buffers after this pass are kept.
         """
         self._set_random_state(self._entry)
-        buffers: list[dict[str, torch.Tensor]] = []
+        start = self._buffers
+        if running and self._buffers_after is not None:
+            both = zip(self._places, start, self._buffers_after, strict=True)
+            start = [after if place.is_statistic else entry for place, entry, after in both]
+        self._write(_copies(start))
         with ExitStack() as stack:
-            for place, layer in enumerate(self._wrappers):
-                start = dict(layer.module.named_buffers())
-                if running and self._buffers is not None:
-                    start = self._buffers[place]
-                buffers.append({name: b.clone() for name, b in start.items()})
-                call = _functional(layer, buffers[-1], running)
+            for layer in self._wrappers:
+                call = _functional(layer, running)
                 stack.enter_context(compat.replace_calls([(layer, call)]))
             yield
         if records:
-            self._after, self._buffers = self._random_state(), buffers
+            self._random_after, self._buffers_after = self._random_state(), self._read()
+        self._write(_copies(start))  # checkpointed parts run again, and write again
 
-    def keep(self) -> None:
-        """Set generators and buffers to their state after the pass that records."""
-        if self._after is None:
-            return
-        self._set_random_state(self._after)
-        for layer, buffers in zip(self._wrappers, self._buffers, strict=True):
-            for name, buffer in layer.module.named_buffers():
-                buffer.copy_(buffers[name])
+    def keep_random_state(self) -> None:
+        if self._random_after is not None:
+            self._set_random_state(self._random_after)
 
-    def restore(self) -> None:
-        """Restore the generators to their state at entry; the buffers have not changed."""
+    def keep_buffers(self) -> None:
+        for place, new in enumerate(self._buffers_after or ()):
+            old = self._buffers[place]
+            if old.shape == new.shape and old.dtype == new.dtype:
+                old.copy_(new.detach())
+            else:  # the forward has replaced it
+                self._buffers[place] = new.detach()
+
+    def restore_random_state(self) -> None:
+        """Restore the generators to their state at entry."""
         self._set_random_state(self._entry)
 
+    def put_back(self) -> None:
+        """Give the model its own buffers again."""
+        self._write(self._buffers)
 
-def _functional(layer: Any, buffers: dict[str, torch.Tensor], running: bool) -> Any:
+
+def _places_of_buffers(layers: Sequence[Any]) -> list[_Place]:
+    """Return the places of the buffers in layers, and in the torch modules inside them."""
+    modules = {id(module): module for layer in layers for module in layer.modules()}
+    return [
+        _Place(buffers, name, compat.is_torch_batchnorm(module))
+        for module in modules.values()
+        for buffers in [compat.torch_buffers(module)]
+        for name, buffer in buffers.items()
+        if buffer is not None
+    ]
+
+
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return copies; a tensor in several places has one copy."""
+    copies = {id(tensor): tensor.detach().clone() for tensor in tensors}
+    return [copies[id(tensor)] for tensor in tensors]
+
+
+def _functional(layer: Any, running: bool) -> Any:
     """Return a wrapped module's call that uses the values of its Keras variables in the scope."""
     by_parameter = {id(compat.torch_parameter(v)): v for v in layer.variables}
 
@@ -100,7 +161,7 @@ def _functional(layer: Any, buffers: dict[str, torch.Tensor], running: bool) -> 
             part.eval()
         values = {name: by_parameter[id(p)].value for name, p in module.named_parameters()}
         try:
-            return torch.func.functional_call(module, {**values, **buffers}, args, kwargs)
+            return torch.func.functional_call(module, values, args, kwargs)
         finally:
             for part in statistics:
                 part.train()
