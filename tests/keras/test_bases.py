@@ -1,5 +1,7 @@
 """Any Keras optimizer as the base optimizer, with all its features."""
 
+from dataclasses import fields
+
 import keras
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from tests.keras.scene import (
     weights,
 )
 
-from esam_core import ESAMTypeError, NonFiniteError
+from esam_core import ESAMConfig, ESAMRuntimeError, ESAMTypeError, NonFiniteError
 from esam_keras import ESAM, Every, Everything
 
 X, Y = data(16)
@@ -247,3 +249,12 @@ def test_nonfinite_steps(mode, run_eagerly):
     assert int(model.optimizer.count.numpy()) == (1 if mode == "raise" else 2)
     model.train_on_batch(X, Y)
     assert all(np.isfinite(w).all() for w in weights(model))
+
+
+@pytest.mark.parametrize("name", [*(field.name for field in fields(ESAMConfig)), "beta", "gamma"])
+def test_hyperparameters_can_be_read_but_not_assigned(name):
+    esam = ESAM("sgd", rho=0.1, beta=0.5, gamma=0.25)
+    values = {**vars(esam.config), "beta": 0.5, "gamma": 0.25}
+    assert getattr(esam, name) == values[name]
+    with pytest.raises(ESAMRuntimeError, match=f"ESAM.optimizer.base_optimizer, {name}="):
+        setattr(esam, name, values[name])

@@ -244,7 +244,7 @@ class TestTorchModules:
     def test_a_step_that_fails_changes_no_buffer(self, how):
         import torch
 
-        def metric(y, y_pred):
+        def metric(y, y_pred):  # noqa: ARG001
             if how == "a metric" and fail:
                 raise FloatingPointError("in the metric")
             return ops.mean(y_pred)

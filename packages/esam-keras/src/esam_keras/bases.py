@@ -1,14 +1,14 @@
 """The base optimizer: its attributes, and checks. Any Keras optimizer works."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 
-from esam_core import ESAMTypeError, ESAMValueError
+from esam_core import ESAMConfig, ESAMRuntimeError, ESAMTypeError, ESAMValueError
 
-__all__ = ["BaseAttribute", "refuse_other_arguments", "resolve_base"]
+__all__ = ["BaseAttribute", "Setting", "refuse_other_arguments", "resolve_base"]
 
 
 class BaseAttribute:
@@ -32,6 +32,31 @@ class BaseAttribute:
         base = vars(optimizer).get("base_optimizer")
         if base is not None:
             setattr(base, self.name, value)
+
+
+class Setting:
+    """A hyperparameter, which cannot be assigned: steps are drawn and compiled for its value.
+
+    Args:
+        read: returns its value from the config.
+    """
+
+    def __init__(self, read: Callable[[ESAMConfig], Any]) -> None:
+        self._read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
+        return self if optimizer is None else self._read(optimizer.config)
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        raise ESAMRuntimeError(
+            f"`{self.name}` cannot be changed: steps are drawn and compiled for its value. Compile "
+            "the model again, with the same base optimizer if its state is to be kept: "
+            f"ESAM(optimizer.base_optimizer, {self.name}={value!r}, ...). "
+            f"Received: {self.name}={value!r}."
+        )
 
 
 def refuse_other_arguments(base: Any, others: Mapping[str, Any]) -> None:

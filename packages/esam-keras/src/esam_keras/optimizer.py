@@ -22,7 +22,7 @@ from esam_core.directions import check_saved_direction
 from esam_core.perturbation import Norm
 from esam_core.validation import flag
 from esam_keras import compat
-from esam_keras.bases import BaseAttribute, refuse_other_arguments, resolve_base
+from esam_keras.bases import BaseAttribute, Setting, refuse_other_arguments, resolve_base
 from esam_keras.directions import Earlier, check_moment, earlier_direction
 from esam_keras.handover import require_step
 
@@ -84,6 +84,18 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         >>> sorted(history.history)
         ['loss', 'sample_share', 'sharpness']
     """
+
+    rho = Setting(lambda config: config.rho)
+    beta = Setting(lambda config: config.perturb.beta)  # type: ignore[attr-defined]
+    gamma = Setting(lambda config: config.select.gamma)
+    perturb = Setting(lambda config: config.perturb)
+    select = Setting(lambda config: config.select)
+    ascend = Setting(lambda config: config.ascend)
+    adaptive = Setting(lambda config: config.adaptive)
+    norm = Setting(lambda config: config.norm)
+    norm_eps = Setting(lambda config: config.norm_eps)
+    seed = Setting(lambda config: config.seed)
+    on_nonfinite = Setting(lambda config: config.on_nonfinite)
 
     gradient_accumulation_steps = BaseAttribute()
     loss_scale_factor = BaseAttribute()
