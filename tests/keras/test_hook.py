@@ -290,3 +290,15 @@ def test_mirrored_strategy_is_refused():
         model = mlp()
     with pytest.raises(ESAMRuntimeError, match="DataParallel"):
         model.compile(ESAM("sgd"), cross_entropy())
+
+
+@pytest.mark.backends("tensorflow")  # on the others, Keras itself refuses such data
+def test_targets_that_only_train_step_makes_are_refused():
+    def train_step(self, data):
+        (x,) = data
+        return super(type(self), self).train_step((x, x[:, :3]))
+
+    model = subclassed(train_step=train_step)()
+    model.compile(ESAM("sgd"), "mse")
+    with pytest.raises(ESAMValueError, match=r"`fit\(x, y\)`, or in your own `compute_loss`"):
+        model.fit(data()[0], verbose=0)

@@ -80,7 +80,7 @@ class Training:
         if self._prepared is not None and self._prepared.variables == _identities(model):
             return
         if state is None:  # otherwise `fit` has built the model, and cleared the variables
-            compat.build_from(model, data)
+            self._build(data)
         self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -96,6 +96,24 @@ class Training:
             route = find_route(model, needs_rows(self.esam.config), data, state)
         statistics = has_moving_statistics(model)
         self._prepared = _Prepared(planner, route, fixed, _identities(model), statistics)
+
+    def _build(self, data: Any) -> None:
+        """Build the model, its metrics and its loss.
+
+        Raises:
+            ESAMValueError: the loss needs targets, which only the user's `train_step` makes.
+        """
+        try:
+            compat.build_from(self.model, data)
+        except ValueError as error:
+            _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+            if y is not None or not self.has_own_train_step:
+                raise
+            raise ESAMValueError(
+                "The data must contain the targets: ESAM builds the loss before it calls your own "
+                "`train_step`. Make them in the data, `fit(x, y)`, or in your own `compute_loss`. "
+                "Received: a batch without targets."
+            ) from error
 
     def _planner(self) -> Planner:
         """Return the planner for the model's trainable variables."""
