@@ -257,4 +257,4 @@ def test_hyperparameters_can_be_read_but_not_assigned(name):
     values = {**vars(esam.config), "beta": 0.5, "gamma": 0.25}
     assert getattr(esam, name) == values[name]
     with pytest.raises(ESAMRuntimeError, match=f"ESAM.optimizer.base_optimizer, {name}="):
-        setattr(esam, name, values[name])
+        setattr(esam, name, 0.375)

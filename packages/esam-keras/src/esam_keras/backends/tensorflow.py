@@ -156,8 +156,9 @@ def _refuse_raw_variables(layer: Any) -> None:
     for name, value in vars(layer).items():
         if name.startswith("_self_"):  # TensorFlow's own records for checkpoints
             continue
-        held = keras.tree.flatten(value) if isinstance(value, list | tuple | dict) else [value]
-        if any(isinstance(leaf, tf.Variable) for leaf in held):
+        values = list(value.values()) if isinstance(value, dict) else value
+        held = values if isinstance(values, list | tuple) else [value]
+        if any(isinstance(part, tf.Variable) for part in held):
             raise ESAMTypeError(
                 "State of a layer must be in Keras variables: each pass of a step would change a "
                 "`tf.Variable` again. Use `self.add_weight(..., trainable=False)`. Received: "
