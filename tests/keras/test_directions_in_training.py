@@ -227,14 +227,28 @@ def test_a_direction_that_is_not_finite_does_not_reach_the_moving_statistics(asc
     assert np.isnan(ops.convert_to_numpy(model.get_layer("head").kernel.value)).any()
 
 
+class Outer(keras.Model):
+    """Its `call` does not take `training`."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x):
+        return self.inner(x)
+
+
 @pytest.mark.backends("torch")
-def test_buffers_of_torch_modules_are_from_the_descent():
+@pytest.mark.parametrize("own", [False, True])
+def test_buffers_of_torch_modules_are_from_the_descent(own):
     import torch
 
     norm = torch.nn.BatchNorm1d(6)
     model = keras.Sequential(
         [keras.Input((6,)), keras.layers.TorchModuleWrapper(norm), keras.layers.Dense(3)]
     )
+    if own:
+        model = Outer(model)
     model.compile(esam(ascend=Part(0.25), rho=1e-20), cross_entropy())
     model.train_on_batch(X, Y)
     np.testing.assert_allclose(norm.running_mean.numpy(), 0.1 * X.mean(0), rtol=1e-4, atol=1e-6)

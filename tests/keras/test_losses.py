@@ -34,7 +34,8 @@ class OwnObject(keras.losses.Loss):
 
 
 def esam(gamma=0.5, **kwargs):
-    return ESAM(keras.optimizers.SGD(0.1), rho=RHO, beta=1.0, gamma=gamma, **kwargs)
+    chosen = {} if "select" in kwargs else {"gamma": gamma}
+    return ESAM(keras.optimizers.SGD(0.1), **{"rho": RHO, "beta": 1.0, **chosen, **kwargs})
 
 
 def step(model, settings, batch, gamma=0.5, **kwargs):
@@ -341,12 +342,12 @@ def test_compute_loss_that_adds_to_keras_own():
     assert step(model, {"loss": "mse"}, (X, ONE_HOT)).indices is not None
 
 
-def refusal(model, settings, batch, match, **kwargs):
+def refusal(model, settings, batch, match, rows=6, **kwargs):
     """Require an error in both ways of training, without changes of the weights."""
     before = weights(model)
     model.compile(esam(**kwargs), **settings)
     with pytest.raises(ESAMValueError, match=match):
-        model.fit(*batch, batch_size=6, verbose=0)
+        model.fit(*batch, batch_size=rows, verbose=0)
     same(weights(model), before)
     with pytest.raises(ESAMValueError, match=match):
         model.train_on_batch(*batch)

@@ -16,7 +16,7 @@ from keras import ops, tree
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.losses import Batch, check_scalar, weigh_samples
-from esam_keras.rows import Fill, rows
+from esam_keras.rows import Fill, row_count, rows
 from esam_keras.units import statistics_layers
 
 __all__ = ["Evaluated", "Evaluator", "State", "Variables", "batch_size"]
@@ -81,6 +81,7 @@ class Evaluator:
         route: how losses per sample are computed; see `esam_keras.losses`.
         variables: the model's variables.
         batch: (x, y, sample_weight).
+        outputs_with_rows: which outputs have one row per sample; None if no step runs some samples.
     """
 
     backend: Backend
@@ -88,6 +89,7 @@ class Evaluator:
     route: str | None
     variables: Variables
     batch: Batch
+    outputs_with_rows: tuple[bool, ...] | None
 
     def evaluate(
         self,
@@ -138,7 +140,7 @@ class Evaluator:
         """
         with self.scope(state, cut) as scope:
             run = self._forward(rows(self.batch[0], indices), running=running, records=records)
-            y_pred, masks = fill(run, compat.masks_of(run))
+            y_pred, masks = fill(run, compat.masks_of(run), self._with_rows(run, indices))
             loss = self._loss(compat.with_masks(y_pred, masks), factor)
         return self._evaluate(scope, state, loss, y_pred, masks)
 
@@ -151,7 +153,21 @@ class Evaluator:
         )
         with self.scope(still):
             run = self._forward(rows(self.batch[0], indices), running=running, records=False)
-        return tree.map_structure(self.backend.without_gradient, run), compat.masks_of(run)
+        return tree.map_structure(self._still, run), compat.masks_of(run)
+
+    def _with_rows(self, run: Any, indices: Tensor) -> list[bool]:
+        """Return which of the predictions for some samples have one row for each of them."""
+        flat, known = tree.flatten(run), self.outputs_with_rows
+        if known is None or len(known) != len(flat):  # training has other outputs
+            known = (True,) * len(flat)
+        return [
+            has_rows and row_count(leaf) in (None, indices.shape[0])
+            for leaf, has_rows in zip(flat, known, strict=True)
+        ]
+
+    def _still(self, leaf: Any) -> Any:
+        """Return an output without its gradient; not every output is a tensor."""
+        return self.backend.without_gradient(leaf) if hasattr(leaf, "shape") else leaf
 
     def _evaluate(
         self,

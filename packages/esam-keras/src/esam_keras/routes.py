@@ -1,67 +1,144 @@
 """Finding the route for losses per sample, before the first step.
 
-The routes are those of `esam_keras.losses`. Losses other than plain Keras losses are evaluated on
-artificial predictions, with the targets of one of the user's batches, so that no layer runs.
+The routes are those of `esam_keras.losses`. Whether a loss has losses per sample is tested on
+artificial predictions; see `esam_keras.trial`.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
 from esam_core import ESAMValueError
 from esam_core.draws import uniforms
 from esam_keras import compat
-from esam_keras.losses import ADVICE, has_own_compute_loss, weigh_samples
+from esam_keras.losses import ADVICE, has_own_compute_loss
+from esam_keras.rows import row_count
+from esam_keras.trial import Trial, output_spec
 
-__all__ = ["check_rows", "find_route"]
+__all__ = ["check_row_counts", "check_rows", "find_route"]
 
 #: The number of samples whose factors are varied; few, to save time.
 TRIED = 4
 
-#: The total loss, as a float, by (route, factors of a batch's samples).
-Total = Callable[[str, np.ndarray], float]
+#: Keras's functions that compute each sample's value from its own row.
+SEPARATE = frozenset(
+    getattr(keras.losses, name)
+    for name in (
+        *("binary_crossentropy", "binary_focal_crossentropy", "categorical_crossentropy"),
+        *("categorical_focal_crossentropy", "categorical_hinge", "hinge", "huber"),
+        *("kl_divergence", "mean_absolute_error", "mean_absolute_percentage_error"),
+        *("mean_squared_error", "mean_squared_logarithmic_error", "poisson"),
+        *("sparse_categorical_crossentropy", "squared_hinge"),
+    )
+)
+
+#: The relative error of a total that rounding may cause.
+NOISE = 1e-5
 
 
-def find_route(model: keras.Model, needed: bool, data: Any, state: Any = None) -> str | None:
-    """Return the route for a model's loss, testing it if it is not a plain Keras loss.
+def find_route(trial: Trial, needed: bool) -> str | None:
+    """Return the route for a model's loss, after testing it.
 
     Args:
-        model: a compiled and built model, with its loss.
+        trial: evaluates the loss.
         needed: whether the step needs losses per sample.
-        data: a batch.
-        state: JAX's state if it is not in the variables, else None.
 
     Raises:
         ESAMValueError: losses per sample are needed but not available.
     """
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    b = int(next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0])
-    total = _total_loss(model, data, b, state)
+    model = trial.model
     losses = compat.compiled_losses(model)
     plain = all(type(loss).__call__ is keras.losses.Loss.__call__ for loss in losses)
     if not has_own_compute_loss(model):
         if not compat.has_compiled_loss(model):
             return None  # `add_loss` has no losses per sample
         if plain:
-            return "values" if needed or _all_have_values(total, b) else None
-    reasons = []
-    for route in ("values", "weights"):
-        if route == "values" and not (losses and plain):
-            continue
-        problem = _problem(total, route, b)
-        if problem is None:
+            return _route_of_plain(trial, needed)
+    problem, cause = "", None
+    for route in ("values", "weights") if losses and plain else ("weights",):
+        try:
+            problem, cause = _problem(trial, route) or "", None
+        except Exception as error:  # `compute_loss` is the user's code
+            problem, cause = _describe(error), error
+        if not problem:
             return route
-        reasons.append(problem)
     if not needed:
         return None
     raise ESAMValueError(
         "The loss must be linear in `sample_weight`, so that ESAM can compute each sample's loss. "
-        f"Received: a loss that {reasons[-1] if reasons else 'has no value per sample'}. {ADVICE}"
+        f"Received: a loss that {problem}. {ADVICE}"
+    ) from cause
+
+
+def _describe(error: Exception) -> str:
+    """Return the problem of a loss that raised an error; `fit` hides the cause of an error."""
+    message = (str(error).strip() or "no message").splitlines()[0]
+    return (
+        "cannot be computed without a call of the model; it must use only its arguments and the "
+        f"model's weights, not what `call` has stored ({type(error).__name__}: {message})"
     )
+
+
+def _route_of_plain(trial: Trial, needed: bool) -> str | None:
+    """Return the route for plain Keras losses, whose values are known.
+
+    Most of Keras's own losses need no test: the artificial predictions of a large model cost time.
+    """
+    separate = all(map(_is_separate, compat.compiled_losses(trial.model)))
+    if separate and needed:
+        return "values"
+    try:
+        if separate:
+            trial.total("values", np.ones(trial.b))
+            return "values"
+        depends = _depends_on_others(trial, "values")
+    except ESAMValueError:  # no value for each sample
+        if needed:
+            raise
+        return None
+    except Exception:  # it is wrong, and the step raises the same, or needs other predictions
+        return "values" if needed else None
+    if not depends:
+        return "values"
+    if not needed:
+        return None
+    names = " and ".join(f"'{loss.name}'" for loss in compat.compiled_losses(trial.model))
+    raise ESAMValueError(
+        "A sample's loss must not depend on the predictions for other samples, because steps run "
+        f"the model on some samples only. Received: the loss {names}, whose values do. {ADVICE}"
+    )
+
+
+def _is_separate(loss: Any) -> bool:
+    """Return whether a loss is Keras's own, and uses only a sample's own row for its value."""
+    own = type(loss).__module__.partition(".")[0] == "keras"
+    return own and getattr(loss, "fn", None) in SEPARATE and getattr(loss, "axis", -1) != 0
+
+
+def check_row_counts(data: Any) -> None:
+    """Raise if an input has not one row per sample, so that samples cannot be taken out of it.
+
+    Args:
+        data: a batch. The number of its samples is that of the first input's rows.
+
+    Raises:
+        ESAMValueError: another input has another number of rows, or no axis.
+    """
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    leaves = [(path, leaf) for path, leaf in tree.flatten_with_path(x) if leaf is not None]
+    b = row_count(leaves[0][1])
+    for path, leaf in leaves:
+        n = row_count(leaf)
+        if n != b and n is not None and b is not None:
+            name = "".join(f"[{key!r}]" for key in path)
+            raise ESAMValueError(
+                "Every input must have one row per sample, so that samples can be taken out: use "
+                "gamma=1.0 without ascend=Part(...), so that steps use the whole batch, or repeat "
+                f"the input for each sample. Received: x{name} of shape "
+                f"{tuple(getattr(leaf, 'shape', ()))} in a batch of {b} samples."
+            )
 
 
 def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None:
@@ -90,7 +167,7 @@ def check_rows(model: keras.Model, data: Any, k: int, state: Any = None) -> None
     cause = None
     try:
         if not stateful:
-            _output_spec(model, x, k, state)
+            output_spec(model, x, k, state)
             return
     except Exception as error:
         cause = error
@@ -109,119 +186,54 @@ def _fixed_input(model: keras.Model) -> str | None:
     return None
 
 
-def _all_have_values(total: Total, b: int) -> bool:
-    """Return whether the compiled losses have one value per sample."""
-    try:
-        total("values", np.ones(b, dtype=np.float32))
-    except ESAMValueError:
-        return False
-    return True
+def _problem(trial: Trial, route: str) -> str | None:
+    """Return the problem of a route, or None.
 
-
-def _problem(total: Total, route: str, b: int) -> str | None:
-    """Return the problem of a route, or None: the loss must be affine in every factor."""
+    The loss must be affine in every factor. Without a weight, a sample's predictions must not
+    count, since steps may not compute them.
+    """
+    b = trial.b
     n = min(TRIED, b)
-    rows = np.eye(n, b, dtype=np.float32)
-    mixed = np.array([0.5, 4.0, 2.0, 0.25], dtype=np.float32)[:n]
+    rows = np.eye(n, b)
+    mixed = np.array([0.5, 4.0, 2.0, 0.25])[:n]
+    none = np.zeros(b)
     try:
-        zero = total(route, np.zeros(b, dtype=np.float32))
-        alone = [total(route, row) - zero for row in rows]
-        together = total(route, mixed @ rows) - zero
+        zero, again = trial.total(route, none), trial.total(route, none, none == 0)
+        alone = [trial.total(route, row) - zero for row in rows]
+        together = trial.total(route, mixed @ rows) - zero
+        depends = _depends_on_others(trial, route)
+        divides = not np.isfinite(zero) and np.isfinite(trial.total(route, np.ones(b)))
     except ESAMValueError as error:
         return f"has no value per sample ({error})"
-    noise = 1e-5 * (abs(zero) + abs(together))
+    noise = NOISE * (abs(zero) + abs(together))
     size = max(map(abs, (*alone, together)))
     if size <= noise:
         return "does not depend on `sample_weight`"
-    if abs(float(np.dot(mixed, alone)) - together) > 1e-3 * size + noise:
+    if divides or abs(float(np.dot(mixed, alone)) - together) > 1e-3 * size + noise:
         return "is not linear in `sample_weight`"
+    if _differ(zero, again):
+        return "has a term in the predictions that is not weighted by `sample_weight`"
+    if depends:
+        return "depends on the predictions for samples whose `sample_weight` is 0"
     return None
 
 
-# -- the loss of artificial predictions ------------------------------------------------------------
+def _depends_on_others(trial: Trial, route: str) -> bool:
+    """Return whether samples' losses depend on the predictions for other samples.
 
-
-def _total_loss(model: keras.Model, data: Any, b: int, state: Any) -> Total:
-    """Return a function that computes the total loss of a batch with given factors.
-
-    The predictions are numbers in (0.1, 0.9) of the model's output shape, which are valid as
-    probabilities, logits and regressions.
+    The predictions for about half of the samples are redrawn, while their factors are 0.
     """
-
-    @functools.cache
-    def found() -> Any:
-        return _predictions_spec(model, data, b, state)
-
-    def total(route: str, factors: np.ndarray) -> float:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y, sample_weight = tree.map_structure(
-            lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (y, sample_weight)
-        )
-        y_pred = tree.map_structure(lambda spec: _artificial_predictions(spec, b), found())
-        with keras.StatelessScope(_mapping(model, state)):
-            factor = ops.convert_to_tensor(factors)
-            with weigh_samples(model, route, (x, y, sample_weight), factor) as (x, y, weights):
-                loss = compat.total_loss(model, x, y, y_pred, weights)
-            return float(np.sum(ops.convert_to_numpy(loss)))
-
-    return total
-
-
-def _predictions_spec(model: keras.Model, data: Any, b: int, state: Any) -> Any:
-    """Return tensors or specifications with the predictions' shapes and dtypes."""
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    try:
-        return _output_spec(model, x, b, state)
-    except Exception:
-        # A model that is not compiled may read the values of its tensors, which have none here.
-        if state is not None:
-            return model.stateless_call(state[0], state[1], x)[0]
-        with keras.StatelessScope():
-            return model(x)
-
-
-def _output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
-    """Return the shapes of the predictions for the given number of rows."""
-    inputs = tree.map_structure(
-        lambda leaf: (
-            None
-            if leaf is None
-            else keras.KerasTensor(
-                (rows, *leaf.shape[1:]),
-                keras.backend.standardize_dtype(leaf.dtype),
-                sparse=compat.is_sparse(leaf),
-            )
-        ),
-        x,
-    )
-    if state is None:
-        return compat.output_spec(model, inputs)
-    # In `fit` on JAX Keras clears the variables' values; their shapes are in the state.
-    return compat.output_spec(
-        lambda inputs: model.stateless_call(state[0], state[1], inputs)[0], inputs
-    )
-
-
-def _artificial_predictions(spec: Any, b: int) -> Any:
-    """Return artificial predictions of a shape, always the same."""
-    shape = tuple(b if n is None else n for n in spec.shape)
-    drawn = uniforms(int(np.prod(shape)), seed=0, count=0)
-    dtype = keras.backend.standardize_dtype(spec.dtype)
-    return ops.cast(ops.convert_to_tensor((0.1 + 0.8 * drawn).reshape(shape)), dtype)
-
-
-def _mapping(model: keras.Model, state: Any) -> list[tuple[Any, Any]]:
-    """Return the pairs of variables and values, from JAX's state if there is one."""
-    groups = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        model.optimizer.variables,
-        model.metrics_variables,
-    )
-    if state is None:
-        return [(variable, variable.value) for group in groups for variable in group]
-    return [
-        pair
-        for group, values in zip(groups, state, strict=True)
-        for pair in zip(group, values, strict=True)
+    b = trial.b
+    factors = 0.5 + uniforms(b, seed=0, count=1)
+    half = uniforms(b, seed=1, count=1) < 0.5
+    half[0], half[-1] = True, False
+    totals = [
+        [trial.total(route, np.where(others, 0.0, factors), redrawn) for redrawn in (None, others)]
+        for others in (half, ~half)
     ]
+    return any(_differ(before, after) for before, after in totals)
+
+
+def _differ(a: float, b: float) -> bool:
+    """Return whether two totals differ by more than rounding."""
+    return abs(a - b) > NOISE * (abs(a) + abs(b))

@@ -16,6 +16,7 @@ __all__ = [
     "fill_by_repeating",
     "fill_from_batch",
     "fill_from_rest",
+    "row_count",
     "rows",
     "rows_of_batch",
     "spread",
@@ -26,8 +27,15 @@ Tensor = Any
 #: Predictions, and the masks of their leaves; None for a leaf without a mask.
 Predicted = tuple[Any, list[Tensor | None]]
 
-#: Returns the predictions for the whole batch, given those for some of its samples.
-Fill = Callable[[Any, list[Tensor | None]], Predicted]
+#: Returns the predictions for the whole batch, given those for some of its samples, their masks,
+#: and which of their leaves have one row per sample.
+Fill = Callable[[Any, list[Tensor | None], Sequence[bool]], Predicted]
+
+
+def row_count(leaf: Any) -> int | None:
+    """Return the length of a leaf's first axis; None if it is unknown, -1 if there is no axis."""
+    shape: Any = getattr(leaf, "shape", ())
+    return shape[0] if len(shape) > 0 else -1
 
 
 def rows(structure: Any, indices: Tensor) -> Any:
@@ -41,10 +49,10 @@ def rows_of_batch(structure: Any, indices: Tensor, b: int | Tensor) -> Any:
     """Return the rows of the leaves that have b rows; other leaves are unchanged."""
 
     def take_rows(leaf: Any) -> Any:
-        if leaf is None or len(leaf.shape) == 0:
+        n = row_count(leaf)
+        if n == -1 or (isinstance(b, int) and n is not None and n != b):
             return leaf
-        known = isinstance(b, int) and leaf.shape[0] is not None
-        return leaf if known and leaf.shape[0] != b else ops.take(leaf, indices, axis=0)
+        return ops.take(leaf, indices, axis=0)
 
     return tree.map_structure(take_rows, structure)
 
@@ -70,12 +78,12 @@ def fill_from_batch(
         without_gradient: returns a tensor without its gradient.
     """
 
-    def fill(run: Any, _: list[Tensor | None]) -> Predicted:
+    def fill(run: Any, _: list[Tensor | None], with_rows: Sequence[bool]) -> Predicted:
         places = ops.expand_dims(indices, axis=-1)
         leaves, kept = [], []
-        for before, mask, now in zip(tree.flatten(y_pred), masks, tree.flatten(run), strict=True):
+        flat = zip(tree.flatten(y_pred), masks, tree.flatten(run), with_rows, strict=True)
+        for before, mask, now, has_rows in flat:
             # An output without one prediction per sample is that of the selected samples.
-            has_rows = len(before.shape) > 0 and _has_rows(now, indices)
             leaves.append(
                 ops.scatter_update(without_gradient(before), places, now) if has_rows else now
             )
@@ -93,19 +101,19 @@ def fill_by_repeating(indices: Tensor, b: int | Tensor) -> Fill:
         b: the batch size.
     """
 
-    def fill(run: Any, masks: list[Tensor | None]) -> Predicted:
+    def fill(run: Any, masks: list[Tensor | None], with_rows: Sequence[bool]) -> Predicted:
         k = ops.shape(indices)[0]
         order = ops.arange(b, dtype="int32") % k
         order = ops.scatter_update(
             order, ops.expand_dims(indices, axis=-1), ops.arange(k, dtype="int32")
         )
         leaves = [
-            ops.take(leaf, order, axis=0) if _has_rows(leaf, indices) else leaf
-            for leaf in tree.flatten(run)
+            ops.take(leaf, order, axis=0) if has_rows else leaf
+            for leaf, has_rows in zip(tree.flatten(run), with_rows, strict=True)
         ]
         kept = [
-            None if mask is None or not _has_rows(leaf, indices) else ops.take(mask, order, axis=0)
-            for leaf, mask in zip(tree.flatten(run), masks, strict=True)
+            None if mask is None or not has_rows else ops.take(mask, order, axis=0)
+            for mask, has_rows in zip(masks, with_rows, strict=True)
         ]
         return tree.pack_sequence_as(run, leaves), kept
 
@@ -122,26 +130,19 @@ def fill_from_rest(others: Callable[[], Predicted], part: Tensor, rest: Tensor) 
         rest: (b - n,), the places of the other samples.
     """
 
-    def fill(run: Any, masks: list[Tensor | None]) -> Predicted:
+    def fill(run: Any, masks: list[Tensor | None], with_rows: Sequence[bool]) -> Predicted:
         y_pred, other_masks = others()
         order = ops.argsort(ops.concatenate([part, rest], axis=0))
 
         def join(now: Tensor, other: Tensor) -> Tensor:
             return ops.take(ops.concatenate([now, other], axis=0), order, axis=0)
 
-        flat = list(zip(tree.flatten(run), tree.flatten(y_pred), strict=True))
-        leaves = [join(now, other) if _has_rows(now, part) else now for now, other in flat]
+        flat = zip(tree.flatten(run), tree.flatten(y_pred), with_rows, strict=True)
+        leaves = [join(now, other) if has_rows else now for now, other, has_rows in flat]
         kept = [
-            None if mask is None or other is None or not _has_rows(now, part) else join(mask, other)
-            for (now, _), mask, other in zip(flat, masks, other_masks, strict=True)
+            None if mask is None or other is None or not has_rows else join(mask, other)
+            for mask, other, has_rows in zip(masks, other_masks, with_rows, strict=True)
         ]
         return tree.pack_sequence_as(run, leaves), kept
 
     return fill
-
-
-def _has_rows(now: Any, indices: Any) -> bool:
-    """Return whether an output has one row for each of the samples that were run."""
-    if len(now.shape) == 0:
-        return False
-    return now.shape[0] is None or now.shape[0] == indices.shape[0]

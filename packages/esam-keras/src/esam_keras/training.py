@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-from keras import ops, tree
+from keras import ops
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.directions import check_statistics, kept_units
@@ -16,10 +16,11 @@ from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
 from esam_keras.metrics import log_means
 from esam_keras.optimizer import ESAM
-from esam_keras.plan import Drawn, Plan, Planner, needs_rows
+from esam_keras.plan import Drawn, Plan, Planner
+from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stored, prepare
 from esam_keras.report import KerasReport
-from esam_keras.routes import check_rows, find_route
-from esam_keras.units import has_moving_statistics, unit_records
+from esam_keras.routes import check_row_counts
+from esam_keras.units import unit_records
 
 __all__ = ["Training", "train_step"]
 
@@ -41,7 +42,7 @@ class Training:
         self.model = model
         self.esam = esam
         self.backend: Backend = current_backend()
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
         #: The count at which earlier steps are known to provide a direction.
         self._directed_at: int | None = None
 
@@ -76,48 +77,24 @@ class Training:
             data: a batch.
             state: the values of all variables if they are not in the variables (JAX), or None.
         """
-        model = self.model
-        if self._prepared is not None and self._prepared.variables == _identities(model):
+        model, own = self.model, self.has_own_train_step
+        if self._prepared is not None and self._prepared.still_holds(model, batch_size(data)):
             return
         if state is None:  # otherwise `fit` has built the model, and cleared the variables
-            self._build(data)
+            build(model, data, own_train_step=own)
         self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        variables = model.trainable_variables
-        if not variables:
+        if not model.trainable_variables:
             warnings.warn("The model has no trainable weights: nothing is trained.", stacklevel=2)
-        planner = self._planner()
-        fixed = frozenset(t for t, v in enumerate(variables) if _is_stored(v))
         with self.backend.checks_context(model):
-            if any(planner.allowed):
-                for k in planner.subset_sizes(_batch_size(data)):
-                    check_rows(model, data, k, state)
-            route = find_route(model, needs_rows(self.esam.config), data, state)
-        statistics = has_moving_statistics(model)
-        self._prepared = _Prepared(planner, route, fixed, _identities(model), statistics)
-
-    def _build(self, data: Any) -> None:
-        """Build the model, its metrics and its loss.
-
-        Raises:
-            ESAMValueError: the loss needs targets, which only the user's `train_step` makes.
-        """
-        try:
-            compat.build_from(self.model, data)
-        except ValueError as error:
-            _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-            if y is not None or not self.has_own_train_step:
-                raise
-            raise ESAMValueError(
-                "The data must contain the targets: ESAM builds the loss before it calls your own "
-                "`train_step`. Make them in the data, `fit(x, y)`, or in your own `compute_loss`. "
-                "Received: a batch without targets."
-            ) from error
+            self._prepared = prepare(
+                model, self.esam.config, self._planner(), data, state, own_train_step=own
+            )
 
     def _planner(self) -> Planner:
         """Return the planner for the model's trainable variables."""
-        perturbable = [not _is_stored(v) for v in self.model.trainable_variables]
+        perturbable = [not is_stored(v) for v in self.model.trainable_variables]
         return Planner(self.esam.config, unit_records(self.model), perturbable)
 
     def find_kept(self, variables: Sequence[Any]) -> list[bool]:
@@ -125,11 +102,11 @@ class Training:
         config, planner = self.esam.config, self._planner()
         kept = kept_units(config.perturb, planner.units, planner.allowed, norm=config.norm)
         trained = zip(self.model.trainable_variables, kept, strict=True)
-        found = {id(v): keep and not _is_stored(v) for v, keep in trained}
+        found = {id(v): keep and not is_stored(v) for v, keep in trained}
         return [found.get(id(v), True) for v in variables]
 
     @property
-    def prepared(self) -> "_Prepared":
+    def prepared(self) -> Prepared:
         """The results of `prepare`.
 
         Raises:
@@ -150,7 +127,9 @@ class Training:
             compiled: whether the step is compiled for its plan.
             state: JAX's state where it is not in the variables, else None.
         """
-        planner, b = self.prepared.planner, _batch_size(data)
+        planner, b = self.prepared.planner, batch_size(data)
+        if self.prepared.takes_rows and not self.has_own_train_step:
+            check_row_counts(data)
         directed = not planner.needs_earlier or self._has_direction(count, state)
         drawn = planner.draw(count, b, compiled=compiled, directed=directed)
         if drawn.plan.active and self.prepared.has_statistics:
@@ -194,7 +173,7 @@ class Training:
         """
         if not self.has_own_train_step:
             return self.backend.step(self, plan, inputs, *arguments)
-        with _under_way(_UnderWay(self, plan, inputs, _rows(arguments[-1]))) as step:
+        with _under_way(_UnderWay(self, plan, inputs, first_axis(arguments[-1]))) as step:
             return self.model.train_step(*arguments), step.report
 
     def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None:
@@ -255,53 +234,6 @@ class Training:
         return {**logs, **{name: means[name] for name in self.own_logs}}
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """The properties of a model that are found before its first step.
-
-    Args:
-        planner: draws the plan of each step.
-        route: how losses per sample are computed; see `esam_keras.losses`.
-        fixed: indices of variables whose gradient is a value to be stored, as in float8 training.
-        variables: identifies the trainable variables.
-        has_statistics: whether training updates moving statistics.
-    """
-
-    planner: Planner
-    route: str | None
-    fixed: frozenset[int]
-    variables: tuple[int, ...]
-    has_statistics: bool
-
-
-def _is_stored(variable: Any) -> bool:
-    """Return whether a variable's gradient is a value to be stored, as in float8 training."""
-    return bool(getattr(variable, "overwrite_with_gradient", False))
-
-
-def _identities(model: keras.Model) -> tuple[int, ...]:
-    """Return a key that identifies a model's trainable variables."""
-    return tuple(id(v) for v in model.trainable_variables)
-
-
-def _batch_size(data: Any) -> int:
-    """Return the number of samples of a batch.
-
-    Raises:
-        ESAMValueError: it is empty.
-    """
-    b = int(_rows(data))
-    if b == 0:
-        raise ESAMValueError("The batch must not be empty. Received: a batch of 0 samples.")
-    return b
-
-
-def _rows(data: Any) -> Any:
-    """Return the size of a batch's first axis; None if a function is traced for any size."""
-    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
-
-
 # -- the user's own train_step ----------------------------------------------------------------
 
 
@@ -321,13 +253,15 @@ class _UnderWay:
         Raises:
             ESAMValueError: the batch does not have the size for which the step was drawn.
         """
-        if _rows(arguments[-1]) != self.rows:
+        if first_axis(arguments[-1]) != self.rows:
             raise ESAMValueError(
                 "Your own `train_step` must not change the number of samples: masks and "
-                f"selections are drawn before it. Received: {_rows(arguments[-1])} samples instead "
-                f"of {self.rows}."
+                f"selections are drawn before it. Received: {first_axis(arguments[-1])} samples "
+                f"instead of {self.rows}."
             )
         training = self.training
+        if training.prepared.takes_rows:
+            check_row_counts(arguments[-1])
         found, self.report = training.backend.step(training, self.plan, self.inputs, *arguments)
         return found
 

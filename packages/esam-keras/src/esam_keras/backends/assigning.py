@@ -59,7 +59,7 @@ class AssigningBackend(Backend):
         entry = State(*([self.value(v) for v in group] for group in variables))
         earlier = esam.direction(variables.trainable) if plan.ascent.of == "earlier" else ()
         outcome = Step(
-            Evaluator(self, model, prepared.route, variables, batch),
+            Evaluator(self, model, prepared.route, variables, batch, prepared.outputs_with_rows),
             esam.config,
             plan,
             inputs,

@@ -251,7 +251,7 @@ def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> S
             earlier = training.esam.direction(variables.trainable)
     batch = keras.utils.unpack_x_y_sample_weight(data)
     return Step(
-        Evaluator(BACKEND, model, prepared.route, variables, batch),
+        Evaluator(BACKEND, model, prepared.route, variables, batch, prepared.outputs_with_rows),
         training.esam.config,
         plan,
         inputs,

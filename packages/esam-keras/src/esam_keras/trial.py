@@ -1,0 +1,210 @@
+"""The loss of artificial predictions, to learn about a model's loss before the first step.
+
+The targets are those of one of the user's batches. No layer runs, except in models that read the
+values of their tensors.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from esam_core import ESAMTypeError
+from esam_core.draws import uniforms
+from esam_keras import compat
+from esam_keras.losses import weigh_samples
+from esam_keras.rows import row_count
+
+__all__ = ["Trial", "output_spec"]
+
+#: The number of predictions that differ, for speed: a prime, so that rows differ.
+DRAWN = 10_007
+
+
+class Trial:
+    """Evaluates a model's total loss for artificial predictions.
+
+    These are numbers in (0.1, 0.9) of the model's output shape, which are valid as probabilities,
+    logits and regressions.
+
+    Args:
+        model: a compiled and built model, with its loss.
+        data: a batch.
+        state: JAX's state if it is not in the variables, else None.
+    """
+
+    def __init__(self, model: keras.Model, data: Any, state: Any = None) -> None:
+        self.model = model
+        self._data = data
+        self._state = state
+        self.b = int(next(leaf for leaf in tree.flatten(self._x) if leaf is not None).shape[0])
+
+    @property
+    def _x(self) -> Any:
+        return keras.utils.unpack_x_y_sample_weight(self._data)[0]
+
+    def total(self, route: str, factors: np.ndarray, redrawn: np.ndarray | None = None) -> float:
+        """Return the total loss, with sample i weighted by factor_i.
+
+        Args:
+            route: see `esam_keras.losses`.
+            factors: (b,).
+            redrawn: (b,) booleans, the samples with other predictions than usual; None for none.
+
+        Raises:
+            ESAMTypeError: the loss uses results of a call of the model, which did not run.
+        """
+        model = self.model
+        if redrawn is None:
+            redrawn = np.zeros(self.b, dtype=bool)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self._data)
+        y, sample_weight = tree.map_structure(
+            lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (y, sample_weight)
+        )
+        y_pred = self._predictions(redrawn)
+        with keras.StatelessScope(_mapping(model, self._state)), _values_only():
+            factor = ops.convert_to_tensor(factors.astype(np.float32))
+            with weigh_samples(model, route, (x, y, sample_weight), factor) as (x, y, weights):
+                loss = compat.total_loss(model, x, y, y_pred, weights)
+            return float(np.sum(ops.convert_to_numpy(loss)))
+
+    @functools.cached_property
+    def _spec(self) -> Any:
+        """Tensors or specifications with the predictions' shapes and dtypes."""
+        try:
+            return output_spec(self.model, self._x, self.b, self._state)
+        except Exception:
+            # A model that is not compiled may read the values of its tensors, which have none here.
+            with _random_state_kept(), keras.StatelessScope():
+                if self._state is not None:
+                    return self.model.stateless_call(self._state[0], self._state[1], self._x)[0]
+                return self.model(self._x)
+
+    @functools.cached_property
+    def outputs_with_rows(self) -> tuple[bool, ...]:
+        """Which outputs have one row per sample, and not just as many rows by chance.
+
+        Their number of rows doubles with the number of samples.
+        """
+        b = self.b
+        has_b = [row_count(spec) in (None, b) for spec in tree.flatten(self._spec)]
+        try:
+            doubled = tree.flatten(output_spec(self.model, self._x, 2 * b, self._state))
+        except Exception:  # for example, the batch size is fixed
+            return tuple(has_b)
+        return tuple(
+            has and row_count(spec) in (None, 2 * b)
+            for has, spec in zip(has_b, doubled, strict=True)
+        )
+
+    def _predictions(self, redrawn: np.ndarray) -> Any:
+        """Return artificial predictions, always the same for the same arguments."""
+        flat = zip(tree.flatten(self._spec), self.outputs_with_rows, strict=True)
+        drawn = [_draw(spec, redrawn, has_rows) for spec, has_rows in flat]
+        return tree.pack_sequence_as(self._spec, drawn)
+
+
+def output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
+    """Return the shapes of the predictions for the given number of rows of the inputs."""
+    b = row_count(next(leaf for leaf in tree.flatten(x) if leaf is not None))
+
+    def spec(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        shape = (rows, *leaf.shape[1:]) if row_count(leaf) == b else leaf.shape
+        dtype = keras.backend.standardize_dtype(leaf.dtype)
+        return keras.KerasTensor(shape, dtype, sparse=compat.is_sparse(leaf))
+
+    inputs = tree.map_structure(spec, x)
+    with _random_state_kept():
+        if state is None:
+            # As Keras builds it. In training, torch modules would update their statistics.
+            return compat.output_spec(lambda inputs: model(inputs, training=False), inputs)
+        mode = {"training": False} if compat.takes_training(model) else {}
+        # In `fit` on JAX Keras clears the variables' values; their shapes are in the state.
+        return compat.output_spec(
+            lambda inputs: model.stateless_call(state[0], state[1], inputs, **mode)[0], inputs
+        )
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Restore the global random state of Python and torch, from which some layers draw."""
+    before = random.getstate()
+    try:
+        with _torch_state_kept():
+            yield
+    finally:
+        random.setstate(before)
+
+
+def _torch_state_kept() -> AbstractContextManager[Any]:
+    """Return a context that restores torch's global random state."""
+    if keras.backend.backend() != "torch":
+        return nullcontext()
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    return torch.random.fork_rng([torch.cuda.current_device()] if has_gpu else [])
+
+
+def _values_only() -> AbstractContextManager[Any]:
+    """Return a context that raises for torch tensors without values, whose use Keras allows.
+
+    They are left where a `call` stored them that only computed shapes.
+    """
+    if keras.backend.backend() != "torch":
+        return nullcontext()  # the others raise themselves
+    import torch
+
+    class ValuesOnly(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            leaves = tree.flatten((args, kwargs or {}))
+            if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
+                raise ESAMTypeError("The loss reads a tensor without values, stored by `call`.")
+            return func(*args, **(kwargs or {}))
+
+    return ValuesOnly()
+
+
+def _draw(spec: Any, redrawn: np.ndarray, has_rows: bool) -> Any:
+    """Return artificial predictions of a shape; an output without rows is never redrawn."""
+    if not hasattr(spec, "shape"):
+        return spec  # None or a number
+    shape = tuple(len(redrawn) if n is None else n for n in spec.shape)
+    drawn = _numbers(shape, seed=0)
+    if has_rows and redrawn.any():
+        drawn[redrawn] = _numbers(shape, seed=1)[redrawn]
+    dtype = keras.backend.standardize_dtype(spec.dtype)
+    return ops.cast(ops.convert_to_tensor(drawn), dtype)
+
+
+def _numbers(shape: tuple[int, ...], *, seed: int) -> np.ndarray:
+    """Return numbers in (0.1, 0.9) of a shape."""
+    n = int(np.prod(shape))
+    drawn = uniforms(min(n, DRAWN), seed=seed, count=0)
+    return np.resize((0.1 + 0.8 * drawn).astype(np.float32), shape)
+
+
+def _mapping(model: keras.Model, state: Any) -> list[tuple[Any, Any]]:
+    """Return the pairs of variables and values, from JAX's state if there is one."""
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    if state is None:
+        return [(variable, variable.value) for group in groups for variable in group]
+    return [
+        pair
+        for group, values in zip(groups, state, strict=True)
+        for pair in zip(group, values, strict=True)
+    ]

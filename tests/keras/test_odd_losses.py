@@ -1,0 +1,162 @@
+"""Losses that need other samples' predictions, or what `call` stored: refused, or used by SAM."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tests.keras.scene import Oracle, close, mlp, trainable
+from tests.keras.test_losses import ONE_HOT, OwnComputeLoss, X, Y, check, esam, refusal, step
+
+from esam_core import ESAMValueError
+from esam_keras import Part, Random
+from esam_keras.trial import Trial
+
+
+class WeightedMean(OwnComputeLoss):
+    def total(self, values, sample_weight):
+        weight = 1.0 if sample_weight is None else ops.cast(sample_weight, values.dtype)
+        return ops.sum(values) / ops.sum(ops.broadcast_to(weight, values.shape))
+
+
+def test_a_mean_over_the_weights_is_refused():
+    model = WeightedMean()  # without any weight it is 0 / 0
+    model(X)
+    refusal(model, {}, (X, ONE_HOT), "is not linear in `sample_weight`")
+
+
+class Reconstructs(OwnComputeLoss):
+    """Adds a term in the predictions: weighted, or not."""
+
+    weighted = False
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        own = keras.Model.compute_loss(self, x, y, y_pred, sample_weight)
+        errors = ops.mean(ops.square(ops.subtract(y_pred, x[:, :3])), axis=-1)
+        if self.weighted and sample_weight is not None:
+            errors = errors * sample_weight
+        return 1e-3 * own + ops.mean(errors)
+
+
+SUBSETS = [{"gamma": 0.5}, {"select": Random(0.5)}, {"gamma": 1.0, "ascend": Part(0.25)}]
+
+
+@pytest.mark.parametrize("settings", SUBSETS, ids=str)
+def test_an_unweighted_term_in_the_predictions_is_refused(settings):
+    model = Reconstructs()
+    model(X)
+    refusal(
+        model, {"loss": "mse"}, (X, ONE_HOT), "a term in the predictions that is not", **settings
+    )
+
+
+def test_an_unweighted_term_in_the_predictions_counts_in_sam():
+    model = Reconstructs()
+    model(X)
+    expected = Oracle(model, {"loss": "mse"}, (X, ONE_HOT)).sam()
+    step(model, {"loss": "mse"}, (X, ONE_HOT), gamma=1.0)
+    close(trainable(model), expected)
+
+
+def test_a_weighted_term_in_the_predictions():
+    model = Reconstructs()
+    model.weighted = True
+    model(X)
+    check(model, {"loss": "mse"}, (X, ONE_HOT))
+
+
+class Contrasts(OwnComputeLoss):
+    """A weighted mean of distances from the batch's mean prediction."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        weight = 1.0 if sample_weight is None else sample_weight
+        distance = ops.mean(ops.square(y_pred - ops.mean(y_pred, axis=0)), axis=-1)
+        return ops.mean(distance * weight)
+
+
+def test_a_compute_loss_that_compares_samples_is_refused():
+    model = Contrasts()
+    model(X)
+    refusal(model, {}, (X, ONE_HOT), "whose `sample_weight` is 0")
+
+
+def contrast(y_true, y_pred):
+    """Compare each sample with the one before it."""
+    return ops.mean(ops.square(y_true - y_pred + ops.roll(y_pred, 1, axis=0)), axis=-1)
+
+
+def test_keras_own_losses_are_not_tested(monkeypatch):
+    """The artificial predictions of a model with many outputs take time and memory."""
+    evaluated = []
+    total = Trial.total
+    monkeypatch.setattr(Trial, "total", lambda *a: evaluated.append(a) or total(*a))
+    for loss in ("mse", keras.losses.CategoricalCrossentropy(), "binary_crossentropy"):
+        step(mlp(activation="sigmoid"), {"loss": loss}, (X, ONE_HOT), gamma=0.5)
+    assert not evaluated
+    step(mlp(), {"loss": contrast}, (X, ONE_HOT), gamma=1.0)
+    assert evaluated
+
+
+@pytest.mark.parametrize("settings", SUBSETS, ids=str)
+@pytest.mark.parametrize(
+    ("loss", "y"),
+    [
+        (keras.losses.Circle(gamma=4.0), Y),
+        (keras.losses.Dice(axis=0), np.eye(12, dtype="float32")),  # 12 values, of 12 samples
+        (contrast, ONE_HOT),
+    ],
+    ids=["circle", "dice", "function"],
+)
+def test_losses_that_depend_on_other_samples(loss, y, settings):
+    model = mlp(classes=12 if y.shape == (12, 12) else 3, activation="sigmoid")
+    refusal(
+        model, {"loss": loss}, (X, y), "must not depend on the predictions", rows=12, **settings
+    )
+    expected = Oracle(model, {"loss": loss}, (X, y)).sam()
+    report = step(model, {"loss": loss}, (X, y), gamma=1.0)
+    close(trainable(model), expected)
+    assert report.losses is None
+
+
+def test_a_first_batch_of_one_sample_shows_no_dependence():
+    """The loss is tested again on a batch of several samples."""
+    model = mlp(activation="sigmoid")
+    model.compile(esam(), keras.losses.Circle())
+    model.train_on_batch(X[:1], Y[:1])
+    with pytest.raises(ESAMValueError, match="must not depend on the predictions"):
+        model.train_on_batch(X, Y)
+
+
+class Encodes(OwnComputeLoss):
+    """Its loss reads what `call` stored, as that of a variational autoencoder does."""
+
+    def call(self, x):
+        self.code = self.first(x)
+        return self.head(self.code)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        own = keras.Model.compute_loss(self, x, y, y_pred, sample_weight)
+        return own + 0.1 * ops.mean(ops.square(self.code))
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3])
+def test_a_loss_that_reads_what_call_stored_works_in_sam(rho):
+    settings = {"loss": "mse"}
+    keras.utils.set_random_seed(0)
+    plain = Encodes()
+    plain(X)
+    oracle = Oracle(plain, settings, (X, ONE_HOT))
+    climbed = oracle.climbed(rho)
+    gradient = oracle.gradient(climbed, (X, ONE_HOT))
+    expected = [a - 0.1 * g for a, g in zip(trainable(plain), gradient, strict=True)]
+    keras.utils.set_random_seed(0)
+    model = Encodes()  # which has no code yet
+    model.compile(esam(1.0, rho=rho), **settings)
+    model.fit(X, ONE_HOT, batch_size=12, verbose=0)
+    close(trainable(model), expected)
+
+
+def test_a_loss_that_reads_what_call_stored_is_refused_for_some_samples():
+    model = Encodes()
+    model.compile(esam(), "mse")
+    with pytest.raises(ESAMValueError, match="not what `call` has stored"):
+        model.fit(X, ONE_HOT, batch_size=12, verbose=0)
