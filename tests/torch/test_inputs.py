@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections import UserDict
+from collections import UserDict, deque
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.torch.scene import batch, losses_of, net
 from torch.nn import functional as F
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
-from esam_torch import ESAM, Everything, Part, Random, Suffix
+from esam_torch import ESAM, Everything, Part, Random, Rows, Suffix
 
 KINDS = {
     "all": {"gamma": 1.0},
@@ -103,6 +103,7 @@ HOLDERS = {
     "dict": (lambda x, y: {"x": x, "y": y}, lambda b: (b["x"], b["y"])),
     "UserDict": (lambda x, y: UserDict(x=x, y=y), lambda b: (b["x"], b["y"])),
     "dataclass": (Pair, lambda b: (b.x, b.y)),
+    "marked": (lambda x, y: [Rows(x), Rows(y)], tuple),
     "list in a dict": (lambda x, y: {"both": [x, y]}, lambda b: b["both"]),
     "TensorDict": (tensordict, lambda b: (b["x"], b["y"])),
 }
@@ -119,6 +120,18 @@ def test_a_tensor_in_any_container_that_each_pass_changes_is_refused(kind, setti
 
     with pytest.raises(ESAMRuntimeError, match=r"must not change its batch in place"):
         make(model, **settings).step(losses, build(*batch()))
+
+
+def test_a_tensor_in_a_queue_that_each_pass_changes_is_refused():
+    """A queue cannot be split by sample, but steps on the whole batch take it."""
+    model = net(dropout=0.0)
+
+    def losses(queue):
+        x, y = queue
+        return F.cross_entropy(model(x.mul_(2.0)), y, reduction="none")
+
+    with pytest.raises(ESAMRuntimeError, match=r"must not change its batch in place"):
+        make(model, gamma=1.0).step(losses, deque(batch()))
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
@@ -148,11 +161,13 @@ def test_a_pass_may_put_other_values_into_its_containers(kind, settings):
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("what", ["batch", "weights"])
-def test_what_is_written_between_loss_and_backward_is_refused(what, settings):
+@pytest.mark.parametrize(
+    ("what", "marked"), [("batch", False), ("batch", True), ("weights", False)]
+)
+def test_what_is_written_between_loss_and_backward_is_refused(what, marked, settings):
     model, (x, y) = net(dropout=0.0), batch()
     optimizer = make(model, **settings)
-    loss = optimizer.loss(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
+    loss = optimizer.loss(losses_of(model), Rows(x) if marked else x, y)
     with torch.no_grad():
         (x if what == "batch" else next(model.parameters())).add_(1.0)
     before = copy.deepcopy(model.state_dict())

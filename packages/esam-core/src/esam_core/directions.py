@@ -217,10 +217,8 @@ def check_statistics(direction: Direction, selector: Selector, batch_size: int) 
     """
     if batch_size == 1 or subset_size(selector.gamma, batch_size) > 1:
         return
-    at_theta = isinstance(direction, Batch) or needs_losses(selector, batch_size)
-    if isinstance(direction, Part):  # the losses of the other samples do not record
-        at_theta = subset_size(direction.share, batch_size) > 1
-    if not at_theta:
+    of_one = isinstance(direction, Part) and subset_size(direction.share, batch_size) == 1
+    if of_one or not records_at_theta(direction, selector, batch_size):
         raise ESAMValueError(
             f"With ascend={direction!r}, BatchNorm needs at least 2 selected samples: no other "
             "pass updates its running statistics. Use a larger `gamma`, larger batches (and drop "

@@ -1,12 +1,13 @@
 """The base optimizer: its attributes, and checks. Any Keras optimizer works."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 
-from esam_core import ESAMConfig, ESAMRuntimeError, ESAMTypeError, ESAMValueError
+from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError
 
 __all__ = ["BaseAttribute", "Setting", "refuse_other_arguments", "resolve_base"]
 
@@ -38,14 +39,15 @@ class Setting:
     """A hyperparameter, which cannot be assigned: steps are drawn and compiled for its value.
 
     Args:
-        read: returns its value from the config.
+        path: its place in the config. Default: its name.
     """
 
-    def __init__(self, read: Callable[[ESAMConfig], Any]) -> None:
-        self._read = read
+    def __init__(self, path: str | None = None) -> None:
+        self._path = path
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
+        self._read = operator.attrgetter(self._path or name)
 
     def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
         return self if optimizer is None else self._read(optimizer.config)

@@ -16,7 +16,7 @@ from keras import ops, tree
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.losses import Batch, check_scalar, weigh_samples
-from esam_keras.rows import Fill, row_count, rows
+from esam_keras.rows import Fill, first_input, row_count, rows
 from esam_keras.units import statistics_layers
 
 __all__ = ["Evaluated", "Evaluator", "State", "Variables", "batch_size"]
@@ -67,8 +67,7 @@ class Evaluated(NamedTuple):
 
 def batch_size(x: Any) -> int | Tensor:
     """Return the number of samples: static if known, else a tensor."""
-    first = next(leaf for leaf in tree.flatten(x) if leaf is not None)
-    return ops.shape(first)[0]
+    return ops.shape(first_input(x))[0]
 
 
 @dataclass(frozen=True)

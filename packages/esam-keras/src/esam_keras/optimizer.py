@@ -85,17 +85,17 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         ['loss', 'sample_share', 'sharpness']
     """
 
-    rho = Setting(lambda config: config.rho)
-    beta = Setting(lambda config: config.perturb.beta)  # type: ignore[attr-defined]
-    gamma = Setting(lambda config: config.select.gamma)
-    perturb = Setting(lambda config: config.perturb)
-    select = Setting(lambda config: config.select)
-    ascend = Setting(lambda config: config.ascend)
-    adaptive = Setting(lambda config: config.adaptive)
-    norm = Setting(lambda config: config.norm)
-    norm_eps = Setting(lambda config: config.norm_eps)
-    seed = Setting(lambda config: config.seed)
-    on_nonfinite = Setting(lambda config: config.on_nonfinite)
+    rho = Setting()
+    beta = Setting("perturb.beta")
+    gamma = Setting("select.gamma")
+    perturb = Setting()
+    select = Setting()
+    ascend = Setting()
+    adaptive = Setting()
+    norm = Setting()
+    norm_eps = Setting()
+    seed = Setting()
+    on_nonfinite = Setting()
 
     gradient_accumulation_steps = BaseAttribute()
     loss_scale_factor = BaseAttribute()

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
-from keras import tree
 
 from esam_core import ESAMConfig, ESAMValueError
 from esam_keras import compat
 from esam_keras.plan import Planner, needs_rows
 from esam_keras.routes import check_row_counts, check_rows, find_route
+from esam_keras.rows import first_input
 from esam_keras.trial import Trial
 from esam_keras.units import has_moving_statistics
 
@@ -133,4 +133,4 @@ def batch_size(data: Any) -> int:
 def first_axis(data: Any) -> Any:
     """Return the size of a batch's first axis; None if a function is traced for any size."""
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
+    return first_input(x).shape[0]

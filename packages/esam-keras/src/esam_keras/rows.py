@@ -16,6 +16,7 @@ __all__ = [
     "fill_by_repeating",
     "fill_from_batch",
     "fill_from_rest",
+    "first_input",
     "row_count",
     "rows",
     "rows_of_batch",
@@ -30,6 +31,11 @@ Predicted = tuple[Any, list[Tensor | None]]
 #: Returns the predictions for the whole batch, given those for some of its samples, their masks,
 #: and which of their leaves have one row per sample.
 Fill = Callable[[Any, list[Tensor | None], Sequence[bool]], Predicted]
+
+
+def first_input(x: Any) -> Any:
+    """Return the first leaf of a batch's inputs, whose rows are counted as the samples."""
+    return next(leaf for leaf in tree.flatten(x) if leaf is not None)
 
 
 def row_count(leaf: Any) -> int | None:

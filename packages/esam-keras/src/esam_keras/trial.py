@@ -18,7 +18,7 @@ from esam_core import ESAMTypeError
 from esam_core.draws import uniforms
 from esam_keras import compat
 from esam_keras.losses import weigh_samples
-from esam_keras.rows import row_count
+from esam_keras.rows import first_input, row_count
 
 __all__ = ["Trial", "output_spec"]
 
@@ -42,7 +42,7 @@ class Trial:
         self.model = model
         self._data = data
         self._state = state
-        self.b = int(next(leaf for leaf in tree.flatten(self._x) if leaf is not None).shape[0])
+        self.b = int(first_input(self._x).shape[0])
 
     @property
     def _x(self) -> Any:
@@ -111,7 +111,7 @@ class Trial:
 
 def output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
     """Return the shapes of the predictions for the given number of rows of the inputs."""
-    b = row_count(next(leaf for leaf in tree.flatten(x) if leaf is not None))
+    b = row_count(first_input(x))
 
     def spec(leaf: Any) -> Any:
         if leaf is None:
@@ -134,23 +134,15 @@ def output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Restore the global random state of Python and torch, from which some layers draw."""
+    """Restore Python's global random state, from which some layers draw.
+
+    The backend restores that of its framework; see `Backend.checks_context`.
+    """
     before = random.getstate()
     try:
-        with _torch_state_kept():
-            yield
+        yield
     finally:
         random.setstate(before)
-
-
-def _torch_state_kept() -> AbstractContextManager[Any]:
-    """Return a context that restores torch's global random state."""
-    if keras.backend.backend() != "torch":
-        return nullcontext()
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    return torch.random.fork_rng([torch.cuda.current_device()] if has_gpu else [])
 
 
 def _values_only() -> AbstractContextManager[Any]:

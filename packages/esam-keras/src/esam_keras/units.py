@@ -6,7 +6,7 @@ nested model is a separate block, "outer.inner"; any other layer that contains l
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -14,7 +14,7 @@ import keras
 from esam_core import Unit
 from esam_keras import compat
 
-__all__ = ["has_moving_statistics", "statistics_layers", "unit_records"]
+__all__ = ["has_moving_statistics", "statistics_layers", "torch_wrappers", "unit_records"]
 
 _NORMS = tuple(
     getattr(keras.layers, name)
@@ -72,16 +72,16 @@ def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:
     ]
 
 
+def torch_wrappers(layers: Iterable[Any]) -> list[Any]:
+    """Return the layers that wrap torch modules."""
+    return [layer for layer in layers if isinstance(layer, keras.layers.TorchModuleWrapper)]
+
+
 def has_moving_statistics(model: keras.Model) -> bool:
     """Return whether training updates moving statistics: in layers of Keras or wrapped modules."""
-    wrapped = (
-        layer
-        for layer in compat.flat_layers(model)
-        if isinstance(layer, keras.layers.TorchModuleWrapper)
-    )
     return any(layer.trainable for layer in statistics_layers(model)) or any(
         compat.is_torch_batchnorm(part) and part.track_running_stats
-        for layer in wrapped
+        for layer in torch_wrappers(compat.flat_layers(model))
         for part in layer.module.modules()
     )
 

@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,7 +153,11 @@ def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
     elif type(tree) not in _PLAIN and depth <= _DEEPEST:
-        within = tree.values() if is_tensor_collection(tree) else (x for _, x in parts(tree) or ())
+        within: Iterable[Any] = [x for _, x in parts(tree) or ()]
+        if isinstance(tree, deque):
+            within = tree
+        elif is_tensor_collection(tree):
+            within = tree.values()
         for part in within:
             yield from tensors_inside(part, depth + 1)
 

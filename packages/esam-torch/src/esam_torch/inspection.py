@@ -52,6 +52,11 @@ class Layout:
         devices: the devices of the parameters.
         shards: the modules that FSDP2 shards, or None if nothing is sharded.
         modules: all modules of the model.
+
+    Attributes:
+        tensors: the parameters' tensors.
+        units: their units.
+        ids: the ids of all parameters of the model.
     """
 
     groups: Sequence[tuple[dict[str, Any], tuple[Any, ...]]]
@@ -64,11 +69,13 @@ class Layout:
     modules: Sequence[nn.Module]
     tensors: Sequence[Tensor] = field(init=False)
     units: Sequence[Unit] = field(init=False)
+    ids: frozenset[int] = field(init=False)
     _targets: dict[Any, Targets] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", [p.tensor for p in self.parameters])
         object.__setattr__(self, "units", tuple(p.unit for p in self.parameters))
+        object.__setattr__(self, "ids", frozenset(map(id, (*self.tensors, *self.others))))
 
     def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether these are still the same groups with the same parameters."""

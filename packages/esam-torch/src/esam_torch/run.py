@@ -377,7 +377,7 @@ def _strangers(mean: Tensor, leaves: list[Tensor], layout: Layout) -> list[Tenso
     """Return the leaves of the loss that belong to neither the model nor the batch."""
     if layout.shards is not None:  # a sharded model's graph ends in gathered weights
         return []
-    known = {*map(id, layout.tensors), *map(id, layout.others), *map(id, leaves)}
+    known = layout.ids.union(map(id, leaves)) if leaves else layout.ids
     return [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]
 
 

@@ -46,8 +46,9 @@ class Step:
 
     def __init__(self, task: Task, losses: LossFunction, batch: Batch) -> None:
         self.task = task
-        self._losses = read_only(losses, task.samples.bare(batch))
         self._batch = batch
+        self._bare = task.samples.bare(batch)
+        self._losses = read_only(losses, self._bare)
         self._weights: Weights | None = None
         self._comparable = False
         self._disagreement: str | None = None
@@ -75,8 +76,7 @@ class Step:
         ranks.note_forward()
         self._mean = self._first_pass()
         self._modes = Modes(layout.modules)
-        weights = layout.tensors if layout.shards is None else ()
-        self._read = Unwritten(self._batch, weights)
+        self._read = Unwritten(self._bare, layout.tensors if layout.shards is None else ())
         return self._mean
 
     @property

@@ -14,6 +14,7 @@ import torch
 
 from esam_keras import compat
 from esam_keras.backends.assigning import Unknown
+from esam_keras.units import torch_wrappers
 
 __all__ = ["UnknownState"]
 
@@ -43,7 +44,7 @@ class UnknownState(Unknown):
 
     def __init__(self, model: keras.Model) -> None:
         layers = compat.flat_layers(model)
-        self._wrappers = [x for x in layers if isinstance(x, keras.layers.TorchModuleWrapper)]
+        self._wrappers = torch_wrappers(layers)
         self._places = _places_of_buffers(layers)
         self._buffers = self._read()
         self._devices = (
@@ -77,12 +78,13 @@ class UnknownState(Unknown):
 
     @contextmanager
     def copies(self) -> Iterator[None]:
-        """Give the model copies of its buffers inside the context."""
+        """Give the model copies of its buffers inside the context; restore the generators."""
         self._write(_copies(self._buffers))
         try:
             yield
         finally:
             self.put_back()
+            self.restore_random_state()
 
     @contextmanager
     def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
