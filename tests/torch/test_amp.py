@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from tests.torch.scene import Snapshot, batch, losses_of, net, same
+from tests.torch.scene import SUFFIX_PART, Snapshot, batch, losses_of, net, same
 from torch import nn
 from torch.nn import functional as F
 
@@ -116,15 +116,17 @@ def scaled_step(optimizer, scaler, losses, *data, clip=None):
 
 @devices
 @pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("select", [0.5, 1.0])
-def test_a_power_of_two_scale_changes_nothing(select, clip, device):
+@pytest.mark.parametrize(
+    "options", [{"gamma": 0.5}, {"gamma": 1.0}, SUFFIX_PART], ids=["half", "all", "suffix-part"]
+)
+def test_a_power_of_two_scale_changes_nothing(options, clip, device):
     """A scale that is a power of two changes only exponents: training is the same bit for bit."""
     models = []
     for scale in (None, 2.0**12):
         model = net().to(device)
         scaler = torch.amp.GradScaler(device, init_scale=scale or 1.0, enabled=scale is not None)
         base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        optimizer = ESAM(base, model, rho=0.1, beta=0.6, gamma=select)
+        optimizer = ESAM(base, model, **{"rho": 0.1, **options})
         torch.manual_seed(3)
         for seed in range(4):
             report = scaled_step(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.torch.scene import SUFFIX_PART
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -53,7 +54,7 @@ def _optimizer(kind, model, lr=0.1):
         return base
     if kind == "sam":
         return ESAM(base, model, perturb=Everything(), select=All())
-    return ESAM(base, model)
+    return ESAM(base, model, **(SUFFIX_PART if kind == "suffix-part" else {}))
 
 
 def _fit(kind="esam", epochs=3, **options):
@@ -68,7 +69,7 @@ def _fit(kind="esam", epochs=3, **options):
     return model, fit(model, optimizer, _losses, loader, epochs=epochs, **options)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "sam", "esam"])
+@pytest.mark.parametrize("kind", ["sgd", "sam", "esam", "suffix-part"])
 def test_one_loop_trains_with_every_kind_of_optimizer(kind):
     _, history = _fit(kind, 15, eval_loader=[_data().tensors], metrics={"accuracy": accuracy})
     assert history["epoch"] == list(range(1, 16))
@@ -77,7 +78,7 @@ def test_one_loop_trains_with_every_kind_of_optimizer(kind):
     assert ("sharpness" in history.columns) == (kind == "esam")
 
 
-@pytest.mark.parametrize("kind", ["sgd", "esam"])
+@pytest.mark.parametrize("kind", ["sgd", "esam", "suffix-part"])
 def test_the_loop_equals_a_hand_written_one(kind):
     model, _ = _fit(kind, 2)
     twin = _model()
@@ -214,7 +215,7 @@ def test_invalid_arguments_are_refused():
         )
 
 
-@pytest.mark.parametrize("kind", ["sgd", "esam"])
+@pytest.mark.parametrize("kind", ["sgd", "esam", "suffix-part"])
 def test_accumulated_batches_are_averaged_and_clipped(kind):
     batches = [tuple(part[i : i + 10] for part in _data().tensors) for i in range(0, 50, 10)]
     options = {"accumulate": 2, "clip_value": 0.02, "clip_norm": 0.05}
@@ -243,7 +244,7 @@ def test_accumulated_batches_are_averaged_and_clipped(kind):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "esam"])
+@pytest.mark.parametrize("kind", ["sgd", "esam", "suffix-part"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precisions(kind, precision):
     dtypes = set()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tests.torch.language import Sentences, alone, language_model, sentences
-from tests.torch.trainers import THEIRS, RecordingScaler, same
+from tests.torch.trainers import THEIRS, RecordingScaler, both_settings, same
 from torch.nn import functional as F
 
 from esam_torch import ESAM, All
@@ -92,17 +92,20 @@ def test_other_ways_in_which_trainer_runs_a_model(transformers, option):
     assert (ends[1] - ends[0]).norm() < (0.05 if option == "bf16" else 1e-4) * moved
 
 
+@both_settings
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_trainer_equals_the_plain_loop(transformers, accumulate):
+def test_trainer_equals_the_plain_loop(transformers, accumulate, options):
     """Everything around `optimizer.loss`: accumulation, and Trainer's updates."""
     from esam_torch.integrations.transformers import per_sample_losses
 
-    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    esam = options or {"rho": 0.5, "gamma": 0.25}
     trainer = _trainer(
-        *(transformers, "causal", {"rho": 0.5, "gamma": 0.25}),
+        *(transformers, "causal", esam),
         gradient_accumulation_steps=accumulate,
         train_sampling_strategy="sequential",
-        **options,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
     )
     twin = language_model(transformers, "causal")
     for model in (trainer.model, twin):
@@ -112,7 +115,7 @@ def test_trainer_equals_the_plain_loop(transformers, accumulate):
         model.config.attn_pdrop = 0.0
     trainer.train()
     base = torch.optim.SGD(twin.parameters(), lr=1e-2)
-    optimizer = ESAM(base, twin, rho=0.5, gamma=0.25)
+    optimizer = ESAM(base, twin, **esam)
     batches = [
         {key: value[i : i + 8] for key, value in sentences("causal", 32).items()}
         for i in range(0, 32, 8)
@@ -358,10 +361,15 @@ def test_evaluation_is_that_of_trainer(transformers):
     assert trainer.optimizer.optimizer.count == count
 
 
-def test_trainer_resumes_from_its_checkpoint(transformers, tmp_path):
-    whole = _trainer(transformers, save_strategy="epoch", output_dir=str(tmp_path / "a"))
+@both_settings
+def test_trainer_resumes_from_its_checkpoint(transformers, tmp_path, options):
+    first, second = (
+        {"esam": options, "save_strategy": saved, "output_dir": str(tmp_path / name)}
+        for saved, name in (("epoch", "a"), ("no", "b"))
+    )
+    whole = _trainer(transformers, **first)
     whole.train()
-    resumed = _trainer(transformers, save_strategy="no", output_dir=str(tmp_path / "b"))
+    resumed = _trainer(transformers, **second)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)

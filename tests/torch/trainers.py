@@ -1,6 +1,8 @@
 """A small problem for trainers of other libraries, and the plain loop for comparison."""
 
+import pytest
 import torch
+from tests.torch.scene import SUFFIX_PART
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -14,6 +16,9 @@ THEIRS = (
     "ignore:.*pin_memory.*:UserWarning",
     "ignore:.*num_workers.*:UserWarning",
 )
+
+#: Runs a test with the default options and with those of README.
+both_settings = pytest.mark.parametrize("options", [{}, SUFFIX_PART], ids=["esam", "suffix-part"])
 
 
 def data(n=64):
