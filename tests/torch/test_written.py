@@ -490,7 +490,7 @@ def test_statistics_of_a_model_whose_first_step_was_in_evaluation_mode():
         assert torch.equal(model[1].mean, twin[1].mean) and torch.equal(model[1].var, twin[1].var)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated
 def test_buffers_of_a_scripted_module():
     torch.manual_seed(0)
     inner = torch.jit.script(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU()))
