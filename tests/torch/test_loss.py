@@ -501,7 +501,7 @@ def test_other_leaves_get_their_gradient_in_every_step(options):
     model, optimizer, _ = make(**options)
     temperature = torch.ones(1, requires_grad=True)
     for step in range(7):
-        (x, y), delta = batch(seed=step), torch.zeros(1, requires_grad=True)
+        (x, y), delta = batch(seed=step), torch.zeros(2, 6, 6, requires_grad=True)
         scale = temperature if step == 6 else 1.0
 
         def losses(x, y, delta=delta, scale=scale):
@@ -510,7 +510,7 @@ def test_other_leaves_get_their_gradient_in_every_step(options):
         optimizer.zero_grad()
         optimizer.loss(losses, x, y).backward()
         optimizer.step()
-        assert delta.grad is not None and delta.grad.abs() > 0.0
+        assert delta.grad is not None and delta.grad.abs().max() > 1e-4
         assert (temperature.grad is not None) == (step == 6)
 
 
