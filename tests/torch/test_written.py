@@ -4,17 +4,20 @@ For comparison, each pass runs on a copy of the model from the start of the step
 """
 
 import copy
+import random
 import warnings
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.memory import LiveBytes
+from tests.torch.scene import SUFFIX_PART
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esam_torch import ESAM, Everything
+from esam_torch import ESAM, Everything, Previous
 from esam_torch.written import Writes
 
 
@@ -506,3 +509,36 @@ def test_buffers_of_a_scripted_module():
         optimizer.step(losses_of(model), x, y)
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, wanted[name])
+
+
+@pytest.mark.parametrize("options", [{}, SUFFIX_PART, {"ascend": Previous()}])
+def test_all_passes_draw_the_same_numbers_on_the_host(options):
+    """As the masks of SpecAugment do, or mixup in `losses`. Afterwards as after one forward."""
+    model, (x, y) = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), *batches(1)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+    numpy, python = np.random.RandomState(3), random.Random(3)
+    np.random.seed(3)  # noqa: NPY002 the global generator is tested
+    random.seed(3)
+    drawn, fail = [], False
+
+    def losses(x, y):
+        numbers = np.random.random(), np.random.normal(), random.random()  # noqa: NPY002
+        drawn.append(numbers)
+        if fail and len(drawn) == 2:
+            raise RuntimeError("an error in the second pass")
+        return drawn[-1][0] * F.cross_entropy(model(x), y, reduction="none")
+
+    def step():
+        drawn.clear()
+        optimizer.step(losses, x, y)
+
+    for _ in range(5):
+        step()
+        assert set(drawn) == {(numpy.random(), numpy.normal(), python.random())}
+    fail = True
+    if len(drawn) > 1:
+        with pytest.raises(RuntimeError, match="an error in the second pass"):
+            step()
+    fail = False
+    step()
+    assert set(drawn) == {(numpy.random(), numpy.normal(), python.random())}

@@ -5,8 +5,11 @@ the device.
 """
 
 import contextlib
+import pickle
+import random
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,10 @@ from esam_torch.sharded import local
 from esam_torch.targets import Targets
 from esam_torch.values import is_half
 
-__all__ = ["Autocast", "Modes", "Pruning", "RandomState", "Weights", "running_statistics"]
+__all__ = [
+    *("Autocast", "HostRandomState", "Modes", "Pruning", "RandomState", "Weights"),
+    "running_statistics",
+]
 
 
 class RandomState:
@@ -42,6 +48,25 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._others:
             torch.get_device_module(device).set_rng_state(state, device)
+
+
+class HostRandomState:
+    """The states of NumPy's and Python's global generators, which some forwards draw from."""
+
+    def __init__(self) -> None:
+        self._numpy = np.random.get_state(legacy=False)  # noqa: NPY002 forwards draw from it
+        self._python = random.getstate()
+
+    def has_moved(self) -> bool:
+        """Return whether the state of a generator has changed."""
+        now = HostRandomState()
+        drew = pickle.dumps(now._numpy) != pickle.dumps(self._numpy)
+        return drew or now._python != self._python
+
+    def restore(self) -> None:
+        """Restore the state of both generators."""
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        random.setstate(self._python)
 
 
 class Autocast:

@@ -330,9 +330,8 @@ class Step:
             self._first.note()
             norms = self.task.layout.writes.statistics_layers
             wrote = bool(norms) or buffer_versions(self.task.model) != versions
-            self._comparable = comparable(
-                self.task.model, drew=self._random.has_moved(), wrote=wrote
-            )
+            drew = self._random.has_moved() or self.task.layout.writes.draws
+            self._comparable = comparable(self.task.model, drew=drew, wrote=wrote)
 
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:

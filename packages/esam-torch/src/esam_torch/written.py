@@ -1,4 +1,4 @@
-"""State that a forward writes: buffers, frozen weights, attributes of modules.
+"""State that a forward writes: buffers, frozen weights, attributes, states of NumPy's generator.
 
 A step runs several forwards, but written state must be as after the first one. The first steps find
 what the forwards of a model write; from then on only these values are copied.
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from esam_torch.compat import NORM_LAYERS, buffers_by_name, count_writes
+from esam_torch.guards import HostRandomState
 from esam_torch.values import Place, State, is_plain, parts_of, tensors_in
 from esam_torch.wrappers import bare_model
 
@@ -54,15 +55,24 @@ class Kept:
         restarted: values that each pass must read as at the start of the step.
         statistics: running statistics, which only a descent pass on one sample reads.
         trained: trained weights.
+        random: the states of the host's generators, if forwards draw from them; else None. Each
+            pass must draw as at the start of the step.
     """
 
     restarted: State
     statistics: State
     trained: State
+    random: HostRandomState | None = None
+
+    def restart(self) -> None:
+        """Restore what each pass must read as at the start of the step."""
+        self.restarted.restore()
+        if self.random is not None:
+            self.random.restore()
 
     def restore(self) -> None:
         """Restore everything."""
-        self.restarted.restore()
+        self.restart()
         self.statistics.restore()
         self.trained.restore()
 
@@ -85,6 +95,7 @@ class Writes:
 
     Attributes:
         late: whether a value without a copy was written for the first time.
+        draws: whether a forward draws from NumPy's or Python's random generator.
         keeps_graphs: whether a forward puts tensors with a graph into attributes. The user may add
             them to the loss, outside `losses`.
     """
@@ -106,6 +117,7 @@ class Writes:
         ]
         self.statistics_layers: list[nn.Module] = []
         self.late = False
+        self.draws = False
         self.keeps_graphs = False
 
     def before_forward(self) -> "Forward":
@@ -118,10 +130,11 @@ class Writes:
         watched = self._steps <= _WATCHED_STEPS or self._steps.bit_count() == 1 or by_value
         return Forward(self, _Watch(self, by_value=by_value) if watched else None)
 
-    def keep(self, start: State | None = None) -> Kept:
+    def keep(self, start: State | None = None, random: HostRandomState | None = None) -> Kept:
         """Return the written values, as they are now or as in a saved state."""
         norms = [module for module in self._norms if module.training]
-        if not (norms or self.statistics_layers or self._places or self._parameters):
+        written = norms or self.statistics_layers or self._places or self._parameters
+        if not (written or self.draws):
             return _NOTHING
         statistics = [
             (buffers_by_name(module), name)
@@ -136,6 +149,7 @@ class Writes:
             state(places, [*in_place, *(c.tensor for c in weights if not c.trained)]),
             state(statistics, _tensors(statistics)),
             state((), [c.tensor for c in weights if c.trained]),
+            (random or HostRandomState()) if self.draws else None,
         )
 
     def versions(self) -> list[int]:
@@ -232,6 +246,7 @@ class _Watch:
         self._by_value = by_value
         self._places, self._candidates = writes.candidates()
         self._marks = [_mark(c.tensor) for c in self._candidates]
+        self.random = HostRandomState()
         kept = writes.keep()
         self.state = State(self._places, self._affordable()).join(
             kept.restarted, kept.statistics, kept.trained
@@ -262,6 +277,7 @@ class _Watch:
             for c, mark in zip(self._candidates, self._marks, strict=True)
             if _mark(c.tensor) != mark
         }
+        self._writes.draws |= self.random.has_moved()
         copied = self.state.tensors()
         self._writes.late |= any(
             id(c.tensor) in written and id(c.tensor) not in copied and not c.trained
@@ -279,6 +295,7 @@ class _Watch:
         for names, name in self._writes.new_places(self._places):
             del names[name]
         self.state.restore()
+        self.random.restore()
 
 
 class Forward:
@@ -304,7 +321,8 @@ class Forward:
         self._noted = True
         if self._watch is not None:
             self._watch.compare()
-            self._start, self._watch = self._writes.keep(self._watch.state), None
+            self._start = self._writes.keep(self._watch.state, self._watch.random)
+            self._watch = None
         else:
             late = self._writes.learn_versions(self._versions)
             self._late = State((), late) if late else None
@@ -312,7 +330,7 @@ class Forward:
     def rewind(self) -> None:
         """Restore the values that the next pass reads."""
         if self._start is not None:
-            self._start.restarted.restore()
+            self._start.restart()
         if self._late is not None:
             self._late.restore()
 
