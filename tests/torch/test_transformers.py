@@ -1,6 +1,7 @@
 """ESAM in Hugging Face's Trainer, through `compute_loss`."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ def test_trainer_trains(transformers, kind):
 
 # A warning of the compiler about tensors that it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:With `torch_compile=True` and the model's own loss")
 @pytest.mark.parametrize(
     "option",
     [
@@ -90,6 +92,21 @@ def test_other_ways_in_which_trainer_runs_a_model(transformers, option):
     moved = (ends[0] - start).norm()
     # bfloat16 has 8 bits.
     assert (ends[1] - ends[0]).norm() < (0.05 if option == "bf16" else 1e-4) * moved
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_compiling_the_models_own_loss_warns(transformers, own):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Losses(ESAMTrainer):
+        def compute_losses(self, model, inputs):
+            return model(**inputs).logits.square().mean(-1)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _trainer(transformers, cls=Losses if own else None, torch_compile=True)
+    found = [warning for warning in caught if "each step compiles" in str(warning.message)]
+    assert len(found) == (not own) and all(w.filename == __file__ for w in found)
 
 
 @both_settings
@@ -156,6 +173,14 @@ def test_losses_that_cannot_be_computed_per_sample_are_refused(transformers):
     def of_another_mean(logits, labels, vocab_size, **_):
         return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1)).exp()
 
+    def of_the_batch(logits, labels, vocab_size, **_):
+        loss = F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1), reduction="sum")
+        return loss / labels.numel()
+
+    def with_class_weights(logits, labels, vocab_size, **_):
+        weights = torch.linspace(1.0, 9.0, vocab_size)
+        return F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1), weights)
+
     def branching(logits, labels, vocab_size, **_):
         loss = F.cross_entropy(logits.view(-1, vocab_size), labels.view(-1))
         return loss if loss > 0 else 2 * loss
@@ -164,6 +189,8 @@ def test_losses_that_cannot_be_computed_per_sample_are_refused(transformers):
         (loss_by_hand, "GPT2LMHeadModel cannot be computed per sample: it does not use"),
         (of_another_mean, "mean of the losses per sample must equal the loss of GPT2LMHeadModel"),
         (branching, "its code does not work with one loss per sample"),
+        (of_the_batch, "must be a mean, or a sum that nothing changes"),
+        (with_class_weights, "cross_entropy must not have class weights"),
     ):
         trainer = _trainer(transformers, "causal")
         trainer.model.loss_function = function
@@ -277,35 +304,54 @@ def test_custom_losses(transformers):
     """With `compute_losses`, `compute_loss_func`, or a Trainer that has a `compute_loss`."""
     from esam_torch.integrations.transformers import ESAMTrainer
 
-    weights = torch.tensor([1.0, 2.0, 4.0])
-
     class Losses(ESAMTrainer):
         def compute_losses(self, model, inputs):
-            logits = model(**inputs).logits
-            return F.cross_entropy(logits, inputs["labels"], weights, reduction="none")
+            logits = 2.0 * model(**inputs).logits
+            return F.cross_entropy(logits, inputs["labels"], reduction="none")
 
-    def weighted(outputs, labels, **_):
-        return F.cross_entropy(outputs.logits, labels, weights, reduction="sum") / len(labels)
+    def sharper(outputs, labels, **_):
+        return F.cross_entropy(2.0 * outputs.logits, labels)
 
     class WithLoss(transformers.Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             outputs = model(**inputs)
-            loss = weighted(outputs, inputs["labels"])
+            loss = sharper(outputs, inputs["labels"])
             return (loss, outputs) if return_outputs else loss
 
     class Both(ESAMTrainer, WithLoss):
         pass
 
     trainers = [
-        _trainer(transformers, cls=Losses, optim="sgd"),
-        _trainer(transformers, more={"compute_loss_func": weighted}, optim="sgd"),
-        _trainer(transformers, cls=Both, optim="sgd"),
+        _trainer(transformers, cls=cls, more=more, optim="sgd", max_grad_norm=0.0)
+        for cls, more in ((Losses, {}), (None, {"compute_loss_func": sharper}), (Both, {}))
     ]
     for trainer in trainers:
         transformers.set_seed(0)
         trainer.train()
     for trainer in trainers[1:]:
         same(trainer.model, trainers[0].model)
+
+
+def test_custom_losses_get_no_number_of_items(transformers):
+    def per_item(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    trainer = _trainer(transformers, more={"compute_loss_func": per_item})
+    with pytest.raises(TypeError, match="NoneType") as caught:
+        trainer.train()
+    assert "`num_items_in_batch` is None here" in caught.value.__notes__[0]
+
+
+def test_a_batch_of_one_sample_is_checked_too(transformers):
+    def of_tokens(outputs, labels, num_items_in_batch=None):
+        losses = F.cross_entropy(outputs.logits.transpose(1, 2), labels, reduction="none")
+        return losses.sum() / (num_items_in_batch or labels.numel())
+
+    more = {"compute_loss_func": of_tokens, "token_weighted": True}
+    esam = {"rho": 0.05, "gamma": 1.0}
+    trainer = _trainer(transformers, "causal", esam, more=more, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match="cannot be computed per sample"):
+        trainer.train()
 
 
 def test_sharpness_is_the_mean_since_it_was_last_logged(transformers):

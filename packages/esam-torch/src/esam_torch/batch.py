@@ -134,8 +134,8 @@ class Samples:
         return _each(batch, taken, fresh=True)
 
     def note(self, batch: Batch, k: int, b: int) -> str:
-        """Return a note for errors raised in the descent pass on k of b samples."""
-        start = f"This was ESAM's descent pass, on {k} of {b} samples. "
+        """Return a note for errors raised in a pass on k of b samples."""
+        start = f"This was one of ESAM's passes on {k} of {b} samples. "
         if self._take is not None:
             return start + "They were selected by your `take`."
         reader = self._read(batch, b)

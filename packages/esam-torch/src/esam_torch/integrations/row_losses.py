@@ -41,6 +41,9 @@ _CHANGES = (
     *("mul", "nan_to_num", "sub", "to", "type", "type_as", "where"),
 )
 
+#: Loss functions whose mean is divided by the class weights, if they have any.
+_CLASSES = (F.cross_entropy, F.nll_loss)
+
 Parts = tuple[Tensor, Tensor, Tensor]
 
 _NO_SAMPLE = -1  # the row of elements that do not come from the labels: padding
@@ -65,8 +68,8 @@ class RowLosses(TorchFunctionMode):
             the batch. Default False.
 
     Raises:
-        ESAMValueError: labels do not have the same number of rows, or it is unknown to which
-            samples the elements of a loss function's target belong.
+        ESAMValueError: labels do not have the same number of rows, it is unknown to which samples
+            the elements of a loss function's target belong, or a loss function has class weights.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class RowLosses(TorchFunctionMode):
         self._batch_size = batch_size or 1
         self._items = items_per_sample
         self._checking = checking
+        self._summed: Tensor | None = None
         # Each tracked tensor, with the rows of its elements. The tensors are kept alive, so that no
         # id is reused.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
@@ -171,6 +175,11 @@ class RowLosses(TorchFunctionMode):
         if not self._follows(target) or legacy or reduction not in ("mean", "sum"):
             own: Tensor = function(*args, **kwargs)
             return own
+        if reduction == "mean" and options.get("weight") is not None and function in _CLASSES:
+            raise ESAMValueError(
+                f"{function.__name__} must not have class weights with reduction='mean': the mean "
+                "is divided by the weights of all samples in the batch. Received: `weight`."
+            )
         options["reduction"] = "none"
         values: Tensor = function(*call.args, **call.kwargs)
         values, counts, rows = split(values, self._rows(target), options, reduction)
@@ -203,7 +212,11 @@ class RowLosses(TorchFunctionMode):
             # A sample without any counted element has the loss 0.
             divisors = torch.where(counts == 0, 1, counts) if self._items is None else self._items
             each, parts = sums / divisors, sums * (self.samples / counts.sum())
-        return torch.cat([each, parts, own()[None]]) if self._checking else each
+        if not self._checking:
+            return each
+        found = torch.cat([each, parts, own()[None]])
+        self._summed = found.detach() if reduction == "sum" else None
+        return found
 
     def check(self, found: Any, name: str) -> Tensor:
         """Check a loss computed while this was active, and return one loss per sample, (b,).
@@ -216,7 +229,7 @@ class RowLosses(TorchFunctionMode):
             ESAMValueError: it is not one loss per sample, or its mean is not the loss of the batch.
         """
         b = self.samples
-        if isinstance(found, Tensor) and found.dim() == 0 and b == 1:
+        if isinstance(found, Tensor) and found.dim() == 0 and b == 1 and self._items is None:
             return found[None]  # the loss of a single sample
         if not isinstance(found, Tensor) or found.shape != (2 * b + 1 if self._checking else b,):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
@@ -232,6 +245,14 @@ class RowLosses(TorchFunctionMode):
         # The same numbers, added in another order: 1e-4 is enough for a million of them in float32.
         # A mean in half precision is rounded to the dtype's spacing.
         tolerance = max(1e-4, 4 * torch.finfo(own.dtype).eps)
+        if self._summed is not None and not torch.allclose(
+            found.detach(), self._summed.to(found.dtype), rtol=tolerance, equal_nan=True
+        ):
+            raise ESAMValueError(
+                f"The loss of {name} must be a mean, or a sum that nothing changes: it is unknown "
+                "whether it is divided by a number that depends on the batch. Received: a sum that "
+                "is divided or added to."
+            )
         if not torch.allclose(mean, own, rtol=tolerance, atol=1e-6, equal_nan=True):
             raise ESAMValueError(
                 f"The mean of the losses per sample must equal the loss of {name}. "
@@ -258,14 +279,11 @@ def _split_elements(values: Tensor, rows: Tensor, *_: Any) -> Parts:
 
 
 def _split_classes(values: Tensor, rows: Tensor, options: Any, *_: Any) -> Parts:
-    """Return the same for cross-entropy, with class weights and ignored classes."""
-    target, weight = options["target"], options["weight"]
+    """Return the same for cross-entropy, with ignored classes."""
+    target = options["target"]
     if target.is_floating_point():  # class probabilities, with classes in dimension 1
         return values, values.new_ones(()), rows.select(1 if rows.dim() > 1 else 0, 0)
-    counted = target != options["ignore_index"]
-    if weight is None:
-        return values, counted.to(values.dtype), rows
-    return values, torch.where(counted, weight[torch.where(counted, target, 0)], 0.0), rows
+    return values, (target != options["ignore_index"]).to(values.dtype), rows
 
 
 def _split_sequences(values: Tensor, _: Tensor, options: Any, reduction: str) -> Parts:

@@ -1,5 +1,6 @@
 """ESAM in Hugging Face's `Trainer`."""
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import Trainer
 from esam_core import ESAMTypeError, ESAMValueError, RunningMeans, StepReport
 from esam_torch.integrations.model_losses import labels_of, losses_by_row, per_sample_losses
 from esam_torch.integrations.row_losses import RowLosses
+from esam_torch.notes import note_errors
 from esam_torch.optimizer import ESAM
 
 __all__ = ["ESAMTrainer", "per_sample_losses"]
@@ -69,6 +71,8 @@ class ESAMTrainer(Trainer):
                 "`token_weighted` must be False if `compute_losses` is overridden, which can "
                 "weight samples itself. Received: token_weighted=True."
             )
+        if self.args.torch_compile and self._takes_own_losses():
+            warnings.warn(_COMPILED, stacklevel=2)
         if type(self).compute_loss is not ESAMTrainer.compute_loss:
             raise ESAMTypeError(
                 "`compute_losses` must be overridden instead of `compute_loss`: ESAM needs one "
@@ -142,7 +146,8 @@ class ESAMTrainer(Trainer):
             rowwise: Any = _SmoothedRows(smoother, rows)
             self.label_smoother = rowwise
         try:
-            return super().compute_loss(model, dict(inputs))
+            with note_errors(_NO_ITEMS, TypeError, "NoneType"):
+                return super().compute_loss(model, dict(inputs))
         finally:
             self.label_smoother = smoother
 
@@ -178,6 +183,19 @@ class ESAMTrainer(Trainer):
             logs = {**logs, **self._means.result()}
             self._means.reset()
         super().log(logs, *args, **kwargs)
+
+
+_COMPILED = (
+    "With `torch_compile=True` and the model's own loss, each step compiles the model again, until "
+    "the compiler gives up. Override `ESAMTrainer.compute_losses` so that the model computes only "
+    "its outputs: they are compiled once for each kind of pass."
+)
+
+_NO_ITEMS = (
+    "`num_items_in_batch` is None here, because it is not known how it is used. Without it, return "
+    "a mean; with `token_weighted=True`, each token counts the same. Or override "
+    "`ESAMTrainer.compute_losses`: it must return one loss per sample, (b,)."
+)
 
 
 def _esam_in(optimizer: Any) -> ESAM | None:
