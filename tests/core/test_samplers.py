@@ -358,8 +358,10 @@ def test_suffix_errors_list_the_blocks():
 
 
 def test_a_share_needs_costs():
+    units = [Unit("w", (1,), block="a"), Unit("v", (1,), block="b")]
     with pytest.raises(ESAMValueError, match="needs units with a known cost"):
-        Suffix(0.5).draw([Unit("w", (1,), block="a")], seed=0, count=0)
+        Suffix(0.5).draw(units, seed=0, count=0)
+    assert Suffix(0.5).draw(units[:1], seed=0, count=0).perturbed == (True,)  # the only block
 
 
 def test_custom_samplers():

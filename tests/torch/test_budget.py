@@ -172,3 +172,21 @@ def test_an_applied_budget_from_a_checkpoint_has_no_plan():
         ESAMRuntimeError, match=r"already applied contains the choice instead: Suffix"
     ):
         other.plan(losses_of(model), *images())
+
+
+def test_blocks_count_with_their_frozen_weights():
+    """Only biases, as in BitFit; or small adapters of frozen layers, and a head."""
+    layers = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 8))
+    for layer in layers:
+        layer[0].weight.requires_grad_(False)
+
+    def perturbed():
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = ESAM(torch.optim.SGD(trained, lr=0.1), model, perturb=Suffix(0.6), gamma=1.0)
+        x, y = torch.randn(8, 8), torch.arange(8)
+        return optimizer.step(losses_of(model), x, y).perturbed
+
+    assert perturbed() == ("2.0.bias", "3.0.bias", "4.weight", "4.bias")
+    model[4].weight.requires_grad_(False)
+    assert perturbed() == ("2.0.bias", "3.0.bias", "4.bias")

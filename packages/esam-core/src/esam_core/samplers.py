@@ -135,6 +135,8 @@ def _cut(start: str | float, units: Sequence[Unit]) -> int:
             f"`start` must name a block of the model, one of {', '.join(map(repr, blocks))}. "
             f"Received: start={start!r}."
         )
+    if len(blocks) == 1:
+        return 0
     by_block = dict.fromkeys(blocks, 0.0)
     for unit in units:
         by_block[unit.block] += unit.cost

@@ -335,8 +335,9 @@ def _costs(
     """Distribute the operations of each block over its parameters.
 
     A module's own operations are distributed over the parameters used in it, by size, matrices
-    before vectors. The remaining operations of a block (such as attention's products) are
-    distributed over its parameters in the same way.
+    before vectors. The remaining operations of a block (such as attention's products, and those of
+    frozen parameters) are distributed over its trained parameters in the same way, or by size if no
+    operation is attributed to them: biases, gates, prompts.
     """
     users: dict[str, list[Tensor]] = {}
     for parameter in model.parameters():
@@ -352,11 +353,14 @@ def _costs(
         for matrix in matrices:
             costs[id(matrix)] = own * matrix.numel() / size
     for place, name in enumerate(blocks):
-        members = [p for p, block in block_of.items() if block == place]
-        known = sum(costs[p] for p in members)
-        if known > 0:
-            for p in members:
-                costs[p] *= max(1.0, watch.flops.get(name, 0) / known)
+        members = [p for p in model.parameters() if block_of.get(id(p)) == place]
+        trained = [p for p in members if p.requires_grad] or members
+        sizes = {id(p): costs[id(p)] for p in trained}
+        if not any(sizes.values()):
+            sizes = {id(p): float(p.numel()) for p in trained}
+        work = max(watch.flops.get(name, 0), sum(costs[id(p)] for p in members))
+        total = sum(sizes.values()) or 1.0
+        costs |= {id(p): work * sizes.get(id(p), 0.0) / total for p in members}
     if not any(costs.values()):  # no operation was counted: use the size instead
         costs = {id(p): float(p.numel()) for p in model.parameters()}
     return costs
