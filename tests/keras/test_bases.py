@@ -18,7 +18,13 @@ from tests.keras.scene import (
     weights,
 )
 
-from esam_core import ESAMConfig, ESAMRuntimeError, ESAMTypeError, NonFiniteError
+from esam_core import (
+    ESAMConfig,
+    ESAMRuntimeError,
+    ESAMTypeError,
+    ESAMValueError,
+    NonFiniteError,
+)
 from esam_keras import ESAM, Every, Everything
 
 X, Y = data(16)
@@ -219,6 +225,16 @@ def test_two_scalers_are_refused():
     scaler = keras.optimizers.LossScaleOptimizer
     with pytest.raises(ESAMTypeError, match="inside it, not both"):
         mlp().compile(scaler(ESAM(scaler(keras.optimizers.SGD(0.1)))), cross_entropy())
+
+
+@pytest.mark.parametrize("mode", ["skip", "raise"])
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_overflows_are_not_hidden_from_a_scaler(mode, where):
+    scaler = keras.optimizers.LossScaleOptimizer
+    base = keras.optimizers.SGD(0.1)
+    optimizer = ESAM(scaler(base) if where == "inside" else base, on_nonfinite=mode)
+    with pytest.raises(ESAMValueError, match="`on_nonfinite` must be 'propagate'"):
+        mlp().compile(scaler(optimizer) if where == "outside" else optimizer, cross_entropy())
 
 
 @pytest.mark.parametrize("mode", ["skip", "raise"])

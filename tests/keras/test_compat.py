@@ -47,6 +47,32 @@ def test_calls_are_replaced_and_restored(model):
     assert np.any(ops.convert_to_numpy(layer(X)))
 
 
+def test_an_own_call_comes_back(model):
+    layer = model.layers[0]
+    own = vars(layer)["call"] = lambda x: x * 2.0
+    with compat.replace_calls([(layer, lambda x: x * 0.0)]):
+        pass
+    assert vars(layer)["call"] is own
+
+
+def test_added_losses_are_kept():
+    layer = keras.layers.Dense(3, activity_regularizer=lambda x: 1.0 + 0.0 * ops.sum(x))
+    model = keras.Sequential([keras.Input((6,)), layer])
+    with compat.PassScope({}):
+        model(X)
+        with compat.added_losses_kept(model), compat.PassScope({}):
+            model(X)
+        (loss,) = model.losses
+        assert loss.shape == ()
+
+
+def test_averages_inside_a_scaler():
+    base = keras.optimizers.SGD(0.1, use_ema=True)
+    base.build([keras.Variable(1.0)])
+    scaler = keras.optimizers.LossScaleOptimizer(base)
+    assert compat.ema_variables(scaler) is compat.ema_variables(base)
+
+
 def test_masks_are_attached_to_tensors():
     outputs = keras.layers.Embedding(3, 2, mask_zero=True)(np.array([[0, 1]]))
     (mask,) = compat.masks_of(outputs)

@@ -402,8 +402,8 @@ def test_a_direction_of_another_model_is_refused():
     with pytest.raises(ESAMValueError, match=r"direction in a checkpoint.*first_kernel"):
         models[0].optimizer.load_own_variables(stores[1])
     same([np.array(v.value) for v in models[0].optimizer.variables], before)
-    with pytest.raises(ESAMValueError, match="13 variables"):
-        esam().load_own_variables({str(i): 0 for i in range(13)})
+    with pytest.warns(UserWarning, match="The state of ESAM was not loaded.*13 saved variables"):
+        esam().load_own_variables({str(i): np.zeros(()) for i in range(13)})
 
 
 def test_a_state_without_a_direction_starts_with_a_base_step():

@@ -8,6 +8,7 @@ from tests.keras.counting import traces
 from tests.keras.scene import Oracle, close, cross_entropy, data, mlp, same, trainable, weights
 
 import esam_keras
+from esam_core import ESAMValueError
 from esam_core.cost import expected_cost
 from esam_keras import (
     ESAM,
@@ -170,6 +171,77 @@ def test_loss_and_metrics_are_of_the_samples_seen_first(ascend, select, number):
     assert ("sharpness" in logs) == (report.sharpness is not None)
     if "sharpness" in logs:
         np.testing.assert_allclose(float(logs["sharpness"]), float(report.sharpness), rtol=1e-5)
+
+
+@pytest.mark.parametrize("select", [All(), TopLoss(0.5)], ids=repr)
+def test_losses_that_layers_add_count_with_a_part(select):
+    class Adding(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(10.0 * ops.mean(x))
+            return x
+
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(8), Adding(), keras.layers.Dense(3, name="head")]
+    )
+    optimizer = esam(1e-4, gamma=None, select=select, ascend=Part(0.5))
+    model.compile(optimizer, cross_entropy(), run_eagerly=True)
+    hidden = ops.convert_to_numpy(model.layers[0](X))
+    logs = model.train_on_batch(X, Y, return_dict=True)
+    report = optimizer.report
+    added = 10.0 * hidden[ops.convert_to_numpy(report.part)].mean()
+    found = float(logs["loss"]) - float(ops.convert_to_numpy(report.losses).mean())
+    np.testing.assert_allclose(found, added, rtol=1e-4)
+    assert abs(added) > 0.1
+
+
+def test_losses_of_several_outputs_are_those_of_the_part():
+    inputs = keras.Input((6,))
+    outputs = [keras.layers.Dense(3, name=name)(inputs) for name in ("one", "two")]
+    model = keras.Model(inputs, outputs)
+    model.compile(esam(rho=5.0, ascend=Part(0.5)), [cross_entropy(), cross_entropy()])
+    logs = model.train_on_batch(X, [Y, Y], return_dict=True)
+    np.testing.assert_allclose(logs["one_loss"] + logs["two_loss"], logs["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_divisor_of_masked_losses_is_that_of_the_part(seed):
+    """Keras divides by the number of unmasked values; the other samples' masks are unknown."""
+    tokens, labels = np.ones((8, 7), "int32"), np.arange(56).reshape(8, 7) % 3
+    tokens[[3, 7], 1:] = 0
+    model = keras.Sequential(
+        [
+            keras.Input((7,), dtype="int32"),
+            keras.layers.Embedding(9, 4, mask_zero=True),
+            keras.layers.Dense(3),
+        ]
+    )
+    base = keras.optimizers.SGD(0.0)
+    optimizer = ESAM(base, rho=0.3, perturb=Everything(), gamma=1.0, ascend=Part(0.5), seed=seed)
+    model.compile(optimizer, cross_entropy(), metrics=["accuracy"])
+    logs = model.train_on_batch(tokens, labels, return_dict=True)
+    part = ops.convert_to_numpy(optimizer.report.part)
+    model.reset_metrics()
+    alone = model.test_on_batch(tokens[part], labels[part], return_dict=True)
+    for name in ("loss", "accuracy"):
+        np.testing.assert_allclose(logs[name], alone[name], rtol=1e-5)
+
+
+def test_two_masks_are_refused_without_the_whole_batch():
+    tokens, labels = np.ones((8, 7), "int32"), np.zeros((8, 7), "int32")
+    for ascend, refused in ((Part(0.5), True), (None, False)):
+        model = keras.Sequential(
+            [
+                keras.Input((7,), dtype="int32"),
+                keras.layers.Embedding(9, 4, mask_zero=True),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile(esam(ascend=ascend), cross_entropy(ignore_class=1))
+        if refused:
+            with pytest.raises(ESAMValueError, match=r"mask of its own.*ascend=Batch\(\)"):
+                model.train_on_batch(tokens, labels)
+        else:
+            model.train_on_batch(tokens, labels)
 
 
 def at(oracle, theta, function):

@@ -79,6 +79,31 @@ def test_a_model_without_esam_is_not_touched():
     assert not {"train_step", "make_train_function", "train_on_batch"} & set(vars(model))
 
 
+def test_train_on_batch_may_be_overridden():
+    """With its own arguments, as in KerasHub's tasks; or with results of its own."""
+    x, y = data()
+
+    class Passing(keras.Sequential):
+        def train_on_batch(self, x, **options):
+            return super().train_on_batch(x, y, **options)
+
+    class Own(keras.Sequential):
+        def train_on_batch(self, x):
+            super().train_on_batch(x, y)
+            return "trained"
+
+    for cls in (Passing, Own):
+        model = cls(mlp().layers)
+        model.compile(ESAM("sgd", gamma=0.5), cross_entropy(), metrics=["accuracy"])
+        found = model.train_on_batch(x)
+        if cls is Own:
+            assert found == "trained"
+        else:
+            assert len(found) == 2
+            assert "sharpness" in model.train_on_batch(x, return_dict=True)
+        assert int(model.optimizer.count.numpy()) == 1 + (cls is Passing)
+
+
 def test_compiled_steps_have_different_masks():
     seen = []
 

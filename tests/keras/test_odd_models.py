@@ -156,6 +156,27 @@ def test_an_input_without_a_row_per_sample_works_in_sam():
     close(trained(esam(rho=1e-6, gamma=1.0, perturb=Everything())), plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"gamma": 1.0, "ascend": Part(0.25)}], ids=str)
+def test_predictions_for_pairs_of_samples_are_refused(settings):
+    """Logits of each query for all keys of the batch."""
+
+    class Pairs(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key = keras.layers.Dense(4), keras.layers.Dense(4)
+
+        def call(self, x):
+            return ops.matmul(self.query(x), ops.transpose(self.key(x)))
+
+    x, labels = X[:8], np.arange(8)
+    model = Pairs()
+    model.compile(ESAM("sgd", **settings), cross_entropy())
+    with pytest.raises(ESAMValueError, match=r"one sample.*output of shape \(8, 8\)"):
+        model.train_on_batch(x, labels)
+    model.compile(ESAM("sgd", gamma=1.0), cross_entropy())
+    model.train_on_batch(x, labels)
+
+
 def test_a_custom_train_function_is_refused():
     class Own(keras.Sequential):
         def make_train_function(self, force=False):

@@ -73,6 +73,21 @@ def test_weights_alone(tmp_path):
     same(weights(other), weights(model))
 
 
+@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")  # of the base
+@pytest.mark.parametrize("optimizer", [None, "sgd", "adam"])
+def test_weights_of_a_model_trained_without_esam(tmp_path, optimizer):
+    first, second = mlp(), mlp()
+    if optimizer:
+        first.compile(optimizer, cross_entropy())
+        first.fit(X, Y, verbose=0)
+    first.save_weights(tmp_path / "m.weights.h5")
+    second.compile(ESAM("sgd"), cross_entropy())
+    with pytest.warns(UserWarning, match="The state of ESAM was not loaded"):
+        second.load_weights(tmp_path / "m.weights.h5")
+    same(weights(first), weights(second))
+    second.fit(X, Y, verbose=0)
+
+
 def test_loading_without_compiling(tmp_path):
     model = mlp()
     model.compile(ESAM("sgd"), cross_entropy())

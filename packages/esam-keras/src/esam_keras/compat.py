@@ -17,6 +17,7 @@ __all__ = [
     "BaseAverages",
     "PassScope",
     "accumulated_gradients",
+    "added_losses_kept",
     "build_from",
     "clip_gradients",
     "compiled_losses",
@@ -90,16 +91,32 @@ class PassScope(keras.StatelessScope):
 def replace_calls(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
     """Replace the `call` of layers or losses inside the context, given as (object, function).
 
-    The new `call` is put into the instance's `__dict__`, bypassing Keras's tracking, and removed
-    again.
+    The new `call` is put into the instance's `__dict__`, bypassing Keras's tracking. Then the
+    instance gets back what was there: usually nothing, or the user's own `call`.
     """
+    own = [vars(thing).get("call") for thing, _ in calls]
     try:
         for thing, call in calls:
             vars(thing)["call"] = call
         yield
     finally:
-        for thing, _ in calls:
-            vars(thing).pop("call", None)
+        for (thing, _), call in zip(calls, own, strict=True):
+            if call is None:
+                vars(thing).pop("call", None)
+            else:
+                vars(thing)["call"] = call
+
+
+@contextmanager
+def added_losses_kept(model: keras.Model) -> Iterator[None]:
+    """Keep the losses that layers have added in a pass, which another call of the model drops."""
+    before = [(layer, set(layer._loss_ids)) for layer in flat_layers(model)]
+    try:
+        yield
+    finally:
+        for layer, ids in before:
+            layer._loss_ids.clear()
+            layer._loss_ids.update(ids)
 
 
 # -- masks -----------------------------------------------------------------------------------------
@@ -236,6 +253,8 @@ def teach_monitors(directions: dict[str, str], logs_of: Callable[[Any], tuple[st
 
 def ema_variables(optimizer: Any) -> list[Any]:
     """Return an optimizer's moving averages, for `SwapEMAWeights`."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return ema_variables(optimizer.inner_optimizer)
     return optimizer._model_variables_moving_average
 
 

@@ -150,7 +150,7 @@ class Evaluator:
         still = state._replace(
             trainable=[self.backend.without_gradient(value) for value in state.trainable]
         )
-        with self.scope(still):
+        with compat.added_losses_kept(self.model), self.scope(still):
             run = self._forward(rows(self.batch[0], indices), running=running, records=False)
         return tree.map_structure(self._still, run), compat.masks_of(run)
 

@@ -77,6 +77,7 @@ def _wrap_compile(owner: Any) -> None:
         # Read it from the model: a subclass may set its optimizer in its own way.
         esam = find_esam(self.optimizer)
         if esam is not None:
+            _check_scaler(self.optimizer, esam)
             _attach(self, esam)
 
     compile.esam_keras_original = original  # type: ignore[attr-defined]
@@ -112,6 +113,18 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
         arguments["auto_scale_loss"] = False
 
 
+def _check_scaler(optimizer: Any, esam: ESAM) -> None:
+    """Raise if overflows would be hidden from a loss scaler, which must see them to adapt."""
+    scalers = (optimizer, esam.base_optimizer)
+    scaled = any(isinstance(each, keras.optimizers.LossScaleOptimizer) for each in scalers)
+    if scaled and esam.config.on_nonfinite != "propagate":
+        raise ESAMValueError(
+            "`on_nonfinite` must be 'propagate' with a `LossScaleOptimizer`, which skips steps "
+            "with an overflow itself, and then reduces its scale. "
+            f"Received: on_nonfinite={esam.config.on_nonfinite!r}."
+        )
+
+
 def _attach(model: Any, esam: ESAM) -> None:
     """Give a model instance our step."""
     training = Training(model, esam)
@@ -145,11 +158,17 @@ def _reset_metrics(model: Any) -> None:
 
 def _train_on_batch(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Train on a batch; ESAM's logs are only in dicts, so that lists keep their length."""
-    bound = inspect.signature(type(model).train_on_batch).bind(model, *args, **kwargs)
-    as_dict = bound.arguments.get("return_dict", False)
-    bound.arguments["return_dict"] = True
+    signature = inspect.signature(type(model).train_on_batch)
+    bound = signature.bind(model, *args, **kwargs)
+    options = bound.arguments
+    if "return_dict" not in signature.parameters:  # an override may pass it on in its **kwargs
+        parameters = signature.parameters.values()
+        rest = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+        options = options.setdefault(rest[0], {}) if rest else {}
+    as_dict = options.get("return_dict", False)
+    options["return_dict"] = True
     logs = type(model).train_on_batch(*bound.args, **bound.kwargs)
-    if as_dict:
+    if as_dict or not isinstance(logs, dict):
         return logs
     own = Training.of(model).own_logs
     return compat.flat_metrics(model, {name: v for name, v in logs.items() if name not in own})

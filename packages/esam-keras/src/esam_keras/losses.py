@@ -78,6 +78,7 @@ def _weigh_values(loss: Any, factor: Tensor) -> Any:
     def call(y_true: Any, y_pred: Any) -> Tensor:
         values = original(y_true, y_pred)
         _check_values(loss.name, values, factor)
+        _check_masks(loss.name, y_pred, values)
         result = values * ops.cast(_expand(factor, len(values.shape)), values.dtype)
         return compat.with_masks(result, compat.masks_of(values))
 
@@ -94,6 +95,21 @@ def _check_values(name: str, values: Tensor, factor: Tensor) -> None:
         f"The loss '{name}' must have a value for each sample before it is reduced, with shape "
         f"({'b' if b is None else b}, ...). Received: values of shape {shape}. {ADVICE}"
     )
+
+
+def _check_masks(name: str, y_pred: Any, values: Tensor) -> None:
+    """Raise if Keras cannot combine the masks of predictions and values.
+
+    Predictions that are repeated have masks of numbers; see `esam_keras.rows`.
+    """
+    masks = [mask for mask in compat.masks_of(y_pred) if mask is not None]
+    numbers = [mask for mask in masks if "float" in keras.backend.standardize_dtype(mask.dtype)]
+    if numbers and compat.masks_of(values) != [None]:
+        raise ESAMValueError(
+            f"The loss '{name}' has a mask of its own, such as with `ignore_class`, and the "
+            "predictions have one too. Then the ascent pass needs the whole batch: use "
+            "ascend=Batch(). Received: an ascent direction without it."
+        )
 
 
 def _expand(factor: Tensor, rank: int) -> Tensor:

@@ -34,7 +34,8 @@ def metrics_after(
         batch, y_pred, masks = rows_of_batch((batch, y_pred, masks), seen.indices, b)
         y_pred = compat.with_masks(y_pred, masks)
     x, y, sample_weight = batch
-    values = {id(v): value for v, value in zip(variables, outcome.left.state.metrics, strict=True)}
+    counted = seen.evaluated.state.metrics  # Keras counts the losses of several outputs in a pass
+    values = {id(v): value for v, value in zip(variables, counted, strict=True)}
     with compat.PassScope(values):
         compat.track_loss(model, seen.loss, batch_size(x))
         logs = model.compute_metrics(x, y, y_pred, sample_weight)

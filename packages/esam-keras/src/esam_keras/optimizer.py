@@ -1,6 +1,7 @@
 """The optimizer `ESAM`: it wraps any Keras optimizer, and configures the training step."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Never
 
@@ -325,17 +326,24 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
     def load_own_variables(self, store: Any) -> None:
         """Read the variables that `save_own_variables` wrote.
 
+        Like Keras's optimizers, it warns and keeps its values if they are of another optimizer, or
+        of none, as in a file with the weights of a model that was not compiled with an ESAM.
+
         Raises:
-            ESAMValueError: they are of another optimizer, or the direction is of another model.
+            ESAMValueError: the direction is of another model.
         """
         own = compat.own_variables(self)
         always = 1 + len(LOG_SUMS)
-        if len(store.keys()) not in (len(own), always):
-            raise ESAMValueError(
-                f"The saved optimizer must be an ESAM with {len(own)} variables of its own, or "
-                f"{always} without an ascent direction. Received: {len(store.keys())} variables."
-            )
         found = [store[str(i)] for i in range(len(store.keys()))]
+        if len(found) not in (len(own), always) or any(v.shape for v in found[:always]):
+            warnings.warn(
+                f"The state of ESAM was not loaded: it has {len(own)} variables of its own"
+                f"{'' if self.built else ' before the first step'}. Received: {len(found)} saved "
+                "variables. If the file is of a model trained with ESAM, load it with "
+                "`keras.saving.load_model`, or build the optimizer first.",
+                stacklevel=2,
+            )
+            return
         directions = list(zip(own, found, strict=False))[always:]
         check_saved_direction(
             {v.path: value.shape for v, value in directions}, {v.path: v.shape for v in own}

@@ -78,6 +78,12 @@ def prepare(
         for k in planner.subset_sizes(b):
             check_rows(model, data, k, state)
     trial = Trial(model, data, state)
+    if takes_rows and trial.mixed_output is not None:
+        raise ESAMValueError(
+            "Each row of an output must be the prediction for one sample, because steps run the "
+            "model on some samples only: use gamma=1.0 without ascend=Part(...). Received: an "
+            f"output of shape {trial.mixed_output} for {b} samples."
+        )
     return Prepared(
         planner=planner,
         route=find_route(trial, needs_rows(config)),

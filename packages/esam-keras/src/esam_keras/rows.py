@@ -108,17 +108,23 @@ def fill_by_repeating(indices: Tensor, b: int | Tensor) -> Fill:
     """
 
     def fill(run: Any, masks: list[Tensor | None], with_rows: Sequence[bool]) -> Predicted:
-        k = ops.shape(indices)[0]
+        k, places = ops.shape(indices)[0], ops.expand_dims(indices, axis=-1)
         order = ops.arange(b, dtype="int32") % k
-        order = ops.scatter_update(
-            order, ops.expand_dims(indices, axis=-1), ops.arange(k, dtype="int32")
-        )
+        order = ops.scatter_update(order, places, ops.arange(k, dtype="int32"))
+
+        def repeat(mask: Tensor) -> Tensor:
+            # Keras divides by the sum of the mask. The other samples' values have the factor 0;
+            # with the mean mask, they count in that sum as much as these samples, whatever k is.
+            mask = ops.cast(mask, keras.config.floatx())
+            others = ops.zeros_like(ops.take(mask, order, axis=0)) + ops.mean(mask)
+            return ops.scatter_update(others, places, mask)
+
         leaves = [
             ops.take(leaf, order, axis=0) if has_rows else leaf
             for leaf, has_rows in zip(tree.flatten(run), with_rows, strict=True)
         ]
         kept = [
-            None if mask is None or not has_rows else ops.take(mask, order, axis=0)
+            None if mask is None or not has_rows else repeat(mask)
             for mask, has_rows in zip(masks, with_rows, strict=True)
         ]
         return tree.pack_sequence_as(run, leaves), kept

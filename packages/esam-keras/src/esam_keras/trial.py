@@ -91,16 +91,33 @@ class Trial:
 
         Their number of rows doubles with the number of samples.
         """
-        b = self.b
-        has_b = [row_count(spec) in (None, b) for spec in tree.flatten(self._spec)]
-        try:
-            doubled = tree.flatten(output_spec(self.model, self._x, 2 * b, self._state))
-        except Exception:  # for example, the batch size is fixed
-            return tuple(has_b)
         return tuple(
-            has and row_count(spec) in (None, 2 * b)
-            for has, spec in zip(has_b, doubled, strict=True)
+            row_count(spec) in (None, self.b)
+            and (self._doubled is None or row_count(twice) in (None, 2 * self.b))
+            for spec, twice in self._pairs
         )
+
+    @property
+    def mixed_output(self) -> tuple[int, ...] | None:
+        """The shape of an output with several axes of the batch's size, such as (b, b) logits."""
+        for spec, twice in self._pairs:
+            if row_count(spec) != row_count(twice) and spec.shape[1:] != twice.shape[1:]:
+                return tuple(spec.shape)
+        return None
+
+    @property
+    def _pairs(self) -> list[tuple[Any, Any]]:
+        """The specifications of each output, for the batch and for twice as many samples."""
+        flat = tree.flatten(self._spec)
+        return list(zip(flat, flat if self._doubled is None else self._doubled, strict=True))
+
+    @functools.cached_property
+    def _doubled(self) -> list[Any] | None:
+        """The predictions' specifications for twice as many samples; None if there are none."""
+        try:
+            return tree.flatten(output_spec(self.model, self._x, 2 * self.b, self._state))
+        except Exception:  # for example, the batch size is fixed
+            return None
 
     def _predictions(self, redrawn: np.ndarray) -> Any:
         """Return artificial predictions, always the same for the same arguments."""
