@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch import ESAM, SideBySide
+from esam_torch import ESAM, DistributedState, SideBySide
 
 
 def matrices(model):
@@ -351,3 +351,10 @@ def test_the_methods_of_other_sams_are_missing_with_a_hint():
         optimizer.first_step(zero_grad=True)
     with pytest.raises(AttributeError, match=r"object has no attribute 'frist_step'\.$"):
         optimizer.frist_step()
+
+
+def test_a_distributed_state_of_several_optimizers_is_refused():
+    model = nn.Linear(4, 3)
+    base = SideBySide(torch.optim.SGD([model.weight]), torch.optim.AdamW([model.bias]))
+    with pytest.raises(ESAMTypeError, match="Received: a SideBySide"):
+        DistributedState(model, ESAM(base, model))

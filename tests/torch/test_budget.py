@@ -190,3 +190,8 @@ def test_blocks_count_with_their_frozen_weights():
     assert perturbed() == ("2.0.bias", "3.0.bias", "4.weight", "4.bias")
     model[4].weight.requires_grad_(False)
     assert perturbed() == ("2.0.bias", "3.0.bias", "4.bias")
+    model.requires_grad_(True)  # only the optimizer knows what is trained
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    optimizer = ESAM(torch.optim.SGD(biases, lr=0.1), model, perturb=Suffix(0.6), gamma=1.0)
+    report = optimizer.step(losses_of(model), torch.randn(8, 8), torch.arange(8))
+    assert report.perturbed == ("2.0.bias", "3.0.bias", "4.bias")

@@ -16,7 +16,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from esam_core import ESAMError
-from esam_torch import ESAM, Bernoulli, Everything, Only, RandomSuffix, Suffix, TopIncrease, TopLoss
+from esam_torch import (
+    ESAM,
+    Batch,
+    Bernoulli,
+    Everything,
+    Only,
+    Part,
+    Previous,
+    RandomSuffix,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
 from esam_torch.compat import COMPILED_MODELS_SEE_REQUIRES_GRAD
 
 # A warning of torch: a compiled block reads `.grad` of its inputs, which are not leaves.
@@ -329,13 +341,16 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 @pytest.mark.parametrize("perturb", [Bernoulli(0.6), Everything(), Only("*hidden*")], ids=repr)
 @pytest.mark.parametrize("part", ["first", "second", "first and second"])
-def test_non_reentrant_checkpointing(part, perturb, gamma):
+@pytest.mark.parametrize("ascend", [Batch(), Part(0.25), Previous()], ids=repr)
+def test_non_reentrant_checkpointing(part, perturb, gamma, ascend):
     """Recomputed forwards use the weights, noise and statistics of their pass."""
     plain, model = net(), net()
-    wanted = run(make(plain, perturb=perturb, gamma=gamma), 4)
-    wrapped = Checkpointed(model, part, use_reentrant=False)
-    found = run(make(wrapped, perturb=perturb, gamma=gamma), 4)
-    same(found, wanted, "reports")
+    options = {"perturb": perturb, "gamma": gamma, "ascend": ascend}
+    wrapped = Checkpointed(model, "none", use_reentrant=False)
+    ours, theirs = make(wrapped, **options), make(plain, **options)
+    same(run(ours, 1), run(theirs, 1), "reports")  # with `Previous`, a base step
+    wrapped.part = part
+    same(run(ours, 3), run(theirs, 3), "reports")
     # torch also updates BatchNorm's statistics in the recomputed forward; ESAM does not.
     same(model.state_dict(), plain.state_dict(), "weights and statistics")
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.torch.scene import SUFFIX_PART
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from esam_core import ESAMTypeError
 from esam_torch import (
     ESAM,
     All,
@@ -28,6 +30,8 @@ from esam_torch import (
     evaluate,
     fit,
 )
+from esam_torch.fitting import ranks
+from esam_torch.fitting.data import move_batch
 
 
 def _data(n=96, seed=0):
@@ -531,3 +535,46 @@ def test_without_tensorboard_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"esam-torch\[tensorboard\]"):
         _fit(epochs=1, tensorboard=tmp_path)
+
+
+def test_numbers_of_numpy_in_a_checkpoint_are_loaded(tmp_path):
+    """As from a schedule that uses NumPy."""
+
+    def run(epochs, **options):
+        model = _model()
+        optimizer = _optimizer("esam", model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: np.cos(e / 10))
+        loader = [_data().tensors]
+        options = {"progress": False, "device": "cpu", "folder": tmp_path, **options}
+        fit(model, optimizer, _losses, loader, epochs=epochs, scheduler=scheduler, **options)
+        return optimizer
+
+    run(1)
+    assert run(2, resume=True).count == 2
+
+
+def test_batches_of_other_libraries_are_moved():
+    class Graphs:
+        def to(self, device):
+            return ("moved to", device)
+
+    device, table = torch.device("cpu"), torch.ones(2)
+    moved = move_batch({"graphs": Graphs(), "x": [table], "kind": Graphs, "n": 3}, device)
+    assert moved == {"graphs": ("moved to", device), "x": [table], "kind": Graphs, "n": 3}
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        torch.utils.data.WeightedRandomSampler([1.0, 2.0], 2),
+        torch.utils.data.SubsetRandomSampler([0, 1]),
+        torch.utils.data.RandomSampler([0, 1], replacement=True),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_samplers_that_do_not_know_about_ranks_are_refused(sampler, monkeypatch):
+    loader = DataLoader(_data(), batch_size=20, sampler=sampler)
+    assert ranks.split(loader, training=True) is loader
+    monkeypatch.setattr(ranks, "world", lambda: (0, 2))
+    with pytest.raises(ESAMTypeError, match=f"Received: a {type(sampler).__name__}"):
+        ranks.split(loader, training=True)

@@ -173,3 +173,17 @@ def test_sums_of_a_batch_stay_sums(transformers):
         found = per_sample_losses(model, batch)
         torch.testing.assert_close(found, alone(model, batch))
         torch.testing.assert_close(getattr(found, reduction)(), model(**batch).loss)
+
+
+def test_weights_of_classes_with_soft_labels(transformers):  # noqa: ARG001 needs transformers
+    """Their mean is over the samples; with hard labels it is refused."""
+    from esam_torch.integrations.row_losses import RowLosses
+
+    weights, logits, labels = torch.tensor([1.0, 2.0, 5.0]), torch.randn(4, 3), torch.rand(4, 3)
+    rows = RowLosses([labels])
+    with rows:
+        found = rows.check(F.cross_entropy(logits, labels, weights), "a model")
+    torch.testing.assert_close(found, F.cross_entropy(logits, labels, weights, reduction="none"))
+    hard = labels.argmax(1)
+    with RowLosses([hard]), pytest.raises(ValueError, match="must not have class weights"):
+        F.cross_entropy(logits, hard, weights)

@@ -9,7 +9,7 @@ from tests.torch.scene import batch, losses_of, net, same, sgd
 from torch import nn
 from torch.optim import lr_scheduler
 
-from esam_torch import ESAM, Bernoulli, Every, Everything, Random
+from esam_torch import ESAM, Bernoulli, Every, Everything, Random, Suffix
 
 
 def esam(model, base=None, **kwargs):
@@ -362,3 +362,15 @@ def test_everything_is_sam():
     assert report.sample_share == 1.0
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layout_belongs_to_a_device():
+    """`plan` and steps may run before the model moves to a GPU."""
+    model = net()
+    optimizer = ESAM(sgd(model), model, perturb=Suffix(0.5))
+    optimizer.step(losses_of(model), *batch())
+    layout = optimizer._run._layout
+    assert layout.holds(optimizer.param_groups)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to("meta")
+    assert not layout.holds(optimizer.param_groups)

@@ -511,6 +511,21 @@ def test_buffers_of_a_scripted_module():
             assert torch.equal(buffer, wanted[name])
 
 
+def test_skipped_steps_draw_too():
+    """As with torch's generators: the next step draws other numbers."""
+    model, (x, y) = nn.Sequential(nn.Linear(4, 3)), *batches(1)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer, drawn = ESAM(base, model, on_nonfinite="skip"), []
+
+    def losses(x, y):
+        drawn.append((random.random(), float(torch.rand(()))))
+        return F.cross_entropy(model(x), y, reduction="none") * float("nan")
+
+    for _ in range(6):
+        assert optimizer.step(losses, x, y).skipped
+    assert len({a for a, _ in drawn}) == len({b for _, b in drawn}) == 6
+
+
 @pytest.mark.parametrize("options", [{}, SUFFIX_PART, {"ascend": Previous()}])
 def test_all_passes_draw_the_same_numbers_on_the_host(options):
     """As the masks of SpecAugment do, or mixup in `losses`. Afterwards as after one forward."""

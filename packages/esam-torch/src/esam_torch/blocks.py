@@ -6,7 +6,7 @@ floating-point operations, and where each parameter is first used. The model is 
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,7 @@ def _hooks(model: nn.Module, watch: _Watch, counter: FlopCounterMode) -> Iterato
 def find_blocks(
     model: nn.Module,
     forward: Callable[[], Any],
+    trained: Set[int],
     chosen: Sequence[nn.Module | str] | None = None,
 ) -> Blocks:
     """Watch one forward and return the blocks of a model.
@@ -177,6 +178,7 @@ def find_blocks(
         model: the trained model; wrappers are unwrapped.
         forward: runs the model once on a batch. It is called without a graph; the caller protects
             buffers and random state.
+        trained: ids of the parameters that the optimizer trains.
         chosen: the blocks that the user chose, as modules of the model or their names, or None.
 
     Raises:
@@ -238,7 +240,7 @@ def find_blocks(
         here = block_of.setdefault(id(parameter), holders[0] if holders else here)
     _warn_of_early_uses(inner, watch, block_of, place)
     clean = tuple(name.replace("_orig_mod.", "").removesuffix("._orig_mod") for name in blocks)
-    costs = _costs(inner, watch, block_of, blocks)
+    costs = _costs(inner, watch, block_of, blocks, trained)
     return Blocks(clean, block_of, costs)
 
 
@@ -330,7 +332,11 @@ def _split_blocks(
 
 
 def _costs(
-    model: nn.Module, watch: _Watch, block_of: dict[int, int], blocks: Sequence[str]
+    model: nn.Module,
+    watch: _Watch,
+    block_of: dict[int, int],
+    blocks: Sequence[str],
+    trained: Set[int],
 ) -> dict[int, float]:
     """Distribute the operations of each block over its parameters.
 
@@ -354,10 +360,10 @@ def _costs(
             costs[id(matrix)] = own * matrix.numel() / size
     for place, name in enumerate(blocks):
         members = [p for p in model.parameters() if block_of.get(id(p)) == place]
-        trained = [p for p in members if p.requires_grad] or members
-        sizes = {id(p): costs[id(p)] for p in trained}
+        bearers = [p for p in members if id(p) in trained] or members
+        sizes = {id(p): costs[id(p)] for p in bearers}
         if not any(sizes.values()):
-            sizes = {id(p): float(p.numel()) for p in trained}
+            sizes = {id(p): float(p.numel()) for p in bearers}
         work = max(watch.flops.get(name, 0), sum(costs[id(p)] for p in members))
         total = sum(sizes.values()) or 1.0
         costs |= {id(p): work * sizes.get(id(p), 0.0) / total for p in members}

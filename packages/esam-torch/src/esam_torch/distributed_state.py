@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.bases import SideBySide
 from esam_torch.inspection import parameters_of
 from esam_torch.optimizer import ESAM
 
@@ -30,7 +31,7 @@ class DistributedState:
         options: torch's `StateDictOptions`. Default None: every rank saves its own shards.
 
     Raises:
-        ESAMTypeError: `optimizer` is not an ESAM.
+        ESAMTypeError: `optimizer` is not an ESAM, or its base optimizer is a `SideBySide`.
 
     `torch.distributed.checkpoint.save({"run": DistributedState(model, optimizer)},
     checkpoint_id=folder)` calls `state_dict`, and its `load` `load_state_dict`.
@@ -53,6 +54,12 @@ class DistributedState:
         ):
             raise ESAMTypeError(
                 f"`optimizer` must be an ESAM. Received: {type(optimizer).__name__}."
+            )
+        if isinstance(optimizer.base_optimizer, SideBySide):
+            raise ESAMTypeError(
+                "The base optimizer must be a single one, whose state torch can name by parameter. "
+                "Received: a SideBySide. Without sharded parameters, save "
+                "`optimizer.state_dict()` itself."
             )
         self._model = model
         self._optimizer = optimizer

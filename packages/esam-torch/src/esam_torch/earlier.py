@@ -123,14 +123,13 @@ class EarlierStep(Step):
         if self.task.before_descent is not None:
             self.task.before_descent()
         at_the_descent = self._at_the_descent
-        found = None if at_the_descent is None else self.task.layout.writes.keep()
+        found = self.task.layout.writes.keep()  # checkpointed parts run again, and write again
         with self._at_the_peak():
             self._ascent_found.perturbations.clear()  # epsilon is in the weights
             if at_the_descent is not None:  # the graph may read buffers that its forward wrote
                 at_the_descent.restore()
             gradients = self._gradients(self._mean, scale, inputs)
-        if found is not None:
-            found.restore()
+        found.restore()
         seen = self._values.detach().clone() if self._before is None else self._after
         report = self._report(self._before, seen, self._selected_samples, self._ascent_found)
         return StepResult(gradients, report, self._rounded, self._disagreement)

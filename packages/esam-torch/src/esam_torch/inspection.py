@@ -70,15 +70,19 @@ class Layout:
     tensors: Sequence[Tensor] = field(init=False)
     units: Sequence[Unit] = field(init=False)
     ids: frozenset[int] = field(init=False)
+    device: torch.device | None = field(init=False)
     _targets: dict[Any, Targets] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", [p.tensor for p in self.parameters])
         object.__setattr__(self, "units", tuple(p.unit for p in self.parameters))
         object.__setattr__(self, "ids", frozenset(map(id, (*self.tensors, *self.others))))
+        object.__setattr__(self, "device", self.tensors[0].device if self.tensors else None)
 
     def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return whether these are still the same groups with the same parameters."""
+        """Return whether these are still the same groups and parameters, on the same device."""
+        if self.tensors and self.tensors[0].device != self.device:  # a model moves as a whole
+            return False
         return len(groups) == len(self.groups) and all(
             group is then
             and len(group["params"]) == len(old)
@@ -227,13 +231,14 @@ def lay_out(
     """
     parameters = parameters_of(model, groups)
     known = {id(p.tensor) for p in parameters}
-    devices = sorted({p.tensor.device for p in parameters}, key=str)
+    devices = sorted({p.device for p in model.parameters()}, key=str)
     shards = Shards.of(model)
     writes = Writes(model, [p.tensor for p in parameters], weights=shards is None)
     blocks = None
     if watch or chosen is not None or sampler.needs_blocks:
         with without_side_effects(model, devices, writes):
-            blocks = find_blocks(model, forward, chosen)
+            trained = {id(p.tensor) for p in parameters if p.tensor.requires_grad}
+            blocks = find_blocks(model, forward, trained, chosen)
         parameters = parameters_of(model, groups, blocks)
     return Layout(
         groups=[(group, tuple(group["params"])) for group in groups],

@@ -199,8 +199,7 @@ class Step:
         finally:
             weights.restore()
             self._refresh_weights()
-        if task.records_at_theta:
-            self._written.restore()
+        self._written.restore()
         if task.records_at_theta or others_drew:
             random.restore()
         report = self._report(before, after, selected, ascent)
@@ -257,6 +256,8 @@ class Step:
             total, values, _ = self._descent_loss(selected)
             if self.task.records_at_theta:  # otherwise the user sees only what this pass has kept
                 self.task.layout.writes.find_graphs()
+            else:
+                self._written = self.task.layout.writes.keep()  # checkpointed parts write again
             if self._comparable and selected is not None and after is not None:
                 self._disagreement = disagreement(after, selected.indices, values)
         if self.task.before_descent is not None:
@@ -371,7 +372,7 @@ class Step:
                 "as before the call, and nothing was added to the gradients. "
                 'Use on_nonfinite="skip" to skip such steps.'
             )
-        self._first.undo()
+        self._first.undo(generators=False)
         return result.skipped()
 
     def _report(

@@ -1,4 +1,4 @@
-"""State that a forward writes: buffers, frozen weights, attributes, states of NumPy's generator.
+"""State that a forward writes: buffers, frozen weights, attributes, global random generators.
 
 A step runs several forwards, but written state must be as after the first one. The first steps find
 what the forwards of a model write; from then on only these values are copied.
@@ -334,12 +334,15 @@ class Forward:
         if self._late is not None:
             self._late.restore()
 
-    def undo(self) -> None:
-        """Restore everything that the forward may have written."""
+    def undo(self, *, generators: bool = True) -> None:
+        """Restore everything that the forward may have written, with or without generators."""
+        random = None if generators else HostRandomState()
         if self._watch is not None:
             self._watch.undo()
         if self._start is not None:
             self._start.restore()
+        if random is not None:
+            random.restore()
 
 
 def _key(place: Place) -> _Key:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -132,7 +133,7 @@ class Checkpoints:
             return
         part = self._folder / (name + ".part")
         with part.open("wb") as file:
-            torch.save(dict(state), file)
+            torch.save(_plain(state), file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(self._folder / name)
@@ -165,3 +166,14 @@ class Checkpoints:
         mine = state["ranks"][rank]
         means.load_state_dict(mine["means"])
         return Place(state["epoch"], state["updates"], mine["start"], state["rate"]), mine["now"]
+
+
+def _plain(state: Any) -> Any:
+    """Return a state with Python's numbers instead of NumPy's, which torch does not load."""
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, list | tuple) and type(state) in (list, tuple):
+        return type(state)(_plain(value) for value in state)
+    if isinstance(state, Mapping):
+        return {key: _plain(value) for key, value in state.items()}
+    return state

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_torch.containers import INSIDE, is_tensor_collection, map_values
+from esam_torch.containers import INSIDE, is_container, is_tensor_collection, map_values
 from esam_torch.marks import Rows, Whole
 
 __all__ = ["Arguments", "arguments", "choose_device", "groups_of", "move_batch"]
@@ -34,7 +34,11 @@ def move_batch(batch: Any, device: torch.device) -> Any:
             return type(x)(move_batch(x.value, device))
         if isinstance(x, Tensor):
             return x.to(device, non_blocking=True)
-        return x.to(device) if is_tensor_collection(x) else INSIDE
+        if is_container(x) and not is_tensor_collection(x):
+            return INSIDE
+        # Also batches of other libraries: a PackedSequence, graphs of PyG and DGL.
+        moves = callable(getattr(x, "to", None)) and not isinstance(x, type)
+        return x.to(device) if moves else x
 
     return map_values(batch, visit)
 

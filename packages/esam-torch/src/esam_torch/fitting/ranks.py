@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import Shards
@@ -59,6 +66,10 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=places)
 
 
+#: Samplers of torch that do not know about ranks, and whose order is not ours to choose.
+_UNAWARE = (SubsetRandomSampler, WeightedRandomSampler)
+
+
 class _Share(Sampler[int]):
     """Every n-th sample, starting with this rank's; none twice, so that means are exact."""
 
@@ -77,10 +88,19 @@ def split(loader: Any, *, training: bool) -> Any:
 
     A `DataLoader` over a data set in random or sequential order is split. One with another sampler
     (such as a DistributedSampler), and any other iterable, is already this rank's share.
+
+    Raises:
+        ESAMTypeError: the sampler is one of torch's that does not know about ranks.
     """
     if world()[1] == 1 or not isinstance(loader, DataLoader):
         return loader
     sampler = loader.sampler
+    if isinstance(sampler, _UNAWARE) or getattr(sampler, "replacement", False):
+        raise ESAMTypeError(
+            "`loader` must have a sampler that gives each rank its own samples, such as torch's "
+            "DistributedSampler, or none: then it is split among the ranks. Received: a "
+            f"{type(sampler).__name__}, with which every rank would train on all samples."
+        )
     if type(sampler) not in (RandomSampler, SequentialSampler) or loader.batch_size is None:
         return loader
     chosen: Any = _Share(len(loader.dataset))  # type: ignore[arg-type]

@@ -175,7 +175,8 @@ class RowLosses(TorchFunctionMode):
         if not self._follows(target) or legacy or reduction not in ("mean", "sum"):
             own: Tensor = function(*args, **kwargs)
             return own
-        if reduction == "mean" and options.get("weight") is not None and function in _CLASSES:
+        by_class = function in _CLASSES and not target.is_floating_point()
+        if reduction == "mean" and options.get("weight") is not None and by_class:
             raise ESAMValueError(
                 f"{function.__name__} must not have class weights with reduction='mean': the mean "
                 "is divided by the weights of all samples in the batch. Received: `weight`."

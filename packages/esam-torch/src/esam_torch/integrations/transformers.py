@@ -146,7 +146,7 @@ class ESAMTrainer(Trainer):
             rowwise: Any = _SmoothedRows(smoother, rows)
             self.label_smoother = rowwise
         try:
-            with note_errors(_NO_ITEMS, TypeError, "NoneType"):
+            with note_errors(_NO_ITEMS, TypeError, "'Tensor' and 'NoneType'"):
                 return super().compute_loss(model, dict(inputs))
         finally:
             self.label_smoother = smoother
