@@ -99,7 +99,7 @@ def _units(
 ) -> tuple[Unit, ...]:
     """Return the units of a network with their costs."""
     network, x, _ = _on_meta(model, width, classes, shape, 1)
-    blocks = find_blocks(network, lambda: network(x))
+    blocks = find_blocks(network, lambda: network(x), set(map(id, network.parameters())))
     groups = [{"params": list(network.parameters())}]
     return tuple(p.unit for p in parameters_of(network, groups, blocks))
 
