@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esam_torch import ESAM, Everything, Previous
+from esam_torch import ESAM, Everything, Part, Previous
 from esam_torch.written import Writes
 
 
@@ -509,6 +509,27 @@ def test_buffers_of_a_scripted_module():
         optimizer.step(losses_of(model), x, y)
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, wanted[name])
+
+
+@pytest.mark.parametrize("options", [SUFFIX_PART, {"ascend": Part(0.25)}, {"ascend": Previous()}])
+def test_trained_weights_that_a_forward_writes_are_not_left_perturbed(options):
+    class Clamping(Base):
+        def shift(self, x, h):
+            with torch.no_grad():
+                self.head.weight.clamp_(-0.3, 0.3)
+            return 0.0 * h
+
+    torch.manual_seed(0)
+    model = Clamping()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ESAM(base, model, **{"perturb": Everything(), **options, "rho": 1.0})
+    for x, y in batches(5):
+        before = model.head.weight.detach().clone()
+        optimizer.zero_grad()
+        optimizer.loss(losses_of(model), x, y).backward()
+        after = model.head.weight.detach()
+        assert torch.equal(after, before) or torch.equal(after, before.clamp(-0.3, 0.3))
+        optimizer.step()
 
 
 def test_skipped_steps_draw_too():

@@ -196,10 +196,10 @@ class Step:
                 selected = select(config, b, before, after, seed=seed, count=task.count)
             self._random.restore()
             gradients = self._descent(selected, flaw, scale, inputs, after)
+            self._written.restore()  # before the weights, which a forward may write too
         finally:
             weights.restore()
             self._refresh_weights()
-        self._written.restore()
         if task.records_at_theta or others_drew:
             random.restore()
         report = self._report(before, after, selected, ascent)

@@ -216,7 +216,8 @@ class RowLosses(TorchFunctionMode):
         if not self._checking:
             return each
         found = torch.cat([each, parts, own()[None]])
-        self._summed = found.detach() if reduction == "sum" else None
+        if reduction == "sum":
+            self._summed = found.detach()
         return found
 
     def check(self, found: Any, name: str) -> Tensor:
