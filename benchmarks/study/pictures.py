@@ -108,8 +108,9 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point], *, done
             label=titles[method],
         )
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.8 * min(setting.budgets), 1.25 * max(setting.budgets))
-    axes.set_xticks(setting.budgets, [str(budget) for budget in setting.budgets])
+    budgets = sorted({*setting.budgets, *setting.base_budgets})
+    axes.set_xlim(0.8 * min(budgets), 1.25 * max(budgets))
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.set(
         xlabel=f"compute (epochs of {setting.base})",
         ylabel="final test accuracy (%), 95 % interval",

@@ -86,7 +86,8 @@ def tune(setting: Setting, method: str, budget: int, finals: Mapping[str, float]
     missing = [run(cell, seed) for seed in others for cell in best if final(cell, seed) is None]
     if missing:
         return Tuning(tuple(missing))
-    means = {c: mean(final(c, seed) or 0.0 for seed in setting.tuning_seeds) for c in best}
+    confirmed = [cell for cell in found if cell in best]  # in the order in which they were tried
+    means = {c: mean(final(c, seed) or 0.0 for seed in setting.tuning_seeds) for c in confirmed}
     return Tuning(chosen=_best(means, 1)[0])
 
 
@@ -119,14 +120,16 @@ def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
     """
     finals = finals_by_key(records)
     ordered: list[tuple[tuple[int, ...], Run]] = []
+    reported = list(setting.also)
     for place, (method, budget) in enumerate(setting.points()):
         tuning = tune(setting, method, budget, finals)
         stage = setting.stage(method, budget)
         ordered += [((*stage, 1, place), run) for run in tuning.missing]
-        if tuning.chosen is None:
-            continue
+        if tuning.chosen is not None:
+            reported.append((method, budget, tuning.chosen))
+    for place, (method, budget, cell) in enumerate(reported):
         for seed in setting.seeds:
-            run = setting.run(method, tuning.chosen, budget, seed)
+            run = setting.run(method, cell, budget, seed)
             if run.key(FIT) not in finals:
-                ordered.append(((*stage, 0, seed, place), run))
+                ordered.append(((*setting.stage(method, budget), 0, seed, place), run))
     return Plan(tuple(run for _, run in sorted(ordered, key=lambda entry: entry[0])))

@@ -117,7 +117,8 @@ class Setting:
         title: its name in tables.
         shared: fields that all runs have in common.
         main: the budget at which all methods are tuned and compared.
-        budgets: all budgets, the costs of a run in epochs of SGD.
+        budgets: the budgets at which methods are compared: costs of a run in epochs of SGD.
+        base_budgets: further budgets of the base optimizer alone, for its frontier.
         tuning_seeds: the first is for the climb; the others confirm the best cells. If there are
             none, the first start cell is used as it is.
         seeds: the seeds of the reported runs.
@@ -126,6 +127,7 @@ class Setting:
             that was chosen at the main budget.
         methods: keys of `METHODS`.
         everywhere: those that are tuned and compared at each budget.
+        also: methods, budgets and cells that are reported in addition to the chosen ones.
         base: the name of the base optimizer.
         costs: costs of a step that differ from `METHODS`.
     """
@@ -135,12 +137,14 @@ class Setting:
     shared: Mapping[str, Any]
     main: int
     budgets: tuple[int, ...]
+    base_budgets: tuple[int, ...] = ()
     tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
     starts: Mapping[str, tuple[Cell, ...]]
     restarts: Mapping[int, Mapping[str, tuple[Cell, ...]]] = field(default_factory=dict)
     methods: tuple[str, ...] = tuple(METHODS)
     everywhere: tuple[str, ...] = CONTENDERS
+    also: tuple[tuple[str, int, Cell], ...] = ()
     base: str = "SGD"
     costs: Mapping[str, float] = field(default_factory=dict)
 
@@ -152,6 +156,7 @@ class Setting:
             for method in self.methods
             if budget == self.main or method in self.everywhere
         ]
+        found += [("sgd", budget) for budget in self.base_budgets]
         return sorted(found, key=lambda point: self.stage(*point))  # sorting is stable
 
     def stage(self, method: str, budget: int) -> tuple[int, ...]:
@@ -202,6 +207,7 @@ SETTINGS: dict[str, Setting] = {
             shared=_SMALL,
             main=20,
             budgets=(10, 20, 40),
+            base_budgets=(5, 7, 14),
             tuning_seeds=(100, 101),
             seeds=tuple(range(10)),
             starts=_starts(0.05) | {name: _grid(name) for name in ("sgd", "sam", "half-suffix")},
@@ -219,6 +225,7 @@ SETTINGS: dict[str, Setting] = {
             starts=_CHOSEN_IN_SMALL,
             restarts={10: _CHOSEN_AT_10},
             methods=CONTENDERS,
+            also=(("sgd", 10, _CHOSEN_IN_SMALL["sgd"][0]),),  # its best point in "small"
         ),
         Setting(
             name="noisy",
@@ -226,6 +233,7 @@ SETTINGS: dict[str, Setting] = {
             shared={**_SMALL, "noise": 0.3},
             main=20,
             budgets=(10, 20, 40),
+            base_budgets=(5, 7, 14),
             tuning_seeds=(100, 101),
             seeds=tuple(range(8)),
             starts=_CHOSEN_IN_SMALL,

@@ -111,7 +111,8 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     titles = titles_of(setting)
     rows = []
     corrected = corrected_ps(setting, points)
-    for budget in sorted(setting.budgets, key=lambda b: b != setting.main):
+    budgets = sorted({p.budget for p in points}, key=lambda b: (b != setting.main, b))
+    for budget in budgets:
         here = {p.method: p for p in points if p.chosen and p.budget == budget}
         against = {
             method: [difference_from_frontier(points, point, name) for name in ("sgd", "sam")]

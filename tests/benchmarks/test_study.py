@@ -99,7 +99,8 @@ def test_a_setting_without_tuning_seeds_is_not_tuned() -> None:
     fresh = SETTINGS["fresh"]
     plan = make_plan(fresh, [])
     assert {run.seed for run in plan.runs} == set(fresh.seeds)
-    assert len(plan.runs) == len(fresh.points()) * len(fresh.seeds)
+    reported = len(fresh.points()) + len(fresh.also)
+    assert len(plan.runs) == reported * len(fresh.seeds)
     for method, budget in fresh.points():
         tuning = tune(fresh, method, budget, {})
         assert tuning.chosen == _chosen("small", method, budget)
@@ -122,6 +123,43 @@ def test_other_budgets_are_tuned_from_the_cell_of_the_main_budget() -> None:
         finals |= {run.key(FIT): accuracy(run) for run in missing}
     assert tune(SMALL, "sam", 40, finals).chosen == Cell(32, 0.05, 0.4)
     assert tune(SMALL, "sam", SMALL.main, finals).chosen == Cell(32, 0.05, 0.1)
+
+
+def test_further_budgets_of_the_base_optimizer_are_tuned_and_reported_and_only_its_own() -> None:
+    records: list[dict[str, Any]] = []
+    setting = dataclasses.replace(QUICK, base_budgets=(1,))
+    while not (plan := make_plan(setting, records)).done:
+        records += [_record(run, 50.0 - _distance(run.batch, 32)) for run in plan.runs]
+    short = [Run(**r["run"]) for r in records if r["run"]["epochs"] == 1]
+    methods = [run.method for run in short if run.seed in setting.seeds]
+    assert methods.count("sgd") == len(setting.seeds)
+    assert set(methods) == {"sgd", "sam", "esam"}  # those with budget 2, of two epochs of SGD
+    assert {run.seed for run in short} == {*setting.seeds, *setting.tuning_seeds}
+    assert ("sgd", 1) in setting.points() and ("suffix-part", 1) not in setting.points()
+
+
+def test_cells_can_be_reported_in_addition_to_the_chosen_ones() -> None:
+    fresh = SETTINGS["fresh"]
+    ((method, budget, cell),) = fresh.also
+    runs = [fresh.run(method, cell, budget, seed) for seed in fresh.seeds]
+    assert cell == _chosen("small", "sgd", SMALL.main)
+    assert set(runs) <= set(make_plan(fresh, []).runs)
+    assert not set(runs) & set(make_plan(fresh, [_record(run, 50.0) for run in runs]).runs)
+
+
+def test_of_equal_cells_the_one_that_was_tried_first_is_chosen() -> None:
+    cells = [Cell(run.batch, run.lr) for run in tune(SMALL, "sgd", SMALL.main, {}).missing]
+    early, late = cells[3], cells[8]
+
+    def accuracy(run: Run) -> float:
+        cell = Cell(run.batch, run.lr)
+        if cell == early:
+            return 44.0 if run.seed == 100 else 45.0
+        if cell == late:
+            return 45.0 if run.seed == 100 else 44.0
+        return 30.0
+
+    assert _tuned("sgd", accuracy)[0] == early
 
 
 def test_the_other_tuning_seeds_decide_between_the_best_cells() -> None:
