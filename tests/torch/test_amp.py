@@ -4,11 +4,13 @@ import warnings
 
 import pytest
 import torch
-from tests.torch.scene import SUFFIX_PART, Snapshot, batch, losses_of, net, same
+from tests.torch.scene import SUFFIX_PART, Snapshot, batch, losses_of, net, same, sgd
 from torch import nn
 from torch.nn import functional as F
 
-from esam_torch import ESAM, Everything, Suffix, TopLoss
+import esam_torch.perturbation
+from esam_torch import ESAM, Batch, Everything, Part, Suffix, TopLoss
+from esam_torch.finiteness import zero_unless
 
 DEVICES = [
     "cpu",
@@ -236,6 +238,46 @@ def test_an_overflow_in_any_pass_backs_off_and_recovers(base, passes, clip, devi
     assert not torch.equal(model.head.weight, moved)
     assert all(p.isfinite().all() for p in model.parameters())
     assert scaler.get_scale() == 512.0
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["host", "as on a GPU"])
+@pytest.mark.parametrize("ascend", [Batch(), Part(0.5)], ids=repr)
+def test_passes_after_an_overflow_run_at_the_weights(ascend, waits, monkeypatch):
+    """At weights that are NaN, statistics would be NaN for good, and some losses raise errors."""
+    monkeypatch.setattr(esam_torch.perturbation, "on_host", lambda device: waits)
+    model = net()
+    optimizer = ESAM(sgd(model), model, perturb=Everything(), gamma=1.0, ascend=ascend)
+    seen, losses = [], losses_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(optimizer, scaler, losses, *batch())
+    model.head.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    losses = overflowing(losses, (1,))
+    report = scaled_step(optimizer, scaler, losses, *batch())
+    assert scaler.get_scale() == 512.0
+    assert len(seen) == 2 and all(output.isfinite().all() for output in seen)
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+    assert float(report.perturbation_norm) == 0.0
+
+
+@pytest.mark.parametrize("usable", [True, False])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.cfloat, torch.cdouble],
+    ids=str,
+)
+def test_tensors_are_zero_unless_a_condition_holds(dtype, usable):
+    tensors = [
+        torch.tensor([1.5, float("nan"), float("inf"), -0.0, -2.0]).to(dtype),
+        torch.randn(2, 3, 4, 5).to(dtype).to(memory_format=torch.channels_last),
+        torch.randn(4, 3).to(dtype).t(),
+        torch.zeros(0, dtype=dtype),
+    ]
+    condition = torch.tensor(usable)
+    expected = [torch.where(condition, t, torch.zeros_like(t)) for t in tensors]
+    zero_unless(condition, tensors)
+    for found, wanted in zip(tensors, expected, strict=True):
+        assert torch.equal(found.isnan(), wanted.isnan())
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
 
 @devices

@@ -29,6 +29,7 @@ from esam_torch import (
     TopIncrease,
     TopLoss,
 )
+from esam_torch.devices import devices_of
 
 SAMPLERS = (
     Everything(),
@@ -308,3 +309,29 @@ def test_a_budget_is_applied_with_the_given_direction():
     optimizer.step(losses_of(model), *images(8))
     assert optimizer.plan().chosen.perturb == Everything()
     assert "ascend=Part(share=0.25)" in str(optimizer.plan())
+
+
+@pytest.mark.parametrize("ascend", [Part(0.25), Previous()], ids=repr)
+def test_an_optional_argument_may_be_missing_from_some_batches(ascend):
+    model = net()
+    optimizer = ESAM(sgd(model), model, select=Random(0.5), ascend=ascend, perturb=Everything())
+    losses = losses_of(model)
+
+    def masked(x, y, mask=None):
+        values = losses(x, y)
+        return values if mask is None else values * mask
+
+    x, y = batch()
+    for mask in (torch.ones(8), torch.ones(8), None, torch.ones(8)):
+        optimizer.step(masked, x, y, mask)
+    assert optimizer.count == 4
+
+
+def test_the_devices_of_data_parallel_copies_are_known():
+    """Their generators draw the dropout masks of their rows."""
+    copies = nn.DataParallel(nn.Linear(2, 2))
+    assert devices_of(copies) == [torch.device("cpu")]
+    copies.device_ids, copies.src_device_obj = [0, 1], torch.device("cuda", 0)
+    assert devices_of(nn.Sequential(copies)) == [
+        torch.device(d) for d in ("cpu", "cuda:0", "cuda:1")
+    ]

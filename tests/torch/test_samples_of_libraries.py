@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers import BatchEncoding, BatchFeature
 from transformers.modeling_outputs import CausalLMOutput
 
-from esam_core import ESAMTypeError
-from esam_torch import ESAM, Everything
+from esam_core import ESAMRuntimeError, ESAMTypeError
+from esam_torch import ESAM, Everything, Suffix
 from esam_torch.batch import Samples
 from esam_torch.containers import detach_tree
 
@@ -123,6 +123,63 @@ def test_a_batch_of_graphs():
 def test_a_batch_of_graphs_keeps_its_follow_batch():
     made = Batch.from_data_list(graphs(), follow_batch=["edge_index"])
     assert taken(made).edge_index_batch.tolist() == [0, 0, 0, 1]
+
+
+def graph_losses(model, change):
+    """Return losses that change their batch of graphs before they use it."""
+
+    def losses(d):
+        change(d)
+        values = torch.zeros(len(d), 1).index_add(0, d.batch, model(d.x))
+        return (values[:, 0] - d.y.float()).square()
+
+    return losses
+
+
+def assign(d):
+    d.x = (d.x - 1.0) / 2.0
+
+
+def subtract(d):
+    d.x.sub_(1.0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_each_pass_gets_its_own_copy_of_a_batch_of_graphs(gamma):
+    def train(make, change):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 1)
+        optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, gamma=gamma)
+        data = make()
+        for _ in range(2):
+            optimizer.step(graph_losses(model, change), data)
+        assert torch.equal(data.x, make().x)
+        return model.weight.detach()
+
+    def changed_before():
+        made = Batch.from_data_list(graphs())
+        assign(made)
+        return made
+
+    before = train(changed_before, lambda d: None)
+    assert torch.equal(train(lambda: Batch.from_data_list(graphs()), assign), before)
+
+
+def test_a_batch_of_graphs_that_is_written_in_place_is_refused():
+    model = nn.Linear(2, 1)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, gamma=1.0)
+    with pytest.raises(ESAMRuntimeError, match="must not change its batch in place"):
+        optimizer.step(graph_losses(model, subtract), Batch.from_data_list(graphs()))
+
+
+def test_finding_the_blocks_does_not_write_to_a_batch_of_graphs():
+    """Its forward is not a pass of a step, whose second writes would be noticed."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.Tanh())
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ESAM(base, model, perturb=Suffix(0.5), gamma=1.0)
+    data = Batch.from_data_list(graphs())
+    optimizer.measured_units(graph_losses(model, subtract), data)
+    assert torch.equal(data.x, Batch.from_data_list(graphs()).x)
 
 
 def test_a_list_of_graphs():

@@ -9,6 +9,7 @@ from tests.torch.language import Sentences, alone, language_model, sentences
 from tests.torch.trainers import THEIRS, RecordingScaler, both_settings, same
 from torch.nn import functional as F
 
+from esam_core import ESAMValueError
 from esam_torch import ESAM, All
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in THEIRS]
@@ -419,3 +420,9 @@ def test_trainer_resumes_from_its_checkpoint(transformers, tmp_path, options):
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_several_gpus_in_one_process_are_refused(transformers, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ESAMValueError, match=r"one GPU per process.*Received: 2 GPUs"):
+        _trainer(transformers, esam={"rho": 0.05})

@@ -14,7 +14,12 @@ __all__ = ["ascent_gradients", "gradients_of", "graph_leaves"]
 
 
 def gradients_of(
-    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
+    loss: Tensor,
+    tensors: Sequence[Tensor],
+    scale: Tensor,
+    *,
+    every: Sequence[Tensor] | None = None,
+    retain: bool = False,
 ) -> list[Tensor | None]:
     """Return the gradients of scale * loss; None for tensors that the loss does not depend on.
 
@@ -27,13 +32,14 @@ def gradients_of(
         scale: 0-d, the initial gradient of the backward.
         every: None or, for a sharded model, all parameters with a gradient. FSDP2 computes
             gradients only in a whole backward, reduced over the ranks and in `.grad`.
+        retain: whether the graph is needed again, for terms that the model keeps.
     """
     if every is None:
         with without_hooks(tensors), own_backward():
             try:
                 # The user may have frozen some since the forward.
                 live = [t for t in tensors if t.requires_grad]
-                found = torch.autograd.grad(loss, live, grad_outputs=scale, allow_unused=True)
+                found = torch.autograd.grad(loss, live, scale, retain, allow_unused=True)
             except RuntimeError as error:
                 _refuse_reentrant(loss, error)
                 raise
@@ -44,7 +50,7 @@ def gradients_of(
         for parameter in every:
             parameter.grad = None
         try:
-            torch.autograd.backward(loss, scale)
+            torch.autograd.backward(loss, scale, retain)
             return [t.grad for t in tensors]
         finally:
             for parameter, gradient in zip(every, aside, strict=True):
@@ -52,7 +58,12 @@ def gradients_of(
 
 
 def ascent_gradients(
-    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
+    loss: Tensor,
+    tensors: Sequence[Tensor],
+    scale: Tensor,
+    *,
+    every: Sequence[Tensor] | None = None,
+    retain: bool = False,
 ) -> list[Tensor]:
     """Return dense gradients of scale * loss, with zeros for tensors that it does not depend on.
 
@@ -63,7 +74,7 @@ def ascent_gradients(
     """
     if every is None and not loss.requires_grad:  # it depends on no perturbed weight
         return [torch.zeros_like(tensor) for tensor in tensors]
-    found = gradients_of(loss, tensors, scale, every=every)
+    found = gradients_of(loss, tensors, scale, every=every, retain=retain)
     gradients = []
     for tensor, gradient in zip(tensors, found, strict=True):
         if gradient is None:

@@ -1,5 +1,6 @@
 """Batches and their samples: the arguments of `losses`, whole or in part."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,13 +13,14 @@ from esam_torch.containers import (
     INSIDE,
     NestedTooDeepError,
     is_container,
+    is_object_of_samples,
     is_record,
     is_tensor_collection,
     map_values,
 )
 from esam_torch.entries import Index, describe, entries, items
 from esam_torch.marks import WAYS_OUT, Rows, Whole
-from esam_torch.reading import Reader, Reading, refuse_used_up
+from esam_torch.reading import Reader, Reading, length_of, refuse_used_up
 
 __all__ = ["Batch", "Samples"]
 
@@ -110,7 +112,9 @@ class Samples:
             kinds = ("table", "list", "object")
             read = [self._readings[path, kind] for kind in kinds if (path, kind) in self._readings]
             if Reading.ROWS in read or Reading.ITEMS in read:
-                found.add(len(x))
+                length = length_of(x)
+                if length is not None:  # an optional argument may be None now
+                    found.add(length)
             return x if read and Reading.PARTS not in read else INSIDE
 
         _each(batch, visit)
@@ -199,11 +203,13 @@ def _each(
 
 
 def _unwrap(x: Any, path: str) -> Any:
-    """Return the value inside `Rows` or `Whole`, and a shallow copy of a TensorDict."""
+    """Return the value inside `Rows` or `Whole`, and a shallow copy of another library's batch."""
     if isinstance(x, Rows | Whole):
         return x.value
     refuse_used_up(x, path)
-    return x.clone(recurse=False) if is_tensor_collection(x) else INSIDE
+    if is_tensor_collection(x):
+        return x.clone(recurse=False)
+    return copy.copy(x) if is_object_of_samples(x) else INSIDE
 
 
 def _take_value(

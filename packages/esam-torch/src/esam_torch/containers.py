@@ -17,6 +17,7 @@ __all__ = [
     "INSIDE",
     "detach_tree",
     "is_container",
+    "is_object_of_samples",
     "is_record",
     "is_tensor_collection",
     "map_values",
@@ -121,6 +122,13 @@ def _is_dataclass(x: Any) -> bool:
     return dataclasses.is_dataclass(x) and not isinstance(x, type)
 
 
+def is_object_of_samples(x: Any) -> bool:
+    """Return whether a value is an object of another library with attributes and entries."""
+    if type(x) in _PLAIN or isinstance(x, Tensor | nn.Module | type) or is_container(x):
+        return False
+    return hasattr(x, "__dict__") and hasattr(x, "__len__") and hasattr(x, "__getitem__")
+
+
 def is_container(x: Any) -> bool:
     """Return whether a value has parts: a tuple, list, mapping or dataclass of any kind."""
     if isinstance(x, PackedSequence | torch.Size | nn.Module) or is_tensor_collection(x):
@@ -158,6 +166,8 @@ def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
             within = tree
         elif is_tensor_collection(tree):
             within = tree.values()
+        elif is_object_of_samples(tree):
+            within = vars(tree).values()
         for part in within:
             yield from tensors_inside(part, depth + 1)
 

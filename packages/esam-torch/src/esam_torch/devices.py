@@ -1,9 +1,18 @@
-"""Moving small tensors between devices without waiting."""
+"""The devices of a model, and moving small tensors between devices without waiting."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["on_device", "on_host"]
+__all__ = ["devices_of", "on_device", "on_host"]
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices that a model runs on: of its parameters, and of DataParallel's copies."""
+    found = {p.device for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            found |= {torch.device(module.src_device_obj.type, i) for i in module.device_ids}
+    return sorted(found, key=str)
 
 
 def on_host(device: torch.device) -> bool:

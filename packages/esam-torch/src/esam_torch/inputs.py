@@ -9,7 +9,13 @@ from torch import Tensor
 from esam_core import ESAMRuntimeError
 from esam_torch.batch import Batch
 from esam_torch.compat import count_all_writes
-from esam_torch.containers import INSIDE, map_values, tensors_inside
+from esam_torch.containers import (
+    INSIDE,
+    is_object_of_samples,
+    is_tensor_collection,
+    map_values,
+    tensors_inside,
+)
 from esam_torch.losses import LossFunction
 from esam_torch.values import can_be_written
 
@@ -105,6 +111,8 @@ def copy_tensors(batch: Batch) -> Batch:
     """Return the batch with copies of its tensors, for a forward that is not a pass of a step."""
 
     def copy_tensor(x: Any, _: str) -> Any:
+        if is_tensor_collection(x) or (is_object_of_samples(x) and hasattr(x, "clone")):
+            return x.clone()
         return x.detach().clone() if type(x) is Tensor and not x.requires_grad else INSIDE
 
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_torch.ascent import graph_leaves
 from esam_torch.blocks import Blocks, find_blocks
+from esam_torch.devices import devices_of
 from esam_torch.guards import RandomState
 from esam_torch.notes import WITHOUT_A_GRAPH, note_errors
 from esam_torch.sharded import Shards, reshard
@@ -49,7 +50,7 @@ class Layout:
         blocks: the model's blocks, or None if they are not used.
         others: parameters of the model that are not in the optimizer.
         writes: tracks what its forwards write.
-        devices: the devices of the parameters.
+        devices: the devices that the model runs on.
         shards: the modules that FSDP2 shards, or None if nothing is sharded.
         modules: all modules of the model.
 
@@ -231,7 +232,7 @@ def lay_out(
     """
     parameters = parameters_of(model, groups)
     known = {id(p.tensor) for p in parameters}
-    devices = sorted({p.device for p in model.parameters()}, key=str)
+    devices = devices_of(model)
     shards = Shards.of(model)
     writes = Writes(model, [p.tensor for p in parameters], weights=shards is None)
     blocks = None

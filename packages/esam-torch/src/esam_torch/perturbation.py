@@ -12,7 +12,7 @@ from torch import Tensor
 from esam_core import Mask
 from esam_core.perturbation import Norm
 from esam_torch.devices import on_device, on_host
-from esam_torch.finiteness import flaw_in
+from esam_torch.finiteness import flaw_in, zero_unless
 from esam_torch.kinds import Kinds, join_kinds, kinds_of, split_by_kind
 from esam_torch.sharded import local, local_part, total_norms
 from esam_torch.targets import Targets
@@ -26,8 +26,8 @@ class Ascent:
     """The perturbation of a step.
 
     Args:
-        perturbations: epsilon_t for each perturbed parameter. If a loss or gradient is not finite,
-            it is 0 on a CPU, and not finite on other devices, which are not waited for.
+        perturbations: epsilon_t for each perturbed parameter; 0 if a loss or gradient is not
+            finite.
         gradient_norm: 0-d, the ||g|| of equation 2 as `norm` defines it; that of "masked" with
             norm="none".
         perturbation_norm: 0-d, ||epsilon||.
@@ -121,6 +121,10 @@ def perturb(
         else:
             factors = torch.tensor(targets.factors, dtype=masked.dtype)
             size = torch.linalg.vector_norm(masked * on_device(factors, device)) * common
+        if not on_host(device):
+            for some in targets.by_kind(perturbations):
+                zero_unless(usable, some)
+            size = torch.where(usable, size, 0.0)
         return Ascent(perturbations, length, size, flaw)
 
 

@@ -23,7 +23,7 @@ from esam_torch.containers import is_container, is_record, is_tensor_collection,
 from esam_torch.entries import describe
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 
-__all__ = ["Reader", "Reading"]
+__all__ = ["Reader", "Reading", "length_of"]
 
 #: A list of up to this many numbers may contain sizes or coefficients instead of one number per
 #: sample; a list of up to this many tensors may be a record of different values.
@@ -120,7 +120,7 @@ class Reader:
         simple = isinstance(x, list | tuple) and not is_record(x)
         if is_container(x) and not simple:
             return Reading.PARTS
-        length = None if isinstance(x, _PLAIN) else _length(x)
+        length = None if isinstance(x, _PLAIN) else length_of(x)
         if length != self.b:
             raise ESAMValueError(
                 f"`{path}` must have one entry per sample, since it is marked with Rows. "
@@ -212,7 +212,7 @@ class Reader:
     def _object(self, x: Any, path: str) -> Reading:
         """Return how a value of an unknown type is read."""
         refuse_used_up(x, path)
-        length = _length(x)
+        length = length_of(x)
         before = self.before.get((path, "object"))
         if before is Reading.ROWS and length != self.b:
             self._refuse_changed(x, path)
@@ -297,7 +297,7 @@ class Reader:
         )
 
 
-def _length(x: Any) -> int | None:
+def length_of(x: Any) -> int | None:
     """Return the length of something, or None."""
     try:
         return len(x)

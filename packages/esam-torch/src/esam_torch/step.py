@@ -208,14 +208,14 @@ class Step:
     def _ascent(self, scale: Tensor) -> Ascent:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
         task, targets = self.task, self.task.targets
-        wanted = [*targets.tensors]
-        if task.config.norm == "full":  # for all trained parameters, perturbable or not
-            wanted += targets.idle
+        # With "full", for all trained parameters, perturbable or not.
+        wanted = [*targets.tensors, *(targets.idle if task.config.norm == "full" else ())]
         loss = self._mean
         if task.layout.shards is not None:
             # Ranks share one epsilon, so a non-finite loss on one rank must affect all.
             loss = nan_if_flawed(loss, flaw_in(self._values))
-        found = ascent_gradients(loss, wanted, scale, every=self.task.layout.gathered())
+        every, retain = task.layout.gathered(), task.layout.writes.hold_graphs()
+        found = ascent_gradients(loss, wanted, scale, every=every, retain=retain)
         return perturb(
             found,
             targets,
@@ -229,7 +229,7 @@ class Step:
     def _score_all(self, losses: Tensor, part: Tensor) -> Tensor:
         """Return the (b,) losses at theta; only those of the part have a graph."""
         b = self._b
-        rest = torch.ones(b, dtype=torch.bool).index_fill_(0, part, False).nonzero().flatten()
+        rest = part.new_ones(b, dtype=torch.bool).index_fill_(0, part, False).nonzero().flatten()
         places = on_device(torch.cat([part, rest]).argsort(), losses.device)
         return torch.cat([losses, self._without_a_graph(b, rest)]).index_select(0, places)
 

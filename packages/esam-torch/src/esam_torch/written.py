@@ -133,8 +133,7 @@ class Writes:
     def keep(self, start: State | None = None, random: HostRandomState | None = None) -> Kept:
         """Return the written values, as they are now or as in a saved state."""
         norms = [module for module in self._norms if module.training]
-        written = norms or self.statistics_layers or self._places or self._parameters
-        if not (written or self.draws):
+        if not (norms or self.statistics_layers or self._places or self._parameters or self.draws):
             return _NOTHING
         statistics = [
             (buffers_by_name(module), name)
@@ -178,9 +177,12 @@ class Writes:
 
     def find_graphs(self) -> None:
         """Find whether the last forward, with all gradients, has left graphs in attributes."""
-        if self._places and not self.keeps_graphs:
-            places = (place for key, place in self._places.items() if key not in self._values)
-            self.keeps_graphs = any(t.requires_grad for t in _tensors(places))
+        self.keeps_graphs |= self.hold_graphs()
+
+    def hold_graphs(self) -> bool:
+        """Return whether tensors with a graph are in attributes now."""
+        places = (place for key, place in self._places.items() if key not in self._values)
+        return any(t.requires_grad for t in _tensors(places))
 
     def set_idle(self, candidates: Iterable[_Candidate]) -> None:
         """Compare the version counters of the other candidates in later steps."""

@@ -39,8 +39,9 @@ class ESAMTrainer(Trainer):
     Raises:
         ESAMTypeError: DeepSpeed is used, or a subclass overrides `compute_loss`: override
             `compute_losses` instead, or put the class that has it after `ESAMTrainer` in the bases.
-        ESAMValueError: `token_weighted` with an overridden `compute_losses` or, in training, with a
-            model that does not take `num_items_in_batch`.
+        ESAMValueError: Trainer would use several GPUs in one process. `token_weighted` with an
+            overridden `compute_losses` or, in training, with a model that does not take
+            `num_items_in_batch`.
 
     Example:
         `trainer = ESAMTrainer(model, arguments, train_dataset=data, esam={"rho": 0.05})`
@@ -65,6 +66,12 @@ class ESAMTrainer(Trainer):
             raise ESAMTypeError(
                 "`args.deepspeed` must be None: DeepSpeed runs the updates itself, without the "
                 "optimizer's step. Use DistributedDataParallel or FSDP2. Received: DeepSpeed."
+            )
+        if self.args.n_gpu > 1:  # copies would draw other random numbers in each pass
+            raise ESAMValueError(
+                "Trainer must use one GPU per process: start the script with torchrun, or show it "
+                f"one GPU (CUDA_VISIBLE_DEVICES=0). Received: {self.args.n_gpu} GPUs in one "
+                "process, which Trainer would use by DataParallel."
             )
         if token_weighted and not self._takes_own_losses():
             raise ESAMValueError(
