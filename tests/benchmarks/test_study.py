@@ -24,7 +24,6 @@ from benchmarks.study.workers import claim_run, folder_of, work
 from benchmarks.train import train
 from benchmarks.training import Trainer
 
-SMALL = SETTINGS["small"]
 ROOT = Path(__file__).parents[2]
 
 
