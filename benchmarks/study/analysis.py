@@ -219,17 +219,18 @@ def difference_from_frontier(
     return None if other is None or other == point else difference(point.finals, other.finals)
 
 
-def corrected_ps(setting: Setting, points: Sequence[Point]) -> dict[str, float]:
-    """Return Holm's p values of the methods' differences from the base optimizer's frontier.
+def corrected_ps(setting: Setting, points: Sequence[Point], reference: str) -> dict[str, float]:
+    """Return Holm's p values of the methods' differences from a method's frontier.
 
     Args:
         setting: the setting.
         points: all its points; those of the main budget are compared.
+        reference: the method of the frontier.
     """
     ps: dict[str, float] = {}
     for point in points:
-        if point.chosen and point.budget == setting.main and point.method != "sgd":
-            found = difference_from_frontier(points, point, "sgd")
+        if point.chosen and point.budget == setting.main and point.method not in ("sgd", reference):
+            found = difference_from_frontier(points, point, reference)
             if found is not None:
                 ps[point.method] = found.p
     return holm(ps)

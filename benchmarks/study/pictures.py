@@ -58,7 +58,7 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point], *, d
     if not rows:
         return
     rows.sort(key=lambda row: row[0].mean)
-    ps = corrected_ps(setting, points)
+    ps = corrected_ps(setting, points, "sgd")
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.42 * len(rows)))
     for place, (found, method) in enumerate(rows):
         colour = COLOURS[2] if found.mean > 0.0 else COLOURS[1]

@@ -23,8 +23,8 @@ from benchmarks.study.settings import Setting
 __all__ = ["write_report"]
 
 _EXPLANATION = """Differences of final accuracy on the same seeds, with 95 % intervals, in bold if
-the whole interval is above 0. p is that of the difference from the base optimizer's frontier at
-budget {}, corrected by Holm's procedure."""
+the whole interval is above 0. p values are those of the differences from the two frontiers at
+budget {}, each corrected by Holm's procedure for the number of methods (SGD is not among them)."""
 
 
 _RECOMPUTED = """The change of the final accuracy if `torch.optim.swa_utils.update_bn` recomputes
@@ -110,7 +110,7 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
     """Return the table of the methods' differences from both frontiers."""
     titles = titles_of(setting)
     rows = []
-    corrected = corrected_ps(setting, points)
+    corrected = {name: corrected_ps(setting, points, name) for name in ("sgd", "sam")}
     budgets = sorted({p.budget for p in points}, key=lambda b: (b != setting.main, b))
     for budget in budgets:
         here = {p.method: p for p in points if p.chosen and p.budget == budget}
@@ -119,19 +119,27 @@ def _differences_table(setting: Setting, points: Sequence[Point]) -> str:
             for method, point in here.items()
         }
         for method, (sgd, sam) in against.items():
-            p = corrected.get(method) if budget == setting.main else None
+            ps = [
+                corrected[name].get(method) if budget == setting.main else None
+                for name in ("sgd", "sam")
+            ]
             rows.append(
                 [
                     f"{budget}: {titles[method]}",
                     f"{here[method].compute:.1f}",
                     _difference_text(sgd),
+                    _p_text(ps[0]),
                     _difference_text(sam),
-                    "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
+                    _p_text(ps[1]),
                 ]
             )
-    return markdown(
-        ("budget and method", "compute", f"from {setting.base}'s", "from SAM's", "p"), rows
-    )
+    columns = ("budget and method", "compute", f"from {setting.base}'s", "p", "from SAM's", "p")
+    return markdown(columns, rows)
+
+
+def _p_text(p: float | None) -> str:
+    """Return a p value as text."""
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _recomputed_parts(setting: Setting, points: Sequence[Point]) -> list[str]:

@@ -10,7 +10,9 @@ import pytest
 from benchmarks.study.analysis import (
     Point,
     compute_of,
+    corrected_ps,
     difference,
+    difference_from_frontier,
     frontier,
     holm,
     interval,
@@ -112,6 +114,20 @@ def test_other_cells_are_points_if_they_have_all_seeds() -> None:
     assert frontier(reported_points(SETTING, records), "previous", 10.0) == found
 
 
+def test_methods_are_corrected_for_their_number_and_not_for_the_reference() -> None:
+    points = reported_points(SETTING, _records({"sam": 1.0, "esam": -2.0}))
+    for reference in ("sgd", "sam"):
+        ps = corrected_ps(SETTING, points, reference)
+        assert set(ps) == set(METHODS) - {"sgd", reference}
+        raw = {
+            p.method: difference_from_frontier(points, p, reference)
+            for p in points
+            if p.method in ps and p.budget == SETTING.main
+        }
+        smallest = min(ps, key=lambda name: ps[name])
+        assert ps[smallest] == pytest.approx(min(1.0, len(ps) * raw[smallest].p))
+
+
 def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     records = _records({"sam": 1.0, "esam": -2.0})
     points = reported_points(SETTING, records)
@@ -128,10 +144,12 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     for row, column, gain in (
         ("10: SAM", 3, 1.0),
         ("10: the paper's ESAM", 3, -2.0),
-        ("10: the paper's ESAM", 4, -3.0),
+        ("10: the paper's ESAM", 5, -3.0),
     ):
         assert float(rows[row][column].split()[0].strip("*")) == pytest.approx(gain, abs=0.1)
     assert "**" not in rows["10: the paper's ESAM"][3]
+    assert (rows["10: SAM"][4].strip() != "", rows["10: SAM"][6].strip()) == (True, "")
+    assert rows["10: the paper's ESAM"][6].strip() != ""
     assert rows["10: SGD"][3].strip() == ""
     assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # the gain from recomputed statistics
     for name in ("frontier.png", "differences.png"):
