@@ -16,6 +16,7 @@ from esam_core import (
     TopIncrease,
     TopLoss,
 )
+from esam_core.directions import Part, climbing_indices
 from esam_core.selectors import (
     check_selector,
     inclusion_probabilities,
@@ -247,6 +248,18 @@ def test_proportional_averages_to_the_whole_batch(score):
         assert len(kept.indices) == 3
         found[count] = kept.weights @ x[kept.indices]
     assert abs(found.mean() - x.mean()) < 5 * found.std() / np.sqrt(n)
+
+
+def test_proportional_does_not_depend_on_the_part():
+    """Otherwise a sample's weight is wrong on the steps on which it climbs."""
+    n, share, gamma = 3000, 0.25, 0.5
+    both = np.zeros(8)
+    for count in range(n):
+        part = climbing_indices(Part(share), 8, seed=1, count=count)
+        kept = select(Proportional(gamma), np.ones(8), None, seed=1, count=count).indices
+        both[np.intersect1d(part, kept)] += 1
+    expected = share * gamma
+    assert np.all(np.abs(both / n - expected) < 5 * np.sqrt(expected * (1 - expected) / n))
 
 
 def test_proportional_uses_the_offset_of_the_step():

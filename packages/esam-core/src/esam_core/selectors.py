@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esam_core import validation
-from esam_core.draws import SELECTION_STREAM, uniforms
+from esam_core.draws import OFFSET_STREAM, SELECTION_STREAM, uniforms
 from esam_core.errors import ESAMTypeError, ESAMValueError
 
 __all__ = [
@@ -254,7 +254,7 @@ def random_indices(batch_size: int, k: int, *, seed: int, count: int) -> NDArray
 
 def systematic_offset(*, seed: int, count: int) -> float:
     """Return the uniform number in [0, 1) that systematic sampling needs."""
-    return float(uniforms(1, seed=seed, count=count, stream=SELECTION_STREAM)[0])
+    return float(uniforms(1, seed=seed, count=count, stream=OFFSET_STREAM)[0])
 
 
 def inclusion_probabilities(
