@@ -105,9 +105,7 @@ def test_only_perturbable_units_are_perturbed():
 
 
 def test_frozen_units_are_not_perturbed():
-    units = [
-        Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i, trained=i >= 2) for i in range(4)
-    ]
+    units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i, trained=i >= 2) for i in range(4)]
     plan = make_plan(units, 2.0, perturbable=[True] * 4)
     assert plan == make_plan(units, 2.0)
     assert plan.chosen.share == 0.5

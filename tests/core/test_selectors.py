@@ -61,7 +61,7 @@ def test_k_of_every_percentage_is_exact():
 
 
 def test_no_k_of_an_empty_batch():
-    with pytest.raises(ESAMValueError, match=r"must not be empty\. Received: batch_size=0"):
+    with pytest.raises(ESAMValueError, match=r"`batch_size` must be >= 1\. Received: batch_size=0"):
         subset_size(0.5, 0)
 
 
@@ -75,6 +75,8 @@ def test_k_of_invalid_types_and_of_numpy_numbers():
     with pytest.raises(ESAMTypeError, match="`gamma` must be a number"):
         subset_size("0.5", 10)
     assert subset_size(np.float32(0.5), 10) == 5
+    assert subset_size(np.float32(0.61), 100) == 61  # it is stored as 0.6100000143
+    assert subset_size(np.float16(0.07), np.int32(100)) == 7
 
 
 def test_top_indices_by_hand():

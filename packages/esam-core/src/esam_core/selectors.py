@@ -206,16 +206,14 @@ def subset_size(gamma: float, batch_size: int) -> int:
         batch_size: b >= 1.
 
     Raises:
-        ESAMValueError, ESAMTypeError: gamma is not a number in (0, 1], or the batch is empty.
+        ESAMValueError, ESAMTypeError: gamma is not a number in (0, 1], or b is not an integer >= 1.
 
     Example:
         >>> subset_size(0.07, 100), subset_size(0.5, 7), subset_size(0.1, 1)
         (7, 4, 1)
     """
     gamma = validation.open_unit("gamma", gamma)
-    if batch_size < 1:
-        raise ESAMValueError(f"The batch must not be empty. Received: batch_size={batch_size}.")
-    return _ceiling(gamma, batch_size)
+    return _ceiling(gamma, validation.count_number("batch_size", batch_size, least=1))
 
 
 @functools.lru_cache(maxsize=1024)
