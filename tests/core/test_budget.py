@@ -99,6 +99,26 @@ def test_only_perturbable_units_are_perturbed():
     assert all(option.share > 0.0 for option in plan.options)
     with pytest.raises(ESAMValueError, match="must include a perturbable one"):
         make_plan(units, 1.9, perturbable=[False] * 8)
+    message = r"`perturbable` must be 8 booleans, one per unit\. Received: perturbable=\[True\]"
+    with pytest.raises(ESAMValueError, match=message):
+        make_plan(units, 1.9, perturbable=[True])
+
+
+def test_frozen_units_are_not_perturbed():
+    units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i, trained=i >= 2) for i in range(4)]
+    plan = make_plan(units, 2.0, perturbable=[True] * 4)
+    assert plan == make_plan(units, 2.0)
+    assert plan.chosen.share == 0.5
+    with pytest.raises(ESAMValueError, match="must include a perturbable one"):
+        make_plan(units, 2.0, perturbable=[True, True, False, False])
+
+
+@pytest.mark.parametrize("n", range(2, 30))
+def test_the_budget_that_the_message_names_fits(n):
+    units = [Unit(f"{i}", (1,), cost=1.0 + i, block=f"b{i}", depth=i) for i in range(n)]
+    with pytest.raises(ESAMValueError, match="`budget` must be at least") as raised:
+        make_plan(units, 0.1)
+    make_plan(units, float(str(raised.value).split()[5]))
 
 
 def test_frozen_units_cost_only_a_forward():

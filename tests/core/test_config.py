@@ -71,6 +71,8 @@ def test_integers_and_numpy_numbers_are_numbers():
             "`rho` must be finite and >= 0.",
         ),
         ({"rho": float("nan")}, ESAMValueError, "rho=nan"),
+        ({"rho": 10**400}, ESAMValueError, "`rho` must be finite and >= 0. Received: rho=1000"),
+        ({"rho": -(10**400)}, ESAMValueError, "`rho` must be finite and >= 0. Received: rho=-100"),
         ({"rho": None}, ESAMTypeError, "`rho` must be a finite number >= 0. Received: rho=None."),
         ({"rho": True}, ESAMTypeError, "rho=True"),
         ({"beta": 0.0}, ESAMValueError, "`beta` must be in (0, 1]. Received: beta=0.0."),
@@ -148,7 +150,7 @@ def test_configurations_go_through_json():
 def test_functions_cannot_be_saved(sampler):
     data = ESAMConfig(perturb=sampler).to_dict()
     assert data["perturb"] is None
-    with pytest.raises(ESAMValueError, match="`perturb` holds a function"):
+    with pytest.raises(ESAMValueError, match="`perturb` is a custom sampler or holds a function"):
         ESAMConfig.from_dict(data)
 
 
@@ -167,15 +169,17 @@ BOTH = {"perturb": {"name": "Everything"}, "select": {"name": "All"}}
             component_from_dict,
             {"name": "Suffix"},
             ESAMValueError,
-            "`data` of a Suffix must hold 'start', and may hold nothing. Received: data with noth",
+            "`data` of a Suffix accepts 'start'; required: 'start'. Received: data with nothing.",
         ),
         (
             component_from_dict,
             {"name": "Bernoulli", "betta": 0.5},
             ESAMValueError,
-            "may hold 'beta', 'unit'. Received: data with 'betta'.",
+            "accepts 'beta', 'unit'; required: none. Received: data with 'betta'.",
         ),
-        (component_from_dict, {"name": "Every", "inner": None}, ESAMValueError, "must hold 'n'"),
+        (component_from_dict, {"name": "Every", "inner": None}, ESAMValueError, "required: 'n'."),
+        (component_from_dict, {"name": "All", "gamma": 1}, ESAMValueError, "accepts nothing; req"),
+        (component_from_dict, {"name": "Every", "n": "2"}, ESAMTypeError, "Received: n='2'."),
         (
             component_from_dict,
             {"name": "Every", "n": 2, "inner": None},
@@ -186,12 +190,12 @@ BOTH = {"perturb": {"name": "Everything"}, "select": {"name": "All"}}
             component_from_dict,
             {"name": "Every", "n": 2, "inner": {"name": "Suffix"}},
             ESAMValueError,
-            "`inner` of a Suffix must hold 'start'",
+            "`inner` of a Suffix accepts 'start'; required: 'start'.",
         ),
         (component_from_dict, {}, ESAMValueError, "Received: name=None."),
         (component_from_dict, {"name": ["Every"]}, ESAMValueError, "Received: name=['Every']."),
         (component_from_dict, None, ESAMTypeError, "Received: data=None."),
-        (ESAMConfig.from_dict, {}, ESAMValueError, "must hold 'perturb' and 'select'"),
+        (ESAMConfig.from_dict, {}, ESAMValueError, "required: 'perturb', 'select'. Received"),
         (ESAMConfig.from_dict, {"perturb": BOTH["perturb"]}, ESAMValueError, "data with 'perturb'"),
         (ESAMConfig.from_dict, {**BOTH, "roh": 0.1}, ESAMValueError, "'select', 'roh'."),
         (ESAMConfig.from_dict, {**BOTH, "perturb": 0.5}, ESAMTypeError, "perturb=0.5."),

@@ -6,6 +6,7 @@ from esam_core import (
     All,
     Bernoulli,
     Between,
+    ESAMTypeError,
     ESAMValueError,
     Every,
     Everything,
@@ -192,3 +193,23 @@ def test_bad_input():
         step_cost([SMALL[0], SMALL[0]], Mask((True, True), (1.0, 1.0)), All())
     with pytest.raises(ESAMValueError, match="`steps` must be >= 1"):
         expected_cost(Everything(), SMALL, All(), steps=0)
+    with pytest.raises(ESAMValueError, match=r"`start` must be >= 0\. Received: start=-1\."):
+        expected_cost(Every(2), SMALL, All(), start=-1)
+    with pytest.raises(ESAMTypeError, match="`sampler` must be a sampler"):
+        expected_cost(Everything, SMALL, All())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ascend": 0.25}, ESAMTypeError, r"`ascend` must be Batch\(\), .* Received: ascend=0.25"),
+        ({"ascend": Part}, ESAMTypeError, "`ascend` must be"),
+        ({"norm": "Full"}, ESAMValueError, "`norm` must be one of .* Received: norm='Full'"),
+        ({"selector": 0.5}, ESAMTypeError, "`selector` must be a selector"),
+        ({"batch_size": 0}, ESAMValueError, "batch_size=0"),
+    ],
+)
+def test_misspelt_options_are_not_a_cheaper_step(options, error, message):
+    mask = Everything().draw(SMALL, seed=0, count=0)
+    with pytest.raises(error, match=message):
+        step_cost(SMALL, mask, **{"selector": TopLoss(0.5), **options})

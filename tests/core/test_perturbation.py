@@ -110,10 +110,15 @@ def test_norm_eps_is_added_to_the_norm():
     assert first == pytest.approx(G[0] / 26)
 
 
-def test_a_zero_gradient_gives_zero():
-    for norm in NORMS:
-        zero = [np.zeros_like(g) for g in G]
-        assert all(not e.any() for e in epsilon(zero, [1.0, 1.0], norm=norm))
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("norm_eps", [1e-12, 1e-50, 1e-320])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_zero_gradient_gives_zero(norm, norm_eps, dtype):
+    """1e-50 is 0 in float32: 0 / 0 would be NaN."""
+    zero = [np.zeros_like(g, dtype=dtype) for g in G]
+    for found in epsilon(zero, [1.0, 1.0], norm=norm, norm_eps=norm_eps):
+        assert found.dtype == dtype
+        assert np.all(found == 0.0)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

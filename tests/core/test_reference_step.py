@@ -5,6 +5,7 @@ import pytest
 
 from esam_core import (
     ESAMConfig,
+    ESAMTypeError,
     ESAMValueError,
     Mask,
     NonFiniteError,
@@ -170,6 +171,21 @@ def test_own_settings_of_parameters():
     assert "head.weight" not in report.perturbed
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"head.wieght": {"rho": 1.0}}, ESAMValueError, "Received: settings='head.wieght'"),
+        ({"head.weight": {"roh": 1.0}}, ESAMValueError, "must be one of 'rho', 'adaptive', 'pert"),
+        ({"head.weight": {"rho": np.nan}}, ESAMValueError, "`rho` must be a finite number >= 0"),
+        ({"head.weight": {"perturb": "False"}}, ESAMTypeError, "Received: perturb='False'"),
+        ({"head.weight": {"adaptive": 1}}, ESAMTypeError, "`adaptive` must be True or False"),
+    ],
+)
+def test_invalid_settings_of_parameters_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        step_of(problems.mlp(), settings)
+
+
 class TestNonFinite:
     problem = problems.batchnorm()
     bad = problems.with_nan(problem.batches[0], 5)
@@ -235,6 +251,10 @@ class TestBaseOptimizers:
         for g in (0.5, 0.25):
             optimizer.update(theta, {"w": np.array([g])})
         return float(theta["w"][0])
+
+    def test_unknown_kinds_are_refused(self):
+        with pytest.raises(ESAMValueError, match=r"`kind` must be one of 'sgd', .* kind='adamax'"):
+            Base("adamax")
 
     def test_sgd(self):
         assert self.run(Base("sgd", lr=0.1)) == pytest.approx(1 - 0.05 - 0.025)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from esam_core import RunningMeans, StepReport
+from esam_core import ESAMTypeError, RunningMeans, StepReport
 from esam_core.report import REPORTED_MEANS
 
 LOSSES = np.array([1.0, 2.0, 3.0, 4.0])
@@ -87,6 +87,28 @@ def test_steps_without_a_field_are_left_out_of_its_mean():
     means.update(report())
     means.update(StepReport(count=1, losses=LOSSES * 0.0))
     assert means.result() == {"sharpness": pytest.approx(3.75 / 4), "loss": 1.25}
+
+
+def test_means_of_half_precision():
+    """Sums in float16 stop growing at 2048, and overflow at 65504."""
+    means = RunningMeans(("loss",))
+    for _ in range(5000):
+        means.update(StepReport(count=0, losses=np.full(2, 0.875, dtype=np.float16)))
+    assert means.result() == {"loss": 0.875}
+
+
+def test_skipped_steps_are_left_out():
+    means = RunningMeans(("loss",))
+    means.update(report())
+    means.update(StepReport(count=1, losses=np.array([np.nan, 1.0]), skipped=True))
+    means.update(report(losses=LOSSES + 1.0))
+    assert means.result() == {"loss": 3.0}
+
+
+def test_a_single_name_is_not_a_sequence_of_names():
+    message = r"`fields` must be a sequence of names.* Received: fields='loss'\."
+    with pytest.raises(ESAMTypeError, match=message):
+        RunningMeans("loss")
 
 
 def test_reset():

@@ -195,6 +195,14 @@ def test_random_suffix_probabilities_by_hand():
     assert RandomSuffix(("stem", "head")).probabilities == (0.5, 0.5)
 
 
+def test_random_suffix_of_arrays():
+    assert repr(RandomSuffix(np.array(["stem", "head"]), np.array([0.25, 0.75]))) == repr(
+        RandomSuffix(("stem", "head"), (0.25, 0.75))
+    )
+    assert RandomSuffix(np.array([0.25, 0.5])) == RandomSuffix((0.25, 0.5))
+    assert RandomSuffix(np.float32([0.61, 0.5])) == RandomSuffix((0.61, 0.5))
+
+
 def test_only():
     assert perturbed(Only("norm")) == ["stem_norm.weight"]
     assert perturbed(Only("bias")) == ["layer1.conv.bias"]
@@ -315,7 +323,15 @@ def test_unit():
         (lambda: Suffix(""), ESAMValueError, "`start` must be a block's name"),
         (lambda: Suffix(0.0), ESAMValueError, "`start` must be in (0, 1]"),
         (lambda: Suffix(None), ESAMTypeError, "start=None"),
-        (lambda: RandomSuffix(()), ESAMTypeError, "`starts` must be a non-empty sequence"),
+        (lambda: RandomSuffix(()), ESAMValueError, "`starts` must be a non-empty sequence"),
+        (lambda: RandomSuffix([]), ESAMValueError, "Received: starts=[]."),
+        (lambda: RandomSuffix({"a", "b"}), ESAMTypeError, "`starts` must be a non-empty sequence"),
+        (lambda: RandomSuffix(np.array(0.5)), ESAMTypeError, "starts=array(0.5)"),
+        (
+            lambda: RandomSuffix(("a", "b"), {0.25, 0.75}),
+            ESAMTypeError,
+            "`probabilities` must be a sequence",
+        ),
         (lambda: RandomSuffix("stem"), ESAMTypeError, "starts='stem'"),
         (lambda: RandomSuffix(("a", "b"), (0.5,)), ESAMValueError, "must be 2 numbers"),
         (lambda: RandomSuffix(("a", "b"), (0.5, 0.6)), ESAMValueError, "add up to 1"),

@@ -67,6 +67,9 @@ class TestShareOfTheRun:
         # Perturbing starts once at least the share has passed: half of 7 steps starts with the
         # fifth.
         assert Between.of_run(0.5, steps=7) == Between(4)
+        # 0.88 is 22 / 25, and 22 * 2**28 is too large for an int32.
+        assert Between.of_run(0.88, steps=np.int32(2**28)) == Between.of_run(0.88, steps=2**28)
+        assert Between.of_run(np.float32(0.61), steps=100) == Between(61)
 
     @pytest.mark.parametrize("steps", [1, 3, 100, 391, 78_000])
     def test_shares_of_the_steps_are_exact(self, steps):
@@ -100,6 +103,7 @@ class TestShareOfTheLearningRate:
         listed = Between.of_learning_rate(0.3, 0.8, rates=STEPPED)
         called = Between.of_learning_rate(0.3, 0.8, rates=lambda count: STEPPED[count], steps=1000)
         assert listed == called
+        assert listed == Between.of_learning_rate(0.3, 0.8, rates=np.array(STEPPED), steps=1000)
 
     def test_warm_up_from_zero(self):
         assert Between.of_learning_rate(0.0, rates=[0.0, 0.0, 1.0, 1.0]) == Between(0)
@@ -123,6 +127,8 @@ class TestShareOfTheLearningRate:
             "`steps` must be an integer >= 1 if `rates` is a function. Received: steps=None.",
         ),
         (lambda: Between.of_learning_rate(0.5, rates=0.1), ESAMTypeError, "rates=0.1"),
+        (lambda: Between.of_learning_rate(0.5, rates={0.1}), ESAMTypeError, "rates={0.1}"),
+        (lambda: Between.of_learning_rate(0.5, rates=np.ones((2, 2))), ESAMTypeError, "rates=arr"),
         (lambda: Between.of_learning_rate(0.5, rates="0.1"), ESAMTypeError, "rates='0.1'"),
         (lambda: Between.of_learning_rate(0.5, rates=[]), ESAMValueError, "contain a number > 0"),
         (

@@ -16,6 +16,7 @@ from esam_core import (
     TopIncrease,
     TopLoss,
 )
+from esam_core.directions import Part, climbing_indices
 from esam_core.selectors import (
     check_selector,
     inclusion_probabilities,
@@ -60,7 +61,7 @@ def test_k_of_every_percentage_is_exact():
 
 
 def test_no_k_of_an_empty_batch():
-    with pytest.raises(ESAMValueError, match=r"must not be empty\. Received: batch_size=0"):
+    with pytest.raises(ESAMValueError, match=r"`batch_size` must be >= 1\. Received: batch_size=0"):
         subset_size(0.5, 0)
 
 
@@ -74,6 +75,8 @@ def test_k_of_invalid_types_and_of_numpy_numbers():
     with pytest.raises(ESAMTypeError, match="`gamma` must be a number"):
         subset_size("0.5", 10)
     assert subset_size(np.float32(0.5), 10) == 5
+    assert subset_size(np.float32(0.61), 100) == 61  # it is stored as 0.6100000143
+    assert subset_size(np.float16(0.07), np.int32(100)) == 7
 
 
 def test_top_indices_by_hand():
@@ -247,6 +250,18 @@ def test_proportional_averages_to_the_whole_batch(score):
         assert len(kept.indices) == 3
         found[count] = kept.weights @ x[kept.indices]
     assert abs(found.mean() - x.mean()) < 5 * found.std() / np.sqrt(n)
+
+
+def test_proportional_does_not_depend_on_the_part():
+    """Otherwise a sample's weight is wrong on the steps on which it climbs."""
+    n, share, gamma = 3000, 0.25, 0.5
+    both = np.zeros(8)
+    for count in range(n):
+        part = climbing_indices(Part(share), 8, seed=1, count=count)
+        kept = select(Proportional(gamma), np.ones(8), None, seed=1, count=count).indices
+        both[np.intersect1d(part, kept)] += 1
+    expected = share * gamma
+    assert np.all(np.abs(both / n - expected) < 5 * np.sqrt(expected * (1 - expected) / n))
 
 
 def test_proportional_uses_the_offset_of_the_step():

@@ -1,6 +1,11 @@
-"""The cache of results for a model's units."""
+"""Masks are validated, and results for a model's units are cached."""
 
-from esam_core import Unit
+import re
+from dataclasses import replace
+
+import pytest
+
+from esam_core import ESAMTypeError, ESAMValueError, Mask, Unit
 from esam_core.units import cache_for_units
 
 
@@ -23,3 +28,32 @@ def test_results_are_cached_only_for_the_same_tuple():
     for i in range(100):  # old results are removed
         counted(str(i), units)
     assert counted("x", units) == 2 and calls[-1] == "x"
+
+
+def test_valid_masks():
+    assert Mask((), ()).scale == ()
+    assert Mask((True, False), (1.0, 0.0)).scale == (1.0, 0.0)
+    assert Mask((True,), (5e-324,), 5e-324, 0).scale == (float("inf"),)
+    assert replace(Mask((True,), (0.5,)), rho_factor=2).rho_factor == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (((True,), (1.0, 1.0)), ESAMValueError, "Received: 2 numbers for 1 units."),
+        (((True,), (2.0,)), ESAMValueError, "`probability` must be in [0, 1]"),
+        (((True,), (-0.5,)), ESAMValueError, "Received: -0.5 for a unit with perturbed=True."),
+        (((False,), (-0.5,)), ESAMValueError, "Received: -0.5 for a unit with perturbed=False."),
+        (((True, False), (0.0, 0.0)), ESAMValueError, "> 0 for units that are perturbed"),
+        (((True,), (float("nan"),)), ESAMValueError, "Received: nan for a unit"),
+        (((True,), (0.5,), 0.5), ESAMValueError, "weight_beta=0.5, weight_seed=None."),
+        (((True,), (0.5,), None, 7), ESAMValueError, "weight_beta=None, weight_seed=7."),
+        (((True,), (0.5,), 1.5, 7), ESAMValueError, "`weight_beta` must be in (0, 1]"),
+        (((True,), (0.5,), 0.5, -1), ESAMValueError, "`weight_seed` must be in [0, 922"),
+        (((True,), (0.5,), 0.5, 0.5), ESAMTypeError, "`weight_seed` must be an integer"),
+        (((True,), (0.5,), None, None, 0.0), ESAMValueError, "`rho_factor` must be finite and > 0"),
+    ],
+)
+def test_invalid_masks_are_refused(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Mask(*arguments)

@@ -145,6 +145,16 @@ class ZeroOverZero(Step):
         return [e * (length / length) for e in super().perturbation(g, scale)]
 
 
+@MUTANTS.caught_by("check_zero_gradient")
+class TinyNormEpsVanishes(Step):
+    """A `norm_eps` that is 0 in the gradient's dtype is added to a norm of zero."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide by a norm in float32."""
+        divisor = np.float32(self.norm(g, scale) + self.config.norm_eps)
+        return [e * (divisor / divisor) for e in super().perturbation(g, scale)]
+
+
 @MUTANTS.caught_by("check_adaptive")
 class AdaptiveWithoutTheSquare(Step):
     """Adaptive: epsilon is along |theta| g instead of theta^2 g."""

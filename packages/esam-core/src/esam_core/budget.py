@@ -12,6 +12,7 @@ Two other ways to save were measured and left out, because they lose more accura
 time: perturbing only every n-th step, and keeping the samples with the largest loss or increase.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,12 +97,13 @@ def make_plan(
         units: the model's units, with blocks and costs as measured.
         budget: the most that a step may cost on average, in base steps, > 0. SAM costs 2.
         norm: as for the optimizer; "full" forbids most savings.
-        perturbable: for each unit, whether it may be perturbed; None (default): all trained units.
+        perturbable: for each unit, whether it may be perturbed if it is trained; None (default):
+            all may be.
         ascend: the ascent direction; default the whole batch.
 
     Raises:
-        ESAMValueError: no unit may be perturbed, or no option fits the budget; the message gives
-            the cost of the cheapest option.
+        ESAMValueError: no unit may be perturbed, `perturbable` has another length than `units`, or
+            no option fits the budget; the message gives the cost of the cheapest option.
 
     Example:
         >>> units = [Unit(f"{i}", (1,), cost=1.0, block=f"b{i}", depth=i) for i in range(12)]
@@ -117,15 +119,22 @@ def make_plan(
         (Suffix(start='b4'), All())
     """
     budget = validation.positive("budget", budget)
-    allowed = [unit.trained for unit in units] if perturbable is None else list(perturbable)
+    may = [True] * len(units) if perturbable is None else list(perturbable)
+    if len(may) != len(units):
+        raise ESAMValueError(
+            f"`perturbable` must be {len(units)} booleans, one per unit. "
+            f"Received: perturbable={perturbable!r}."
+        )
+    allowed = [unit.trained and bool(m) for unit, m in zip(units, may, strict=True)]
     if not any(allowed):
         raise ESAMValueError("`units` must include a perturbable one. Received: none.")
     options = _options(units, allowed, norm, ascend)
     fitting = [option for option in options if option.ratio <= budget * (1.0 + 1e-9)]
     if not fitting:
         cheapest = min(options, key=lambda option: option.ratio)
+        least = math.ceil(cheapest.ratio * 1000.0 - 1e-7) / 1000.0  # up: the named budget fits
         raise ESAMValueError(
-            f"`budget` must be at least {cheapest.ratio:.3f} for this model, the cost of "
+            f"`budget` must be at least {least:.3f} for this model, the cost of "
             f"{cheapest.perturb!r} with {cheapest.select!r}. Received: budget={budget}."
         )
     half = max(option.share for option in options) / 2.0

@@ -74,7 +74,8 @@ def component_from_dict(data: Mapping[str, Any]) -> Any:
         data: its "name", and its arguments by name.
 
     Raises:
-        ESAMTypeError: `data`, or a nested sampler in it, is not a mapping.
+        ESAMTypeError: `data`, or a nested sampler in it, is not a mapping, or a value has the wrong
+            type.
         ESAMValueError: the name is unknown, a required argument is missing, an argument is unknown,
             or a value is invalid.
 
@@ -124,11 +125,10 @@ def _check_keys(
     """Raise ESAMValueError if a required key is missing or a key is unknown."""
     if all(key in data for key in required) and all(key in known for key in data):
         return
-    optional = [key for key in known if key not in required]
-    must = " and ".join(map(repr, required)) or "nothing"
-    may = ", ".join(map(repr, optional)) or "nothing"
+    accepted = ", ".join(map(repr, known)) or "nothing"
+    needed = ", ".join(map(repr, required)) or "none"
     raise ESAMValueError(
-        f"`{label}`{of} must hold {must}, and may hold {may}. "
+        f"`{label}`{of} accepts {accepted}; required: {needed}. "
         f"Received: {label} with {', '.join(map(repr, data)) or 'nothing'}."
     )
 
@@ -250,7 +250,8 @@ class ESAMConfig:
         for key in (*components, "ascend") if "ascend" in arguments else components:
             if arguments[key] is None:
                 raise ESAMValueError(
-                    f"`{key}` holds a function and could not be saved: pass it again in code."
+                    f"`{key}` is a custom sampler or holds a function, and could not be saved: "
+                    "pass it again in code."
                 )
             arguments[key] = _component(key, arguments[key])
         return cls(**arguments)

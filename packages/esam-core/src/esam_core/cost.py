@@ -28,11 +28,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from esam_core import validation
-from esam_core.directions import Batch, Direction, Part
+from esam_core.directions import Batch, Direction, Part, check_direction
 from esam_core.errors import ESAMValueError
-from esam_core.perturbation import Norm
-from esam_core.samplers import Sampler
-from esam_core.selectors import Selector, subset_size
+from esam_core.perturbation import NORMS, Norm
+from esam_core.samplers import Sampler, check_sampler
+from esam_core.selectors import Selector, check_selector, subset_size
 from esam_core.units import Mask, Unit
 
 __all__ = ["StepCost", "base_cost", "expected_cost", "step_cost"]
@@ -142,6 +142,9 @@ def step_cost(
         norm: "full" needs a whole backward pass in the ascent.
         ascend: the ascent direction; default the whole batch.
 
+    Raises:
+        ESAMValueError, ESAMTypeError: an argument is invalid; the message names it.
+
     Example:
         >>> from esam_core import Suffix, TopIncrease
         >>> units = [Unit(f"w{i}", (1,), cost=1.0, block=str(i), depth=i) for i in range(300)]
@@ -149,6 +152,9 @@ def step_cost(
         >>> round(step_cost(units, mask, TopIncrease(0.5)).total, 1)  # 1 + 2 / 3 + 1 + 1.5
         4.2
     """
+    check_selector("selector", selector)
+    validation.choice("norm", norm, NORMS)
+    check_direction("ascend", ascend)
     base = base_cost(units)
     mask = mask.within(unit.trained for unit in units)
     if not mask.active:
@@ -216,6 +222,9 @@ def expected_cost(
         steps: how many, >= 1. Default 400.
         seed: the seed of the masks.
 
+    Raises:
+        ESAMValueError, ESAMTypeError: an argument is invalid; the message names it.
+
     Example:
         >>> from esam_core import Bernoulli, Every, All, TopIncrease
         >>> units = [Unit(f"w{i}", (1,), cost=1.0, block=str(i), depth=i) for i in range(100)]
@@ -224,6 +233,8 @@ def expected_cost(
         >>> round(expected_cost(Every(10), units, All()).ratio, 6)
         1.1
     """
+    check_sampler("sampler", sampler)
+    validation.count_number("start", start)
     validation.count_number("steps", steps, least=1)
     known = sampler.masks(units)
     count = 1 if known is not None and len(known) == 1 else steps

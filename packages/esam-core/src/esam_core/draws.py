@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from esam_core import validation
 
-__all__ = ["SELECTION_STREAM", "derived_seed", "uniforms"]
+__all__ = ["OFFSET_STREAM", "SELECTION_STREAM", "derived_seed", "uniforms"]
 
-#: Samplers use the streams 0, 1, 2, ... (one per nesting level); the selection has its own.
+#: Samplers use the streams 0, 1, 2, ... (one per nesting level); the selection has its own, which
+#: `Random` and `Part` share.
 SELECTION_STREAM = 1 << 32
+
+#: The stream of `Proportional`. With the stream above, its samples would depend on those of `Part`.
+OFFSET_STREAM = SELECTION_STREAM + 1
 
 # The second key word keeps our draws independent of another library's use of the same seed.
 _TAG = 0x4553414D  # "ESAM"

@@ -121,5 +121,7 @@ def perturbations(
             result.append(np.zeros_like(theta))
         else:
             direction = np.square(np.abs(theta)) * g if is_adaptive else g
-            result.append(np.asarray(s * radius * direction / (length + norm_eps)))
+            # A zero gradient must give zero: norm_eps may be 0 in the gradient's dtype.
+            divisor = max(length + norm_eps, float(np.finfo(direction.dtype).tiny))
+            result.append(np.asarray(s * radius * direction / divisor))
     return result

@@ -9,6 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from esam_core import validation
+
 __all__ = [
     "Base",
     "Batch",
@@ -166,6 +168,9 @@ class Base:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        validation.choice("kind", self.kind, ("sgd", "adam", "adamw"))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from esam_core.errors import ESAMTypeError
+
 __all__ = ["REPORTED_MEANS", "RunningMeans", "StepReport"]
 
 #: The scalar properties of a report, in display order.
@@ -138,6 +140,9 @@ class StepReport:
 class RunningMeans:
     """Means of report fields over steps, kept on the device: `update` never synchronises.
 
+    Values in half precision are added in float32. Skipped steps (`on_nonfinite="skip"`) are left
+    out, because their losses may not be finite.
+
     Args:
         fields: names of scalar report fields; default `REPORTED_MEANS`.
 
@@ -155,13 +160,21 @@ class RunningMeans:
     _counts: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.fields, str):
+            raise ESAMTypeError(
+                "`fields` must be a sequence of names, such as ('loss', 'sharpness'). "
+                f"Received: fields={self.fields!r}."
+            )
         self.fields = tuple(self.fields)
 
     def update(self, report: StepReport) -> None:
         """Add one step. A field that the step did not compute is left out of its mean."""
+        if report.skipped:
+            return
         for name in self.fields:
             value = getattr(report, name)
             if value is not None:
+                value = _widened(value)
                 self._sums[name] = value + self._sums[name] if name in self._sums else value
                 self._counts[name] = self._counts.get(name, 0) + 1
 
@@ -173,3 +186,10 @@ class RunningMeans:
         """Forget every step."""
         self._sums.clear()
         self._counts.clear()
+
+
+def _widened(value: Any) -> Any:
+    """Return a scalar in float32 or wider: a sum in half precision soon stops growing."""
+    if getattr(getattr(value, "dtype", None), "itemsize", 4) >= 4:
+        return value
+    return value.astype("float32") if hasattr(value, "astype") else value.float()  # torch

@@ -160,7 +160,7 @@ def _check_start(start: Any) -> str | float:
     if isinstance(start, str):
         if not start:
             raise ESAMValueError("`start` must be a block's name or in (0, 1]. Received: start=''.")
-        return start
+        return str(start)  # NumPy's strings too
     return validation.open_unit("start", start)
 
 
@@ -229,18 +229,14 @@ class RandomSuffix:
     probabilities: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.starts, str) or not isinstance(self.starts, Sequence) or not self.starts:
-            raise ESAMTypeError(
-                "`starts` must be a non-empty sequence of block names or shares. "
-                f"Received: starts={self.starts!r}."
-            )
-        if isinstance(self.probabilities, str) or not isinstance(self.probabilities, Iterable):
-            raise ESAMTypeError(
-                "`probabilities` must be a sequence of numbers in (0, 1], one per start, or () for "
-                f"equal ones. Received: probabilities={self.probabilities!r}."
-            )
-        starts = tuple(_check_start(start) for start in self.starts)
-        given = tuple(self.probabilities) or (1.0 / len(starts),) * len(starts)
+        must = "a non-empty sequence of block names or shares"
+        listed = validation.sequence("starts", self.starts, must)
+        if not listed:
+            raise ESAMValueError(f"`starts` must be {must}. Received: starts={self.starts!r}.")
+        starts = tuple(_check_start(start) for start in listed)
+        must = "a sequence of numbers in (0, 1], one per start, or () for equal ones"
+        given = validation.sequence("probabilities", self.probabilities, must)
+        given = given or [1.0 / len(starts)] * len(starts)
         probabilities = tuple(validation.open_unit("probabilities", p) for p in given)
         if len(probabilities) != len(starts) or abs(sum(probabilities) - 1.0) > 1e-9:
             raise ESAMValueError(

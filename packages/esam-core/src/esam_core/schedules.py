@@ -122,7 +122,7 @@ class Between:
             >>> Between.of_run(0.88, steps=1000)  # late-phase SAM: the last 12 %
             Between(start=880, stop=None, inner=Everything())
         """
-        validation.count_number("steps", steps, least=1)
+        steps = validation.count_number("steps", steps, least=1)
         # The first step that has at least that share of the steps before it, in integers.
         first, last = (-(-s.numerator * steps // s.denominator) for s in _shares(start, stop))
         return cls(first, None if stop == 1 else last, Everything() if inner is None else inner)
@@ -147,8 +147,8 @@ class Between:
             start: the share of the sum, in [0, 1], before the first step that perturbs.
             stop: the share of the sum before perturbing ends, in [start, 1]. Default 1: until the
                 end, and beyond it if the run turns out longer.
-            rates: the learning rate of each step, finite and >= 0, at least one > 0: a sequence, or
-                a function of the step count.
+            rates: the learning rate of each step, finite and >= 0, at least one > 0: a sequence, a
+                NumPy array, or a function of the step count.
             steps: steps in the run, >= 1; required if `rates` is a function.
             inner: any sampler; None (default) is `Everything()`.
 
@@ -179,8 +179,9 @@ class Between:
 
 def _shares(start: float, stop: float) -> tuple[Fraction, Fraction]:
     """Return two shares as the intended fractions: 0.07 is 7 / 100."""
+    start, stop = validation.nonnegative("start", start), validation.nonnegative("stop", stop)
     for name, value in (("start", start), ("stop", stop)):
-        if validation.nonnegative(name, value) > 1.0:
+        if value > 1.0:
             raise ESAMValueError(f"`{name}` must be in [0, 1]. Received: {name}={value!r}.")
     if stop < start:
         raise ESAMValueError(
@@ -200,15 +201,14 @@ def _running_sums(
                 "`steps` must be an integer >= 1 if `rates` is a function. Received: steps=None."
             )
         rates = [rates(count) for count in range(validation.count_number("steps", steps, least=1))]
-    elif isinstance(rates, str) or not isinstance(rates, Sequence):
-        raise ESAMTypeError(
-            "`rates` must be a sequence of learning rates, one per step, or a function of the "
-            f"step count. Received: rates={rates!r}."
-        )
-    elif steps is not None and steps != len(rates):
-        raise ESAMValueError(
-            f"`steps` must be the number of `rates`. Received: steps={steps!r}, {len(rates)} rates."
-        )
+    else:
+        must = "a sequence of learning rates, one per step, or a function of the step count"
+        rates = validation.sequence("rates", rates, must)
+        if steps is not None and steps != len(rates):
+            raise ESAMValueError(
+                "`steps` must be the number of `rates`. "
+                f"Received: steps={steps!r}, {len(rates)} rates."
+            )
     sums = [Fraction(0)]
     for rate in rates:
         sums.append(sums[-1] + Fraction(validation.nonnegative("rates", rate)))

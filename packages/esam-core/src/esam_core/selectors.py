@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esam_core import validation
-from esam_core.draws import SELECTION_STREAM, uniforms
+from esam_core.draws import OFFSET_STREAM, SELECTION_STREAM, uniforms
 from esam_core.errors import ESAMTypeError, ESAMValueError
 
 __all__ = [
@@ -206,16 +206,14 @@ def subset_size(gamma: float, batch_size: int) -> int:
         batch_size: b >= 1.
 
     Raises:
-        ESAMValueError, ESAMTypeError: gamma is not a number in (0, 1], or the batch is empty.
+        ESAMValueError, ESAMTypeError: gamma is not a number in (0, 1], or b is not an integer >= 1.
 
     Example:
         >>> subset_size(0.07, 100), subset_size(0.5, 7), subset_size(0.1, 1)
         (7, 4, 1)
     """
     gamma = validation.open_unit("gamma", gamma)
-    if batch_size < 1:
-        raise ESAMValueError(f"The batch must not be empty. Received: batch_size={batch_size}.")
-    return _ceiling(gamma, batch_size)
+    return _ceiling(gamma, validation.count_number("batch_size", batch_size, least=1))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -254,7 +252,7 @@ def random_indices(batch_size: int, k: int, *, seed: int, count: int) -> NDArray
 
 def systematic_offset(*, seed: int, count: int) -> float:
     """Return the uniform number in [0, 1) that systematic sampling needs."""
-    return float(uniforms(1, seed=seed, count=count, stream=SELECTION_STREAM)[0])
+    return float(uniforms(1, seed=seed, count=count, stream=OFFSET_STREAM)[0])
 
 
 def inclusion_probabilities(

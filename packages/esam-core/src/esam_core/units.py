@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from esam_core import validation
+from esam_core.errors import ESAMValueError
 
 __all__ = ["KINDS", "Mask", "Unit", "block_order", "cache_for_units"]
 
@@ -76,6 +77,9 @@ class Mask:
         rho_factor: factor of rho in this step, > 0. Default 1. Unlike m_t / p_t, it does not enter
             the norm.
 
+    Raises:
+        ESAMValueError, ESAMTypeError: an argument is invalid; the message names it.
+
     Example:
         >>> Mask((True, False), (0.5, 0.5)).scale
         (2.0, 0.0)
@@ -86,6 +90,30 @@ class Mask:
     weight_beta: float | None = None
     weight_seed: int | None = None
     rho_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.perturbed) != len(self.probability):
+            raise ESAMValueError(
+                "`probability` must be one number per unit. Received: "
+                f"{len(self.probability)} numbers for {len(self.perturbed)} units."
+            )
+        # Every step makes a mask, and most have few different probabilities.
+        if not all(0.0 < p <= 1.0 for p in set(self.probability)):
+            for m, p in zip(self.perturbed, self.probability, strict=True):
+                if not 0.0 <= p <= 1.0 or (m and p == 0.0):
+                    raise ESAMValueError(
+                        "`probability` must be in [0, 1], and > 0 for units that are perturbed. "
+                        f"Received: {p!r} for a unit with perturbed={m!r}."
+                    )
+        if (self.weight_beta is None) != (self.weight_seed is None):
+            raise ESAMValueError(
+                "`weight_beta` and `weight_seed` must be given together. Received: "
+                f"weight_beta={self.weight_beta!r}, weight_seed={self.weight_seed!r}."
+            )
+        if self.weight_beta is not None:
+            validation.open_unit("weight_beta", self.weight_beta)
+            validation.count_number("weight_seed", self.weight_seed, most=2**63 - 1)
+        validation.positive("rho_factor", self.rho_factor)
 
     @property
     def active(self) -> bool:

@@ -2,19 +2,25 @@
 
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
+
+import numpy as np
 
 from esam_core.errors import ESAMTypeError, ESAMValueError
 
-__all__ = ["choice", "count_number", "flag", "nonnegative", "open_unit", "positive"]
+__all__ = ["choice", "count_number", "flag", "nonnegative", "open_unit", "positive", "sequence"]
 
 
 def _real(name: str, value: Any, must: str) -> float:
     """Return `value` as a float; raise for booleans, strings and NaN."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ESAMTypeError(f"`{name}` must be {must}. Received: {name}={value!r}.")
-    number = float(value)
+    try:
+        # float32's 0.61 is meant as 0.61, and not as the 0.6100000143 that it is stored as.
+        number = float(str(value) if isinstance(value, np.floating) else value)
+    except OverflowError:  # an integer above 1.8e308
+        number = math.inf if value > 0 else -math.inf
     if math.isnan(number):
         raise ESAMValueError(f"`{name}` must be {must}. Received: {name}={value!r}.")
     return number
@@ -68,3 +74,11 @@ def choice(name: str, value: Any, options: Collection[str]) -> str:
         listed = ", ".join(repr(option) for option in options)
         raise ESAMValueError(f"`{name}` must be one of {listed}. Received: {name}={value!r}.")
     return value
+
+
+def sequence(name: str, value: Any, must: str) -> list[Any]:
+    """Return a sequence or a one-dimensional array as a list; raise for anything else."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if not listed and not (isinstance(value, np.ndarray) and value.ndim == 1):
+        raise ESAMTypeError(f"`{name}` must be {must}. Received: {name}={value!r}.")
+    return list(value)

@@ -22,6 +22,7 @@ from esam_core.problem import Batch
 from esam_core.reference.memory import Memory
 from esam_core.reference.network import Evaluation, Model
 from esam_core.reference.optimizers import BaseOptimizer
+from esam_core.reference.settings import checked_settings
 from esam_core.report import StepReport
 from esam_core.units import Mask
 
@@ -73,6 +74,7 @@ class Step:
 
     Raises:
         ESAMValueError: `ascend=Momentum()`, and the base optimizer has no first moment.
+        ESAMValueError, ESAMTypeError: a setting is invalid; the message names it.
 
     Example:
         >>> import numpy as np
@@ -97,11 +99,11 @@ class Step:
         self.model = model
         self.config = config
         self.count = 0
-        own = settings or {}
+        own = checked_settings(settings or {}, model.parameters)
         names = [unit.name for unit in model.units]
-        self.rho = [float(own.get(n, {}).get("rho", config.rho)) for n in names]
-        self.adaptive = [bool(own.get(n, {}).get("adaptive", config.adaptive)) for n in names]
-        self.perturb = [bool(own.get(n, {}).get("perturb", True)) for n in names]
+        self.rho = [own.get(n, {}).get("rho", config.rho) for n in names]
+        self.adaptive = [own.get(n, {}).get("adaptive", config.adaptive) for n in names]
+        self.perturb = [own.get(n, {}).get("perturb", True) for n in names]
         self.memory = Memory(config, model.units, self.perturb, base)
 
     @property

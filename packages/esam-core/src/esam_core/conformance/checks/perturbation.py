@@ -83,19 +83,24 @@ def check_adaptive(adapter: Adapter) -> None:
 
 @check()
 def check_zero_gradient(adapter: Adapter) -> None:
-    """A gradient of exactly zero gives no perturbation, and no NaN from 0 / 0."""
+    """A gradient of exactly zero gives no perturbation, and no NaN from 0 / 0.
+
+    Also with a `norm_eps` that is 0 in float32.
+    """
     problem = flat()
-    session = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "gamma": 0.5}).on(adapter)
-    before = session.weights()
-    shown = session.step(problem.batches[0])
-    if shows(adapter, "perturbation_norm"):
-        require(
-            float(shown.perturbation_norm or 0.0) == 0.0,
-            f"perturbation_norm: expected 0 for a zero gradient, got {shown.perturbation_norm}.",
-        )
-    bad = [name for name, found in has_nonfinite(session.weights()).items() if found]
-    require(not bad, f"weights {bad} are not finite after a step on a zero gradient.")
-    equal_all("weights after a step on a zero gradient", session.weights(), before)
+    for dtype in adapter.dtypes:
+        for norm_eps in (1e-12, 1e-50):
+            esam = {"rho": 0.3, "beta": 1.0, "gamma": 0.5, "norm_eps": norm_eps}
+            session = Run(problem=problem, esam=esam).on(adapter, dtype)
+            before = session.weights()
+            shown = session.step(problem.batches[0])
+            where = f"a step on a zero gradient, norm_eps={norm_eps}, {dtype}"
+            if shows(adapter, "perturbation_norm"):
+                length = float(shown.perturbation_norm or 0.0)
+                require(length == 0.0, f"perturbation_norm: expected 0 after {where}: {length}.")
+            bad = [name for name, found in has_nonfinite(session.weights()).items() if found]
+            require(not bad, f"weights {bad} are not finite after {where}.")
+            equal_all(f"weights after {where}", session.weights(), before)
 
 
 @check("groups")
