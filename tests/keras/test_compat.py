@@ -55,17 +55,6 @@ def test_an_own_call_comes_back(model):
     assert vars(layer)["call"] is own
 
 
-def test_added_losses_are_kept():
-    layer = keras.layers.Dense(3, activity_regularizer=lambda x: 1.0 + 0.0 * ops.sum(x))
-    model = keras.Sequential([keras.Input((6,)), layer])
-    with compat.PassScope({}):
-        model(X)
-        with compat.added_losses_kept(model), compat.PassScope({}):
-            model(X)
-        (loss,) = model.losses
-        assert loss.shape == ()
-
-
 def test_averages_inside_a_scaler():
     base = keras.optimizers.SGD(0.1, use_ema=True)
     base.build([keras.Variable(1.0)])
@@ -197,6 +186,7 @@ def test_private_names_of_torch(model):
     assert compat.is_torch_batchnorm(torch.nn.BatchNorm1d(3))
     module = torch.nn.BatchNorm1d(3)
     assert compat.torch_buffers(module)["running_mean"] is module.running_mean
+    assert compat.torch_parameters(module)["weight"] is module.weight
     assert not compat.is_torch_batchnorm(torch.nn.LayerNorm(3))
 
 

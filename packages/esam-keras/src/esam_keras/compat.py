@@ -17,7 +17,6 @@ __all__ = [
     "BaseAverages",
     "PassScope",
     "accumulated_gradients",
-    "added_losses_kept",
     "build_from",
     "clip_gradients",
     "compiled_losses",
@@ -48,6 +47,7 @@ __all__ = [
     "teach_monitors",
     "torch_buffers",
     "torch_parameter",
+    "torch_parameters",
     "total_loss",
     "track_loss",
     "with_masks",
@@ -105,18 +105,6 @@ def replace_calls(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[N
                 vars(thing).pop("call", None)
             else:
                 vars(thing)["call"] = call
-
-
-@contextmanager
-def added_losses_kept(model: keras.Model) -> Iterator[None]:
-    """Keep the losses that layers have added in a pass, which another call of the model drops."""
-    before = [(layer, set(layer._loss_ids)) for layer in flat_layers(model)]
-    try:
-        yield
-    finally:
-        for layer, ids in before:
-            layer._loss_ids.clear()
-            layer._loss_ids.update(ids)
 
 
 # -- masks -----------------------------------------------------------------------------------------
@@ -340,6 +328,11 @@ def jax_shardings(model: keras.Model, groups: Sequence[Sequence[Any]]) -> tuple[
 def torch_buffers(module: Any) -> dict[str, Any]:
     """Return a torch module's own buffers by name: the dictionary in which it keeps them."""
     return module._buffers
+
+
+def torch_parameters(module: Any) -> dict[str, Any]:
+    """Return a torch module's own parameters by name: the dictionary in which it keeps them."""
+    return module._parameters
 
 
 def is_torch_batchnorm(module: Any) -> bool:

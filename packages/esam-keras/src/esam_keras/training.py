@@ -1,5 +1,6 @@
 """ESAM's state for one compiled model: its units, its plans, and its training step."""
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,13 @@ class Training:
             warnings.warn("The model has no trainable weights: nothing is trained.", stacklevel=2)
         with self.backend.checks_context(model):
             self._prepared = prepare(
-                model, self.esam.config, self._planner(), data, state, own_train_step=own
+                model,
+                self.esam.config,
+                self._planner(),
+                data,
+                state,
+                own_train_step=own,
+                context=functools.partial(self.backend.checks_context, model),
             )
 
     def _planner(self) -> Planner:
