@@ -33,11 +33,11 @@ def test_a_pass_scope_has_values_and_keeps_assignments():
     assert (float(known.value), float(other.value)) == (1.0, 2.0)
 
 
-def test_calls_are_replaced_and_restored(model):
+def test_methods_are_replaced_and_restored(model):
     layer = model.layers[0]
 
     def stopped():
-        with compat.replace_calls([(layer, lambda x: x * 0.0)]):
+        with compat.replace_methods([(layer, "call", lambda x: x * 0.0)]):
             assert not np.any(ops.convert_to_numpy(layer(X)))
             raise KeyboardInterrupt
 
@@ -47,10 +47,10 @@ def test_calls_are_replaced_and_restored(model):
     assert np.any(ops.convert_to_numpy(layer(X)))
 
 
-def test_an_own_call_comes_back(model):
+def test_an_own_method_comes_back(model):
     layer = model.layers[0]
     own = vars(layer)["call"] = lambda x: x * 2.0
-    with compat.replace_calls([(layer, lambda x: x * 0.0)]):
+    with compat.replace_methods([(layer, "call", lambda x: x * 0.0)]):
         pass
     assert vars(layer)["call"] is own
 

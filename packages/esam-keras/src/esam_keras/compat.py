@@ -41,7 +41,7 @@ __all__ = [
     "own_trainable_variables",
     "own_variables",
     "reads_optionals",
-    "replace_calls",
+    "replace_methods",
     "set_keras_mask",
     "takes_training",
     "teach_monitors",
@@ -88,23 +88,23 @@ class PassScope(keras.StatelessScope):
 
 
 @contextmanager
-def replace_calls(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace the `call` of layers or losses inside the context, given as (object, function).
+def replace_methods(methods: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace methods of layers or losses inside the context, given as (object, name, function).
 
-    The new `call` is put into the instance's `__dict__`, bypassing Keras's tracking. Then the
-    instance gets back what was there: usually nothing, or the user's own `call`.
+    The new method is put into the instance's `__dict__`, bypassing Keras's tracking. Then the
+    instance gets back what was there: usually nothing, or the user's own method.
     """
-    own = [vars(thing).get("call") for thing, _ in calls]
+    own = [vars(thing).get(name) for thing, name, _ in methods]
     try:
-        for thing, call in calls:
-            vars(thing)["call"] = call
+        for thing, name, method in methods:
+            vars(thing)[name] = method
         yield
     finally:
-        for (thing, _), call in zip(calls, own, strict=True):
-            if call is None:
-                vars(thing).pop("call", None)
+        for (thing, name, _), method in zip(methods, own, strict=True):
+            if method is None:
+                vars(thing).pop(name, None)
             else:
-                vars(thing)["call"] = call
+                vars(thing)[name] = method
 
 
 # -- masks -----------------------------------------------------------------------------------------

@@ -257,7 +257,7 @@ def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
 def _running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
     """Let BatchNormalization use its moving statistics: one sample has no batch statistics."""
     layers = statistics_layers(model) if when else []
-    with compat.replace_calls([(layer, _inference(layer)) for layer in layers]):
+    with compat.replace_methods([(layer, "call", _inference(layer)) for layer in layers]):
         yield
 
 

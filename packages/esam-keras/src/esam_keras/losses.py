@@ -67,7 +67,8 @@ def weigh_samples(
         yield x, y, _times_weights(sample_weight, factor)
     else:
         losses = compat.compiled_losses(model)
-        with compat.replace_calls([(loss, _weigh_values(loss, factor)) for loss in losses]):
+        weighed = [(loss, "call", _weigh_values(loss, factor)) for loss in losses]
+        with compat.replace_methods(weighed):
             yield batch
 
 
