@@ -1,5 +1,7 @@
 """`compile` with an ESAM gives a model instance our step; with others, its own step back."""
 
+import types
+
 import keras
 import numpy as np
 import pytest
@@ -169,6 +171,20 @@ class TestOwnTrainStep:
         same(weights(mine), weights(plain))
         assert history["mine"] == [1.0, 1.0]
         assert int(mine.optimizer.count.numpy()) == 6
+
+    def test_may_be_set_on_the_instance(self):
+        def train_step(self, *arguments):
+            result = esam_keras.train_step(self, *arguments)
+            logs = result[0] if BACKEND == "jax" else result
+            logs["mine"] = keras.ops.ones(())
+            return result
+
+        model = mlp()
+        model.train_step = types.MethodType(train_step, model)
+        model.compile(ESAM("sgd"), cross_entropy())
+        assert model.fit(*data(), verbose=0).history["mine"] == [1.0]
+        assert model.train_on_batch(*data(), return_dict=True)["mine"] == 1.0
+        assert model.optimizer.report.count == 1
 
 
 class TestOwnLoop:

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tests.keras.scene import Oracle, cross_entropy, data, mlp, trainable, weights
+from tests.keras.scene import Oracle, cross_entropy, data, mlp, same, trainable, weights
 
+from esam_core import ESAMRuntimeError
 from esam_keras import ESAM, Between, Everything, TopLoss
 
 X, Y = data()
@@ -169,3 +170,58 @@ def test_callbacks_can_monitor_them(score):
     stop = keras.callbacks.EarlyStopping(monitor=score, patience=0, min_delta=10.0, mode="min")
     history = model.fit(X, Y, epochs=5, verbose=0, callbacks=[stop]).history
     assert len(history["loss"]) == 2
+
+
+class Assigning(keras.Model):
+    """Its `call` and its `compute_metrics` assign to variables that are not a metric's."""
+
+    def __init__(self, trained):
+        super().__init__()
+        self.head = keras.layers.Dense(3)
+        self.seen = self.add_weight(initializer="zeros", trainable=False, name="seen")
+
+        self.trained = trained
+
+    def call(self, x, training=False):
+        if training:
+            self.seen.assign_add(1.0)
+            self.stranger.assign_add(1.0)
+        return self.head(x)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        self.seen.assign(self.seen * 10.0)
+        self.stranger.assign(self.stranger * 10.0 + 1.0)
+        if self.trained:
+            self.head.bias.assign(self.head.bias + 1.0)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def assigning(trained):
+    model = Assigning(trained)
+    object.__setattr__(model, "stranger", keras.Variable(0.0, trainable=False))
+    model(X)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{"gamma": 1.0}, {"gamma": 0.5}], ids=str)
+def test_variables_that_compute_metrics_assigns(settings):
+    """On JAX, Keras drops the values, as it does with any optimizer."""
+    found = []
+    for optimizer in ("sgd", ESAM("sgd", **settings)):
+        model = assigning(trained=False)
+        model.compile(optimizer, cross_entropy())
+        for _ in range(2):
+            model.train_on_batch(X, Y)
+        found.append((float(model.seen.value), float(model.stranger.value)))
+    assert found[0] == found[1]
+    assert (found[0] == (110.0, 121.0)) == (keras.backend.backend() != "jax")
+
+
+@pytest.mark.backends("tensorflow", "torch")
+def test_trained_weights_that_compute_metrics_assigns_are_refused():
+    model = assigning(trained=True)
+    model.compile(ESAM("sgd"), cross_entropy())
+    before = weights(model)
+    with pytest.raises(ESAMRuntimeError, match="`compute_metrics` must not assign to trained"):
+        model.train_on_batch(X, Y)
+    same(weights(model), before)

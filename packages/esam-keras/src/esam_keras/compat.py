@@ -17,7 +17,6 @@ __all__ = [
     "BaseAverages",
     "PassScope",
     "accumulated_gradients",
-    "added_losses_kept",
     "build_from",
     "clip_gradients",
     "compiled_losses",
@@ -42,12 +41,13 @@ __all__ = [
     "own_trainable_variables",
     "own_variables",
     "reads_optionals",
-    "replace_calls",
+    "replace_methods",
     "set_keras_mask",
     "takes_training",
     "teach_monitors",
     "torch_buffers",
     "torch_parameter",
+    "torch_parameters",
     "total_loss",
     "track_loss",
     "with_masks",
@@ -88,35 +88,23 @@ class PassScope(keras.StatelessScope):
 
 
 @contextmanager
-def replace_calls(calls: Sequence[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace the `call` of layers or losses inside the context, given as (object, function).
+def replace_methods(methods: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Replace methods of layers or losses inside the context, given as (object, name, function).
 
-    The new `call` is put into the instance's `__dict__`, bypassing Keras's tracking. Then the
-    instance gets back what was there: usually nothing, or the user's own `call`.
+    The new method is put into the instance's `__dict__`, bypassing Keras's tracking. Then the
+    instance gets back what was there: usually nothing, or the user's own method.
     """
-    own = [vars(thing).get("call") for thing, _ in calls]
+    own = [vars(thing).get(name) for thing, name, _ in methods]
     try:
-        for thing, call in calls:
-            vars(thing)["call"] = call
+        for thing, name, method in methods:
+            vars(thing)[name] = method
         yield
     finally:
-        for (thing, _), call in zip(calls, own, strict=True):
-            if call is None:
-                vars(thing).pop("call", None)
+        for (thing, name, _), method in zip(methods, own, strict=True):
+            if method is None:
+                vars(thing).pop(name, None)
             else:
-                vars(thing)["call"] = call
-
-
-@contextmanager
-def added_losses_kept(model: keras.Model) -> Iterator[None]:
-    """Keep the losses that layers have added in a pass, which another call of the model drops."""
-    before = [(layer, set(layer._loss_ids)) for layer in flat_layers(model)]
-    try:
-        yield
-    finally:
-        for layer, ids in before:
-            layer._loss_ids.clear()
-            layer._loss_ids.update(ids)
+                vars(thing)[name] = method
 
 
 # -- masks -----------------------------------------------------------------------------------------
@@ -340,6 +328,11 @@ def jax_shardings(model: keras.Model, groups: Sequence[Sequence[Any]]) -> tuple[
 def torch_buffers(module: Any) -> dict[str, Any]:
     """Return a torch module's own buffers by name: the dictionary in which it keeps them."""
     return module._buffers
+
+
+def torch_parameters(module: Any) -> dict[str, Any]:
+    """Return a torch module's own parameters by name: the dictionary in which it keeps them."""
+    return module._parameters
 
 
 def is_torch_batchnorm(module: Any) -> bool:

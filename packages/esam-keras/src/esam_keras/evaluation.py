@@ -108,9 +108,8 @@ class Evaluator:
             running: whether normalisation is by running statistics.
             records: whether the statistics and random state of this pass are kept.
         """
-        with self.scope(state, cut) as scope:
-            x = self.backend.inputs_of_pass(self.batch[0])
-            y_pred = self._forward(x, running=running, records=records)
+        with self.one_pass(state, cut=cut, running=running, records=records) as scope:
+            y_pred = self._forward(self.backend.inputs_of_pass(self.batch[0]))
             masks = compat.masks_of(y_pred)
             loss = self._loss(y_pred, factor)
         return self._evaluate(scope, state, loss, y_pred, masks)
@@ -137,8 +136,8 @@ class Evaluator:
             running: as for `evaluate`.
             records: as for `evaluate`.
         """
-        with self.scope(state, cut) as scope:
-            run = self._forward(rows(self.batch[0], indices), running=running, records=records)
+        with self.one_pass(state, cut=cut, running=running, records=records) as scope:
+            run = self._forward(rows(self.batch[0], indices))
             y_pred, masks = fill(run, compat.masks_of(run), self._with_rows(run, indices))
             loss = self._loss(compat.with_masks(y_pred, masks), factor)
         return self._evaluate(scope, state, loss, y_pred, masks)
@@ -150,8 +149,8 @@ class Evaluator:
         still = state._replace(
             trainable=[self.backend.without_gradient(value) for value in state.trainable]
         )
-        with compat.added_losses_kept(self.model), self.scope(still):
-            run = self._forward(rows(self.batch[0], indices), running=running, records=False)
+        with self.one_pass(still, running=running):
+            run = self._forward(rows(self.batch[0], indices))
         return tree.map_structure(self._still, run), compat.masks_of(run)
 
     def _with_rows(self, run: Any, indices: Tensor) -> list[bool]:
@@ -182,7 +181,22 @@ class Evaluator:
             strangers = [(v, scope.state_mapping[id(v)]) for v in scope.strangers]
         return Evaluated(loss, y_pred, masks, self._state_after(scope, state), strangers)
 
-    def scope(self, state: State, cut: Cut | None = None) -> compat.PassScope:
+    @contextmanager
+    def one_pass(
+        self, state: State, *, cut: Cut | None = None, running: bool = False, records: bool = False
+    ) -> Iterator[compat.PassScope]:
+        """Run a forward and its loss, or the checkpointed parts of a pass again, in a state.
+
+        The arguments are those of `evaluate`.
+        """
+        with (
+            self._scope(state, cut) as scope,
+            self.backend.pass_context(self.model, running, records),
+            _running_statistics(self.model, when=running),
+        ):
+            yield scope
+
+    def _scope(self, state: State, cut: Cut | None) -> compat.PassScope:
         """Return a scope in which the model's variables have a state's values."""
         values = {
             id(variable): value
@@ -209,11 +223,10 @@ class Evaluator:
             [values[id(v)] for v in self.variables.metrics],
         )
 
-    def _forward(self, x: Any, *, running: bool, records: bool) -> Any:
-        """Return the predictions in training mode; `running` is for a single sample."""
-        model, context = self.model, self.backend.pass_context
-        with context(model, running, records), _running_statistics(model, when=running):
-            return model(x, training=True) if compat.takes_training(model) else model(x)
+    def _forward(self, x: Any) -> Any:
+        """Return the predictions in training mode."""
+        takes_training = compat.takes_training(self.model)
+        return self.model(x, training=True) if takes_training else self.model(x)
 
     def _loss(self, y_pred: Any, factor: Tensor | None) -> Tensor:
         """Return the total loss, including regularisation."""
@@ -244,7 +257,7 @@ def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
 def _running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
     """Let BatchNormalization use its moving statistics: one sample has no batch statistics."""
     layers = statistics_layers(model) if when else []
-    with compat.replace_calls([(layer, _inference(layer)) for layer in layers]):
+    with compat.replace_methods([(layer, "call", _inference(layer)) for layer in layers]):
         yield
 
 

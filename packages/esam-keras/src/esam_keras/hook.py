@@ -23,7 +23,7 @@ import keras
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_keras import compat
-from esam_keras.losses import has_own_compute_loss
+from esam_keras.methods import has_own
 from esam_keras.optimizer import ESAM, find_esam
 from esam_keras.plan import needs_rows
 from esam_keras.training import ATTRIBUTE, Training, train_step
@@ -96,7 +96,7 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
         )
     if (
         arguments.get("loss") is None
-        and not has_own_compute_loss(model)
+        and not has_own(model, "compute_loss")
         and needs_rows(esam.config)
     ):
         raise ESAMValueError(

@@ -21,7 +21,7 @@ from keras import ops, tree
 from esam_core import ESAMValueError
 from esam_keras import compat
 
-__all__ = ["ADVICE", "Batch", "check_scalar", "has_own_compute_loss", "weigh_samples"]
+__all__ = ["ADVICE", "Batch", "check_scalar", "weigh_samples"]
 
 Tensor = Any
 #: (x, y, sample_weight) as Keras unpacks them.
@@ -31,12 +31,6 @@ ADVICE = (
     "Without one, no samples can be selected: use gamma=1.0 without ascend=Part(...), so that "
     "steps use the whole batch, or a loss with one value per sample."
 )
-
-
-def has_own_compute_loss(model: keras.Model) -> bool:
-    """Return whether the model has its own `compute_loss`."""
-    own = "compute_loss" in vars(model)
-    return own or type(model).compute_loss is not keras.Model.compute_loss
 
 
 def check_scalar(loss: Tensor) -> None:
@@ -67,7 +61,8 @@ def weigh_samples(
         yield x, y, _times_weights(sample_weight, factor)
     else:
         losses = compat.compiled_losses(model)
-        with compat.replace_calls([(loss, _weigh_values(loss, factor)) for loss in losses]):
+        weighed = [(loss, "call", _weigh_values(loss, factor)) for loss in losses]
+        with compat.replace_methods(weighed):
             yield batch
 
 

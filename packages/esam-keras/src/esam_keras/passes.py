@@ -94,7 +94,8 @@ class Passes:
         """
         b = batch_size(self.evaluator.batch[0])
         routed = self.evaluator.route is not None
-        on_a_part = self.plan.ascent.of == "part"
+        ascent = self.plan.ascent
+        on_a_part = ascent.of == "part"
 
         def state(arguments: list[Tensor]) -> State:
             trainable = list(self.state.trainable)
@@ -112,13 +113,15 @@ class Passes:
         if routed:
             arguments.append(self._part_factor(b) if on_a_part else _ones(b))
         found, evaluated = self._backend.gradients(
-            scaled_loss, arguments, again=lambda values: self._again(state(values))
+            scaled_loss,
+            arguments,
+            again=lambda values: self._again(state(values), ascent.part_alone),
         )
         if not self._backend.keeps_assigned:
             kept = evaluated.state._replace(trainable=self.state.trainable)
             evaluated = evaluated._replace(state=kept)
         losses = self._per_sample(found.pop(), b) if routed else None
-        if on_a_part and not self.plan.ascent.scores:
+        if on_a_part and not ascent.scores:
             losses = ops.take(losses, self.inputs["part"], axis=0)
         return AtTheta(found, evaluated, losses)
 
@@ -137,10 +140,7 @@ class Passes:
         fill: Fill = fill_by_repeating(part, batch_size(self.evaluator.batch[0]))
         if ascent.scores:
             rest = self.inputs["rest"]
-
-            def others() -> Any:
-                return self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
-
+            others = self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
             fill = fill_from_rest(others, part, rest)
         return self.evaluator.evaluate_rows(
             state,
@@ -217,7 +217,7 @@ class Passes:
         gradients, evaluated = self._backend.gradients(
             scaled_loss,
             arguments,
-            again=lambda values: self._again(rest._replace(trainable=values[:count])),
+            again=lambda values: self._again(rest._replace(trainable=values[:count]), running),
         )
         losses = self._per_sample(gradients.pop(), b) if len(arguments) > count else None
         if losses is not None and selected is not None:
@@ -267,9 +267,9 @@ class Passes:
                 )
         return evaluated._replace(state=evaluated.state._replace(trainable=trainable))
 
-    def _again(self, state: State) -> AbstractContextManager[Any]:
-        """Return a scope in which checkpointed parts find the values of their forward."""
-        return self.evaluator.scope(state)
+    def _again(self, state: State, running: bool = False) -> AbstractContextManager[Any]:
+        """Return the context in which checkpointed parts find the values of their forward."""
+        return self.evaluator.one_pass(state, running=running)
 
     def _cut(self, cut: Cut, chosen: Sequence[int]) -> Cut:
         """Return a cut for the chosen variables, by their indices in the model."""

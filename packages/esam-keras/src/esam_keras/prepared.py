@@ -1,5 +1,7 @@
 """What is found about a compiled model before its first step."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,7 @@ def prepare(
     state: Any,
     *,
     own_train_step: bool,
+    context: Callable[[], AbstractContextManager[Any]],
 ) -> Prepared:
     """Return the properties of a built model, after checking it.
 
@@ -66,6 +69,7 @@ def prepare(
         data: a batch.
         state: JAX's state if it is not in the variables, else None.
         own_train_step: whether the user's own `train_step` may change the batch.
+        context: returns the context of one evaluation of the model or its loss.
 
     Raises:
         ESAMValueError: the loss, the model or the batch do not allow what the steps need.
@@ -77,7 +81,7 @@ def prepare(
             check_row_counts(data)
         for k in planner.subset_sizes(b):
             check_rows(model, data, k, state)
-    trial = Trial(model, data, state)
+    trial = Trial(model, data, state, context)
     if takes_rows and trial.mixed_output is not None:
         raise ESAMValueError(
             "Each row of an output must be the prediction for one sample, because steps run the "

@@ -13,7 +13,8 @@ from keras import tree
 from esam_core import ESAMValueError
 from esam_core.draws import uniforms
 from esam_keras import compat
-from esam_keras.losses import ADVICE, has_own_compute_loss
+from esam_keras.losses import ADVICE
+from esam_keras.methods import has_own
 from esam_keras.rows import row_count
 from esam_keras.trial import Trial, output_spec
 
@@ -51,7 +52,7 @@ def find_route(trial: Trial, needed: bool) -> str | None:
     model = trial.model
     losses = compat.compiled_losses(model)
     plain = all(type(loss).__call__ is keras.losses.Loss.__call__ for loss in losses)
-    if not has_own_compute_loss(model):
+    if not has_own(model, "compute_loss"):
         if not compat.has_compiled_loss(model):
             return None  # `add_loss` has no losses per sample
         if plain:

@@ -1,5 +1,6 @@
 """ESAM's state for one compiled model: its units, its plans, and its training step."""
 
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFinite
 from esam_core.directions import check_statistics, kept_units
 from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
+from esam_keras.methods import has_own
 from esam_keras.metrics import log_means
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner
@@ -89,7 +91,13 @@ class Training:
             warnings.warn("The model has no trainable weights: nothing is trained.", stacklevel=2)
         with self.backend.checks_context(model):
             self._prepared = prepare(
-                model, self.esam.config, self._planner(), data, state, own_train_step=own
+                model,
+                self.esam.config,
+                self._planner(),
+                data,
+                state,
+                own_train_step=own,
+                context=functools.partial(self.backend.checks_context, model),
             )
 
     def _planner(self) -> Planner:
@@ -155,8 +163,8 @@ class Training:
 
     @property
     def has_own_train_step(self) -> bool:
-        """Whether the model's class has a `train_step` that is not Keras's."""
-        return type(self.model).train_step is not keras.Model.train_step
+        """Whether the model has a `train_step` that is not Keras's."""
+        return has_own(self.model, "train_step")
 
     def step(
         self, plan: Plan, inputs: dict[str, Tensor], *arguments: Any

@@ -6,7 +6,7 @@ values of their tensors.
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -36,12 +36,20 @@ class Trial:
         model: a compiled and built model, with its loss.
         data: a batch.
         state: JAX's state if it is not in the variables, else None.
+        context: returns the context of one evaluation, which leaves random generators as they were.
     """
 
-    def __init__(self, model: keras.Model, data: Any, state: Any = None) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        data: Any,
+        state: Any = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.model = model
         self._data = data
         self._state = state
+        self._context = context
         self.b = int(first_input(self._x).shape[0])
 
     @property
@@ -67,7 +75,12 @@ class Trial:
             lambda leaf: None if leaf is None else ops.convert_to_tensor(leaf), (y, sample_weight)
         )
         y_pred = self._predictions(redrawn)
-        with keras.StatelessScope(_mapping(model, self._state)), _values_only():
+        with (
+            self._context(),
+            _random_state_kept(),
+            keras.StatelessScope(_mapping(model, self._state)),
+            _values_only(),
+        ):
             factor = ops.convert_to_tensor(factors.astype(np.float32))
             with weigh_samples(model, route, (x, y, sample_weight), factor) as (x, y, weights):
                 loss = compat.total_loss(model, x, y, y_pred, weights)

@@ -69,21 +69,21 @@ class AssigningBackend(Backend):
             earlier,
         ).run()
         unknown.keep_random_state()
-        left = outcome.left.state
-        logs, counted = metrics_after(model, variables.metrics, outcome, batch)
+        logs, after = metrics_after(model, variables, outcome, batch, keeps_assigned=True)
+        left = after.state
         before = [self.value(v) for v in esam.log_variables]
         gamma = esam.config.select.gamma
         sums = log_sums(before, outcome.report, gamma, batch_size(batch[0]))
         assigned = [
             *zip(variables.trainable, entry.trainable, left.trainable, strict=True),
             *zip(variables.non_trainable, entry.non_trainable, left.non_trainable, strict=True),
-            *zip(variables.metrics, entry.metrics, counted, strict=True),
+            *zip(variables.metrics, entry.metrics, left.metrics, strict=True),
             *zip(esam.log_variables, before, sums, strict=True),
         ]
 
         def commit() -> None:
             unknown.keep_buffers()
-            for variable, new in outcome.left.strangers:
+            for variable, new in after.strangers:
                 variable.assign(new)
             for variable, old, new in assigned:
                 if new is not old:

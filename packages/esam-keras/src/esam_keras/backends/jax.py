@@ -286,15 +286,15 @@ def _after(
     updated = list(updated)
     for place, value, before in zip(places, [own[0] + 1, *sums], own, strict=True):
         updated[place] = jnp.asarray(value, dtype=before.dtype)
-    variables = model.metrics_variables
-    logs, counted = metrics_after(model, variables, outcome, batch)
-    after = (moved, outcome.left.state.non_trainable, updated, counted)
+    variables = Variables.of(model)
+    logs, left = metrics_after(model, variables, outcome, batch, keeps_assigned=False)
+    after = (moved, left.state.non_trainable, updated, left.state.metrics)
     report = outcome.report
     if esam.config.on_nonfinite != "propagate":
         finite = [jnp.all(jnp.isfinite(g)) for g in gradients]
         ok = jnp.all(jnp.stack([outcome.finite, *finite]))
         after = _if_finite(training, ok, after, state)
-        logs = logs_if(model, variables, ok, logs, metrics)
+        logs = logs_if(model, variables.metrics, ok, logs, metrics)
         report = {**report, "ok": ok}
     sums = [after[2][place] for place in places[1:]]
     return (training.with_means(logs, sums), after), report

@@ -1,9 +1,9 @@
 """TensorFlow: a `tf.function` for each plan."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -70,7 +70,8 @@ class TensorFlowBackend(AssigningBackend):
     def pass_context(
         self, model: keras.Model, running: bool, records: bool
     ) -> AbstractContextManager[Any]:
-        return nullcontext()  # Keras knows all state
+        """Refuse methods compiled by `tf.function`; Keras knows all state."""
+        return compat.replace_methods(_compiled_methods(model))
 
     def value(self, variable: Any) -> Tensor:
         return tf.convert_to_tensor(variable.value)
@@ -102,12 +103,7 @@ class TensorFlowBackend(AssigningBackend):
         refuse_distribution()
         for layer in compat.flat_layers(model):
             if isinstance(layer.call, tf.types.experimental.GenericFunction):
-                raise ESAMRuntimeError(
-                    "ESAM does not work with a `call` compiled by `tf.function`: it reads the "
-                    "variables themselves instead of the perturbed values, and would not be "
-                    "trained. Remove the decorator: `fit` compiles the whole step. Received: "
-                    f"layer {layer.name!r}."
-                )
+                _refuse_compiled(layer, "call")
             _refuse_raw_variables(layer)
 
     def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
@@ -151,8 +147,43 @@ class TensorFlowBackend(AssigningBackend):
         return train_function
 
 
+def _compiled_methods(model: Any) -> list[tuple[Any, str, Callable[..., NoReturn]]]:
+    """Return the methods compiled by `tf.function`, with functions that refuse them if called."""
+    return [
+        (layer, name, functools.partial(_refuse_compiled, layer, name))
+        for layer in compat.flat_layers(model)
+        for name in {*_compiled_names(type(layer)), *_compiled_in(vars(layer))}
+    ]
+
+
+@functools.cache
+def _compiled_names(kind: type) -> set[str]:
+    """Return the names of a class's methods that are compiled by `tf.function`."""
+    return {name for owner in kind.__mro__ for name in _compiled_in(vars(owner))}
+
+
+def _compiled_in(methods: Mapping[str, Any]) -> list[str]:
+    """Return the names of the methods that are compiled by `tf.function`."""
+    kind = tf.types.experimental.GenericFunction
+    return [name for name, method in methods.items() if isinstance(method, kind)]
+
+
+def _refuse_compiled(layer: Any, name: str, *_: Any, **__: Any) -> NoReturn:
+    """Raise: a method compiled by `tf.function` does not see the values of a pass."""
+    raise ESAMRuntimeError(
+        f"ESAM does not work with a `{name}` compiled by `tf.function`: it reads the variables "
+        "themselves instead of the perturbed values, and would not be trained. Remove the "
+        f"decorator: `fit` compiles the whole step. Received: layer {layer.name!r}."
+    )
+
+
 def _refuse_raw_variables(layer: Any) -> None:
-    """Raise if a layer has a `tf.Variable`, which each pass of a step would change again."""
+    """Raise if a layer has a `tf.Variable`, which each pass of a step would change again.
+
+    Keras's own layers may: those of preprocessing layers change in `adapt`, not in calls.
+    """
+    if type(layer).__module__.partition(".")[0] == "keras":
+        return
     for name, value in vars(layer).items():
         if name.startswith("_self_"):  # TensorFlow's own records for checkpoints
             continue

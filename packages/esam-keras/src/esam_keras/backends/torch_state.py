@@ -2,7 +2,8 @@
 
 Unseeded Dropout on Keras's torch backend draws from torch's global generators, layers may have
 buffers, and a `TorchModuleWrapper` holds a module whose parameters are used as they are. Each pass
-of a step starts from the generators and buffers at entry; the results of one pass are kept.
+of a step starts from the generators and buffers at entry; the results of one pass are kept. During
+a pass the wrapped modules have the values of their variables as parameters.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,26 @@ class _Place(NamedTuple):
     is_statistic: bool
 
 
+class _ParameterPlace(NamedTuple):
+    """The place of a parameter that is a variable of Keras.
+
+    Args:
+        parameters: the parameters of a module, by name.
+        name: the name of this one.
+        parameter: the parameter.
+        variable: the variable.
+    """
+
+    parameters: dict[str, Any]
+    name: str
+    parameter: torch.nn.Parameter
+    variable: Any
+
+    def set(self, tensor: torch.Tensor) -> None:
+        """Give the module a tensor as its parameter."""
+        self.parameters[self.name] = tensor
+
+
 class UnknownState(Unknown):
     """The state at the entry of a step, and after the pass whose results are kept.
 
@@ -44,7 +65,9 @@ class UnknownState(Unknown):
 
     def __init__(self, model: keras.Model) -> None:
         layers = compat.flat_layers(model)
-        self._wrappers = torch_wrappers(layers)
+        wrappers = torch_wrappers(layers)
+        self._parameters = _places_of_parameters(wrappers)
+        self._norms = _normalising(wrappers)
         self._places = _places_of_buffers(layers)
         self._buffers = self._read()
         self._devices = (
@@ -88,7 +111,7 @@ class UnknownState(Unknown):
 
     @contextmanager
     def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
-        """Run a forward from the state at entry, with the variables' current values.
+        """Run a pass from the state at entry, with the variables' values in the current scope.
 
         Args:
             running: whether wrapped BatchNorm layers use their running statistics, after the pass
@@ -102,13 +125,15 @@ class UnknownState(Unknown):
             start = [after if place.is_statistic else entry for place, entry, after in both]
         self._write(_copies(start))
         with ExitStack() as stack:
-            for layer in self._wrappers:
-                call = _functional(layer, running)
-                stack.enter_context(compat.replace_calls([(layer, call)]))
+            for place in self._parameters:
+                stack.callback(place.set, place.parameter)
+                place.set(place.variable.value)
+            for norm in self._norms if running else ():
+                stack.callback(norm.train)
+                stack.callback(norm.register_forward_pre_hook(_use_running_statistics).remove)
             yield
         if records:
             self._random_after, self._buffers_after = self._random_state(), self._read()
-        self._write(_copies(start))  # checkpointed parts run again, and write again
 
     def keep_random_state(self) -> None:
         if self._random_after is not None:
@@ -149,23 +174,25 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [copies[id(tensor)] for tensor in tensors]
 
 
-def _functional(layer: Any, running: bool) -> Any:
-    """Return a wrapped module's call that uses the values of its Keras variables in the scope."""
-    by_parameter = {id(compat.torch_parameter(v)): v for v in layer.variables}
+def _places_of_parameters(wrappers: Sequence[Any]) -> list[_ParameterPlace]:
+    """Return the places of the parameters of wrapped modules that are variables of Keras."""
+    variables = {compat.torch_parameter(v): v for layer in wrappers for v in layer.variables}
+    modules = {module for layer in wrappers for module in layer.module.modules()}
+    return [
+        _ParameterPlace(parameters, name, parameter, variables[parameter])
+        for module in modules
+        for parameters in [compat.torch_parameters(module)]
+        for name, parameter in parameters.items()
+        if parameter in variables
+    ]
 
-    def call(*args: Any, training: Any = None, **kwargs: Any) -> Any:
-        module = layer.module
-        module.train(training is not False)
-        statistics = [
-            part for part in module.modules() if running and compat.is_torch_batchnorm(part)
-        ]
-        for part in statistics:
-            part.eval()
-        values = {name: by_parameter[id(p)].value for name, p in module.named_parameters()}
-        try:
-            return torch.func.functional_call(module, values, args, kwargs)
-        finally:
-            for part in statistics:
-                part.train()
 
-    return call
+def _normalising(wrappers: Sequence[Any]) -> list[torch.nn.Module]:
+    """Return the parts of wrapped modules that normalise by batch statistics."""
+    modules = {part: None for layer in wrappers for part in layer.module.modules()}
+    return [part for part in modules if compat.is_torch_batchnorm(part)]
+
+
+def _use_running_statistics(module: torch.nn.Module, _: Any) -> None:
+    """Before a module's forward: let it normalise by its running statistics."""
+    module.eval()
