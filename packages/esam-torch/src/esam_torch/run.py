@@ -355,7 +355,7 @@ class Run:
             args, kwargs = copy_tensors(self.samples.bare(batch))
             return losses(*args, **kwargs)
 
-        return lay_out(
+        layout = lay_out(
             self.model,
             self.base.param_groups,
             self.config.perturb,
@@ -363,6 +363,9 @@ class Run:
             chosen=self._blocks,
             watch=watch,
         )
+        if layout.blocks is not None and layout.blocks.warning is not None:
+            self.notices.add("early", layout.blocks.warning)
+        return layout
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy: the layout is found again for the copy.
