@@ -207,7 +207,7 @@ def test_an_error_of_the_model_is_raised_alone(transformers, error, first, later
     for checked, times in ((False, first), (True, later)):
         calls.clear()
         model.loss_function = fails
-        with pytest.raises(error, match="^call 1$") as caught:
+        with pytest.raises(error, match=r"^call 1$") as caught:
             per_sample_losses(model, batch)
         assert len(calls) == times
         assert caught.value.__context__ is None and caught.value.__cause__ is None
