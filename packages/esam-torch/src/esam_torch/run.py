@@ -163,7 +163,7 @@ class Run:
         natural = not task.perturbs and self.config.on_nonfinite == "propagate" and not leaves
         if natural:  # an ordinary step: the existing graph gives its gradient
             return loss_with_backward(value, [mean], once(lambda scale: self._base(step, scale)))
-        trained = [p for p in (*task.layout.tensors, *task.layout.others) if p.requires_grad]
+        trained = task.layout.trained()
         inner = [leaf for _, leaf in leaves]
         strangers = _strangers(mean, inner, task.layout)
         inputs = [*trained, *strangers, *inner]
