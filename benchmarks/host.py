@@ -22,7 +22,7 @@ from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
 from benchmarks.timing import time_interleaved
-from esam_torch import ESAM, Everything, Only, Proportional, Suffix
+from esam_torch import ESAM, Everything, Only, Part, Proportional, Suffix
 
 __all__ = ["STEPS", "Scene", "main", "operations"]
 
@@ -128,26 +128,54 @@ def sam_by_hand_as_a_loss(scene: Scene) -> Step:
     return step
 
 
+def _halves(scene: Scene) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights of the first half of the layers, and those of the second."""
+    weights = list(scene.model.parameters())
+    return weights[: len(weights) // 2], weights[len(weights) // 2 :]
+
+
+def _losses_of(scene: Scene, inputs: Tensor, targets: Tensor, idle: Sequence[Tensor]) -> Tensor:
+    """Return one loss per sample, without a graph for the idle weights."""
+    for weight in idle:
+        weight.requires_grad_(False)
+    values = scene.losses(inputs, targets)
+    for weight in idle:
+        weight.requires_grad_(True)
+    return values
+
+
 def half_by_hand(scene: Scene) -> Step:
     """Return a hand-written step that perturbs half of the layers and uses half of the samples."""
-    weights = list(scene.model.parameters())
-    idle, late = weights[: len(weights) // 2], weights[len(weights) // 2 :]
+    idle, late = _halves(scene)
 
     def step() -> None:
         scene.base.zero_grad()
-        for weight in idle:
-            weight.requires_grad_(False)
-        values = scene.losses(*scene.batch)
-        gradients = torch.autograd.grad(values.mean(), late)
-        for weight in idle:
-            weight.requires_grad_(True)
-        copies = _climb(gradients, late)
+        values = _losses_of(scene, *scene.batch, idle)
+        copies = _climb(torch.autograd.grad(values.mean(), late), late)
         with torch.no_grad():
             share = values / values.sum()
             chosen = torch.multinomial(share, BATCH // 2)
             factor = 1.0 / (BATCH * (BATCH // 2) * share[chosen])
         inputs, targets = scene.batch
         (scene.losses(inputs[chosen], targets[chosen]) * factor).sum().backward()
+        with torch.no_grad():
+            torch._foreach_copy_(late, copies)
+        scene.base.step()
+
+    return step
+
+
+def part_by_hand(scene: Scene) -> Step:
+    """Return a hand-written step that perturbs half of the layers, from a quarter of the batch."""
+    idle, late = _halves(scene)
+
+    def step() -> None:
+        scene.base.zero_grad()
+        inputs, targets = scene.batch
+        part = torch.randperm(BATCH)[: BATCH // 4]
+        values = _losses_of(scene, inputs[part], targets[part], idle)
+        copies = _climb(torch.autograd.grad(values.mean(), late), late)
+        scene.losses(inputs, targets).mean().backward()
         with torch.no_grad():
             torch._foreach_copy_(late, copies)
         scene.base.step()
@@ -203,6 +231,8 @@ STEPS: dict[str, Callable[[Scene], Step]] = {
     "ESAM": ours(),
     "half of the work by hand": half_by_hand,
     "half of the work": ours(perturb=Suffix(0.5), select=Proportional(0.5)),
+    "Suffix with Part by hand": part_by_hand,
+    "Suffix with Part": ours(perturb=Suffix(0.5), gamma=1.0, ascend=Part(0.25)),
     "empty mask": ours(perturb=Only("norm")),
 }
 

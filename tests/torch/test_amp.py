@@ -101,6 +101,38 @@ def test_autocast_around_the_step_equals_autocast_inside(perturb, device):
     same(found[1], found[0], "autocast around the step")
 
 
+@devices
+@pytest.mark.parametrize("options", [{"gamma": 0.5}, SUFFIX_PART], ids=["half", "suffix-part"])
+def test_autocast_around_the_loss_but_not_around_its_backward(options, device):
+    """On an accelerator a backward runs in its own thread, which has its own autocast settings."""
+    found, dtypes = [], []
+    for inside in (True, False):
+        model = net().to(device)
+        base = torch.optim.SGD(model.parameters(), lr=0.5)
+        optimizer = ESAM(base, model, **{"rho": 2.0, **options})
+        bare = losses_of(model)
+
+        def losses(x, y, model=model, bare=bare):
+            dtypes.append(model.head(x.new_ones(1, 6)).dtype)
+            return bare(x, y)
+
+        optimizer.step(losses, *on(device, seed=0))  # finds the blocks
+        dtypes.clear()
+        optimizer.zero_grad()
+        torch.manual_seed(3)
+        with torch.autocast(device, torch.bfloat16):
+            loss = optimizer.loss(losses, *on(device))
+            if inside:
+                loss.backward()
+        if not inside:
+            assert not torch.is_autocast_enabled(device)
+            loss.backward()
+        assert len(dtypes) == (3 if "ascend" not in options else 2)
+        assert set(dtypes) == {torch.bfloat16}
+        found.append(gradients(model))
+    close(found[1], found[0], 0.0 if device == "cpu" else 1e-3)
+
+
 # -- gradient scaling --------------------------------------------------------------------------
 
 

@@ -92,6 +92,14 @@ def test_unused_parameters_under_find_unused_parameters(results):
     assert first["bits"] == second["bits"] and first["gap"] < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["esam", "sam"])
+def test_losses_under_no_sync_and_find_unused_parameters(results, kind):
+    first, second = (found[kind] for found in value(results, "losses"))
+    assert first == second  # bit for bit
+    assert first["reductions"] == 4 and first["count"] == 8  # one reduction per update
+    assert first["distance"] < 1e-6 and first["spare"]
+
+
 def test_statistics_are_updated_once_per_step(results):
     assert [found["batches"] for found in value(results, "buffers")] == [4, 4]
 

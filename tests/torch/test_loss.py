@@ -35,10 +35,9 @@ def gradients(model):
     return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
-def esam_gradient(scale=1.0, seed=1, start=0, **options):
+def esam_gradient(scale=1.0, seed=1, **options):
     """Return the gradient of `backward`, times a number."""
     model, optimizer, losses = make(**options)
-    optimizer._run.count = start
     torch.manual_seed(5)
     optimizer.backward(losses, *batch(seed=seed))
     return {n: None if g is None else g * scale for n, g in gradients(model).items()}

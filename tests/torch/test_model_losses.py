@@ -187,3 +187,30 @@ def test_weights_of_classes_with_soft_labels(transformers):  # noqa: ARG001 need
     hard = labels.argmax(1)
     with RowLosses([hard]), pytest.raises(ValueError, match="must not have class weights"):
         F.cross_entropy(logits, hard, weights)
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "later"),
+    [(RuntimeError, 2, 1), (torch.OutOfMemoryError, 1, 1)],
+)
+def test_an_error_of_the_model_is_raised_alone(transformers, error, first, later):
+    """A second forward, which tells whose error it is, runs only in the first call for a model."""
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    model, batch, calls = language_model(transformers, "causal"), sentences("causal"), []
+
+    def fails(*_, **__):
+        calls.append(len(calls))
+        raise error(f"call {len(calls)}")
+
+    own = model.loss_function
+    for checked, times in ((False, first), (True, later)):
+        calls.clear()
+        model.loss_function = fails
+        with pytest.raises(error, match=r"^call 1$") as caught:
+            per_sample_losses(model, batch)
+        assert len(calls) == times
+        assert caught.value.__context__ is None and caught.value.__cause__ is None
+        if not checked:
+            model.loss_function = own
+            per_sample_losses(model, batch)

@@ -310,6 +310,42 @@ def case_options_of_ddp():
     return found
 
 
+def case_losses():
+    """`loss.backward()` in two micro-batches, with parameters that the forward does not use."""
+    rank, found = dist.get_rank(), {}
+    for name in ("esam", "sam"):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Unused(), find_unused_parameters=True)
+        counts = counted(model)
+        optimizer = ESAM(sgd(model), model, **OPTIONS[name])
+        for update in range(4):
+            optimizer.zero_grad()
+            for micro in range(2):
+                with model.no_sync() if micro == 0 else contextlib.nullcontext():
+                    loss = optimizer.loss(losses_of(model), *batch_of(rank, 10 * update + micro))
+                    (loss / 2).backward()
+            if update == 0:  # the same by hand, at the same weights
+                parts = []
+                for other in range(WORLD):
+                    replica = model_of()
+                    twin = ESAM(sgd(replica), replica, **OPTIONS[name])
+                    for micro in range(2):
+                        (twin.loss(losses_of(replica), *batch_of(other, micro)) / 2).backward()
+                    parts.append([p.grad for p in replica.parameters()])
+                rows = zip(model.module.body.parameters(), *parts, strict=True)
+                distance = max((p.grad - sum(g) / WORLD).abs().max().item() for p, *g in rows)
+            optimizer.step()
+        spare = [p.grad for p in model.module.spare.parameters()]
+        found[name] = {
+            "bits": bits(model),
+            "reductions": len(counts),
+            "distance": distance,
+            "spare": all(g is None or not g.any() for g in spare),
+            "count": optimizer.count,
+        }
+    return found
+
+
 def case_buffers():
     """BatchNorm's statistics are rank 0's after a forward of each step, and updated once."""
     rank = dist.get_rank()

@@ -5,7 +5,6 @@ floating-point operations, and where each parameter is first used. The model is 
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,11 +31,13 @@ class Blocks:
         block_of: index of the block in which, or before which, each parameter is first used, by the
             parameter's id.
         cost_of: floating-point operations of the forward attributed to each parameter, by id.
+        warning: a warning about `losses`, or None.
     """
 
     names: tuple[str, ...]
     block_of: dict[int, int]
     cost_of: dict[int, float]
+    warning: str | None = None
 
 
 @dataclass
@@ -238,16 +239,16 @@ def find_blocks(
         # parameters come before it in the model.
         holders = [place[b] for b in blocks if name.startswith(b + ".")]
         here = block_of.setdefault(id(parameter), holders[0] if holders else here)
-    _warn_of_early_uses(inner, watch, block_of, place)
+    early = _early_uses(inner, watch, block_of, place)
     clean = tuple(name.replace("_orig_mod.", "").removesuffix("._orig_mod") for name in blocks)
     costs = _costs(inner, watch, block_of, blocks, trained)
-    return Blocks(clean, block_of, costs)
+    return Blocks(clean, block_of, costs, early)
 
 
-def _warn_of_early_uses(
+def _early_uses(
     model: nn.Module, watch: _Watch, block_of: Mapping[int, int], place: Mapping[str, int]
-) -> None:
-    """Warn if a script uses the weights of several blocks before those blocks run."""
+) -> str | None:
+    """Return a warning if a script uses the weights of several blocks before these run."""
     early = set()
     for name, parameter in model.named_parameters():
         stack, _ = watch.first_use.get(id(parameter), ((), 0))
@@ -257,14 +258,14 @@ def _warn_of_early_uses(
             for block in place
             if outside and name.startswith(block + ".") and place[block] > block_of[id(parameter)]
         }
-    if len(early) > 1:
-        warnings.warn(
-            f"`losses` uses weights of {len(early)} blocks, including "
-            f"{min(early, key=place.__getitem__)!r}, before these blocks run. Weights belong to "
-            "the block that uses them first, so a suffix starts there and saves nothing. If this "
-            "is a penalty on the weights, compute it after calling the model.",
-            stacklevel=2,
-        )
+    if len(early) < 2:
+        return None
+    return (
+        f"`losses` uses weights of {len(early)} blocks, including "
+        f"{min(early, key=place.__getitem__)!r}, before these blocks run. Weights belong to the "
+        "block that uses them first, so a suffix starts there and saves nothing. If this is a "
+        "penalty on the weights, compute it after calling the model."
+    )
 
 
 def _chosen_names(

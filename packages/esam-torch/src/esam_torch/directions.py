@@ -170,8 +170,9 @@ class Memory:
             state = base.state
             found = [_moment(state.get(tensor, {}), tensor, base) for tensor in of]
         else:
-            names = {id(p.tensor): p.unit.name for p in layout.parameters}
-            found = [_fitting(self.gradients.get(names[id(tensor)]), tensor) for tensor in of]
+            found = [
+                _fitting(self.gradients.get(layout.names[id(tensor)]), tensor) for tensor in of
+            ]
         if all(direction is None for direction in found[:perturbed]):
             return None
         shards = [_shard(direction, tensor) for direction, tensor in zip(found, of, strict=True)]

@@ -21,7 +21,7 @@ from esam_torch.values import is_half
 
 __all__ = [
     *("Autocast", "HostRandomState", "Modes", "Pruning", "RandomState", "Weights"),
-    "running_statistics",
+    *("running_statistics", "statistics_layers"),
 ]
 
 
@@ -212,14 +212,13 @@ class Weights:
 
 
 @contextlib.contextmanager
-def running_statistics(model: nn.Module, others: Sequence[nn.Module] = ()) -> Iterator[None]:
+def running_statistics(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Let BatchNorm use its running statistics, because one sample has no batch statistics.
 
     Args:
-        model: the trained model.
-        others: layers of other libraries that normalise by batch statistics.
+        layers: layers in training mode that normalise by batch statistics.
     """
-    layers = [*statistics_layers(model), *(layer for layer in others if layer.training)]
+    layers = list(layers)
     try:
         for layer in layers:
             layer.training = False
@@ -229,7 +228,7 @@ def running_statistics(model: nn.Module, others: Sequence[nn.Module] = ()) -> It
             layer.training = True
 
 
-def statistics_layers(model: nn.Module) -> list[nn.Module]:
+def statistics_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the BatchNorm layers in training mode that use only this rank's statistics.
 
     With several ranks, SyncBatchNorm is not one of them: it uses the statistics of all ranks, and
@@ -237,7 +236,7 @@ def statistics_layers(model: nn.Module) -> list[nn.Module]:
     """
     return [
         module
-        for module in model.modules()
+        for module in modules
         if isinstance(module, BATCH_NORM) and module.training and not _is_synchronised(module)
     ]
 

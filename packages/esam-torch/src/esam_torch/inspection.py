@@ -1,6 +1,7 @@
 """The layout of a model: its parameters, blocks, costs and buffers, found once and kept."""
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,11 +92,18 @@ class Layout:
             for group, (then, old) in zip(groups, self.groups, strict=True)
         )
 
+    @functools.cached_property
+    def names(self) -> dict[int, str]:
+        """The names of the optimizer's parameters, by id."""
+        return {id(p.tensor): p.unit.name for p in self.parameters}
+
+    def trained(self) -> list[Tensor]:
+        """Return all parameters that have a gradient now, in the optimizer or not."""
+        return [p for p in (*self.tensors, *self.others) if p.requires_grad]
+
     def gathered(self) -> Sequence[Tensor] | None:
         """Return all parameters with a gradient if the model is sharded, else None."""
-        if self.shards is None:
-            return None
-        return [p for p in (*self.tensors, *self.others) if p.requires_grad]
+        return None if self.shards is None else self.trained()
 
     def targets(self, mask: Mask, defaults: Options) -> Targets:
         """Return the targets of a mask under the current options of the groups."""

@@ -187,13 +187,13 @@ class ESAM(DelegatingOptimizer):
             >>> optimizer.step()
         """
         loss: Tensor = call_untraced(self._run.loss, losses, (batch, kwargs))
-        self._warn()
+        self._warn("loss")
         return loss
 
     def backward(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> StepReport:
         """Add ESAM's gradient to `.grad`, as `loss(...).backward()` does; return the report."""
         report: StepReport = call_untraced(self._run.backward, losses, (batch, kwargs))
-        self._warn()
+        self._warn("backward")
         return report
 
     def step(self, closure: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Any:
@@ -220,17 +220,21 @@ class ESAM(DelegatingOptimizer):
             result = call_untraced(run.update, closure)
         else:
             result = call_untraced(run.step, closure, (batch, kwargs))
-        self._warn()
+        self._warn("step")
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients."""
         self._run.zero_grad(set_to_none)
 
-    def _warn(self) -> None:
-        """Issue the pending warnings, at the line of the user's call."""
+    def _warn(self, method: str) -> None:
+        """Issue the pending warnings, at the line that called this method of the optimizer."""
         for text in self._run.notices.take():
-            warnings.warn(text, stacklevel=4)  # the user, possibly torch's wrapper, a method, this
+            level, function = 3, getattr(self, method)  # the caller, the method, this
+            # torch wraps `step`, for its hooks and in a scheduler; each wrapper is one more frame.
+            while (function := getattr(function, "__wrapped__", None)) is not None:
+                level += 1
+            warnings.warn(text, stacklevel=level)
 
     # -- what is known ----------------------------------------------------------------------------
 
@@ -247,6 +251,7 @@ class ESAM(DelegatingOptimizer):
             in the optimizer. Costs are the FLOPs of a forward pass on this batch.
         """
         layout = self._run.lay_out(losses, (batch, kwargs), watch=True)
+        self._warn("measured_units")
         return tuple(p.unit for p in all_parameters(layout, self.model))
 
     def plan(self, losses: LossFunction | None = None, *batch: Any, **kwargs: Any) -> Plan:
@@ -262,6 +267,7 @@ class ESAM(DelegatingOptimizer):
         """
         if losses is not None:
             self._run.layout(losses, (batch, kwargs))
+            self._warn("plan")
         if self._run.plan is None:
             raise ESAMRuntimeError(
                 "plan() needs `budget` and a measured model: create ESAM(..., budget=1.15), and "

@@ -163,7 +163,7 @@ class Run:
         natural = not task.perturbs and self.config.on_nonfinite == "propagate" and not leaves
         if natural:  # an ordinary step: the existing graph gives its gradient
             return loss_with_backward(value, [mean], once(lambda scale: self._base(step, scale)))
-        trained = [p for p in (*task.layout.tensors, *task.layout.others) if p.requires_grad]
+        trained = task.layout.trained()
         inner = [leaf for _, leaf in leaves]
         strangers = _strangers(mean, inner, task.layout)
         inputs = [*trained, *strangers, *inner]
@@ -355,7 +355,7 @@ class Run:
             args, kwargs = copy_tensors(self.samples.bare(batch))
             return losses(*args, **kwargs)
 
-        return lay_out(
+        layout = lay_out(
             self.model,
             self.base.param_groups,
             self.config.perturb,
@@ -363,6 +363,9 @@ class Run:
             chosen=self._blocks,
             watch=watch,
         )
+        if layout.blocks is not None and layout.blocks.warning is not None:
+            self.notices.add("early", layout.blocks.warning)
+        return layout
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy: the layout is found again for the copy.

@@ -145,8 +145,7 @@ class Step:
         samples, k, b = self.task.samples, len(indices), self._b
         with contextlib.ExitStack() as stack:
             if k == 1:
-                others = self.task.layout.writes.statistics_layers
-                stack.enter_context(running_statistics(self.task.model, others))
+                stack.enter_context(running_statistics(self.task.statistics_layers))
             part = samples.take(self._batch, indices, b)
             note = functools.partial(samples.note, self._batch, k, b)
             stack.enter_context(note_errors(note, Exception))

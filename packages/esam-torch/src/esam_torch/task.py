@@ -1,11 +1,12 @@
 """The inputs and the result of a step."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from esam_core import ESAMConfig, Mask, StepReport
+from esam_core import ESAMConfig, ESAMValueError, Mask, StepReport
 from esam_core.directions import check_statistics, records_at_theta
 from esam_torch.batch import Samples
 from esam_torch.directions import Climb
@@ -61,10 +62,22 @@ class Task:
         b = self.climb.batch_size
         if b is None or not self.perturbs:
             return
-        norms = [layer for layer in statistics_layers(self.model) if layer.track_running_stats]
-        others = [layer for layer in self.layout.writes.statistics_layers if layer.training]
-        if norms or others:
+        try:
             check_statistics(self.config.ascend, self.config.select, b)
+        except ESAMValueError:  # for BatchNorm layers; to look for them first takes longer
+            if any(getattr(layer, "track_running_stats", True) for layer in self.statistics_layers):
+                raise
+
+    @functools.cached_property
+    def _modules(self) -> list[nn.Module]:
+        """The model's modules in this step."""
+        return list(self.model.modules())
+
+    @property
+    def statistics_layers(self) -> list[nn.Module]:
+        """The layers in training mode that normalise by this rank's batch statistics."""
+        others = self.layout.writes.statistics_layers
+        return [*statistics_layers(self._modules), *(layer for layer in others if layer.training)]
 
     @property
     def records_at_theta(self) -> bool:

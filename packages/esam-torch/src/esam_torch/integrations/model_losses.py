@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.generic import find_labels
 
@@ -108,8 +109,19 @@ def losses_by_row(mean_loss: MeanLoss, rows: RowLosses, model: nn.Module) -> Ten
     except ESAMValueError as error:
         raise ESAMValueError(f"{error} {_WAY_OUT}") from error
     except Exception as error:
-        mean_loss(None)  # raises if the batch or the model itself is invalid
+        ours = rows.checking and not isinstance(error, torch.OutOfMemoryError)
+        if not (ours and _works(mean_loss)):
+            raise
         raise ESAMValueError(
             f"The loss of {name} cannot be computed per sample: its code does not work with one "
             f"loss per sample. Received: {type(error).__name__}: {error}. {_WAY_OUT}"
         ) from error
+
+
+def _works(mean_loss: MeanLoss) -> bool:
+    """Return whether the loss of the batch can be computed: batch and model are valid."""
+    try:
+        mean_loss(None)
+    except Exception:
+        return False
+    return True

@@ -92,7 +92,7 @@ class RowLosses(TorchFunctionMode):
         (self.samples,) = sizes
         self._batch_size = batch_size or 1
         self._items = items_per_sample
-        self._checking = checking
+        self.checking = checking
         self._summed: Tensor | None = None
         # Each tracked tensor, with the rows of its elements. The tensors are kept alive, so that no
         # id is reused.
@@ -213,7 +213,7 @@ class RowLosses(TorchFunctionMode):
             # A sample without any counted element has the loss 0.
             divisors = torch.where(counts == 0, 1, counts) if self._items is None else self._items
             each, parts = sums / divisors, sums * (self.samples / counts.sum())
-        if not self._checking:
+        if not self.checking:
             return each
         found = torch.cat([each, parts, own()[None]])
         if reduction == "sum":
@@ -233,13 +233,13 @@ class RowLosses(TorchFunctionMode):
         b = self.samples
         if isinstance(found, Tensor) and found.dim() == 0 and b == 1 and self._items is None:
             return found[None]  # the loss of a single sample
-        if not isinstance(found, Tensor) or found.shape != (2 * b + 1 if self._checking else b,):
+        if not isinstance(found, Tensor) or found.shape != (2 * b + 1 if self.checking else b,):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
             raise ESAMValueError(
                 f"The loss of {name} cannot be computed per sample: it does not use torch's loss "
                 f"functions on the labels. Received: a loss of {what} for {b} samples."
             )
-        if not self._checking:
+        if not self.checking:
             return found
         # All operations on the means were applied to each sample's mean, to the parts that add up
         # to the batch's mean, and to the batch's mean itself.

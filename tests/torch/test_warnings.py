@@ -1,0 +1,104 @@
+"""Warnings point at the line of the script that called ESAM."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from tests.torch.scene import batch, losses_of, net, sgd
+from torch.nn import functional as F
+
+from esam_torch import ESAM, Suffix
+
+
+def line():
+    """Return the line number of the call of this function."""
+    return inspect.currentframe().f_back.f_lineno
+
+
+@pytest.fixture
+def caught():
+    """Return the list of warnings issued so far."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+
+
+def check(caught, text, where):
+    """Require one warning with this text, at this line of this file."""
+    (found,) = [w for w in caught if text in str(w.message)]
+    assert (found.filename, found.lineno) == (__file__, where)
+
+
+def half():
+    """Return a model in half precision, whose perturbations are rounded away, and an ESAM."""
+    model = torch.nn.Linear(4, 3, dtype=torch.bfloat16)
+    optimizer = ESAM(sgd(model), model, rho=1e-6, gamma=1.0)
+    inputs, targets = torch.randn(8, 4, dtype=torch.bfloat16), torch.arange(8) % 3
+    return optimizer, losses_of(model), inputs, targets
+
+
+def test_at_the_call_of_loss(caught):
+    optimizer, losses, *data = half()
+    optimizer.loss(losses, *data).backward()
+    where = line() + 1
+    optimizer.loss(losses, *data)
+    check(caught, "rounded away", where)
+
+
+def test_at_the_call_of_backward(caught):
+    optimizer, losses, *data = half()
+    where = line() + 1
+    optimizer.backward(losses, *data)
+    check(caught, "rounded away", where)
+
+
+@pytest.mark.parametrize("schedulers", [0, 1, 2])
+def test_at_the_call_of_step(schedulers, caught):
+    model = net()
+    optimizer = ESAM(sgd(model), model)
+    for _ in range(schedulers):
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    where = line() + 1
+    optimizer.step()
+    check(caught, "without a backward of optimizer.loss", where)
+
+
+@pytest.mark.parametrize("schedulers", [0, 1])
+def test_at_the_call_of_step_with_a_batch(schedulers, caught):
+    optimizer, losses, *data = half()
+    for _ in range(schedulers):
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    where = line() + 1
+    optimizer.step(losses, *data)
+    check(caught, "rounded away", where)
+
+
+@pytest.mark.parametrize("call", ["loss", "backward", "step", "measured_units", "plan"])
+def test_of_weights_that_are_used_before_their_block(call, caught):
+    model = net()
+    options = {"budget": 1.5} if call == "plan" else {"perturb": Suffix(0.5)}
+    optimizer = ESAM(sgd(model), model, **options)
+
+    def losses(inputs, targets):
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return F.cross_entropy(model(inputs), targets, reduction="none") + 1e-4 * penalty
+
+    where = line() + 1
+    getattr(optimizer, call)(losses, *batch())
+    check(caught, "before these blocks run", where)
+    optimizer.loss(losses, *batch())
+    assert len([w for w in caught if "before these blocks" in str(w.message)]) == 1
+
+
+def test_of_a_closure_at_its_own_line(caught):
+    optimizer, losses, *data = half()
+    lines = []
+
+    def closure():
+        optimizer.zero_grad()
+        lines.append(line() + 1)
+        optimizer.backward(losses, *data)
+
+    optimizer.step(closure)
+    check(caught, "rounded away", lines[0])
