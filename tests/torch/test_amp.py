@@ -1,5 +1,6 @@
 """Mixed precision: autocast, gradient scaling, overflows, and weights in half precision."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 import esam_torch.perturbation
 from esam_torch import ESAM, Batch, Everything, Part, Suffix, TopLoss
 from esam_torch.finiteness import zero_unless
+from esam_torch.guards import Settings
 
 DEVICES = [
     "cpu",
@@ -443,3 +445,25 @@ def test_fifty_bf16_steps_at_lr_zero_move_nothing(device):
         for _ in range(50):
             optimizer.step(losses_of(model), x.bfloat16(), y)
     same([p.detach() for p in model.parameters()], start, "weights")
+
+
+def test_the_current_device_is_that_of_the_forward(monkeypatch):
+    """As on a GPU, where the thread of a backward has the loss's device as its current one."""
+    current, used = [1], []
+
+    class Fake:
+        current_device = staticmethod(lambda: current[0])
+
+        @staticmethod
+        @contextlib.contextmanager
+        def device(index):
+            before, current[0] = current[0], index
+            yield
+            current[0] = before
+
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: Fake)
+    settings = Settings([torch.device("cuda", 0), torch.device("cpu")])
+    current[0] = 0  # in the other thread
+    with settings.restoring():
+        used.append(current[0])
+    assert used == [1] and current == [0]

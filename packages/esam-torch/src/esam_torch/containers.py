@@ -6,6 +6,7 @@ from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -124,7 +125,8 @@ def _is_dataclass(x: Any) -> bool:
 
 def is_object_of_samples(x: Any) -> bool:
     """Return whether a value is an object of another library with attributes and entries."""
-    if type(x) in _PLAIN or isinstance(x, Tensor | nn.Module | type) or is_container(x):
+    known = Tensor | np.ndarray | nn.Module | tuple | str | bytes | type
+    if type(x) in _PLAIN or isinstance(x, known) or is_container(x):
         return False
     return hasattr(x, "__dict__") and hasattr(x, "__len__") and hasattr(x, "__getitem__")
 

@@ -8,6 +8,7 @@ import contextlib
 import pickle
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from esam_torch.targets import Targets
 from esam_torch.values import is_half
 
 __all__ = [
-    *("Autocast", "HostRandomState", "Modes", "Pruning", "RandomState", "Weights"),
+    *("HostRandomState", "Modes", "Pruning", "RandomState", "Settings", "Weights"),
     *("running_statistics", "statistics_layers"),
 ]
 
@@ -69,14 +70,15 @@ class HostRandomState:
         random.setstate(self._python)
 
 
-class Autocast:
-    """The autocast settings of the host and of the model's devices.
+class Settings:
+    """Settings of a thread: autocast, and the current device of each kind.
 
     On an accelerator, a backward runs in its own thread, which has its own settings.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         kinds = dict.fromkeys(["cpu", *(d.type for d in devices if d.type != "meta")])
+        self._current = [(m, m.current_device()) for m in map(_module_of, kinds) if m is not None]
         self._settings = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in kinds
@@ -84,14 +86,17 @@ class Autocast:
         self._cached = torch.is_autocast_cache_enabled()
 
     def restoring(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context with the saved autocast settings."""
+        """Return a context with the saved settings."""
         off = not any(e or torch.is_autocast_enabled(k) for k, e, _ in self._settings)
-        return contextlib.nullcontext() if off else self._restoring()
+        same = all(module.current_device() == index for module, index in self._current)
+        return contextlib.nullcontext() if off and same else self._restoring()
 
     @contextlib.contextmanager
     def _restoring(self) -> Iterator[None]:
-        """Use the saved autocast settings inside the context."""
+        """Use the saved settings inside the context."""
         with contextlib.ExitStack() as stack:
+            for module, index in self._current:
+                stack.enter_context(module.device(index))
             for kind, enabled, dtype in self._settings:
                 if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) != (
                     enabled,
@@ -103,6 +108,12 @@ class Autocast:
                         )
                     )
             yield
+
+
+def _module_of(kind: str) -> Any:
+    """Return torch's module for a kind of devices of which one is current, such as torch.cuda."""
+    module = None if kind == "cpu" else torch.get_device_module(kind)
+    return module if hasattr(module, "device") else None
 
 
 class Modes:

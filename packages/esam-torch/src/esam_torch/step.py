@@ -22,7 +22,7 @@ from esam_torch.batch import Batch
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import Autocast, Modes, Pruning, RandomState, Weights, running_statistics
+from esam_torch.guards import Modes, Pruning, RandomState, Settings, Weights, running_statistics
 from esam_torch.inputs import Unwritten, read_only
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
@@ -71,7 +71,7 @@ class Step:
             layout.shards.reshard()  # the base optimizer has changed the weights since
         self._random = RandomState(layout.devices)
         self._first = layout.writes.before_forward()
-        self._autocast = Autocast(layout.devices)
+        self._settings = Settings(layout.devices)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
         self._mean = self._first_pass()
@@ -92,7 +92,7 @@ class Step:
             inputs: the tensors to compute gradients for.
         """
         self._read.check()
-        with torch.enable_grad(), self._autocast.restoring(), self._modes.restoring():
+        with torch.enable_grad(), self._settings.restoring(), self._modes.restoring():
             run = self._perturbed_step if self.task.perturbs else self._base_step
             return self._check(run(scale, inputs))
 
