@@ -29,6 +29,9 @@ __all__ = [
 #: The most frequent types without parts.
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 
+#: Types with a length that no pass needs a copy of.
+_WITHOUT_COPIES = (Tensor, np.ndarray, nn.Module, tuple, str, bytes, type)
+
 #: A visitor returns this to visit the parts of a container, one by one.
 INSIDE: Any = object()
 
@@ -125,8 +128,7 @@ def _is_dataclass(x: Any) -> bool:
 
 def is_object_of_samples(x: Any) -> bool:
     """Return whether a value is an object of another library with attributes and entries."""
-    known = Tensor | np.ndarray | nn.Module | tuple | str | bytes | type
-    if type(x) in _PLAIN or isinstance(x, known) or is_container(x):
+    if type(x) in _PLAIN or isinstance(x, _WITHOUT_COPIES) or is_container(x):
         return False
     return hasattr(x, "__dict__") and hasattr(x, "__len__") and hasattr(x, "__getitem__")
 
