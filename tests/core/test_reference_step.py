@@ -234,6 +234,18 @@ class TestNonFinite:
         assert any(not np.isfinite(g).all() for g in gradient.values())
         assert all(np.array_equal(a, before[n]) for n, a in step.model.parameters.items())
 
+    def test_a_descent_gradient_alone_is_not_finite(self):
+        """With gamma = 1 there are no losses at the peak: the gradient is the only sign."""
+        problem = problems.mlp()
+        for mode in ("skip", "raise"):
+            step = step_of(problem, rho=1e308, beta=0.5, gamma=1.0, seed=3, on_nonfinite=mode)
+            if mode == "skip":
+                gradient, report = step.backward(problem.batches[0])
+                assert gradient == {} and report.skipped and np.isfinite(report.losses).all()
+            else:
+                with pytest.raises(NonFiniteError):
+                    step.backward(problem.batches[0])
+
 
 def test_an_empty_batch_is_refused():
     step = step_of(problems.mlp())

@@ -98,7 +98,9 @@ def test_many_ties_among_many_samples():
     assert top_indices(scores, 150).tolist() == sorted(expected.tolist())
 
 
-def test_nan_is_never_rejected():
+def test_nan_counts_as_infinite():
+    assert top_indices(np.array([np.inf, np.nan]), 1).tolist() == [0]
+    assert top_indices(np.array([np.nan, np.inf]), 1).tolist() == [0]
     assert top_indices(np.array([1.0, np.nan, 5.0, np.inf]), 2).tolist() == [1, 3]
     assert top_indices(np.array([1.0, 2.0, -np.inf, np.nan]), 1).tolist() == [3]
 

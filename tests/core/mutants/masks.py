@@ -234,6 +234,88 @@ class WeightMaskNotApplied(Step):
         return replace(super().mask(), weight_beta=None, weight_seed=None)
 
 
+@MUTANTS.caught_by("check_masks_of_single_weights")
+class TensorsDrawnInsteadOfWeights(Step):
+    """`unit="weight"` draws whole tensors."""
+
+    def mask(self) -> Mask:
+        """Draw the mask of `unit="tensor"`."""
+        mask, right = super().mask(), self.config
+        if mask.weight_beta is None:
+            return mask
+        self.config = replace(right, perturb=Bernoulli(mask.weight_beta))
+        try:
+            return super().mask()
+        finally:
+            self.config = right
+
+
+class _OtherScale(Step):
+    """Factors m / p of single weights that are wrong."""
+
+    def other(self, scale: Array) -> Array:
+        """Return the wrong factors of a tensor."""
+        raise NotImplementedError
+
+    def others(self, scale: Scale) -> Scale:
+        """Return the wrong factors where single weights are drawn."""
+        return [self.other(s) if isinstance(s, np.ndarray) else s for s in scale]
+
+    def norm(self, g: Sequence[Array | None], scale: Scale) -> float:
+        """Use the wrong factors."""
+        return super().norm(g, self.others(scale))
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Use the wrong factors."""
+        return super().perturbation(g, self.others(scale))
+
+
+@MUTANTS.caught_by("check_masks_of_single_weights")
+class OneDrawPerRow(_OtherScale):
+    """`unit="weight"` draws rows."""
+
+    def other(self, scale: Array) -> Array:
+        """Repeat the first draw of each row."""
+        return np.broadcast_to(scale[:, :1], scale.shape) if scale.ndim == 2 else scale
+
+
+@MUTANTS.caught_by("check_masks_of_single_weights")
+class OneDrawPerColumn(_OtherScale):
+    """`unit="weight"` draws columns."""
+
+    def other(self, scale: Array) -> Array:
+        """Repeat the first draw of each column."""
+        return np.broadcast_to(scale[:1], scale.shape) if scale.ndim == 2 else scale
+
+
+@MUTANTS.caught_by("check_norm_of_single_weights")
+class NormOverAllWeights(Step):
+    """With masks of single weights the norm is that of whole tensors."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide by the norm of the tensors that contain the drawn weights."""
+        epsilon = super().perturbation(g, scale)
+        if self.config.norm == "none":
+            return epsilon
+        tensors = [float(np.max(s)) for s in scale]
+        ratio = self.norm(g, scale) / self.norm(g, tensors)
+        return [e * ratio for e in epsilon]
+
+
+@MUTANTS.caught_by("check_single_weights_are_perturbed")
+class WeightMaskOnlyInTheReport(Step):
+    """The reported norm is that of the drawn weights, but all weights are perturbed."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Remember the perturbation of all weights."""
+        self.every = super().perturbation(g, [float(np.max(s)) for s in scale])
+        return super().perturbation(g, scale)
+
+    def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
+        """Perturb all weights."""
+        super().apply_perturbation(self.every)
+
+
 @MUTANTS.caught_by("check_frozen_parameters")
 class FlagsChanged(NumpySession):
     """Frozen parameters are unfrozen after a step."""

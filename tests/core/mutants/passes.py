@@ -140,6 +140,17 @@ class DescentWithOtherNoise(SelectionWithOtherNoise):
         return super().descent(batch, indices, weights)
 
 
+@MUTANTS.caught_by("check_descent_on_some_samples_sees_the_same_noise")
+class PartialDescentWithOtherNoise(DescentWithOtherNoise):
+    """The descent pass draws its own dropout noise if not all samples are selected."""
+
+    def descent(self, batch: Any, indices: Array, weights: Array) -> Any:
+        """Make the pass on all samples right."""
+        if len(indices) == len(batch.targets):
+            return Step.descent(self, batch, indices, weights)
+        return super().descent(batch, indices, weights)
+
+
 @MUTANTS.caught_by("check_random_state_after_a_step")
 class GeneratorLeftWhereTheDescentEnds(Step):
     """On return the generator has moved by the descent pass's draws, fewer than a forward's."""

@@ -181,6 +181,31 @@ class AdaptiveNormOfThePlainGradient(Step):
 
 
 @MUTANTS.caught_by("check_adaptive")
+class AdaptiveFullNormOfThePlainGradient(Step):
+    """Adaptive with `norm="full"`: the norm is that of g instead of |theta| g."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Swap the norms."""
+        epsilon = super().perturbation(g, scale)
+        if self.config.norm != "full":
+            return epsilon
+        plain = [False] * len(self.theta)
+        wrong = perturbation_norm(g, self.theta, scale, norm="full", adaptive=plain)
+        return [e * self.norm(g, scale) / wrong for e in epsilon]
+
+
+@MUTANTS.caught_by("check_adaptive")
+class AdaptiveWithoutANormNormalised(Step):
+    """Adaptive with `norm="none"`: the perturbation is still divided by a norm."""
+
+    def perturbation(self, g: Sequence[Array | None], scale: Scale) -> list[Array]:
+        """Divide by the norm of |theta| g."""
+        epsilon = super().perturbation(g, scale)
+        divides = self.config.norm == "none" and any(self.adaptive)
+        return [e / self.norm(g, scale) for e in epsilon] if divides else epsilon
+
+
+@MUTANTS.caught_by("check_adaptive")
 class AdaptiveIgnored(Step):
     """`adaptive` does nothing."""
 

@@ -132,6 +132,43 @@ class TiesToTheHigherIndex(_OtherScores):
         return np.asarray(perturbed_losses - losses + 1e-12 * np.arange(len(losses)))
 
 
+class _OtherOrder(Step):
+    """Samples selected by the right scores, in the wrong way."""
+
+    def top(self, scores: Array, k: int) -> Array:
+        """Return k indices."""
+        raise NotImplementedError
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Select by the score."""
+        right = super().selection(losses, perturbed_losses)
+        select = self.config.select
+        if select.rule != "top" or len(right.indices) == len(losses):
+            return right
+        scores = losses if perturbed_losses is None else perturbed_losses - losses
+        return Selection(self.top(scores, len(right.indices)), right.weights, right.threshold)
+
+
+@MUTANTS.caught_by("check_larger_scores_precede_ties")
+class FirstAboveTheThreshold(_OtherOrder):
+    """The first k samples with at least the k-th largest score: ties may come before it."""
+
+    def top(self, scores: Array, k: int) -> Array:
+        """Keep the first of those that reach the threshold."""
+        return np.flatnonzero(scores >= np.sort(scores)[-k])[:k]
+
+
+@MUTANTS.caught_by("check_ties_go_to_the_lower_index")
+class StableUpTo16(_OtherOrder):
+    """Sorting is stable only for a few samples, as in libraries that insert these."""
+
+    def top(self, scores: Array, k: int) -> Array:
+        """Prefer the higher index among many samples."""
+        if len(scores) <= 16:
+            return selectors.top_indices(scores, k)
+        return np.sort(np.argsort(scores, kind="stable")[-k:])
+
+
 @MUTANTS.caught_by("check_selectors")
 class SelectorIgnored(Step):
     """Every selector that needs no perturbed losses selects the first k samples."""
@@ -241,6 +278,19 @@ class ProportionalWithoutFloor(Step):
         offset = selectors.systematic_offset(seed=self.config.seed, count=self.count)
         indices = selectors.systematic_indices(pi, offset)
         return Selection(indices, 1.0 / (len(losses) * pi[indices]), right.threshold)
+
+
+@MUTANTS.caught_by("check_zero_gradient")
+class ProportionalToZero(Step):
+    """`Proportional` divides scores that are all 0 by their sum."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Weight the samples by NaN if there is nothing to be proportional to."""
+        right = super().selection(losses, perturbed_losses)
+        if self.config.select.rule != "proportional" or perturbed_losses is None:
+            return right
+        total = np.maximum(perturbed_losses - losses, 0.0).sum()
+        return Selection(right.indices, right.weights * (total / total), right.threshold)
 
 
 @MUTANTS.caught_by("check_no_pass_is_wasted")

@@ -11,10 +11,10 @@ from esam_core.perturbation import NORMS, Norm
 
 __all__ = ["ON_NONFINITE", "ESAMConfig", "OnNonfinite", "component_from_dict", "component_to_dict"]
 
-#: What to do when a loss or an ascent gradient is not finite. "propagate": no device
-#: synchronisation; epsilon is 0 and the non-finite values reach the gradients. "skip": leave the
-#: gradients as they are. "raise": raise NonFiniteError. The last two cost one device
-#: synchronisation per step.
+#: What to do when a loss or a gradient, of the ascent or the descent, is not finite. "propagate":
+#: the non-finite values reach the gradients, and epsilon is 0 if the ascent gradient is not finite;
+#: no device synchronisation. "skip": leave the gradients as they are. "raise": raise
+#: NonFiniteError. The last two cost one device synchronisation per step.
 OnNonfinite = Literal["propagate", "skip", "raise"]
 
 #: The values of `OnNonfinite`.

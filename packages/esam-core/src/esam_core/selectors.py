@@ -236,8 +236,8 @@ def needs_perturbed_losses(selector: Selector, batch_size: int) -> bool:
 def top_indices(scores: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
     """Return the indices of the k largest scores, ascending.
 
-    Among samples with equal scores, the one with the lower index is selected. NaN counts as the
-    largest score, so that a sample with a NaN loss is never rejected.
+    Among samples with equal scores, the one with the lower index is selected. NaN counts as
+    infinite: a sample with a NaN loss is rejected only for others that are not finite.
     """
     scores = np.asarray(scores)
     order = np.argsort(-np.where(np.isnan(scores), np.inf, scores), kind="stable")

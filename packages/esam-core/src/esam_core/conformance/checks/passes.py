@@ -14,7 +14,7 @@ from esam_core.problem import Base, BatchNorm, Dense, Problem
 from esam_core.reference.step import subset
 from esam_core.samplers import Bernoulli
 from esam_core.schedules import Sometimes
-from esam_core.selectors import Proportional
+from esam_core.selectors import Proportional, Random
 
 __all__ = ["CHECKS"]
 
@@ -132,6 +132,31 @@ def check_descent_pass_sees_the_same_noise(adapter: Adapter) -> None:
         )
 
 
+@check("dropout", "indices")
+def check_descent_on_some_samples_sees_the_same_noise(adapter: Adapter) -> None:
+    """With a tiny perturbation and half of the samples, weights change as in a base step on these.
+
+    The noise is that of a forward pass on these samples with the generators as before the step.
+    """
+    problem = dropout()
+    esam = {"rho": 1e-5, "beta": 1.0, "select": Random(0.5)}
+    plain = Base("sgd", lr=1.0)
+    for seed in (4, 5):
+        ours = Run(problem=problem, esam=esam, base=plain, seed=seed).on(adapter)
+        base = Run(problem=problem, esam=None, base=plain, seed=seed).on(adapter)
+        batch = problem.batches[0]
+        shown = ours.step(batch)
+        require(shown.indices is not None, "indices: expected four samples, got None.")
+        base.step(subset(batch, np.asarray(shown.indices)))
+        theirs = base.weights()
+        gap = max(float(np.max(np.abs(w - theirs[n]))) for n, w in ours.weights().items())
+        require(
+            gap < 1e-3,
+            f"seed {seed}: weights differ by {gap:.3g} from those of a base step on the selected "
+            "samples: the descent pass uses different dropout noise.",
+        )
+
+
 @check("dropout", "random")
 def check_random_state_after_a_step(adapter: Adapter) -> None:
     """A step advances the framework's random generators like one forward."""
@@ -188,6 +213,7 @@ CHECKS = (
     check_a_batch_of_one_sample_with_batchnorm,
     check_selection_pass_sees_the_same_noise,
     check_descent_pass_sees_the_same_noise,
+    check_descent_on_some_samples_sees_the_same_noise,
     check_random_state_after_a_step,
     check_global_generators_are_left_alone,
     check_convolution,

@@ -9,8 +9,10 @@ from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, equal_all, has_nonfinite, require
 from esam_core.conformance.problems import flat, mlp
 from esam_core.conformance.trace import Run, follow, shows
+from esam_core.perturbation import NORMS
 from esam_core.reference.network import Network
 from esam_core.samplers import Bernoulli, Suffix
+from esam_core.selectors import Proportional, Selector, TopIncrease
 
 __all__ = ["CHECKS"]
 
@@ -75,9 +77,9 @@ def check_norm_eps(adapter: Adapter) -> None:
 
 @check()
 def check_adaptive(adapter: Adapter) -> None:
-    """`adaptive`: epsilon is along theta^2 g, with the norm of |theta| g."""
-    for beta in (1.0, 0.5):
-        esam = {"rho": 0.5, "beta": beta, "gamma": 0.5, "adaptive": True, "seed": 3}
+    """`adaptive`: epsilon is along theta^2 g, with the norm of |theta| g, for every norm."""
+    for beta, norm in ((1.0, "masked"), *((0.5, norm) for norm in NORMS)):
+        esam = {"rho": 0.5, "beta": beta, "gamma": 0.5, "adaptive": True, "norm": norm, "seed": 3}
         follow(adapter, Run(problem=mlp(), esam=esam), steps=3)
 
 
@@ -85,16 +87,22 @@ def check_adaptive(adapter: Adapter) -> None:
 def check_zero_gradient(adapter: Adapter) -> None:
     """A gradient of exactly zero gives no perturbation, and no NaN from 0 / 0.
 
-    Also with a `norm_eps` that is 0 in float32.
+    Also with a `norm_eps` that is 0 in float32, and with a draw in proportion to increases, which
+    are all 0.
     """
     problem = flat()
+    cases: tuple[tuple[float, Selector], ...] = (
+        (1e-12, TopIncrease(0.5)),
+        (1e-12, Proportional(0.5, score="increase")),
+        (1e-50, TopIncrease(0.5)),
+    )
     for dtype in adapter.dtypes:
-        for norm_eps in (1e-12, 1e-50):
-            esam = {"rho": 0.3, "beta": 1.0, "gamma": 0.5, "norm_eps": norm_eps}
+        for norm_eps, select in cases:
+            esam = {"rho": 0.3, "beta": 1.0, "select": select, "norm_eps": norm_eps}
             session = Run(problem=problem, esam=esam).on(adapter, dtype)
             before = session.weights()
             shown = session.step(problem.batches[0])
-            where = f"a step on a zero gradient, norm_eps={norm_eps}, {dtype}"
+            where = f"a step on a zero gradient, norm_eps={norm_eps}, {select}, {dtype}"
             if shows(adapter, "perturbation_norm"):
                 length = float(shown.perturbation_norm or 0.0)
                 require(length == 0.0, f"perturbation_norm: expected 0 after {where}: {length}.")

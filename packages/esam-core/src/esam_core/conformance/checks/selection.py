@@ -5,9 +5,9 @@ import numpy as np
 from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, equal
-from esam_core.conformance.problems import mlp, softmax
+from esam_core.conformance.problems import mlp, numbers, softmax
 from esam_core.conformance.trace import Run, follow, shows
-from esam_core.problem import Base, Batch, Problem
+from esam_core.problem import Base, Batch, Dense, Problem
 from esam_core.selectors import (
     All,
     Proportional,
@@ -73,6 +73,29 @@ def check_ties_go_to_the_lower_index(adapter: Adapter) -> None:
         esam={"rho": 0.1, "beta": 1.0, "gamma": 0.5},
     ).on(adapter)
     equal("indices among equal samples", session.step(alike).indices, [0, 1, 2, 3])
+    many = Batch(np.zeros((40, 5)), np.zeros(40, dtype=np.int64))  # sorting is stable up to 16
+    equal("indices among 40 equal samples", session.step(many).indices, list(range(20)))
+
+
+@check("indices")
+def check_larger_scores_precede_ties(adapter: Adapter) -> None:
+    """Equal samples fill the places that larger scores leave, wherever these are in the batch.
+
+    Without inputs the bias alone decides: class 1 has the larger loss and the larger increase.
+    """
+    head = Dense("head", numbers((5, 3), 1.0, 100), np.array([4.0, 0.0, 0.0]))
+    for select in (TopIncrease(0.5), TopLoss(0.5)):
+        for b, larger in ((8, (5, 7)), (40, (3, 21, 30, 39))):
+            targets = np.zeros(b, dtype=np.int64)
+            targets[list(larger)] = 1
+            batch = Batch(np.zeros((b, 5)), targets)
+            run = Run(
+                problem=Problem("ties", (head,), (batch,)),
+                esam={"rho": 0.1, "beta": 1.0, "select": select},
+            )
+            ties = [i for i in range(b) if i not in larger][: b // 2 - len(larger)]
+            shown = run.on(adapter).step(batch)
+            equal(f"{select}, b={b}: indices", shown.indices, sorted((*ties, *larger)))
 
 
 @check()
@@ -179,6 +202,7 @@ CHECKS = (
     check_descent_is_on_the_selected_samples,
     check_number_of_selected_samples,
     check_ties_go_to_the_lower_index,
+    check_larger_scores_precede_ties,
     check_batches_of_one_and_two,
     check_selectors,
     check_random_selection_is_that_of_the_step,
