@@ -16,7 +16,7 @@ from keras import ops, tree
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.losses import Batch, check_scalar, weigh_samples
-from esam_keras.rows import Fill, first_input, row_count, rows
+from esam_keras.rows import Fill, fill_by_repeating, first_input, row_count, rows
 from esam_keras.units import statistics_layers
 
 __all__ = ["Evaluated", "Evaluator", "State", "Variables", "batch_size"]
@@ -119,7 +119,7 @@ class Evaluator:
         state: State,
         factor: Tensor | None,
         indices: Tensor,
-        fill: Fill,
+        fill: Fill | None,
         *,
         cut: Cut | None = None,
         running: bool = False,
@@ -131,15 +131,19 @@ class Evaluator:
             state: the state in which the model runs.
             factor: (b,), 0 for samples that are not run; None if there are no losses per sample.
             indices: (k,), the places of the samples.
-            fill: returns the predictions for the whole batch from those for these samples.
+            fill: returns the predictions for the whole batch from those for these samples. None:
+                they are repeated for the other samples, whose losses do not count.
             cut: as for `evaluate`.
             running: as for `evaluate`.
             records: as for `evaluate`.
         """
         with self.one_pass(state, cut=cut, running=running, records=records) as scope:
             run = self._forward(rows(self.batch[0], indices))
-            y_pred, masks = fill(run, compat.masks_of(run), self._with_rows(run, indices))
-            loss = self._loss(compat.with_masks(y_pred, masks), factor)
+            whole = fill or fill_by_repeating(
+                indices, batch_size(self.batch[0]), self.backend.without_gradient
+            )
+            y_pred, masks = whole(run, compat.masks_of(run), self._with_rows(run, indices))
+            loss = self._loss(compat.with_masks(y_pred, masks), factor, repeated=fill is None)
         return self._evaluate(scope, state, loss, y_pred, masks)
 
     def predict_rows(
@@ -228,9 +232,16 @@ class Evaluator:
         takes_training = compat.takes_training(self.model)
         return self.model(x, training=True) if takes_training else self.model(x)
 
-    def _loss(self, y_pred: Any, factor: Tensor | None) -> Tensor:
-        """Return the total loss, including regularisation."""
-        with weigh_samples(self.model, self.route, self.batch, factor) as (x, y, sample_weight):
+    def _loss(self, y_pred: Any, factor: Tensor | None, *, repeated: bool = False) -> Tensor:
+        """Return the total loss, including regularisation.
+
+        Args:
+            y_pred: for the whole batch.
+            factor: as for `evaluate`.
+            repeated: whether the predictions for samples with the factor 0 are those of others.
+        """
+        weighed = weigh_samples(self.model, self.route, self.batch, factor, repeated=repeated)
+        with weighed as (x, y, sample_weight):
             loss = compat.total_loss(self.model, x, y, y_pred, sample_weight)
         check_scalar(loss)
         return loss
