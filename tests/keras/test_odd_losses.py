@@ -162,6 +162,18 @@ def test_a_loss_that_reads_what_call_stored_is_refused_for_some_samples():
         model.fit(X, ONE_HOT, batch_size=12, verbose=0)
 
 
+@pytest.mark.parametrize("counting", [4, 6, 7])
+def test_samples_without_weight_come_first(counting):
+    model = OwnComputeLoss()
+    model(X)
+    weight = np.zeros(len(X), "float32")
+    weight[counting:] = 1.0
+    step(model, {}, (X, ONE_HOT, weight), gamma=0.5)
+    assert np.array(model.optimizer.report.losses).nonzero()[0].tolist() == [
+        *range(counting, len(X))
+    ]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
