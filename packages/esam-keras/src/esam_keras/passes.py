@@ -140,7 +140,10 @@ class Passes:
         fill: Fill | None = None
         if ascent.scores:
             rest = self.inputs["rest"]
-            others = self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
+
+            def others() -> Any:
+                return self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
+
             fill = fill_from_rest(others, part, rest)
         return self.evaluator.evaluate_rows(
             state,
@@ -269,7 +272,7 @@ class Passes:
 
     def _again(self, state: State, running: bool = False) -> AbstractContextManager[Any]:
         """Return the context in which checkpointed parts find the values of their forward."""
-        return self.evaluator.one_pass(state, running=running)
+        return self.evaluator.again(state, running=running)
 
     def _cut(self, cut: Cut, chosen: Sequence[int]) -> Cut:
         """Return a cut for the chosen variables, by their indices in the model."""

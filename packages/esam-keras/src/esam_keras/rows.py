@@ -140,17 +140,18 @@ def fill_by_repeating(
     return fill
 
 
-def fill_from_rest(others: Predicted, part: Tensor, rest: Tensor) -> Fill:
+def fill_from_rest(others: Callable[[], Predicted], part: Tensor, rest: Tensor) -> Fill:
     """Return the `Fill` that joins the predictions for a part of the batch and for the rest.
 
     Args:
-        others: the predictions for the rest, with their masks.
+        others: returns the predictions for the rest, with their masks; called after the part's
+            forward.
         part: (n,), the places of the part's samples.
         rest: (b - n,), the places of the other samples.
     """
 
     def fill(run: Any, masks: list[Tensor | None], with_rows: Sequence[bool]) -> Predicted:
-        y_pred, other_masks = others
+        y_pred, other_masks = others()
         order = ops.argsort(ops.concatenate([part, rest], axis=0))
 
         def join(now: Tensor, other: Tensor) -> Tensor:
