@@ -55,6 +55,17 @@ def test_an_own_method_comes_back(model):
     assert vars(layer)["call"] is own
 
 
+def test_added_losses_are_kept():
+    layer = keras.layers.Dense(3, activity_regularizer=lambda x: 1.0 + 0.0 * ops.sum(x))
+    model = keras.Sequential([keras.Input((6,)), layer])
+    with compat.PassScope({}):
+        model(X)
+        with compat.added_losses_kept(model), compat.PassScope({}):
+            model(X)
+        (loss,) = model.losses
+        assert loss.shape == ()
+
+
 def test_averages_inside_a_scaler():
     base = keras.optimizers.SGD(0.1, use_ema=True)
     base.build([keras.Variable(1.0)])

@@ -103,6 +103,25 @@ def test_swapping_in_averaged_weights():
     close(trainable(model), average)
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has none")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_callbacks_find_the_parts_of_a_multi_optimizer(scaled):
+    optimizers = keras.optimizers
+    keras.utils.set_random_seed(2)
+    model = mlp()
+    averaged = optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9)
+    plain = optimizers.SGD(0.2)
+    base = optimizers.MultiOptimizer(optimizers.OptimizerMap(plain, {".*head/.*": averaged}))
+    model.compile(ESAM(optimizers.LossScaleOptimizer(base) if scaled else base), cross_entropy())
+    reduce = keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=1, min_delta=10.0)
+    swap = keras.callbacks.SwapEMAWeights()
+    model.fit(X, Y, validation_data=(X, Y), epochs=3, verbose=0, callbacks=[reduce, swap])
+    assert float(plain.learning_rate) < 0.2
+    average = [np.array(v.value) for v in averaged._model_variables_moving_average]
+    close(trainable(model)[-2:], average)
+    assert not hasattr(ESAM("sgd"), "optimizers")
+
+
 def test_model_checkpoint_saves_a_trainable_model(tmp_path):
     path = tmp_path / "{epoch}.keras"
     save = keras.callbacks.ModelCheckpoint(str(path))

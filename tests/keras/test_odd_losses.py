@@ -8,7 +8,7 @@ from tests.keras.scene import Oracle, close, mlp, trainable
 from tests.keras.test_losses import ONE_HOT, OwnComputeLoss, X, Y, check, esam, refusal, step
 
 from esam_core import ESAMValueError
-from esam_keras import Part, Random
+from esam_keras import ESAM, Everything, Part, Previous, Random
 from esam_keras.trial import Trial
 
 
@@ -160,3 +160,47 @@ def test_a_loss_that_reads_what_call_stored_is_refused_for_some_samples():
     model.compile(esam(), "mse")
     with pytest.raises(ESAMValueError, match="not what `call` has stored"):
         model.fit(X, ONE_HOT, batch_size=12, verbose=0)
+
+
+@pytest.mark.parametrize("counting", [4, 6, 7])
+def test_samples_without_weight_come_first(counting):
+    model = OwnComputeLoss()
+    model(X)
+    weight = np.zeros(len(X), "float32")
+    weight[counting:] = 1.0
+    step(model, {}, (X, ONE_HOT, weight), gamma=0.5)
+    assert np.array(model.optimizer.report.losses).nonzero()[0].tolist() == [
+        *range(counting, len(X))
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gamma": 1.0, "ascend": Part(0.5)},
+        {"select": Random(0.5), "ascend": Previous()},
+        {"select": Random(0.5), "ascend": Part(0.5)},
+    ],
+    ids=str,
+)
+def test_a_loss_that_is_defined_only_for_matching_targets(settings):
+    """Steps repeat the predictions for other samples, for which a loss may not be finite."""
+
+    class Scale(keras.layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=shape[-1:], initializer="ones")
+
+        def call(self, x):
+            return x * self.scale
+
+    def loss(y, y_pred):
+        return ops.mean(ops.square(ops.log(y * y_pred) - 1.0), axis=-1)
+
+    x = np.linspace(-2.0, 2.0, 24).reshape(8, 3).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), Scale()])
+    optimizer = ESAM(keras.optimizers.SGD(0.05), rho=0.05, perturb=Everything(), **settings)
+    model.compile(optimizer, loss)
+    history = model.fit(x, np.sign(x), batch_size=8, epochs=10, verbose=0).history["loss"]
+    (scale,) = trainable(model)
+    assert np.all(scale > 1.0)
+    assert np.all(np.isfinite(history))

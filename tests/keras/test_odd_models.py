@@ -9,7 +9,7 @@ from keras import ops
 from tests.keras.scene import close, cross_entropy, data, mlp, same, trainable
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError
-from esam_keras import ESAM, Everything, Part, Previous, Random, Suffix, TopLoss
+from esam_keras import ESAM, Bernoulli, Everything, Part, Previous, Random, Suffix, TopLoss
 
 BACKEND = keras.backend.backend()
 X, Y = data(20)
@@ -452,3 +452,13 @@ def test_an_eager_model_may_read_its_values(gamma):
     model.compile(esam(gamma=gamma), cross_entropy(), **options)
     logs = model.fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[Switch()]).history
     assert logs["loss"][2] < logs["loss"][0]
+
+
+@pytest.mark.parametrize("perturb", [Everything(), Bernoulli(0.9, unit="weight")], ids=str)
+def test_a_zero_gradient_with_a_negligible_norm_eps(perturb):
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, kernel_initializer="zeros")])
+    optimizer = esam(norm_eps=1e-50, perturb=perturb, gamma=1.0)
+    model.compile(optimizer, "mse")
+    model.train_on_batch(X, np.zeros((20, 3), "float32"))
+    assert float(optimizer.report.perturbation_norm) == 0.0
+    assert not np.any(trainable(model)[0])

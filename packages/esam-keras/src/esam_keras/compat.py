@@ -17,6 +17,7 @@ __all__ = [
     "BaseAverages",
     "PassScope",
     "accumulated_gradients",
+    "added_losses_kept",
     "build_from",
     "clip_gradients",
     "compiled_losses",
@@ -105,6 +106,18 @@ def replace_methods(methods: Sequence[tuple[Any, str, Callable[..., Any]]]) -> I
                 vars(thing).pop(name, None)
             else:
                 vars(thing)[name] = method
+
+
+@contextmanager
+def added_losses_kept(model: keras.Model) -> Iterator[None]:
+    """Keep the losses that layers have added in a pass, which another call of the model drops."""
+    before = [(layer, set(layer._loss_ids)) for layer in flat_layers(model)]
+    try:
+        yield
+    finally:
+        for layer, ids in before:
+            layer._loss_ids.clear()
+            layer._loss_ids.update(ids)
 
 
 # -- masks -----------------------------------------------------------------------------------------
@@ -247,11 +260,22 @@ def ema_variables(optimizer: Any) -> list[Any]:
 
 
 class BaseAverages:
-    """Has the `SwapEMAWeights` callback swap in the averages of an optimizer's `base_optimizer`."""
+    """Lets callbacks of Keras find the averages and the parts of an optimizer's `base_optimizer`.
+
+    `SwapEMAWeights` swaps in the averages; the parts are those of a `MultiOptimizer`.
+    """
 
     @property
     def _model_variables_moving_average(self) -> Any:
         return ema_variables(self.base_optimizer)  # type: ignore[attr-defined]
+
+    @property
+    def optimizers(self) -> Any:
+        """The optimizers in a `MultiOptimizer`; an AttributeError if the base is not one."""
+        base: Any = self.base_optimizer  # type: ignore[attr-defined]
+        if isinstance(base, keras.optimizers.LossScaleOptimizer):
+            base = base.inner_optimizer
+        return base.optimizers
 
 
 def own_variables(optimizer: Any) -> list[Any]:

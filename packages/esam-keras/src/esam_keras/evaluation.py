@@ -16,7 +16,8 @@ from keras import ops, tree
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.losses import Batch, check_scalar, weigh_samples
-from esam_keras.rows import Fill, first_input, row_count, rows
+from esam_keras.rows import Fill, fill_by_repeating, first_input, row_count, rows
+from esam_keras.running import running_statistics
 from esam_keras.units import statistics_layers
 
 __all__ = ["Evaluated", "Evaluator", "State", "Variables", "batch_size"]
@@ -109,7 +110,7 @@ class Evaluator:
             records: whether the statistics and random state of this pass are kept.
         """
         with self.one_pass(state, cut=cut, running=running, records=records) as scope:
-            y_pred = self._forward(self.backend.inputs_of_pass(self.batch[0]))
+            y_pred = self._forward(self.backend.inputs_of_pass(self.batch[0]), running=running)
             masks = compat.masks_of(y_pred)
             loss = self._loss(y_pred, factor)
         return self._evaluate(scope, state, loss, y_pred, masks)
@@ -119,7 +120,7 @@ class Evaluator:
         state: State,
         factor: Tensor | None,
         indices: Tensor,
-        fill: Fill,
+        fill: Fill | None,
         *,
         cut: Cut | None = None,
         running: bool = False,
@@ -131,15 +132,19 @@ class Evaluator:
             state: the state in which the model runs.
             factor: (b,), 0 for samples that are not run; None if there are no losses per sample.
             indices: (k,), the places of the samples.
-            fill: returns the predictions for the whole batch from those for these samples.
+            fill: returns the predictions for the whole batch from those for these samples. None:
+                they are repeated for the other samples, whose losses do not count.
             cut: as for `evaluate`.
             running: as for `evaluate`.
             records: as for `evaluate`.
         """
         with self.one_pass(state, cut=cut, running=running, records=records) as scope:
-            run = self._forward(rows(self.batch[0], indices))
-            y_pred, masks = fill(run, compat.masks_of(run), self._with_rows(run, indices))
-            loss = self._loss(compat.with_masks(y_pred, masks), factor)
+            run = self._forward(rows(self.batch[0], indices), running=running)
+            whole = fill or fill_by_repeating(
+                indices, batch_size(self.batch[0]), self.backend.without_gradient
+            )
+            y_pred, masks = whole(run, compat.masks_of(run), self._with_rows(run, indices))
+            loss = self._loss(compat.with_masks(y_pred, masks), factor, repeated=fill is None)
         return self._evaluate(scope, state, loss, y_pred, masks)
 
     def predict_rows(
@@ -149,8 +154,8 @@ class Evaluator:
         still = state._replace(
             trainable=[self.backend.without_gradient(value) for value in state.trainable]
         )
-        with self.one_pass(still, running=running):
-            run = self._forward(rows(self.batch[0], indices))
+        with compat.added_losses_kept(self.model), self.one_pass(still, running=running):
+            run = self._forward(rows(self.batch[0], indices), running=running)
         return tree.map_structure(self._still, run), compat.masks_of(run)
 
     def _with_rows(self, run: Any, indices: Tensor) -> list[bool]:
@@ -185,16 +190,21 @@ class Evaluator:
     def one_pass(
         self, state: State, *, cut: Cut | None = None, running: bool = False, records: bool = False
     ) -> Iterator[compat.PassScope]:
-        """Run a forward and its loss, or the checkpointed parts of a pass again, in a state.
+        """Run a forward and its loss in a state; the arguments are those of `evaluate`.
 
-        The arguments are those of `evaluate`.
+        A pass may run inside another.
         """
         with (
             self._scope(state, cut) as scope,
             self.backend.pass_context(self.model, running, records),
-            _running_statistics(self.model, when=running),
         ):
             yield scope
+
+    @contextmanager
+    def again(self, state: State, *, running: bool = False) -> Iterator[None]:
+        """Run the checkpointed parts of a forward again, as in a pass with these arguments."""
+        with self.one_pass(state, running=running), running_statistics(self.model, when=running):
+            yield
 
     def _scope(self, state: State, cut: Cut | None) -> compat.PassScope:
         """Return a scope in which the model's variables have a state's values."""
@@ -223,14 +233,22 @@ class Evaluator:
             [values[id(v)] for v in self.variables.metrics],
         )
 
-    def _forward(self, x: Any) -> Any:
-        """Return the predictions in training mode."""
+    def _forward(self, x: Any, *, running: bool) -> Any:
+        """Return the predictions in training mode; `running` is for a single sample."""
         takes_training = compat.takes_training(self.model)
-        return self.model(x, training=True) if takes_training else self.model(x)
+        with running_statistics(self.model, when=running):
+            return self.model(x, training=True) if takes_training else self.model(x)
 
-    def _loss(self, y_pred: Any, factor: Tensor | None) -> Tensor:
-        """Return the total loss, including regularisation."""
-        with weigh_samples(self.model, self.route, self.batch, factor) as (x, y, sample_weight):
+    def _loss(self, y_pred: Any, factor: Tensor | None, *, repeated: bool = False) -> Tensor:
+        """Return the total loss, including regularisation.
+
+        Args:
+            y_pred: for the whole batch.
+            factor: as for `evaluate`.
+            repeated: whether the predictions for samples with the factor 0 are those of others.
+        """
+        weighed = weigh_samples(self.model, self.route, self.batch, factor, repeated=repeated)
+        with weighed as (x, y, sample_weight):
             loss = compat.total_loss(self.model, x, y, y_pred, sample_weight)
         check_scalar(loss)
         return loss
@@ -251,21 +269,3 @@ class Evaluator:
 def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
     """Return the function that turns a value assigned to one variable into a leaf."""
     return lambda value: cut(place, value)
-
-
-@contextmanager
-def _running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
-    """Let BatchNormalization use its moving statistics: one sample has no batch statistics."""
-    layers = statistics_layers(model) if when else []
-    with compat.replace_methods([(layer, "call", _inference(layer)) for layer in layers]):
-        yield
-
-
-def _inference(layer: Any) -> Any:
-    """Return a layer's `call` in inference mode."""
-    original = layer.call
-
-    def call(*args: Any, training: Any = None, **kwargs: Any) -> Any:  # noqa: ARG001
-        return original(*args, training=False, **kwargs)
-
-    return call

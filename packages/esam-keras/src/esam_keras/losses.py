@@ -44,7 +44,12 @@ def check_scalar(loss: Tensor) -> None:
 
 @contextmanager
 def weigh_samples(
-    model: keras.Model, route: str | None, batch: Batch, factor: Tensor | None
+    model: keras.Model,
+    route: str | None,
+    batch: Batch,
+    factor: Tensor | None,
+    *,
+    repeated: bool = False,
 ) -> Iterator[Batch]:
     """Yield a batch for the loss, with sample i weighted by factor_i.
 
@@ -53,6 +58,8 @@ def weigh_samples(
         route: see the module.
         batch: the whole batch.
         factor: (b,), or None for 1.
+        repeated: whether the predictions for samples with the factor 0 are those of others; the
+            values need not be finite there.
     """
     if factor is None or route is None:
         yield batch
@@ -61,12 +68,12 @@ def weigh_samples(
         yield x, y, _times_weights(sample_weight, factor)
     else:
         losses = compat.compiled_losses(model)
-        weighed = [(loss, "call", _weigh_values(loss, factor)) for loss in losses]
+        weighed = [(loss, "call", _weigh_values(loss, factor, repeated)) for loss in losses]
         with compat.replace_methods(weighed):
             yield batch
 
 
-def _weigh_values(loss: Any, factor: Tensor) -> Any:
+def _weigh_values(loss: Any, factor: Tensor, repeated: bool) -> Any:
     """Return the loss's `call`, with its values multiplied by the samples' factors."""
     original = loss.call
 
@@ -74,7 +81,10 @@ def _weigh_values(loss: Any, factor: Tensor) -> Any:
         values = original(y_true, y_pred)
         _check_values(loss.name, values, factor)
         _check_masks(loss.name, y_pred, values)
-        result = values * ops.cast(_expand(factor, len(values.shape)), values.dtype)
+        factors = ops.cast(_expand(factor, len(values.shape)), values.dtype)
+        result = values * factors
+        if repeated:
+            result = ops.where(factors == 0, ops.zeros_like(result), result)
         return compat.with_masks(result, compat.masks_of(values))
 
     return call

@@ -17,7 +17,7 @@ from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluated, Evaluator, State, batch_size
 from esam_keras.perturbation import widen
 from esam_keras.plan import Plan
-from esam_keras.rows import Fill, fill_by_repeating, fill_from_batch, fill_from_rest, spread
+from esam_keras.rows import Fill, fill_from_batch, fill_from_rest, spread
 from esam_keras.selection import Selected
 
 __all__ = ["AtTheta", "Descent", "Passes", "loss_scale"]
@@ -137,10 +137,13 @@ class Passes:
         their predictions. If not, the part's predictions are repeated.
         """
         ascent, part = self.plan.ascent, self.inputs["part"]
-        fill: Fill = fill_by_repeating(part, batch_size(self.evaluator.batch[0]))
+        fill: Fill | None = None
         if ascent.scores:
             rest = self.inputs["rest"]
-            others = self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
+
+            def others() -> Any:
+                return self.evaluator.predict_rows(self.state, rest, running=ascent.rest_alone)
+
             fill = fill_from_rest(others, part, rest)
         return self.evaluator.evaluate_rows(
             state,
@@ -206,7 +209,7 @@ class Passes:
             if selected is None:
                 evaluated = evaluator.evaluate(state, factor, **how)
             else:
-                fill = self._fill(selected, at_theta, b)
+                fill = self._fill(selected, at_theta)
                 evaluated = evaluator.evaluate_rows(state, factor, selected.indices, fill, **how)
             loss = self._scale_loss(evaluated.loss * ops.cast(poison, evaluated.loss.dtype))
             return loss, evaluated if records else None
@@ -239,10 +242,10 @@ class Passes:
             return None
         return spread(selected.indices, selected.weights * ops.cast(b, selected.weights.dtype), b)
 
-    def _fill(self, selected: Selected, at_theta: Evaluated | None, b: int | Tensor) -> Fill:
-        """Return the predictions for rejected samples."""
+    def _fill(self, selected: Selected, at_theta: Evaluated | None) -> Fill | None:
+        """Return the predictions for rejected samples; None if they are unknown."""
         if at_theta is None or not self.plan.ascent.sees_all:
-            return fill_by_repeating(selected.indices, b)
+            return None
         without = self._backend.without_gradient
         return fill_from_batch(at_theta.y_pred, at_theta.masks, selected.indices, without)
 
@@ -269,7 +272,7 @@ class Passes:
 
     def _again(self, state: State, running: bool = False) -> AbstractContextManager[Any]:
         """Return the context in which checkpointed parts find the values of their forward."""
-        return self.evaluator.one_pass(state, running=running)
+        return self.evaluator.again(state, running=running)
 
     def _cut(self, cut: Cut, chosen: Sequence[int]) -> Cut:
         """Return a cut for the chosen variables, by their indices in the model."""

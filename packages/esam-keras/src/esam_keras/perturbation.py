@@ -14,7 +14,9 @@ from keras import ops
 
 from esam_core import ESAMConfig
 
-__all__ = ["Perturbation", "norm_weights", "perturb", "representable", "widen"]
+__all__ = [
+    *("Perturbation", "norm_weights", "perturb", "representable", "smallest_divisor", "widen"),
+]
 
 Tensor = Any
 
@@ -76,6 +78,9 @@ def perturb(
     length = ops.sqrt(ops.sum(_weigh(squares, norm_weights(factors, config.norm))))
     finite = ops.isfinite(length)
     divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
+    smallest = smallest_divisor(divisor)
+    if config.norm_eps < smallest:  # a zero gradient must give zero, not 0 * inf
+        divisor = ops.maximum(divisor, smallest)
     common = representable(rho, divisor) / divisor
 
     steps = _as(factors, common.dtype) * common
@@ -87,7 +92,9 @@ def perturb(
         climbed[t] = parameters[t] + ops.cast(epsilon, parameters[t].dtype)
     if config.adaptive or (weight_masks is not None and config.norm == "full"):
         squares = _squares(directions)
-    size = ops.sqrt(ops.sum(_weigh(squares, ops.square(steps))))
+    # The square of a step may be infinite for a gradient of 0.
+    sizes = ops.where(steps > 0, ops.sqrt(squares) * steps, ops.zeros_like(squares))
+    size = ops.sqrt(ops.sum(ops.square(sizes)))
     return Perturbation(climbed, length, ops.where(finite, size, ops.zeros_like(size)), finite)
 
 
@@ -117,6 +124,11 @@ def representable(number: float, like: Tensor) -> float:
     """Return a number in a tensor's dtype, silently infinite if it is too large."""
     largest = float(np.finfo(keras.backend.standardize_dtype(like.dtype)).max)
     return number if number <= largest else float("inf")
+
+
+def smallest_divisor(like: Tensor) -> float:
+    """Return the smallest normal number of a tensor's dtype."""
+    return float(np.finfo(keras.backend.standardize_dtype(like.dtype)).tiny)
 
 
 def _as(numbers: Any, dtype: Any) -> Tensor:

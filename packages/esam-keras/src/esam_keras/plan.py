@@ -192,8 +192,14 @@ class Planner:
             return {"indices": drawn.astype(np.int32)}
         if config.select.rule == "proportional":
             offset = selectors.systematic_offset(seed=config.seed, count=count)
-            return {"offset": np.asarray(offset, dtype=np.float64)}
+            return {"offset": _two_parts(offset)}
         return {}
+
+
+def _two_parts(number: float) -> np.ndarray:
+    """Return a number as a sum of two in float32: not every device has float64."""
+    first = np.float32(number)
+    return np.array([first, number - float(first)], dtype=np.float32)
 
 
 def _two_words(seed: int) -> np.ndarray:

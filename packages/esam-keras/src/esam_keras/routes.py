@@ -195,11 +195,13 @@ def _problem(trial: Trial, route: str) -> str | None:
     """
     b = trial.b
     n = min(TRIED, b)
-    rows = np.eye(n, b)
     mixed = np.array([0.5, 4.0, 2.0, 0.25])[:n]
     none = np.zeros(b)
     try:
         zero, again = trial.total(route, none), trial.total(route, none, none == 0)
+        rows = np.eye(n, b)
+        if not _differ(trial.total(route, mixed @ rows), zero):  # their own weights may be 0
+            rows = np.roll(rows, _counting_sample(trial, route, zero), axis=1)
         alone = [trial.total(route, row) - zero for row in rows]
         together = trial.total(route, mixed @ rows) - zero
         depends = _depends_on_others(trial, route)
@@ -217,6 +219,22 @@ def _problem(trial: Trial, route: str) -> str | None:
     if depends:
         return "depends on the predictions for samples whose `sample_weight` is 0"
     return None
+
+
+def _counting_sample(trial: Trial, route: str, zero: float) -> int:
+    """Return a sample whose factor changes the total, found by halving the batch.
+
+    Args:
+        trial: evaluates the loss.
+        route: see `esam_keras.losses`.
+        zero: the total with all factors 0.
+    """
+    places = np.arange(trial.b)
+    while len(places) > 1:
+        half, rest = np.array_split(places, 2)
+        factors = np.isin(np.arange(trial.b), half).astype(float)
+        places = half if _differ(trial.total(route, factors), zero) else rest
+    return int(places[0])
 
 
 def _depends_on_others(trial: Trial, route: str) -> bool:

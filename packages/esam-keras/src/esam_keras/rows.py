@@ -99,20 +99,28 @@ def fill_from_batch(
     return fill
 
 
-def fill_by_repeating(indices: Tensor, b: int | Tensor) -> Fill:
+def fill_by_repeating(
+    indices: Tensor, b: int | Tensor, without_gradient: Callable[[Tensor], Tensor]
+) -> Fill:
     """Return the `Fill` that repeats the predictions, for samples whose predictions are unknown.
+
+    A loss may not be finite for another sample's predictions, so these have no gradient.
 
     Args:
         indices: (k,), the places of the samples.
         b: the batch size.
+        without_gradient: returns a tensor without its gradient.
     """
 
     def fill(run: Any, masks: list[Tensor | None], with_rows: Sequence[bool]) -> Predicted:
         k, places = ops.shape(indices)[0], ops.expand_dims(indices, axis=-1)
         order = ops.arange(b, dtype="int32") % k
-        order = ops.scatter_update(order, places, ops.arange(k, dtype="int32"))
 
-        def repeat(mask: Tensor) -> Tensor:
+        def repeat(leaf: Tensor) -> Tensor:
+            others = without_gradient(ops.take(leaf, order, axis=0))
+            return ops.scatter_update(others, places, leaf)
+
+        def repeat_mask(mask: Tensor) -> Tensor:
             # Keras divides by the sum of the mask. The other samples' values have the factor 0;
             # with the mean mask, they count in that sum as much as these samples, whatever k is.
             mask = ops.cast(mask, keras.config.floatx())
@@ -120,11 +128,11 @@ def fill_by_repeating(indices: Tensor, b: int | Tensor) -> Fill:
             return ops.scatter_update(others, places, mask)
 
         leaves = [
-            ops.take(leaf, order, axis=0) if has_rows else leaf
+            repeat(leaf) if has_rows else leaf
             for leaf, has_rows in zip(tree.flatten(run), with_rows, strict=True)
         ]
         kept = [
-            None if mask is None or not has_rows else repeat(mask)
+            None if mask is None or not has_rows else repeat_mask(mask)
             for mask, has_rows in zip(masks, with_rows, strict=True)
         ]
         return tree.pack_sequence_as(run, leaves), kept
@@ -132,17 +140,18 @@ def fill_by_repeating(indices: Tensor, b: int | Tensor) -> Fill:
     return fill
 
 
-def fill_from_rest(others: Predicted, part: Tensor, rest: Tensor) -> Fill:
+def fill_from_rest(others: Callable[[], Predicted], part: Tensor, rest: Tensor) -> Fill:
     """Return the `Fill` that joins the predictions for a part of the batch and for the rest.
 
     Args:
-        others: the predictions for the rest, with their masks.
+        others: returns the predictions for the rest, with their masks; called after the part's
+            forward.
         part: (n,), the places of the part's samples.
         rest: (b - n,), the places of the other samples.
     """
 
     def fill(run: Any, masks: list[Tensor | None], with_rows: Sequence[bool]) -> Predicted:
-        y_pred, other_masks = others
+        y_pred, other_masks = others()
         order = ops.argsort(ops.concatenate([part, rest], axis=0))
 
         def join(now: Tensor, other: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def select(
         selector: any selector of esam-core but `All`.
         losses: (b,) losses at theta; where the score needs none, of any samples, or None.
         perturbed_losses: (b,) losses at theta + epsilon, or None if its score does not need them.
-        inputs: "indices" of a random subset or "offset" of a systematic sample, from the host.
+        inputs: "indices" of a random subset or "offset" of a systematic sample, from the host;
+            the offset is the sum of two numbers.
         b: the batch size.
     """
     k = subset_size(selector.gamma, b)
@@ -106,7 +107,7 @@ def _inclusion_probabilities(
 def _systematic(pi: Tensor, k: int | Tensor, b: int | Tensor, offset: Tensor) -> Tensor:
     """Return k ascending indices, i with probability pi_i: the intervals that contain a point."""
     ends = ops.cumsum(pi)
-    points = ops.cast(offset, pi.dtype) + ops.cast(ops.arange(k), pi.dtype)
+    points = ops.sum(ops.cast(offset, pi.dtype)) + ops.cast(ops.arange(k), pi.dtype)
     # The number of intervals that end at or before each point. `searchsorted` also computes it, but
     # not in Keras 3.11's compiled TensorFlow.
     passed = ops.expand_dims(ends, 0) <= ops.expand_dims(points, 1)

@@ -6,7 +6,8 @@ of a step starts from the generators and buffers at entry; the results of one pa
 a pass the wrapped modules have the values of their variables as parameters.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -18,6 +19,13 @@ from esam_keras.backends.assigning import Unknown
 from esam_keras.units import torch_wrappers
 
 __all__ = ["UnknownState"]
+
+
+class _Generator(NamedTuple):
+    """A global random generator: functions that return and set its state."""
+
+    read: Callable[[], torch.Tensor]
+    write: Callable[[torch.Tensor], None]
 
 
 class _Place(NamedTuple):
@@ -40,14 +48,16 @@ class _ParameterPlace(NamedTuple):
     Args:
         parameters: the parameters of a module, by name.
         name: the name of this one.
-        parameter: the parameter.
         variable: the variable.
     """
 
     parameters: dict[str, Any]
     name: str
-    parameter: torch.nn.Parameter
     variable: Any
+
+    def get(self) -> torch.Tensor:
+        """Return the tensor that the module has as its parameter."""
+        return self.parameters[self.name]
 
     def set(self, tensor: torch.Tensor) -> None:
         """Give the module a tensor as its parameter."""
@@ -67,28 +77,21 @@ class UnknownState(Unknown):
         layers = compat.flat_layers(model)
         wrappers = torch_wrappers(layers)
         self._parameters = _places_of_parameters(wrappers)
-        self._norms = _normalising(wrappers)
         self._places = _places_of_buffers(layers)
         self._buffers = self._read()
-        self._devices = (
-            [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-            if torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-            else []
-        )
+        self._generators = _generators()
         self._entry = self._random_state()
         self._random_after: list[torch.Tensor] | None = None
         self._buffers_after: list[torch.Tensor] | None = None
 
     def _random_state(self) -> list[torch.Tensor]:
         """Return the states of the global generators."""
-        states = [torch.get_rng_state()]
-        return states + [torch.cuda.get_rng_state(device) for device in self._devices]
+        return [generator.read() for generator in self._generators]
 
     def _set_random_state(self, states: list[torch.Tensor]) -> None:
         """Set the states of the global generators."""
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._devices, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.write(state)
 
     def _read(self) -> list[Any]:
         """Return the tensors that the model has as its buffers."""
@@ -114,26 +117,26 @@ class UnknownState(Unknown):
         """Run a pass from the state at entry, with the variables' values in the current scope.
 
         Args:
-            running: whether wrapped BatchNorm layers use their running statistics, after the pass
-                that records if there was one.
+            running: whether running statistics start as they are after the pass that records, if
+                there was one.
             records: whether the generators and buffers after this pass are kept.
         """
-        self._set_random_state(self._entry)
+        outer = self._random_state(), self._read()
         start = self._buffers
         if running and self._buffers_after is not None:
             both = zip(self._places, start, self._buffers_after, strict=True)
             start = [after if place.is_statistic else entry for place, entry, after in both]
-        self._write(_copies(start))
         with ExitStack() as stack:
+            stack.callback(self._write, outer[1])
+            stack.callback(self._set_random_state, outer[0])
+            self._set_random_state(self._entry)
+            self._write(_copies(start))
             for place in self._parameters:
-                stack.callback(place.set, place.parameter)
+                stack.callback(place.set, place.get())
                 place.set(place.variable.value)
-            for norm in self._norms if running else ():
-                stack.callback(norm.train)
-                stack.callback(norm.register_forward_pre_hook(_use_running_statistics).remove)
             yield
-        if records:
-            self._random_after, self._buffers_after = self._random_state(), self._read()
+            if records:
+                self._random_after, self._buffers_after = self._random_state(), self._read()
 
     def keep_random_state(self) -> None:
         if self._random_after is not None:
@@ -154,6 +157,19 @@ class UnknownState(Unknown):
     def put_back(self) -> None:
         """Give the model its own buffers again."""
         self._write(self._buffers)
+
+
+def _generators() -> list[_Generator]:
+    """Return the global generators of torch: of the CPU, and of the devices in use."""
+    found = [_Generator(torch.get_rng_state, torch.set_rng_state)]
+    for name, kind in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        for i in range(kind.device_count() if kind.is_initialized() else 0):
+            device = torch.device(name, i)
+            read = functools.partial(kind.get_rng_state, device)
+            found.append(_Generator(read, functools.partial(kind.set_rng_state, device=device)))
+    if torch.backends.mps.is_available():
+        found.append(_Generator(torch.mps.get_rng_state, torch.mps.set_rng_state))
+    return found
 
 
 def _places_of_buffers(layers: Sequence[Any]) -> list[_Place]:
@@ -179,20 +195,9 @@ def _places_of_parameters(wrappers: Sequence[Any]) -> list[_ParameterPlace]:
     variables = {compat.torch_parameter(v): v for layer in wrappers for v in layer.variables}
     modules = {module for layer in wrappers for module in layer.module.modules()}
     return [
-        _ParameterPlace(parameters, name, parameter, variables[parameter])
+        _ParameterPlace(parameters, name, variables[parameter])
         for module in modules
         for parameters in [compat.torch_parameters(module)]
         for name, parameter in parameters.items()
         if parameter in variables
     ]
-
-
-def _normalising(wrappers: Sequence[Any]) -> list[torch.nn.Module]:
-    """Return the parts of wrapped modules that normalise by batch statistics."""
-    modules = {part: None for layer in wrappers for part in layer.module.modules()}
-    return [part for part in modules if compat.is_torch_batchnorm(part)]
-
-
-def _use_running_statistics(module: torch.nn.Module, _: Any) -> None:
-    """Before a module's forward: let it normalise by its running statistics."""
-    module.eval()
