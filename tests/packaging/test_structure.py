@@ -1,6 +1,7 @@
-"""The structure of the code: no circular imports, and short files."""
+"""The structure of the code: no circular imports, short files, private names in one place."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,49 @@ def test_no_file_is_over_400_lines(folder):
     paths = (ROOT / folder).rglob("*.py")
     lengths = {str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines()) for p in paths}
     assert {name: n for name, n in lengths.items() if n > 400} == {}
+
+
+#: Names with an underscore that may be used outside compat.py. torch's operations on lists of
+#: tensors, for the reason in the compat.py of esam-torch; and named tuples' documented methods.
+EXEMPT = re.compile("_foreach_[a-z_]+|_fields|_make|_replace")
+
+
+def foreign_names(paths):
+    """Return {file name: private names that none of these files defines}, without compat.py."""
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in paths}
+    own, used = set(), {}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            names = []
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    own.add(name)
+                case ast.Attribute(attr=name, ctx=ast.Store()) | ast.Name(id=name, ctx=ast.Store()):
+                    own.add(name)
+                case ast.Attribute(attr=name):
+                    names = [name]
+                case ast.ImportFrom(module=module) if not (module or "").startswith("esam_"):
+                    names = [*(module or "").split("."), *(alias.name for alias in node.names)]
+                case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=args):
+                    names = [a.value for a in args[1:2] if isinstance(a, ast.Constant)]
+            private = {name for name in names if re.match("_[a-z]", name)}
+            if private and path.name != "compat.py":
+                used.setdefault(path.name, set()).update(private)
+    found = {
+        name: {n for n in names - own if not EXEMPT.fullmatch(n)} for name, names in used.items()
+    }
+    return {name: names for name, names in found.items() if names}
+
+
+@pytest.mark.parametrize("package", ["esam-torch", "esam-keras"])
+def test_private_names_of_frameworks_are_in_one_file(package):
+    assert foreign_names((ROOT / "packages" / package).rglob("src/**/*.py")) == {}
+
+
+def test_private_names_are_found(tmp_path):
+    (tmp_path / "compat.py").write_text("torch._here")
+    (tmp_path / "a.py").write_text(
+        "from torch._dynamo import x\nself._own = torch._foreach_add\nself._own.y._version\n"
+        "getattr(model, '_orig_mod')\nself.__dict__"
+    )
+    assert foreign_names(tmp_path.glob("*.py")) == {"a.py": {"_dynamo", "_version", "_orig_mod"}}

@@ -86,7 +86,7 @@ def test_torchs_own(name):
 def test_every_optimizer_of_torch_is_tested_or_refused():
     known = {name.split()[0] for name in TORCH} | {"Muon"}
     refused = {"LBFGS"}
-    elsewhere = {"SparseAdam"}  # with sparse gradients, in test_models.py
+    elsewhere = {"SparseAdam"}  # with sparse gradients, in test_transformer_models.py
     found = {
         name
         for name, cls in vars(torch.optim).items()

@@ -1,9 +1,27 @@
-"""The private names of torch that no other test uses directly."""
+"""Each private name of torch that esam-torch uses."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from tests.torch.distributed_cases.launch import SHARDS_ON_CPUS
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize
 
 from esam_torch import compat
+
+
+@pytest.fixture
+def one_rank():
+    """Start a process group of this process alone."""
+    if not dist.is_available():
+        pytest.skip("torch has no distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def test_writes_in_an_uncounted_context_do_not_change_version_counters():
@@ -41,3 +59,197 @@ def test_writes_of_several_tensors_are_counted():
     written.add_(1.0)
     assert compat.count_all_writes([written, other]) == [1, 0]
     assert compat.count_all_writes([written, uncounted, other]) == [1, 0, 0]
+
+
+def test_every_name_has_a_test():
+    text = Path(__file__).read_text("utf-8")
+    assert [name for name in compat.__all__ if f"compat.{name}" not in text] == []
+
+
+def test_writes_of_one_tensor_are_counted():
+    with torch.inference_mode():
+        uncounted = torch.ones(2).add_(1.0)
+    assert compat.count_writes(torch.ones(2).add_(1.0)) == 1
+    assert compat.count_writes(uncounted) == 0
+
+
+def test_batch_norm_layers_are_recognised():
+    batch = [nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2), nn.LazyBatchNorm2d()]
+    assert all(isinstance(layer, compat.BATCH_NORM) for layer in batch)
+    assert not isinstance(nn.InstanceNorm2d(2), compat.BATCH_NORM)
+    assert not isinstance(nn.LayerNorm(2), compat.BATCH_NORM)
+
+
+def test_layers_with_running_statistics_are_recognised():
+    statistics = [nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.InstanceNorm2d(2)]
+    assert all(isinstance(layer, compat.NORM_LAYERS) for layer in statistics)
+    assert not isinstance(nn.GroupNorm(1, 2), compat.NORM_LAYERS)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_buffers_can_be_replaced_by_name():
+    layer = nn.BatchNorm1d(2)
+    names = compat.buffers_by_name(layer)
+    assert list(names) == ["running_mean", "running_var", "num_batches_tracked"]
+    names["running_mean"] = torch.ones(2)
+    assert torch.equal(layer.running_mean, torch.ones(2))
+    assert list(compat.buffers_by_name(nn.Sequential(layer))) == []
+    scripted = torch.jit.script(nn.BatchNorm1d(2))
+    names = compat.buffers_by_name(scripted)
+    assert names["running_mean"].data_ptr() == scripted.running_mean.data_ptr()
+    assert compat.buffers_by_name(scripted) is names
+
+
+def test_compiled_models_are_recognised():
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert compat.compiled_original(model) is None and not compat.compiled_call(model)
+    compiled = torch.compile(model, backend="eager")
+    assert compat.compiled_original(compiled) is model
+    assert not compat.compiled_call(compiled)
+    model.compile(backend="eager")
+    assert compat.compiled_call(model) and compat.compiled_original(model) is None
+
+
+def test_names_in_compiled_models_are_those_without():
+    inner = torch.compile(nn.Linear(2, 2), backend="eager")
+    model = torch.compile(nn.Sequential(inner), backend="eager")
+    found = [compat.original_name(name) for name, _ in model.named_parameters()]
+    assert found == ["0.weight", "0.bias"]
+    found = [compat.original_name(name) for name, _ in nn.Sequential(inner).named_modules()]
+    assert found == ["", "0", "0"]
+
+
+def test_compiled_functions_are_recognised():
+    def function(x):
+        return 2 * x
+
+    assert not compat.is_compiled_function(function)
+    assert compat.is_compiled_function(torch.compile(function, backend="eager"))
+    assert not compat.is_compiled_function(torch.compiler.disable(function))
+
+
+def test_whether_a_compiled_model_notices_what_is_trained():
+    layer = nn.Linear(2, 2)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend)
+    for trained in (True, False):
+        layer.weight.requires_grad_(trained)
+        compiled(torch.ones(1, 2))
+    if compat.COMPILED_MODELS_SEE_REQUIRES_GRAD:
+        assert len(graphs) == 2
+
+
+def test_a_call_is_not_traced():
+    def seen(x):
+        return x + (1.0 if torch.compiler.is_compiling() else 0.0)
+
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def compiled(x):
+        return compat.call_untraced(seen, 2 * x) * 3
+
+    assert compiled(torch.ones(())) == 6.0  # `seen` added nothing
+    assert not any("add" in target for targets in graphs for target in targets)
+    assert "torch._dynamo.eval_frame" in sys.modules
+    assert compat.call_untraced(max, 1, 2) == 2
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_running_replicas_are_found():
+    found = []
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            found.append(compat.active_replicas())
+            return super().forward(x)
+
+    model = DistributedDataParallel(Net(2, 2))
+    model(torch.ones(1, 2))
+    model.module(torch.ones(1, 2))
+    assert found == [model, None]
+
+
+@pytest.mark.skipif(not SHARDS_ON_CPUS, reason="this torch does not shard on CPUs")
+@pytest.mark.usefixtures("one_rank")
+def test_parameter_groups_of_sharded_modules():
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in (model, model[0]):
+        (group,) = compat.fsdp_parameter_groups(module)
+        assert group.reduce_grads
+    model.set_requires_gradient_sync(False)
+    (group,) = compat.fsdp_parameter_groups(model[0])
+    assert not group.reduce_grads
+
+
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_hooks_of_tensors_do_not_run_inside(accumulating):
+    tensor, calls = nn.Parameter(torch.ones(2)), []
+    tensor.register_hook(lambda _: calls.append("gradient"))
+    tensor.register_post_accumulate_grad_hook(lambda _: calls.append("accumulated"))
+    with compat.without_hooks([tensor], accumulating=accumulating):
+        tensor.sum().backward()
+    assert calls == ([] if accumulating else ["accumulated"])
+    calls.clear()
+    tensor.sum().backward()
+    assert calls == ["gradient", "accumulated"]
+
+
+def test_hooks_of_all_optimizers_do_not_run_inside():
+    from torch.optim.optimizer import (
+        register_optimizer_step_post_hook,
+        register_optimizer_step_pre_hook,
+    )
+
+    optimizer, calls = torch.optim.SGD([nn.Parameter(torch.ones(2))]), []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("before")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("after")),
+    ]
+    try:
+        with compat.without_global_step_hooks():
+            optimizer.step()
+        assert calls == []
+        optimizer.step()
+        assert calls == ["before", "after"]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_the_cache_of_parametrizations_is_noticed():
+    layer = parametrizations.weight_norm(nn.Linear(2, 2))
+    assert not compat.parametrizations_are_cached()
+    with parametrize.cached():
+        layer(torch.ones(1, 2))
+        assert compat.parametrizations_are_cached()
+    assert not compat.parametrizations_are_cached()
+
+
+def test_hooks_of_state_dicts_are_found():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))])
+    registered = {
+        "before saving": optimizer.register_state_dict_pre_hook,
+        "after saving": optimizer.register_state_dict_post_hook,
+        "before loading": optimizer.register_load_state_dict_pre_hook,
+        "after loading": optimizer.register_load_state_dict_post_hook,
+    }
+    assert compat.saves_state_dict_hooks(optimizer) == {name: [] for name in registered}
+    hooks = {name: (lambda *_: None) for name in registered}
+    for name, register in registered.items():
+        register(hooks[name])
+    assert compat.saves_state_dict_hooks(optimizer) == {n: [hook] for n, hook in hooks.items()}

@@ -1,8 +1,12 @@
 """The conformance kit on esam-torch."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import esam_torch.conformance
 from esam_core.conformance.testing import conformance
 from esam_torch.conformance import TorchAdapter, adapter
 
@@ -22,3 +26,8 @@ def test_cuda(run):
 def test_no_gaps_are_declared():
     assert not adapter.gaps
     assert adapter.dtypes == ("float64", "float32")
+
+
+def test_the_adapter_uses_what_every_user_has():
+    text = Path(esam_torch.conformance.__file__).read_text("utf-8")
+    assert re.findall(r"\besam\._\w+", text) == []

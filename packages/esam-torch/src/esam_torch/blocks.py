@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.compat import original_name
 from esam_torch.sharded import reshard
 from esam_torch.wrappers import bare_model, is_compiled
 
@@ -240,7 +241,7 @@ def find_blocks(
         holders = [place[b] for b in blocks if name.startswith(b + ".")]
         here = block_of.setdefault(id(parameter), holders[0] if holders else here)
     early = _early_uses(inner, watch, block_of, place)
-    clean = tuple(name.replace("_orig_mod.", "").removesuffix("._orig_mod") for name in blocks)
+    clean = tuple(map(original_name, blocks))
     costs = _costs(inner, watch, block_of, blocks, trained)
     return Blocks(clean, block_of, costs, early)
 

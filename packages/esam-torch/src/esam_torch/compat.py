@@ -1,4 +1,9 @@
-"""All private names of PyTorch that esam-torch uses, and why. Each has its own test."""
+"""All private names of PyTorch that esam-torch uses, and why. Each has its own test.
+
+The exception is `torch._foreach_add_` and its relatives, operations on lists of tensors: torch
+documents them, as a beta interface, and its own optimizers are made of them. They are called where
+they are needed. Only `_foreach_clone`, which older versions lack, is here.
+"""
 
 import contextlib
 import inspect
@@ -28,6 +33,7 @@ __all__ = [
     "count_writes",
     "fsdp_parameter_groups",
     "is_compiled_function",
+    "original_name",
     "parametrizations_are_cached",
     "saves_state_dict_hooks",
     "uncounted_writes",
@@ -84,6 +90,11 @@ def compiled_original(module: Any) -> nn.Module | None:
     """Return the module that torch.compile wrapped in this one, or None."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def original_name(name: str) -> str:
+    """Return the name of a module or parameter without the parts that torch.compile adds."""
+    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def compiled_call(module: nn.Module) -> bool:

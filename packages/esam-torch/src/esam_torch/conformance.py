@@ -5,7 +5,7 @@ python -m esam_core.conformance esam_torch.conformance:adapter
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esam_core import Batch as WholeBatch
-from esam_core import StepReport
+from esam_core import ESAMRuntimeError, StepReport
 from esam_core.conformance.adapter import Fault, Observed
 from esam_core.problem import (
     Base,
@@ -32,6 +31,7 @@ from esam_core.problem import (
     Problem,
     Tanh,
 )
+from esam_torch.marks import Rows
 from esam_torch.optimizer import ESAM
 
 __all__ = ["TorchAdapter", "TorchSession", "adapter"]
@@ -169,13 +169,11 @@ class TorchSession:
         return values
 
     def find_blocks(self, batch: Batch) -> None:
-        """Run the forwards that find the blocks and the samples, which are not passes of a step."""
+        """Run the forward that finds the blocks, which is not a pass of a step."""
         if self.esam is not None:
             self.fault = None
-            run, given = self.esam._run, (self.tensors(batch), dict[str, Any]())
-            layout = run.layout(self.losses, given)
-            if self.esam.config.ascend != WholeBatch():
-                run.counter.count(self.model, layout, self.losses, given)
+            with suppress(ESAMRuntimeError):  # there is no plan without a budget
+                self.esam.plan(self.losses, *self.rows(batch))
 
     def tensors(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return a batch as tensors in torch's layout."""
@@ -186,13 +184,18 @@ class TorchSession:
             inputs = inputs.to(self.dtype)
         return inputs, torch.from_numpy(np.array(batch.targets)).to(self.device)
 
+    def rows(self, batch: Batch) -> tuple[Rows, Tensor]:
+        """Return a batch for an `ESAM`, which need not run a forward to count its samples."""
+        inputs, targets = self.tensors(batch)
+        return Rows(inputs), targets
+
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
         """Run one whole training step."""
         self.find_blocks(batch)
         self.passes, self.fault = [], fault
         with self.own_generators():
             if self.esam is not None:
-                return self.observe(self.esam.step(self.losses, *self.tensors(batch)))
+                return self.observe(self.esam.step(self.losses, *self.rows(batch)))
             self.base.zero_grad()
             values = self.losses(*self.tensors(batch))
             torch.autograd.backward(values.mean())
@@ -210,7 +213,7 @@ class TorchSession:
                 torch.autograd.backward(values.mean())
                 report = StepReport(count=0, losses=values.detach())
             else:
-                report = self.esam.backward(self.losses, *self.tensors(batch))
+                report = self.esam.backward(self.losses, *self.rows(batch))
         return self.observe(report, before)
 
     def observe(self, report: StepReport, before: Mapping[str, Array] | None = None) -> Observed:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_torch.ascent import graph_leaves
 from esam_torch.blocks import Blocks, find_blocks
+from esam_torch.compat import original_name
 from esam_torch.devices import devices_of
 from esam_torch.guards import RandomState
 from esam_torch.notes import WITHOUT_A_GRAPH, note_errors
@@ -167,7 +168,7 @@ def parameters_of(
         for leaf, tensor in module.named_parameters(recurse=False):
             group = group_of.pop(id(tensor), None)  # a tied parameter counts at its first place
             if group is not None:
-                name = (f"{prefix}.{leaf}" if prefix else leaf).replace("_orig_mod.", "")
+                name = original_name(f"{prefix}.{leaf}" if prefix else leaf)
                 place = 0 if blocks is None else blocks.block_of[id(tensor)]
                 unit = Unit(
                     name,

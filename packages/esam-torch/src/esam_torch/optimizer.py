@@ -191,7 +191,29 @@ class ESAM(DelegatingOptimizer):
         return loss
 
     def backward(self, losses: LossFunction, *batch: Any, **kwargs: Any) -> StepReport:
-        """Add ESAM's gradient to `.grad`, as `loss(...).backward()` does; return the report."""
+        """Add ESAM's gradient to `.grad`, as `loss(...).backward()` does; return the report.
+
+        Args:
+            losses: as in `loss`.
+            *batch: its arguments.
+            **kwargs: its keyword arguments.
+
+        Raises:
+            ESAMValueError, ESAMTypeError: `losses` did not return one floating loss per sample.
+            NonFiniteError: a value is not finite and `on_nonfinite="raise"`.
+
+        Example:
+            >>> import torch
+            >>> from esam_torch import ESAM
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+            >>> def losses(inputs):
+            ...     return model(inputs).square().flatten()
+            >>> optimizer.zero_grad()
+            >>> optimizer.backward(losses, torch.randn(8, 4)).losses.shape
+            torch.Size([8])
+            >>> optimizer.step()
+        """
         report: StepReport = call_untraced(self._run.backward, losses, (batch, kwargs))
         self._warn("backward")
         return report
@@ -212,6 +234,18 @@ class ESAM(DelegatingOptimizer):
         Raises:
             ESAMRuntimeError: `losses` is given, but gradients of an earlier `backward()` are
                 pending.
+
+        Example:
+            >>> import torch
+            >>> from esam_torch import ESAM
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+            >>> def losses(inputs):
+            ...     return model(inputs).square().flatten()
+            >>> optimizer.loss(losses, torch.randn(8, 4)).backward()
+            >>> optimizer.step()
+            >>> optimizer.step(losses, torch.randn(8, 4)).count  # a whole step: the second one
+            1
         """
         run = self._run
         if closure is None and (batch or kwargs):
@@ -249,6 +283,17 @@ class ESAM(DelegatingOptimizer):
         Returns:
             One `Unit` per parameter tensor of the model, in its order, also for those that are not
             in the optimizer. Costs are the FLOPs of a forward pass on this batch.
+
+        Example:
+            >>> import torch
+            >>> from esam_torch import ESAM
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+            >>> optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+            >>> def losses(inputs):
+            ...     return model(inputs).square().flatten()
+            >>> units = optimizer.measured_units(losses, torch.randn(8, 4))
+            >>> [(unit.name, unit.block, unit.cost) for unit in units if unit.kind == "weight"]
+            [('0.weight', '0', 256.0), ('1.weight', '1', 64.0)]
         """
         layout = self._run.lay_out(losses, (batch, kwargs), watch=True)
         self._warn("measured_units")
@@ -264,6 +309,18 @@ class ESAM(DelegatingOptimizer):
 
         Raises:
             ESAMRuntimeError: there is no budget, or the model has not been measured yet.
+
+        Example:
+            >>> import torch
+            >>> from esam_torch import ESAM
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+            >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> optimizer = ESAM(base, model, budget=1.5)
+            >>> def losses(inputs):
+            ...     return model(inputs).square().flatten()
+            >>> plan = optimizer.plan(losses, torch.randn(8, 4))
+            >>> plan.chosen.ratio, plan.chosen.perturb
+            (1.5, Everything())
         """
         if losses is not None:
             self._run.layout(losses, (batch, kwargs))

@@ -165,6 +165,14 @@ def evaluate(
 
     Raises:
         ESAMValueError: the loader is empty.
+
+    Example:
+        >>> from torch.nn import functional as F
+        >>> def losses(model, inputs, targets):
+        ...     return F.cross_entropy(model(inputs), targets, reduction="none")
+        >>> batches = [(torch.randn(8, 4), torch.arange(8) % 3) for _ in range(2)]
+        >>> sorted(evaluate(nn.Linear(4, 3), losses, batches))
+        ['loss']
     """
     modes = [(module, module.training) for module in model.modules()]
     means = Means(metrics or {}, torch.device(device))

@@ -1,0 +1,186 @@
+"""Checkpoints of `fit`: resumption, files, the best epoch, kills at any time."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.torch.fitted import (
+    QUIETLY,
+    make_batches,
+    make_data,
+    make_model,
+    make_optimizer,
+    make_skipping,
+    model_losses,
+    run_fit,
+)
+
+from esam_torch import History, accuracy, fit
+
+
+def test_best_and_last_rows():
+    rows = []
+    _, history = run_fit(epochs=3, eval_loader=[make_data().tensors], on_epoch=rows.append)
+    assert rows == history.rows
+    assert history.last is history.rows[-1]
+    assert history.best("eval_loss", smallest=True)["eval_loss"] == min(history["eval_loss"])
+    with pytest.raises(KeyError, match="eval_accuracy"):
+        history["eval_accuracy"]
+
+
+def _killed_run(folder, batches):
+    script = Path(__file__).parent / "fit_to_be_killed.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), str(batches)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == (-signal.SIGKILL if batches else 0), done.stderr
+    return torch.load(folder / "result.pt", weights_only=True) if not batches else None
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_exactly(tmp_path):
+    whole = _killed_run(tmp_path / "whole", 0)
+    folder = tmp_path / "killed"
+    for batches in (11, 13):  # within an epoch, after one write and before the next
+        _killed_run(folder, batches)
+        assert (folder / "last.pt").exists() and not (folder / "result.pt").exists()
+    resumed = _killed_run(folder, 0)
+    assert resumed["count"] == whole["count"] == 28
+    assert resumed["rows"] == whole["rows"]
+    for name, tensor in whole["model"].items():
+        assert torch.equal(resumed["model"][name], tensor), name
+
+
+def test_checkpoints_and_histories_are_files(tmp_path):
+    model, history = run_fit(epochs=3, eval_loader=[make_data().tensors], folder=tmp_path)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["row"] == history.best("eval_loss", smallest=True)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(last["model"][name], tensor)
+    assert History.from_json(tmp_path / "history.json").rows == history.rows
+    with (tmp_path / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["sharpness"]) for row in rows] == history["sharpness"]
+    # Already finished: nothing more is trained.
+    again, resumed = run_fit(
+        epochs=3, eval_loader=[make_data().tensors], folder=tmp_path, resume=True
+    )
+    assert resumed.rows == history.rows
+    assert torch.equal(again[0].weight, model[0].weight)
+    # The monitor may be the accuracy, for which more is better.
+    options = {"metrics": {"accuracy": accuracy}, "eval_loader": [make_data().tensors]}
+    _, history = run_fit(epochs=3, folder=tmp_path / "b", monitor="eval_accuracy", **options)
+    best = torch.load(tmp_path / "b" / "best.pt", weights_only=True)
+    assert best["row"]["eval_accuracy"] == max(history["eval_accuracy"])
+
+
+@pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
+def test_epochs_without_the_monitored_number_write_checkpoints(tmp_path, on_nonfinite):
+    model = make_model()
+    optimizer = make_skipping(model, on_nonfinite)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    options = {**QUIETLY, "folder": tmp_path, "scheduler": scheduler, "scheduler_step": "batch"}
+    batches = make_batches(*range(4))
+    history = fit(model, optimizer, model_losses, batches, **{**options, "epochs": 2})
+    assert all(math.isnan(value) for value in history["train_loss"])
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["history.csv", "history.json", "last.pt"]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3
+    if on_nonfinite == "skip":
+        assert optimizer.param_groups[0]["lr"] == 0.1  # no update, so no step of the scheduler
+        options |= {"epochs": 3, "resume": True}
+        history = fit(model, optimizer, model_losses, make_batches(), **options)
+        best = torch.load(tmp_path / "best.pt", weights_only=True)
+        assert best["row"] == history.last == history.best("train_loss", smallest=True)
+
+
+def test_a_kill_between_the_two_checkpoints_loses_neither(tmp_path, monkeypatch):
+    from esam_torch.fitting.checkpoints import Checkpoints
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save_best", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_fit(epochs=1, folder=tmp_path)
+    assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
+    model, history = run_fit(epochs=1, folder=tmp_path, resume=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["row"] == history.last
+    assert torch.equal(best["model"]["0.weight"], model[0].weight)
+
+
+def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    run_fit(epochs=1, folder=tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    save = torch.save
+
+    def half(state, file):
+        path = Path(getattr(file, "name", file))
+        if not path.name.startswith("last"):
+            return save(state, file)
+        path.write_bytes(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            run_fit(epochs=2, folder=tmp_path, resume=True)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    _, history = run_fit(epochs=2, folder=tmp_path, resume=True)
+    assert len(history) == 2
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_invalid_monitors_are_refused_before_training(tmp_path):
+    trained = []
+
+    def refused(match, **options):
+        options = {"eval_loader": [make_data().tensors], **options}
+        with pytest.raises(ValueError, match=match):
+            run_fit(on_epoch=trained.append, folder=tmp_path, **options)
+
+    refused("`monitor` must be one of 'train_loss', 'eval_loss', 'sharpness'", monitor="evalloss")
+    refused(
+        "'eval_accuracy', 'sharpness'.*'eval_acc'",
+        metrics={"accuracy": accuracy},
+        monitor="eval_acc",
+    )
+    refused("must be one of 'train_loss', 'sharpness'", monitor="eval_loss", eval_loader=None)
+    refused("must be one of 'train_loss', 'eval_loss'\\.", kind="sgd", monitor="sharpness")
+    refused(
+        '`scheduler_step` must be "epoch" for a ReduceLROnPlateau',
+        scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
+        scheduler_step="batch",
+    )
+    assert not trained
+
+
+def test_numbers_of_numpy_in_a_checkpoint_are_loaded(tmp_path):
+    """As from a schedule that uses NumPy."""
+
+    def run(epochs, **options):
+        model = make_model()
+        optimizer = make_optimizer("esam", model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: np.cos(e / 10))
+        loader = [make_data().tensors]
+        options = {"progress": False, "device": "cpu", "folder": tmp_path, **options}
+        fit(model, optimizer, model_losses, loader, epochs=epochs, scheduler=scheduler, **options)
+        return optimizer
+
+    run(1)
+    assert run(2, resume=True).count == 2
