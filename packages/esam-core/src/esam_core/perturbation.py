@@ -122,6 +122,6 @@ def perturbations(
         else:
             direction = np.square(np.abs(theta)) * g if is_adaptive else g
             # A zero gradient must give zero: norm_eps may be 0 in the gradient's dtype.
-            divisor = max(length + norm_eps, float(np.finfo(direction.dtype).tiny))
+            divisor = max(length + norm_eps, float(np.finfo(np.result_type(direction)).tiny))
             result.append(np.asarray(s * radius * direction / divisor))
     return result
