@@ -264,5 +264,5 @@ def test_the_plan_is_shown_without_running_it(
 ) -> None:
     monkeypatch.setattr(workers, "train", None)
     command.main(["small", "--plan", "--out", str(tmp_path)])
-    assert "small: 57 runs can be made now" in capsys.readouterr().out
+    assert "small: 67 runs can be made now" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ def _real(name: str, value: Any, must: str) -> float:
         # float32's 0.61 is meant as 0.61, and not as the 0.6100000143 that it is stored as.
         number = float(str(value) if isinstance(value, np.floating) else value)
     except OverflowError:  # an integer above 1.8e308
-        number = math.inf if math.floor(value) > 0 else -math.inf
+        number = math.inf if value == abs(value) else -math.inf
     if math.isnan(number):
         raise ESAMValueError(f"`{name}` must be {must}. Received: {name}={value!r}.")
     return number
