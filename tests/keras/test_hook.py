@@ -343,3 +343,17 @@ def test_targets_that_only_train_step_makes_are_refused():
     model.compile(ESAM("sgd"), "mse")
     with pytest.raises(ESAMValueError, match=r"`fit\(x, y\)`, or in your own `compute_loss`"):
         model.fit(data()[0], verbose=0)
+
+
+@pytest.mark.backends("tensorflow")  # on the others, Keras itself refuses such data
+def test_targets_whose_form_train_step_changes_are_refused():
+    def train_step(self, data):
+        x, y = data
+        return super(type(self), self).train_step((x, keras.ops.one_hot(y, 3)))
+
+    model = subclassed(train_step=train_step)()
+    model.compile(ESAM("sgd"), keras.losses.CategoricalCrossentropy(from_logits=True))
+    with pytest.raises(
+        ESAMValueError, match=r"must have the form that the loss needs.*in the data"
+    ):
+        model.fit(*data(), verbose=0)

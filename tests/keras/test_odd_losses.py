@@ -204,3 +204,20 @@ def test_a_loss_that_is_defined_only_for_matching_targets(settings):
     (scale,) = trainable(model)
     assert np.all(scale > 1.0)
     assert np.all(np.isfinite(history))
+
+
+@pytest.mark.parametrize("settings", SUBSETS, ids=str)
+def test_an_added_loss_of_several_values_is_refused_on_some_samples(settings):
+    class Penalty(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(ops.sum(ops.square(x), axis=-1))
+            return x
+
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Penalty(name="penalty")])
+    before = trainable(model)
+    model.compile(esam(**settings), "mse")
+    with pytest.raises(ESAMValueError, match=r"`add_loss` must get one number, the mean.*\(\d+,\)"):
+        model.train_on_batch(X, ONE_HOT)
+    close(trainable(model), before)
+    model.compile(esam(gamma=1.0), "mse")
+    model.train_on_batch(X, ONE_HOT)

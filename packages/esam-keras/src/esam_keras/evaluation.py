@@ -15,7 +15,7 @@ from keras import ops, tree
 
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut
-from esam_keras.losses import Batch, check_scalar, weigh_samples
+from esam_keras.losses import Batch, check_added_losses, check_scalar, weigh_samples
 from esam_keras.rows import Fill, fill_by_repeating, first_input, row_count, rows
 from esam_keras.running import running_statistics
 from esam_keras.units import statistics_layers
@@ -140,6 +140,7 @@ class Evaluator:
         """
         with self.one_pass(state, cut=cut, running=running, records=records) as scope:
             run = self._forward(rows(self.batch[0], indices), running=running)
+            check_added_losses(self.model)
             whole = fill or fill_by_repeating(
                 indices, batch_size(self.batch[0]), self.backend.without_gradient
             )

@@ -21,7 +21,7 @@ from keras import ops, tree
 from esam_core import ESAMValueError
 from esam_keras import compat
 
-__all__ = ["ADVICE", "Batch", "check_scalar", "weigh_samples"]
+__all__ = ["ADVICE", "Batch", "check_added_losses", "check_scalar", "weigh_samples"]
 
 Tensor = Any
 #: (x, y, sample_weight) as Keras unpacks them.
@@ -40,6 +40,21 @@ def check_scalar(loss: Tensor) -> None:
             "The compiled loss must be one number, so that it has a gradient. Received: a loss of "
             f"shape {tuple(loss.shape)}. Use a reduction such as 'sum_over_batch_size'."
         )
+
+
+def check_added_losses(model: keras.Model) -> None:
+    """Raise if a layer has added several numbers, of which Keras takes the sum.
+
+    A sum over some samples has another size than that over the batch.
+    """
+    for loss in model.losses:
+        if len(loss.shape) > 0:
+            raise ESAMValueError(
+                "`add_loss` must get one number, the mean over the samples, where steps run the "
+                "model on some samples only: Keras takes the sum of several numbers. Add the mean, "
+                "or use gamma=1.0 without ascend=Part(...). Received: a loss of shape "
+                f"{tuple(loss.shape)}."
+            )
 
 
 @contextmanager

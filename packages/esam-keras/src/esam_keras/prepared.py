@@ -103,14 +103,20 @@ def build(model: keras.Model, data: Any, *, own_train_step: bool) -> None:
     """Build a model, its metrics and its loss.
 
     Raises:
-        ESAMValueError: the loss needs targets, which only the user's `train_step` makes.
+        ESAMValueError: the loss needs targets that only the user's `train_step` makes.
     """
     try:
         compat.build_from(model, data)
     except ValueError as error:
         _, y, _ = keras.utils.unpack_x_y_sample_weight(data)
-        if y is not None or not own_train_step:
+        if not own_train_step:
             raise
+        if y is not None:
+            raise ESAMValueError(
+                "The targets in the data must have the form that the loss needs: ESAM builds the "
+                "loss before it calls your own `train_step`. Change their form in the data or in "
+                f"your own `compute_loss`. Received: targets with which Keras raises: {error}"
+            ) from error
         raise ESAMValueError(
             "The data must contain the targets: ESAM builds the loss before it calls your own "
             "`train_step`. Make them in the data, `fit(x, y)`, or in your own `compute_loss`. "
