@@ -23,7 +23,7 @@ class Selected:
 def top_indices(scores: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest scores, ascending; ties go to the lower index.
 
-    NaN counts as infinite: a sample with a NaN loss is rejected only for others that are not finite.
+    NaN counts as infinite: a sample with such a loss is rejected only for others not finite.
     """
     known = torch.where(torch.isnan(scores), torch.inf, scores)
     order = torch.sort(known, descending=True, stable=True).indices
