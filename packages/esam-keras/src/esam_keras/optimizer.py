@@ -1,7 +1,6 @@
 """The optimizer `ESAM`: it wraps any Keras optimizer, and configures the training step."""
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Never
 
@@ -26,6 +25,7 @@ from esam_keras import compat
 from esam_keras.bases import BaseAttribute, Setting, refuse_other_arguments, resolve_base
 from esam_keras.directions import Earlier, check_moment, earlier_direction
 from esam_keras.handover import require_step
+from esam_keras.warning import warn_user
 
 __all__ = ["ESAM", "find_esam"]
 
@@ -336,12 +336,11 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         always = 1 + len(LOG_SUMS)
         found = [store[str(i)] for i in range(len(store.keys()))]
         if len(found) not in (len(own), always) or any(v.shape for v in found[:always]):
-            warnings.warn(
+            warn_user(
                 f"The state of ESAM was not loaded: it has {len(own)} variables of its own"
                 f"{'' if self.built else ' before the first step'}. Received: {len(found)} saved "
                 "variables. If the file is of a model trained with ESAM, load it with "
-                "`keras.saving.load_model`, or build the optimizer first.",
-                stacklevel=2,
+                "`keras.saving.load_model`, or build the optimizer first."
             )
             return
         directions = list(zip(own, found, strict=False))[always:]

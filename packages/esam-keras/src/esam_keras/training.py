@@ -1,7 +1,6 @@
 """ESAM's state for one compiled model: its units, its plans, and its training step."""
 
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +22,7 @@ from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stor
 from esam_keras.report import KerasReport
 from esam_keras.routes import check_row_counts
 from esam_keras.units import unit_records
+from esam_keras.warning import warn_user
 
 __all__ = ["Training", "train_step"]
 
@@ -88,7 +88,7 @@ class Training:
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         if not model.trainable_variables:
-            warnings.warn("The model has no trainable weights: nothing is trained.", stacklevel=2)
+            warn_user("The model has no trainable weights: nothing is trained.")
         with self.backend.checks_context(model):
             self._prepared = prepare(
                 model,
