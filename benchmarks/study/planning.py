@@ -127,7 +127,7 @@ def make_plan(setting: Setting, records: Iterable[Mapping[str, Any]]) -> Plan:
         ordered += [((*stage, 1, place), run) for run in tuning.missing]
         if tuning.chosen is not None:
             reported.append((method, budget, tuning.chosen))
-    for place, (method, budget, cell) in enumerate(reported):
+    for place, (method, budget, cell) in enumerate(dict.fromkeys(reported)):
         for seed in setting.seeds:
             run = setting.run(method, cell, budget, seed)
             if run.key(FIT) not in finals:

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,8 @@ def choice(name: str, value: Any, options: Collection[str]) -> str:
 
 
 def sequence(name: str, value: Any, must: str) -> list[Any]:
-    """Return a sequence or a one-dimensional array as a list; raise for anything else."""
-    listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    if not listed and not (isinstance(value, np.ndarray) and value.ndim == 1):
+    """Return an ordered iterable or a one-dimensional array as a list; raise for anything else."""
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Set | Mapping)
+    if not listed or (isinstance(value, np.ndarray) and value.ndim != 1):
         raise ESAMTypeError(f"`{name}` must be {must}. Received: {name}={value!r}.")
     return list(value)

@@ -19,7 +19,6 @@ def gradients_of(
     scale: Tensor,
     *,
     every: Sequence[Tensor] | None = None,
-    retain: bool = False,
 ) -> list[Tensor | None]:
     """Return the gradients of scale * loss; None for tensors that the loss does not depend on.
 
@@ -32,14 +31,13 @@ def gradients_of(
         scale: 0-d, the initial gradient of the backward.
         every: None or, for a sharded model, all parameters with a gradient. FSDP2 computes
             gradients only in a whole backward, reduced over the ranks and in `.grad`.
-        retain: whether the graph is needed again, for terms that the model keeps.
     """
     if every is None:
         with without_hooks(tensors), own_backward():
             try:
                 # The user may have frozen some since the forward.
                 live = [t for t in tensors if t.requires_grad]
-                found = torch.autograd.grad(loss, live, scale, retain, allow_unused=True)
+                found = torch.autograd.grad(loss, live, scale, allow_unused=True)
             except RuntimeError as error:
                 _refuse_reentrant(loss, error)
                 raise
@@ -50,7 +48,7 @@ def gradients_of(
         for parameter in every:
             parameter.grad = None
         try:
-            torch.autograd.backward(loss, scale, retain)
+            torch.autograd.backward(loss, scale)
             return [t.grad for t in tensors]
         finally:
             for parameter, gradient in zip(every, aside, strict=True):
@@ -63,7 +61,6 @@ def ascent_gradients(
     scale: Tensor,
     *,
     every: Sequence[Tensor] | None = None,
-    retain: bool = False,
 ) -> list[Tensor]:
     """Return dense gradients of scale * loss, with zeros for tensors that it does not depend on.
 
@@ -74,7 +71,7 @@ def ascent_gradients(
     """
     if every is None and not loss.requires_grad:  # it depends on no perturbed weight
         return [torch.zeros_like(tensor) for tensor in tensors]
-    found = gradients_of(loss, tensors, scale, every=every, retain=retain)
+    found = gradients_of(loss, tensors, scale, every=every)
     gradients = []
     for tensor, gradient in zip(tensors, found, strict=True):
         if gradient is None:

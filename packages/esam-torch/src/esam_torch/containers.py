@@ -127,10 +127,14 @@ def _is_dataclass(x: Any) -> bool:
 
 
 def is_object_of_samples(x: Any) -> bool:
-    """Return whether a value is an object of another library with attributes and entries."""
+    """Return whether a value is a batch of another library, such as PyG's, that can be copied.
+
+    Its entries can be indexed, and it defines what a shallow copy is. A pandas object's is deep.
+    """
     if type(x) in _PLAIN or isinstance(x, _WITHOUT_COPIES) or is_container(x):
         return False
-    return hasattr(x, "__dict__") and hasattr(x, "__len__") and hasattr(x, "__getitem__")
+    methods = ("__dict__", "__len__", "__getitem__", "__copy__")
+    return not hasattr(x, "iloc") and all(hasattr(x, name) for name in methods)
 
 
 def is_container(x: Any) -> bool:
@@ -171,9 +175,18 @@ def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
         elif is_tensor_collection(tree):
             within = tree.values()
         elif is_object_of_samples(tree):
-            within = vars(tree).values()
+            yield from _tensors_of_object(vars(tree).values())
         for part in within:
             yield from tensors_inside(part, depth + 1)
+
+
+def _tensors_of_object(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor]:
+    """Yield the tensors among the attributes of an object, and in its mappings."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif depth and isinstance(value, Mapping):
+            yield from _tensors_of_object(value.values(), depth - 1)
 
 
 def _attributes(record: Any) -> list[str]:

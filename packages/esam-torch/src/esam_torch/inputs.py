@@ -112,7 +112,8 @@ def copy_tensors(batch: Batch) -> Batch:
 
     def copy_tensor(x: Any, _: str) -> Any:
         if is_tensor_collection(x) or (is_object_of_samples(x) and hasattr(x, "clone")):
-            return x.clone()
+            trained = any(t.requires_grad for t in tensors_inside(x))
+            return x if trained else x.clone()
         return x.detach().clone() if type(x) is Tensor and not x.requires_grad else INSIDE
 
     with torch.no_grad():

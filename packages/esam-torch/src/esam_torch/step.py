@@ -213,8 +213,7 @@ class Step:
         if task.layout.shards is not None:
             # Ranks share one epsilon, so a non-finite loss on one rank must affect all.
             loss = nan_if_flawed(loss, flaw_in(self._values))
-        every, retain = task.layout.gathered(), task.layout.writes.hold_graphs()
-        found = ascent_gradients(loss, wanted, scale, every=every, retain=retain)
+        found = ascent_gradients(loss, wanted, scale, every=self.task.layout.gathered())
         return perturb(
             found,
             targets,

@@ -177,12 +177,9 @@ class Writes:
 
     def find_graphs(self) -> None:
         """Find whether the last forward, with all gradients, has left graphs in attributes."""
-        self.keeps_graphs |= self.hold_graphs()
-
-    def hold_graphs(self) -> bool:
-        """Return whether tensors with a graph are in attributes now."""
-        places = (place for key, place in self._places.items() if key not in self._values)
-        return any(t.requires_grad for t in _tensors(places))
+        if self._places and not self.keeps_graphs:
+            places = (place for key, place in self._places.items() if key not in self._values)
+            self.keeps_graphs = any(t.requires_grad for t in _tensors(places))
 
     def set_idle(self, candidates: Iterable[_Candidate]) -> None:
         """Compare the version counters of the other candidates in later steps."""
