@@ -354,6 +354,6 @@ def test_targets_whose_form_train_step_changes_are_refused():
     model = subclassed(train_step=train_step)()
     model.compile(ESAM("sgd"), keras.losses.CategoricalCrossentropy(from_logits=True))
     with pytest.raises(
-        ESAMValueError, match=r"must have the form that the loss needs.*in the data"
+        ESAMValueError, match=r"must have the form that the model and its loss need.*in the data"
     ):
         model.fit(*data(), verbose=0)

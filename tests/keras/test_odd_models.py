@@ -454,7 +454,11 @@ def test_an_eager_model_may_read_its_values(gamma):
     assert logs["loss"][2] < logs["loss"][0]
 
 
-@pytest.mark.parametrize("perturb", [Everything(), Bernoulli(0.9, unit="weight")], ids=str)
+@pytest.mark.parametrize(
+    "perturb",
+    [Everything(), Bernoulli(0.9, unit="weight"), Bernoulli(0.01, unit="weight")],
+    ids=str,
+)
 def test_a_zero_gradient_with_a_negligible_norm_eps(perturb):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, kernel_initializer="zeros")])
     optimizer = esam(norm_eps=1e-50, perturb=perturb, gamma=1.0)

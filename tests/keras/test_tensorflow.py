@@ -54,6 +54,14 @@ def test_a_compiled_method_that_no_pass_calls_stays(of_the_layer):
     assert of_the_layer or layer.project is compiled
 
 
+def test_a_compiled_method_of_a_frozen_layer_is_used():
+    model = with_helper(of_the_layer=True)
+    model.layers[0].trainable = False
+    model.compile(ESAM("sgd"), cross_entropy())
+    model.fit(X, Y, verbose=0)
+    assert len(model.optimizer.report.losses) == 12
+
+
 @pytest.mark.parametrize("kind", ["text", "numbers"])
 def test_preprocessing_layers_of_keras_inside_the_model(kind):
     import tensorflow as tf

@@ -140,7 +140,7 @@ class Evaluator:
         """
         with self.one_pass(state, cut=cut, running=running, records=records) as scope:
             run = self._forward(rows(self.batch[0], indices), running=running)
-            check_added_losses(self.model)
+            check_added_losses(scope.losses)
             whole = fill or fill_by_repeating(
                 indices, batch_size(self.batch[0]), self.backend.without_gradient
             )

@@ -11,7 +11,7 @@ linear in the factor. The place of the factor is called a *route*:
 - None: there are no losses per sample; only steps that use all samples can work.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,12 +42,15 @@ def check_scalar(loss: Tensor) -> None:
         )
 
 
-def check_added_losses(model: keras.Model) -> None:
+def check_added_losses(losses: Sequence[Tensor]) -> None:
     """Raise if a layer has added several numbers, of which Keras takes the sum.
 
     A sum over some samples has another size than that over the batch.
+
+    Args:
+        losses: what layers have added in a pass on some samples, without regularisation of weights.
     """
-    for loss in model.losses:
+    for loss in losses:
         if len(loss.shape) > 0:
             raise ESAMValueError(
                 "`add_loss` must get one number, the mean over the samples, where steps run the "

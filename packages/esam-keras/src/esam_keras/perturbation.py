@@ -82,6 +82,8 @@ def perturb(
     if config.norm_eps < smallest:  # a zero gradient must give zero, not 0 * inf
         divisor = ops.maximum(divisor, smallest)
     common = representable(rho, divisor) / divisor
+    if config.norm_eps < smallest:
+        common = ops.where(length == 0.0, ops.zeros_like(common), common)
 
     steps = _as(factors, common.dtype) * common
     climbed = list(parameters)

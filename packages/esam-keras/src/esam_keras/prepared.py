@@ -113,9 +113,10 @@ def build(model: keras.Model, data: Any, *, own_train_step: bool) -> None:
             raise
         if y is not None:
             raise ESAMValueError(
-                "The targets in the data must have the form that the loss needs: ESAM builds the "
-                "loss before it calls your own `train_step`. Change their form in the data or in "
-                f"your own `compute_loss`. Received: targets with which Keras raises: {error}"
+                "The data must have the form that the model and its loss need: ESAM builds both "
+                "from the data before it calls your own `train_step`. If it changes the form of "
+                "the targets, do that in the data or in your own `compute_loss`. Received: data "
+                f"with which Keras raises: {error}"
             ) from error
         raise ESAMValueError(
             "The data must contain the targets: ESAM builds the loss before it calls your own "

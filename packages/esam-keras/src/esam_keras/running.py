@@ -25,7 +25,8 @@ def running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
             stack.enter_context(compat.replace_methods(methods))
             for part in _torch_norms(model):
                 stack.callback(part.register_forward_pre_hook(_to_inference).remove)
-                stack.callback(part.register_forward_hook(_to_training).remove)
+                after = part.register_forward_hook(_to_training, always_call=True)
+                stack.callback(after.remove)
         yield
 
 

@@ -152,6 +152,7 @@ def _compiled_methods(model: Any) -> list[tuple[Any, str, Callable[..., NoReturn
     return [
         (layer, name, functools.partial(_refuse_compiled, layer, name))
         for layer in compat.flat_layers(model)
+        if layer.trainable_variables  # others are never perturbed
         for name in {*_compiled_names(layer.__class__), *_compiled_in(vars(layer))}
     ]
 

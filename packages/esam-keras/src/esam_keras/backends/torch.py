@@ -105,6 +105,8 @@ class TorchBackend(AssigningBackend, threading.local):
             if config.norm_eps < smallest:
                 divisor = divisor.clamp_min(smallest)
             common = representable(rho, divisor) / divisor
+            if config.norm_eps < smallest:
+                common = torch.where(length == 0.0, 0.0, common)
             steps = torch.tensor(factors, dtype=dtype, device=device) * common
             if config.adaptive:
                 norms = torch.stack(torch._foreach_norm(directions))
@@ -145,6 +147,7 @@ class TorchBackend(AssigningBackend, threading.local):
         """Let the passes use copies of the buffers; restore the generators after an error."""
         self._unknown = UnknownState(model)
         try:
+            self._unknown.use_copies()
             yield self._unknown
         except BaseException:
             self._unknown.restore_random_state()

@@ -67,7 +67,7 @@ class _ParameterPlace(NamedTuple):
 class UnknownState(Unknown):
     """The state at the entry of a step, and after the pass whose results are kept.
 
-    From the first pass until `put_back` the model has copies of its buffers.
+    From `use_copies` until `put_back` the model has copies of its buffers.
 
     Args:
         model: any model.
@@ -102,10 +102,14 @@ class UnknownState(Unknown):
         for place, tensor in zip(self._places, tensors, strict=True):
             place.buffers[place.name] = tensor
 
+    def use_copies(self) -> None:
+        """Give the model copies of its buffers."""
+        self._write(_copies(self._buffers))
+
     @contextmanager
     def copies(self) -> Iterator[None]:
         """Give the model copies of its buffers inside the context; restore the generators."""
-        self._write(_copies(self._buffers))
+        self.use_copies()
         try:
             yield
         finally:
