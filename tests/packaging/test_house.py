@@ -80,3 +80,13 @@ def test_all_readmes_have_the_same_install_command():
     for package in ("esam-torch", "esam-keras"):
         (said,) = line.findall(read(f"packages/{package}/README.md"))
         assert said in root
+
+
+def test_recorded_commands_name_no_folder_of_a_machine():
+    found = re.compile(r'"command": "[^"]* /\w')
+    results = [
+        *ROOT.glob("benchmarks/results/*/*.json"),
+        *ROOT.glob("benchmarks/results/*/*.jsonl"),
+    ]
+    assert len(results) > 10
+    assert not [path.name for path in results if found.search(path.read_text("utf-8"))]
