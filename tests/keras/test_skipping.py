@@ -28,8 +28,9 @@ B, WIDTH, LAYERS = 64, 96, 5
 #: On torch and TensorFlow only matrix products are counted, and must agree exactly. JAX's cost
 #: analysis also counts activations, selection and update.
 TOLERANCE = {"torch": 1e-12, "jax": 0.02, "tensorflow": 1e-12}[BACKEND]
-#: In base steps: epsilon and the update, which JAX counts, do not shrink with the batch.
-FIXED = {"torch": 0.0, "jax": 0.02, "tensorflow": 0.0}[BACKEND]
+#: In base steps: epsilon and the update, which JAX counts, do not shrink with the batch. Nor does
+#: the selection of the losses of the samples that ran, 0.002 of a step of this small network.
+FIXED = {"torch": 0.0, "jax": 0.022, "tensorflow": 0.0}[BACKEND]
 
 
 def chain():
