@@ -221,10 +221,11 @@ SETTINGS: dict[str, Setting] = {
             shared={**_SMALL, "first_class": 20},
             main=20,
             budgets=(10, 20),
+            base_budgets=(14,),
             tuning_seeds=(),
             seeds=tuple(range(10)),
             starts=_CHOSEN_IN_SMALL,
-            restarts={10: _CHOSEN_AT_10},
+            restarts={10: _CHOSEN_AT_10, 14: {"sgd": (Cell(8, 0.1),)}},
             methods=CONTENDERS,
             also=(("sgd", 10, _CHOSEN_IN_SMALL["sgd"][0]),),  # its best point in "small"
         ),

@@ -80,8 +80,9 @@ def test_settings_start_from_the_cells_that_were_chosen_in_small(name: str) -> N
         first, *second = setting.starts[method]
         assert first == _chosen("small", method, SMALL.main)
         assert all(cell.batch != first.batch for cell in second)
-    for method, cells in setting.restarts.get(10, {}).items():
-        assert cells == (_chosen("small", method, 10),)
+    for budget, restarts in setting.restarts.items():
+        for method, cells in restarts.items():
+            assert cells == (_chosen("small", method, budget),)
 
 
 def test_a_setting_without_tuning_seeds_is_not_tuned() -> None:
