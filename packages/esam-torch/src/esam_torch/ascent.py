@@ -14,11 +14,7 @@ __all__ = ["ascent_gradients", "gradients_of", "graph_leaves"]
 
 
 def gradients_of(
-    loss: Tensor,
-    tensors: Sequence[Tensor],
-    scale: Tensor,
-    *,
-    every: Sequence[Tensor] | None = None,
+    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
 ) -> list[Tensor | None]:
     """Return the gradients of scale * loss; None for tensors that the loss does not depend on.
 
@@ -37,7 +33,7 @@ def gradients_of(
             try:
                 # The user may have frozen some since the forward.
                 live = [t for t in tensors if t.requires_grad]
-                found = torch.autograd.grad(loss, live, scale, allow_unused=True)
+                found = torch.autograd.grad(loss, live, grad_outputs=scale, allow_unused=True)
             except RuntimeError as error:
                 _refuse_reentrant(loss, error)
                 raise
@@ -56,11 +52,7 @@ def gradients_of(
 
 
 def ascent_gradients(
-    loss: Tensor,
-    tensors: Sequence[Tensor],
-    scale: Tensor,
-    *,
-    every: Sequence[Tensor] | None = None,
+    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """Return dense gradients of scale * loss, with zeros for tensors that it does not depend on.
 

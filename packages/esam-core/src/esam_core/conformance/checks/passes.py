@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from esam_core.conformance.adapter import Adapter
+from esam_core.conformance.adapter import Adapter, Session
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.problems import batchnorm, convolution, dropout, mlp
@@ -112,6 +112,12 @@ def check_selection_pass_sees_the_same_noise(adapter: Adapter) -> None:
     )
 
 
+def _weight_gap(one: Session, other: Session) -> float:
+    """Return the largest difference between the weights of two sessions."""
+    theirs = other.weights()
+    return max(float(np.max(np.abs(w - theirs[n]))) for n, w in one.weights().items())
+
+
 @check("dropout")
 def check_descent_pass_sees_the_same_noise(adapter: Adapter) -> None:
     """With a tiny perturbation and gamma = 1, weights change as with the base optimizer."""
@@ -123,8 +129,7 @@ def check_descent_pass_sees_the_same_noise(adapter: Adapter) -> None:
     for i, batch in enumerate(problem.batches[:2]):
         ours.step(batch)
         base.step(batch)
-        theirs = base.weights()
-        gap = max(float(np.max(np.abs(w - theirs[n]))) for n, w in ours.weights().items())
+        gap = _weight_gap(ours, base)
         require(
             gap < 1e-3,
             f"step {i}: weights differ by {gap:.3g} from those of the base optimizer with equal "
@@ -148,8 +153,7 @@ def check_descent_on_some_samples_sees_the_same_noise(adapter: Adapter) -> None:
         shown = ours.step(batch)
         require(shown.indices is not None, "indices: expected four samples, got None.")
         base.step(subset(batch, np.asarray(shown.indices)))
-        theirs = base.weights()
-        gap = max(float(np.max(np.abs(w - theirs[n]))) for n, w in ours.weights().items())
+        gap = _weight_gap(ours, base)
         require(
             gap < 1e-3,
             f"seed {seed}: weights differ by {gap:.3g} from those of a base step on the selected "
