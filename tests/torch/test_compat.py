@@ -144,6 +144,18 @@ def test_whether_a_compiled_model_notices_what_is_trained():
         assert len(graphs) == 2
 
 
+def test_compiled_frames_are_counted():
+    @torch.compile(backend="eager")
+    def double(x):
+        return 2 * x
+
+    before = compat.count_compiled_frames()
+    double(torch.ones(2))
+    assert compat.count_compiled_frames() == before + 1
+    double(torch.ones(2))
+    assert compat.count_compiled_frames() == before + 1
+
+
 def test_a_call_is_not_traced():
     def seen(x):
         return x + (1.0 if torch.compiler.is_compiling() else 0.0)

@@ -30,6 +30,7 @@ __all__ = [
     "compiled_call",
     "compiled_original",
     "count_all_writes",
+    "count_compiled_frames",
     "count_writes",
     "fsdp_parameter_groups",
     "is_compiled_function",
@@ -84,6 +85,12 @@ def count_all_writes(tensors: Iterable[Tensor]) -> list[int]:
         return [tensor._version for tensor in tensors]
     except RuntimeError:  # torch does not count for inference tensors
         return [count_writes(tensor) for tensor in tensors]
+
+
+def count_compiled_frames() -> int:
+    """Return how many frames torch.compile has compiled in this process."""
+    compiler: Any = sys.modules.get("torch._dynamo.utils")
+    return 0 if compiler is None else int(compiler.counters["frames"]["total"])
 
 
 def compiled_original(module: Any) -> nn.Module | None:

@@ -1,6 +1,6 @@
 """Warnings raised within a step, kept until the user's next call."""
 
-__all__ = ["Notices", "compilation_warning", "rounding_warning"]
+__all__ = ["Notices", "rounding_warning"]
 
 
 class Notices:
@@ -34,20 +34,4 @@ def rounding_warning(share: float) -> str | None:
         f"{share:.1%} of the entries of the first perturbation were rounded away: they are too "
         "small for weights in half precision. Keep the weights in float32 and use torch.autocast, "
         "or use a larger rho."
-    )
-
-
-def compilation_warning(few_masks: bool) -> str:
-    """Return why the ascent pass of a compiled model computes all gradients, and what to do."""
-    why, way_out = (
-        ("torch before 2.13 does not recompile it for other weights", "Use torch 2.13")
-        if few_masks
-        else (
-            "the sampler has too many masks to compile one version for each",
-            "Use a sampler with few masks, such as Suffix,",
-        )
-    )
-    return (
-        f"The model or `losses` is compiled, and {why}, so the ascent pass computes all gradients "
-        f"and masks them afterwards. {way_out} to avoid this."
     )

@@ -21,12 +21,8 @@ from esam_core import (
 from esam_core.budget import Plan
 from esam_torch.ascent import graph_leaves
 from esam_torch.batch import Batch, Samples
-from esam_torch.compat import (
-    COMPILED_MODELS_SEE_REQUIRES_GRAD,
-    is_compiled_function,
-    parametrizations_are_cached,
-    without_global_step_hooks,
-)
+from esam_torch.compat import parametrizations_are_cached, without_global_step_hooks
+from esam_torch.compiling import Compilation
 from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
 from esam_torch.earlier import EarlierStep
@@ -36,19 +32,16 @@ from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
 from esam_torch.notes import CLOSURE, KEPT, LATE
-from esam_torch.notices import Notices, compilation_warning, rounding_warning
+from esam_torch.notices import Notices, rounding_warning
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
 from esam_torch.step import Step
 from esam_torch.synchronisation import Ranks
 from esam_torch.targets import Options, Targets
 from esam_torch.task import StepResult, Task
-from esam_torch.wrappers import holds_compiled, refuse_cached
+from esam_torch.wrappers import refuse_cached
 
 __all__ = ["Run"]
-
-#: With more masks than this, the model is not compiled once for each mask.
-_MOST_COMPILED_MASKS = 4
 
 
 class Run:
@@ -106,7 +99,7 @@ class Run:
         """Inspect the model again in the next step."""
         self._layout: Layout | None = None
         self._ranks = Ranks(self.model)
-        self._compiled = False
+        self._compilation = Compilation()
 
     def resume(
         self,
@@ -149,7 +142,9 @@ class Run:
         task = self._task(losses, batch, before_descent)
         step = (Step if task.climb.direction is None else EarlierStep)(task, losses, batch)
         try:
-            mean = step.ascend()
+            with self._compilation.watching():
+                mean = step.ascend()
+            self._compilation.check(losses, pruned=task.prunes and bool(task.targets.idle))
             if task.layout.writes.late:
                 self.notices.add("late", LATE)
             return step, self._seam(step, mean, leaves)
@@ -320,14 +315,10 @@ class Run:
         if layout.writes.keeps_graphs:
             self.notices.add("kept", KEPT)
             return False
-        if not (self._compiled or is_compiled_function(losses)):
-            return True
-        masks = self.config.perturb.masks(layout.units)
-        few = masks is not None and len(masks) <= _MOST_COMPILED_MASKS
-        if few and COMPILED_MODELS_SEE_REQUIRES_GRAD:
-            return True
-        self.notices.add("compiled", compilation_warning(few))
-        return False
+        prunes = self._compilation.prunes(losses, self.config.perturb, layout.units)
+        if isinstance(prunes, str):
+            self.notices.add("compiled", prunes)
+        return prunes is True
 
     # -- the layout and the budget ----------------------------------------------------------------
 
@@ -339,7 +330,7 @@ class Run:
         if self._layout is None or not self._layout.holds(self.base.param_groups):
             unspent = self.budget is not None and self.plan is None
             self._layout = self.lay_out(losses, batch, watch=unspent)
-            self._compiled = holds_compiled(self.model)
+            self._compilation.look_at(self.model)
             if unspent:
                 self.plan = spend(cast(float, self.budget), self._layout, self.model, self.config)
                 chosen = self.plan.chosen
