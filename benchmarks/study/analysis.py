@@ -141,13 +141,18 @@ def _point(
 def frontier(points: Iterable[Point], method: str, compute: float) -> Point | None:
     """Return the point of a method with the highest mean within a compute, or None.
 
+    As long as runs are missing, only the points with the most seeds are considered: one with a few
+    would also limit each comparison to these few.
+
     Args:
         points: all points of the setting.
         method: the method whose frontier this is.
         compute: in epochs of SGD; a point may cost 5 % more.
     """
     affordable = [p for p in points if p.method == method and p.compute <= TOLERANCE * compute]
-    return max(affordable, key=lambda point: point.mean, default=None)
+    most = max((len(p.finals) for p in affordable), default=0)
+    full = (p for p in affordable if len(p.finals) == most)
+    return max(full, key=lambda point: point.mean, default=None)
 
 
 def interval(values: Sequence[float]) -> float:

@@ -66,6 +66,12 @@ def test_a_frontier_is_the_best_accuracy_up_to_each_cost() -> None:
     assert frontier(points, "sgd", 5.0) is None
 
 
+def test_a_point_with_missing_seeds_is_no_frontier_as_long_as_there_is_a_better_known_one() -> None:
+    known, begun = _point("sgd", 10, 44.0, 45.0), _point("sgd", 20, 50.0)
+    assert frontier([known, begun], "sgd", 20.0) == known
+    assert frontier([begun], "sgd", 20.0) == begun
+
+
 def test_holms_correction_by_hand() -> None:
     ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
     expected = {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
