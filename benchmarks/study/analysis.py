@@ -54,6 +54,9 @@ class Point:
         bests: best test accuracies, by seed.
         fits: accuracies on the training samples, by seed.
         recomputed: final test accuracies after `update_bn`, by seed, if they were measured.
+        left_out: by seed, how often the samples were left out of the descent pass: means of four
+            quarters, from the one that was left out least. Empty if the method selects no samples.
+        fits_by_quarter: by seed, accuracies on these quarters.
     """
 
     method: str
@@ -65,6 +68,8 @@ class Point:
     bests: Mapping[int, float]
     fits: Mapping[int, float]
     recomputed: Mapping[int, float] = field(default_factory=dict)
+    left_out: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    fits_by_quarter: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -121,6 +126,11 @@ def reported_points(setting: Setting, records: Sequence[Mapping[str, Any]]) -> l
 def _point(
     method: str, cell: Cell, budget: int, by_seed: Mapping[int, Mapping[str, Any]], *, chosen: bool
 ) -> Point:
+    ends = {seed: record["history"][-1] for seed, record in by_seed.items()}
+
+    def measured(name: str) -> dict[int, Any]:
+        return {seed: end[name] for seed, end in ends.items() if name in end}
+
     return Point(
         method,
         cell,
@@ -129,12 +139,10 @@ def _point(
         mean(compute_of(record) for record in by_seed.values()),
         {seed: record["final"] for seed, record in by_seed.items()},
         {seed: record["best"] for seed, record in by_seed.items()},
-        {seed: r["history"][-1]["training_accuracy"] for seed, r in by_seed.items()},
-        {
-            seed: r["history"][-1]["recomputed_accuracy"]
-            for seed, r in by_seed.items()
-            if "recomputed_accuracy" in r["history"][-1]
-        },
+        {seed: end["training_accuracy"] for seed, end in ends.items()},
+        measured("recomputed_accuracy"),
+        measured("left_out_by_rejection"),
+        measured("accuracy_by_rejection"),
     )
 
 

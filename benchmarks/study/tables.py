@@ -33,6 +33,11 @@ Methods of `ascend=` run no pass with the whole batch at the weights, so their r
 statistics are those of perturbed weights or of parts of the batch."""
 
 
+_REJECTION = """Each run's training samples in four quarters, from the quarter that was left out of
+the descent pass least to the one that was left out most: how often, and the accuracy at the end in
+percent. Means over seeds; for the last quarter with 95 % intervals."""
+
+
 def write_report(setting: Setting, folder: Path) -> str:
     """Write study.md and the figures of a setting, and return the page.
 
@@ -57,6 +62,7 @@ def write_report(setting: Setting, folder: Path) -> str:
         f"## Against the frontiers of {setting.base} and SAM",
         _EXPLANATION.format(setting.main),
         _differences_table(setting, points),
+        *_rejection_parts(setting, points),
         *_recomputed_parts(setting, points),
         "## Tuning",
         _tuning_table(setting, records),
@@ -160,6 +166,31 @@ def _recomputed_parts(setting: Setting, points: Sequence[Point]) -> list[str]:
     table = markdown(("method", "final, %", "after `update_bn`, %", "difference"), rows)
     explanation = _RECOMPUTED.format(setting.main)
     return ["## Statistics of batch normalization", explanation, table]
+
+
+def _rejection_parts(setting: Setting, points: Sequence[Point]) -> list[str]:
+    """Return the section about samples that were left out; empty if no method leaves any out."""
+    titles = titles_of(setting)
+    rows = []
+    for p in points:
+        if not p.left_out:
+            continue
+        left_out = [f"{sum(q) / len(q):.1f}" for q in zip(*p.left_out.values(), strict=True)]
+        quarters = list(zip(*p.fits_by_quarter.values(), strict=True))
+        rows.append(
+            [
+                f"{p.budget}: {titles[p.method]}" + ("" if p.chosen else ", not the chosen cell"),
+                f"{' / '.join(left_out)} of {setting.epochs(p.method, p.budget)}",
+                *(f"{sum(quarter) / len(quarter):.1f}" for quarter in quarters[:3]),
+                _with_interval(quarters[3]),
+                f"{sum(p.fits.values()) / len(p.fits):.1f}",
+            ]
+        )
+    if not rows:
+        return []
+    columns = ("budget and method", "times left out, of all epochs")
+    columns += ("1st quarter", "2nd", "3rd", "4th, left out most", "all samples")
+    return ["## The samples that were left out most", _REJECTION, markdown(columns, rows)]
 
 
 def _difference_text(found: Difference | None) -> str:

@@ -90,6 +90,10 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
     while not (plan := make_plan(SETTING, records)).done:
         for run in plan.runs:
             final = 40.0 + gain.get(run.method, 0.0) - run.batch / 100 + generator.gauss(0, 0.01)
+            end: dict[str, Any] = {"training_accuracy": 99.0, "recomputed_accuracy": final + 0.5}
+            if run.method == "esam":
+                end["left_out_by_rejection"] = [0.0, 1.0, 2.0, 3.0 + run.seed]
+                end["accuracy_by_rejection"] = [90.0, 80.0, 70.0, 60.0 + run.seed]
             records.append(
                 {
                     "run": dataclasses.asdict(run),
@@ -98,7 +102,7 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
                     "final": final,
                     "best": final + 1,
                     "flops_ratio": METHODS[run.method],
-                    "history": [{"training_accuracy": 99.0, "recomputed_accuracy": final + 0.5}],
+                    "history": [end],
                     "data": {"training_images": 128},
                     "machine": {"processor": "one", "threads": 1},
                     "versions": {"torch": "2"},
@@ -134,6 +138,14 @@ def test_methods_are_corrected_for_their_number_and_not_for_the_reference() -> N
         assert ps[smallest] == pytest.approx(min(1.0, len(ps) * raw[smallest].p))
 
 
+def _rows(page: str, heading: str) -> dict[str, list[str]]:
+    """Return the cells of the rows of a section's table, by the text of their first cell."""
+    (section,) = [part for part in page.split("\n## ") if part.startswith(heading)]
+    found = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+    assert len({cells[1] for cells in found}) == len(found)
+    return {cells[1].strip(): cells for cells in found}
+
+
 def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     records = _records({"sam": 1.0, "esam": -2.0})
     points = reported_points(SETTING, records)
@@ -144,9 +156,7 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     page = write_report(SETTING, folder)
     assert "All runs are finished." in page
-    rows = {
-        line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if "|" in line
-    }
+    rows = _rows(page, "Against the frontiers")
     for row, column, gain in (
         ("10: SAM", 3, 1.0),
         ("10: the paper's ESAM", 3, -2.0),
@@ -157,6 +167,10 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     assert (rows["10: SAM"][4].strip() != "", rows["10: SAM"][6].strip()) == (True, "")
     assert rows["10: the paper's ESAM"][6].strip() != ""
     assert rows["10: SGD"][3].strip() == ""
+    left_out = _rows(page, "The samples that were left out most")["10: the paper's ESAM"]
+    expected = ["0.0 / 1.0 / 2.0 / 3.5 of 6", "90.0", "80.0", "70.0", "60.50 ± 6.35 (2)", "99.0"]
+    assert [text.strip() for text in left_out[2:-1]] == expected
+    rows = _rows(page, "Statistics of batch normalization")
     assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # the gain from recomputed statistics
     for name in ("frontier.png", "differences.png"):
         assert (folder / name).stat().st_size > 10_000
