@@ -192,6 +192,11 @@ class Difference:
         """Whether the whole interval is above 0."""
         return self.mean - self.half > 0.0
 
+    @property
+    def below(self) -> bool:
+        """Whether the whole interval is below 0."""
+        return self.mean + self.half < 0.0
+
     def __str__(self) -> str:
         if self.seeds < 2:
             return f"{self.mean:+.2f} (1)"

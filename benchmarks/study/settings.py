@@ -165,7 +165,11 @@ class Setting:
 
     def epochs(self, method: str, budget: int) -> int:
         """Return the epochs that a budget buys for a method."""
-        return max(1, round(budget / self.costs.get(method, METHODS[method])))
+        return max(1, round(budget / self.cost(method)))
+
+    def cost(self, method: str) -> float:
+        """Return the cost of a method's step in steps of the base optimizer."""
+        return self.costs.get(method, METHODS[method])
 
     def run(self, method: str, cell: Cell, budget: int, seed: int) -> Run:
         """Return a run of a method, with as many epochs as a budget buys.

@@ -147,7 +147,7 @@ def _rows(page: str, heading: str) -> dict[str, list[str]]:
 
 
 def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
-    records = _records({"sam": 1.0, "esam": -2.0})
+    records = _records({"sam": 1.0, "esam": -2.0, "suffix-part": 4.0})
     points = reported_points(SETTING, records)
     assert len(points) == len(METHODS) + len(CONTENDERS)
     assert {len(p.finals) for p in points} == {len(SETTING.seeds)}
@@ -170,9 +170,25 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     left_out = _rows(page, "The samples that were left out most")["10: the paper's ESAM"]
     expected = ["0.0 / 1.0 / 2.0 / 3.5 of 6", "90.0", "80.0", "70.0", "60.50 ± 6.35 (2)", "99.0"]
     assert [text.strip() for text in left_out[2:-1]] == expected
+    rules = _rows(page, "By the rule")
+    assert rules["method"][2:5] == [
+        " counts at 10 ",
+        " from SGD's best at 10 ",
+        " from SGD's best at 20 ",
+    ]
+    assert rules["Suffix(0.5), Part(0.25)"][2].strip() == "**yes**"
+    assert rules["the paper's ESAM"][2].strip() == "no: not significantly above SGD's or SAM's"
+    assert ", below 0" in rules["the paper's ESAM"][3]
+    assert rules["the paper's ESAM"][4].strip() == ""
+    (averaged,) = [line for line in page.splitlines() if "averaged weights in `small`" in line]
+    assert averaged.startswith("Suffix(0.5), Part(0.25) costs")
+    gain = float(averaged.partition("difference is **")[2].split()[0])
+    assert gain == pytest.approx(4.0, abs=0.1)
     rows = _rows(page, "Statistics of batch normalization")
     assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # the gain from recomputed statistics
     for name in ("frontier.png", "differences.png"):
         assert (folder / name).stat().st_size > 10_000
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
-    assert "Interim" in write_report(SETTING, folder)
+    interim = write_report(SETTING, folder)
+    assert "**Interim" in interim
+    assert "(interim)" in interim and "(interim)" not in page
