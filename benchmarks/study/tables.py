@@ -83,8 +83,8 @@ def write_report(setting: Setting, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.md").write_text(page, "utf-8")
     if points:
-        draw_differences(folder / "differences.png", setting, points, done=plan.done)
-        draw_frontier(folder / "frontier.png", setting, points, done=plan.done)
+        draw_differences(folder / "differences.png", setting, points)
+        draw_frontier(folder / "frontier.png", setting, points)
     return page
 
 
