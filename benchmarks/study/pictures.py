@@ -56,9 +56,9 @@ def cell_text(method: str, cell: Cell) -> str:
     return f"batch {cell.batch}, lr {cell.lr:g}{strength if cell.strength else ''}"
 
 
-def _seeds_text(setting: Setting, points: Sequence[Point], *, settled: bool) -> str:
-    """Return the number of seeds of some points, for a title."""
-    fewest, *_, most = sorted(len(p.finals) for p in (*points, *points))
+def _seeds_text(setting: Setting, counts: Sequence[int], *, settled: bool) -> str:
+    """Return the numbers of seeds of what a figure shows, for its title."""
+    fewest, most = min(counts), max(counts)
     some = f"{fewest} to {most}" if fewest < most else f"{most}"
     of = "" if fewest == len(setting.seeds) else f" of {len(setting.seeds)}"
     return f"{some}{of} seeds{'' if settled else '; interim: some runs are missing'}"
@@ -114,7 +114,7 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point]) -> N
         f"points of test accuracy above {setting.base}'s best ({epochs} epochs), 95 % interval"
     )
     settled = is_settled(setting, points, setting.main, setting.methods)
-    seeds = _seeds_text(setting, [p for _, p in rows], settled=settled)
+    seeds = _seeds_text(setting, [found.seeds for found, _ in rows], settled=settled)
     axes.set_title(
         f"{setting.words}\nthe compute of {setting.main} epochs of {setting.base}; {seeds}",
         fontsize=10,
@@ -180,9 +180,9 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point]) -> None
     )
     if drawn:
         settled = all(is_settled(setting, points, b, CONTENDERS) for b in setting.budgets)
-        seeds = _seeds_text(setting, drawn, settled=settled)
-        most = len(setting.seeds)
-        hollow = f"; hollow: fewer than {most}" if any(len(p.finals) < most for p in drawn) else ""
+        counts, most = [len(p.finals) for p in drawn], len(setting.seeds)
+        seeds = _seeds_text(setting, counts, settled=settled)
+        hollow = f"; hollow: fewer than {most}" if min(counts) < most else ""
         axes.set_title(f"{setting.words}\n{seeds}{hollow}", fontsize=10)
         axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axes.grid(alpha=0.3)

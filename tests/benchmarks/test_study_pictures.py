@@ -124,3 +124,10 @@ def test_differences_are_interim_only_if_they_can_change(axes: list[Any]) -> Non
         Path(), SETTING, [p for p in points if (p.method, p.budget) != ("suffix-part", 10)]
     )
     assert ["interim" in drawn.get_title() for drawn in axes] == [True, False]
+
+
+def test_the_seeds_of_differences_are_those_that_both_have(axes: list[Any]) -> None:
+    fewer = {0: 1.0, 1: 2.0, 2: 3.0}
+    points = [dataclasses.replace(p, finals=fewer) if p.method == "sgd" else p for p in _points()]
+    pictures.draw_differences(Path(), SETTING, points)
+    assert "3 of 4 seeds; interim" in axes[0].get_title()
