@@ -15,8 +15,8 @@ from benchmarks.train import train
 __all__ = ["compare", "is_steadily_timed"]
 
 COLUMNS = (
-    *("data, model, method", "accuracy %", "paper %", "images/s", "% of SAM's speed"),
-    *("paper's", "FLOPs / SGD"),
+    *("data, model, method", "accuracy %", "paper %", "images/s", "the paper's"),
+    *("% of SAM's speed", "the paper's", "FLOPs / SGD"),
 )
 
 
@@ -66,6 +66,7 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
                 mean_and_error(finals),
                 str(paper or ""),
                 "" if speed is None else f"{speed:.0f}",
+                "" if paper is None else f"{paper.images_per_second}",
                 "" if relative is None else f"{100 * relative:.0f}%",
                 their_speed,
                 f"{mean(r['flops_ratio'] for r in group):.3f}",

@@ -29,6 +29,10 @@ from esam_core.savings import SavingsFit, fit_savings, savings
 
 __all__ = ["printed_fit", "table4", "table5"]
 
+COLUMNS = (
+    *("N", "beta", "time", "FLOPs", "fit to the time", "the paper's fit", "printed in the paper"),
+)
+
 
 def printed_fit(name: str) -> SavingsFit:
     """Return the fit to the rows of table 4 or 5 that the paper prints.
@@ -160,16 +164,7 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
         row["paper"] = savings(row["layers"], row["beta"], k1=k1, k2=k2)
     biases = "K = 2: one bias per layer" if bias else "K = 1: no biases"
     title = f"Table {name[-1]}: share of an ascent pass that SWP saves ({biases})"
-    columns = ("N", "beta", "time", "FLOPs", "fit to the time", "the paper's fit")
-    table = [
-        [
-            str(r["layers"]),
-            f"{r['beta']:g}",
-            *(f"{r[k]:.3f}" for k in ("time_saved", "flops_saved", "fitted", "paper")),
-        ]
-        for r in rows
-    ]
-    write_tables(out, name, title, columns, table)
+    write_tables(out, name, title, COLUMNS, _cells(name, rows))
     constants = _constants(name, fits)
     columns = ("fit to", "k1", "k2", "residual")
     write_tables(out, f"{name}-fit", f"{title}: the constants", columns, constants)
@@ -177,6 +172,21 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     write_json(out / f"{name}.json", {"title": title, "options": settings, **found, **provenance()})
     _draw(out / f"{name}.png", title, rows, fits)
+
+
+def _cells(name: str, rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the measured rows beside the printed values, then the printed rows without ours."""
+    printed = {(n, beta): g for n, row in SAVINGS[name].items() for beta, g in row.items()}
+    cells = []
+    for r in rows:
+        values = [f"{r[k]:.3f}" for k in ("time_saved", "flops_saved", "fitted", "paper")]
+        g = printed.pop((r["layers"], r["beta"]), None)
+        cells.append([str(r["layers"]), f"{r['beta']:g}", *values, "" if g is None else f"{g:.4f}"])
+    k1, k2 = SAVINGS_CONSTANTS[name]
+    for (n, beta), g in printed.items():
+        fit = f"{savings(n, beta, k1=k1, k2=k2):.3f}"
+        cells.append([str(n), f"{beta:g}", "not yet measured", "", "", fit, f"{g:.4f}"])
+    return cells
 
 
 def _constants(name: str, fits: dict[str, SavingsFit]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from benchmarks.paper.fig5 import Splits
 from benchmarks.paper.fig6 import Cosines, _subsets
 from benchmarks.paper.fig7 import Linearity
 from benchmarks.paper.gradients import length
+from benchmarks.published import SAVINGS
 from benchmarks.run import Run
 from benchmarks.training import Trainer
 from torch.nn import functional as F
@@ -151,5 +152,21 @@ def test_a_comparison_shows_speed_relative_to_sam(
     assert shown == {"sgd": 2.0, "sam": 1.0, "esam": 1.3}
     lines = (tmp_path / "table1.md").read_text().splitlines()
     rows = {line.split()[3]: line for line in lines if line.startswith("| cifar10")}
-    assert rows["ESAM"].split("|")[4:7] == [" 130 ", " 130% ", " 140% "]  # the paper's is last
-    assert rows["SGD"].split("|")[4:7] == [" 200 ", " 200% ", " 197% "]
+    assert rows["ESAM"].split("|")[4:8] == [" 130 ", " 2409 ", " 130% ", " 140% "]  # ours first
+    assert rows["SGD"].split("|")[4:8] == [" 200 ", " 3387 ", " 200% ", " 197% "]
+
+
+@pytest.mark.parametrize("name", ["table4", "table5"])
+def test_all_printed_savings_are_shown_beside_ours(name: str, tmp_path: Path) -> None:
+    options = ["--layers", "2", "50", "--betas", "0.5", "0.9"]
+    options += ["--repeats", "1", "--masks", "2", "--width", "4"]
+    getattr(savings, name)(["--quick", *options, "--out", str(tmp_path)])
+    lines = (tmp_path / f"{name}.md").read_text().splitlines()[4:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    cells = [row for row in cells if row[0] != "2"]  # which the paper does not print
+    shown = {(int(n), float(beta)): float(printed) for n, beta, *_, printed in cells}
+    printed = {(n, beta): g for n, row in SAVINGS[name].items() for beta, g in row.items()}
+    assert shown == printed
+    ours = {(int(n), float(beta)): time for n, beta, time, *_ in cells}
+    assert "not yet measured" not in (ours.pop((50, 0.5)), ours.pop((50, 0.9)))
+    assert set(ours.values()) == {"not yet measured"}

@@ -203,7 +203,7 @@ def _expected(table: Table, point: Point, what: str) -> Expected | None:
 
 _CELL = re.compile(
     r"(?P<value>[+-]?\d+(?:\.\d+)?)(?: ± (?P<half>\d+\.\d+))?"
-    r"(?: \(p (?P<sign>[=<]) (?P<p>\.\d+)[^)]*\))?"
+    r"(?: \([^)]*p (?P<sign>[=<]) (?P<p>\.\d+)[^)]*\))?"
 )
 
 
