@@ -157,14 +157,16 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point]) -> None
 
     For the two frontiers, also their best so far where it is more than what the budget gives.
     Points of fewer than three seeds are left out: their intervals would be larger than the figure.
+    Nothing is written without any others.
     """
+    lines = {method: _line(setting, points, method) for method in CONTENDERS}
+    drawn = [p for line in lines.values() for p in line]
+    if not drawn:
+        return
     figure, axes = plt.subplots(figsize=(8, 5))
-    drawn: list[Point] = []
-    for i, method in enumerate(CONTENDERS):
-        line = _line(setting, points, method)
+    for i, (method, line) in enumerate(lines.items()):
         if not line:
             continue
-        drawn += line
         name, words = titles_of(setting)[method], _WORDS.get(method)
         _draw_line(axes, setting, i, line, name if words is None else f"{name}: {words}")
         for best, dear in best_so_far(points, line) if method in FRONTIERS else ():
@@ -178,13 +180,12 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point]) -> None
         xlabel=f"compute (epochs of {setting.base})",
         ylabel="final test accuracy (%), 95 % interval",
     )
-    if drawn:
-        settled = all(is_settled(setting, points, b, CONTENDERS) for b in setting.budgets)
-        counts, most = [len(p.finals) for p in drawn], len(setting.seeds)
-        seeds = _seeds_text(setting, counts, settled=settled)
-        hollow = f"; hollow: fewer than {most}" if min(counts) < most else ""
-        axes.set_title(f"{setting.words}\n{seeds}{hollow}", fontsize=10)
-        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    settled = all(is_settled(setting, points, b, CONTENDERS) for b in setting.budgets)
+    counts, most = [len(p.finals) for p in drawn], len(setting.seeds)
+    seeds = _seeds_text(setting, counts, settled=settled)
+    hollow = f"; hollow: fewer than {most}" if min(counts) < most else ""
+    axes.set_title(f"{setting.words}\n{seeds}{hollow}", fontsize=10)
+    axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axes.grid(alpha=0.3)
     save(figure, path)
 

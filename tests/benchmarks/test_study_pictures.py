@@ -100,6 +100,12 @@ def test_points_of_very_few_seeds_are_left_out(axes: list[Any]) -> None:
     assert _curves(axes[0])["SGD"] == [44.0, 43.0]
 
 
+def test_no_empty_figure_is_drawn(axes: list[Any]) -> None:
+    pictures.draw_frontier(Path(), SETTING, [_point("sgd", 5, 45.0, seeds=2)])
+    pictures.draw_differences(Path(), SETTING, [_point("sgd", 20, 45.0, seeds=2)])
+    assert axes == []
+
+
 def test_differences_say_from_what_and_of_how_many_epochs(axes: list[Any]) -> None:
     pictures.draw_differences(Path(), SETTING, _points())
     (drawn,) = axes
