@@ -54,6 +54,9 @@ class Point:
         bests: best test accuracies, by seed.
         fits: accuracies on the training samples, by seed.
         recomputed: final test accuracies after `update_bn`, by seed, if they were measured.
+        left_out: by seed, how often the samples were left out of the descent pass: means of four
+            quarters, from the one that was left out least. Empty if the method selects no samples.
+        fits_by_quarter: by seed, accuracies on these quarters.
     """
 
     method: str
@@ -65,6 +68,8 @@ class Point:
     bests: Mapping[int, float]
     fits: Mapping[int, float]
     recomputed: Mapping[int, float] = field(default_factory=dict)
+    left_out: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    fits_by_quarter: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -121,6 +126,11 @@ def reported_points(setting: Setting, records: Sequence[Mapping[str, Any]]) -> l
 def _point(
     method: str, cell: Cell, budget: int, by_seed: Mapping[int, Mapping[str, Any]], *, chosen: bool
 ) -> Point:
+    ends = {seed: record["history"][-1] for seed, record in by_seed.items()}
+
+    def measured(name: str) -> dict[int, Any]:
+        return {seed: end[name] for seed, end in ends.items() if name in end}
+
     return Point(
         method,
         cell,
@@ -129,17 +139,18 @@ def _point(
         mean(compute_of(record) for record in by_seed.values()),
         {seed: record["final"] for seed, record in by_seed.items()},
         {seed: record["best"] for seed, record in by_seed.items()},
-        {seed: r["history"][-1]["training_accuracy"] for seed, r in by_seed.items()},
-        {
-            seed: r["history"][-1]["recomputed_accuracy"]
-            for seed, r in by_seed.items()
-            if "recomputed_accuracy" in r["history"][-1]
-        },
+        {seed: end["training_accuracy"] for seed, end in ends.items()},
+        measured("recomputed_accuracy"),
+        measured("left_out_by_rejection"),
+        measured("accuracy_by_rejection"),
     )
 
 
 def frontier(points: Iterable[Point], method: str, compute: float) -> Point | None:
     """Return the point of a method with the highest mean within a compute, or None.
+
+    As long as runs are missing, only the points with the most seeds are considered: one with a few
+    would also limit each comparison to these few.
 
     Args:
         points: all points of the setting.
@@ -147,7 +158,9 @@ def frontier(points: Iterable[Point], method: str, compute: float) -> Point | No
         compute: in epochs of SGD; a point may cost 5 % more.
     """
     affordable = [p for p in points if p.method == method and p.compute <= TOLERANCE * compute]
-    return max(affordable, key=lambda point: point.mean, default=None)
+    most = max((len(p.finals) for p in affordable), default=0)
+    full = (p for p in affordable if len(p.finals) == most)
+    return max(full, key=lambda point: point.mean, default=None)
 
 
 def interval(values: Sequence[float]) -> float:
@@ -178,6 +191,11 @@ class Difference:
     def above(self) -> bool:
         """Whether the whole interval is above 0."""
         return self.mean - self.half > 0.0
+
+    @property
+    def below(self) -> bool:
+        """Whether the whole interval is below 0."""
+        return self.mean + self.half < 0.0
 
     def __str__(self) -> str:
         if self.seeds < 2:

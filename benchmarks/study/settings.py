@@ -115,6 +115,7 @@ class Setting:
     Args:
         name: its name on the command line.
         title: its name in tables.
+        words: its name in figures.
         shared: fields that all runs have in common.
         main: the budget at which all methods are tuned and compared.
         budgets: the budgets at which methods are compared: costs of a run in epochs of SGD.
@@ -134,6 +135,7 @@ class Setting:
 
     name: str
     title: str
+    words: str
     shared: Mapping[str, Any]
     main: int
     budgets: tuple[int, ...]
@@ -165,7 +167,11 @@ class Setting:
 
     def epochs(self, method: str, budget: int) -> int:
         """Return the epochs that a budget buys for a method."""
-        return max(1, round(budget / self.costs.get(method, METHODS[method])))
+        return max(1, round(budget / self.cost(method)))
+
+    def cost(self, method: str) -> float:
+        """Return the cost of a method's step in steps of the base optimizer."""
+        return self.costs.get(method, METHODS[method])
 
     def run(self, method: str, cell: Cell, budget: int, seed: int) -> Run:
         """Return a run of a method, with as many epochs as a budget buys.
@@ -204,6 +210,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             name="small",
             title="4,000 images of 20 classes of CIFAR-100, 16 x 16, ResNet-10 of width 16",
+            words="4,000 images of 20 classes of CIFAR-100",
             shared=_SMALL,
             main=20,
             budgets=(10, 20, 40),
@@ -218,6 +225,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             name="fresh",
             title="as small, with 20 other classes and nothing tuned",
+            words="20 other classes of CIFAR-100, nothing tuned",
             shared={**_SMALL, "first_class": 20},
             main=20,
             budgets=(10, 20),
@@ -232,6 +240,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             name="noisy",
             title="as small, 30 % of the training labels wrong",
+            words="30 % of the training labels wrong",
             shared={**_SMALL, "noise": 0.3},
             main=20,
             budgets=(10, 20, 40),
@@ -245,6 +254,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             name="text",
             title="128 KB of Python's language reference, transformer of 4 layers and width 64",
+            words="Text: the next byte of Python's language reference",
             shared={
                 "data": "pydoc",
                 "images": 131072,
@@ -266,6 +276,7 @@ SETTINGS: dict[str, Setting] = {
         Setting(
             name="wide",
             title="as small, width 32, cropped and mirrored",
+            words="A wider network, images cropped and mirrored",
             shared={**_SMALL, "width": 32, "augment": True},
             main=120,
             budgets=(120,),
@@ -283,6 +294,7 @@ SETTINGS: dict[str, Setting] = {
 QUICK = Setting(
     name="quick",
     title="150 digits, ResNet-8 of width 2",
+    words="150 digits",
     shared={"data": "digits", "images": 150, "model": "resnet8", "width": 2, "device": "cpu"},
     main=2,
     budgets=(2, 4),

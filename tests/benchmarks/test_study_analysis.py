@@ -66,6 +66,12 @@ def test_a_frontier_is_the_best_accuracy_up_to_each_cost() -> None:
     assert frontier(points, "sgd", 5.0) is None
 
 
+def test_a_point_with_missing_seeds_is_no_frontier_as_long_as_there_is_a_better_known_one() -> None:
+    known, begun = _point("sgd", 10, 44.0, 45.0), _point("sgd", 20, 50.0)
+    assert frontier([known, begun], "sgd", 20.0) == known
+    assert frontier([begun], "sgd", 20.0) == begun
+
+
 def test_holms_correction_by_hand() -> None:
     ps = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
     expected = {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
@@ -84,6 +90,10 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
     while not (plan := make_plan(SETTING, records)).done:
         for run in plan.runs:
             final = 40.0 + gain.get(run.method, 0.0) - run.batch / 100 + generator.gauss(0, 0.01)
+            end: dict[str, Any] = {"training_accuracy": 99.0, "recomputed_accuracy": final + 0.5}
+            if run.method == "esam":
+                end["left_out_by_rejection"] = [0.0, 1.0, 2.0, 3.0 + run.seed]
+                end["accuracy_by_rejection"] = [90.0, 80.0, 70.0, 60.0 + run.seed]
             records.append(
                 {
                     "run": dataclasses.asdict(run),
@@ -92,7 +102,7 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
                     "final": final,
                     "best": final + 1,
                     "flops_ratio": METHODS[run.method],
-                    "history": [{"training_accuracy": 99.0, "recomputed_accuracy": final + 0.5}],
+                    "history": [end],
                     "data": {"training_images": 128},
                     "machine": {"processor": "one", "threads": 1},
                     "versions": {"torch": "2"},
@@ -128,8 +138,16 @@ def test_methods_are_corrected_for_their_number_and_not_for_the_reference() -> N
         assert ps[smallest] == pytest.approx(min(1.0, len(ps) * raw[smallest].p))
 
 
+def _rows(page: str, heading: str) -> dict[str, list[str]]:
+    """Return the cells of the rows of a section's table, by the text of their first cell."""
+    (section,) = [part for part in page.split("\n## ") if part.startswith(heading)]
+    found = [line.split("|") for line in section.splitlines() if line.startswith("|")]
+    assert len({cells[1] for cells in found}) == len(found)
+    return {cells[1].strip(): cells for cells in found}
+
+
 def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
-    records = _records({"sam": 1.0, "esam": -2.0})
+    records = _records({"sam": 1.0, "esam": -2.0, "suffix-part": 4.0})
     points = reported_points(SETTING, records)
     assert len(points) == len(METHODS) + len(CONTENDERS)
     assert {len(p.finals) for p in points} == {len(SETTING.seeds)}
@@ -138,9 +156,7 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     page = write_report(SETTING, folder)
     assert "All runs are finished." in page
-    rows = {
-        line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if "|" in line
-    }
+    rows = _rows(page, "Against the frontiers")
     for row, column, gain in (
         ("10: SAM", 3, 1.0),
         ("10: the paper's ESAM", 3, -2.0),
@@ -151,8 +167,28 @@ def test_a_report_lists_the_methods_above_the_frontiers(tmp_path: Path) -> None:
     assert (rows["10: SAM"][4].strip() != "", rows["10: SAM"][6].strip()) == (True, "")
     assert rows["10: the paper's ESAM"][6].strip() != ""
     assert rows["10: SGD"][3].strip() == ""
+    left_out = _rows(page, "The samples that were left out most")["10: the paper's ESAM"]
+    expected = ["0.0 / 1.0 / 2.0 / 3.5 of 6", "90.0", "80.0", "70.0", "60.50 ± 6.35 (2)", "99.0"]
+    assert [text.strip() for text in left_out[2:-1]] == expected
+    rules = _rows(page, "By the rule")
+    assert rules["method"][2:5] == [
+        " counts at 10 ",
+        " from SGD's best at 10 ",
+        " from SGD's best at 20 ",
+    ]
+    assert rules["Suffix(0.5), Part(0.25)"][2].strip() == "**yes**"
+    assert rules["the paper's ESAM"][2].strip() == "no: not significantly above SGD's or SAM's"
+    assert ", below 0" in rules["the paper's ESAM"][3]
+    assert rules["the paper's ESAM"][4].strip() == ""
+    (averaged,) = [line for line in page.splitlines() if "averaged weights in `small`" in line]
+    assert averaged.startswith("Suffix(0.5), Part(0.25) costs")
+    gain = float(averaged.partition("difference is **")[2].split()[0])
+    assert gain == pytest.approx(4.0, abs=0.1)
+    rows = _rows(page, "Statistics of batch normalization")
     assert "+0.50 ± 0.00 (2)" in rows["SAM"][4]  # the gain from recomputed statistics
     for name in ("frontier.png", "differences.png"):
         assert (folder / name).stat().st_size > 10_000
     (folder / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
-    assert "Interim" in write_report(SETTING, folder)
+    interim = write_report(SETTING, folder)
+    assert "**Interim" in interim
+    assert "(interim)" in interim and "(interim)" not in page
