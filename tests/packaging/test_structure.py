@@ -142,3 +142,44 @@ def test_private_names_are_found(tmp_path):
         "getattr(model, '_orig_mod')\nself.__dict__"
     )
     assert foreign_names(tmp_path.glob("*.py")) == {"a.py": {"_dynamo", "_version", "_orig_mod"}}
+
+
+#: Names with which code reads the frames of its callers.
+STACK = {
+    *("_getframe", "_getframemodulename", "currentframe", "extract_stack", "f_back", "walk_stack"),
+    *("inspect.stack", "inspect.getouterframes"),
+}
+
+
+def stack_reads(paths):
+    """Return {file name: names with which the file reads the stack of its callers}."""
+    found = {}
+    for path in paths:
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Attribute(attr=name) | ast.Name(id=name):
+                    names |= {name, ast.unparse(node)}
+                case ast.ImportFrom(module=module):
+                    for alias in node.names:
+                        names |= {alias.name, f"{module}.{alias.name}"}
+        if names & STACK:
+            found[path.name] = names & STACK
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_no_code_reads_the_stack_of_its_callers(source):
+    assert stack_reads(source.rglob("*.py")) == {}
+
+
+def test_reads_of_the_stack_are_found(tmp_path):
+    (tmp_path / "a.py").write_text("import sys\nsys._getframe(1).f_back\nnumpy.stack([x])")
+    (tmp_path / "b.py").write_text("from inspect import currentframe, stack")
+    (tmp_path / "c.py").write_text("import inspect\ninspect.signature(f)\ninspect.stack()")
+    (tmp_path / "d.py").write_text("from keras.ops import stack\nstack([x])\nframe")
+    assert stack_reads(tmp_path.glob("*.py")) == {
+        "a.py": {"_getframe", "f_back"},
+        "b.py": {"currentframe", "inspect.stack"},
+        "c.py": {"inspect.stack"},
+    }
