@@ -1,7 +1,7 @@
 """The protocol of a backend: everything that differs between TensorFlow, JAX and torch."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import keras
@@ -10,13 +10,32 @@ from esam_core import ESAMConfig, ESAMRuntimeError
 from esam_keras.perturbation import Perturbation
 from esam_keras.plan import Plan
 
-__all__ = ["Backend", "Cut", "refuse_distribution"]
+__all__ = ["Backend", "Cut", "Unknown", "refuse_distribution"]
 
 Tensor = Any
 
 #: `cut(place, value)` returns, as a leaf, a value that a forward assigned to a variable. Its
 #: gradient counts as that of the variable at this place, and does not flow further back.
 Cut = Callable[[int, Tensor], Tensor]
+
+
+class Unknown:
+    """The state of a model that Keras does not know, during one step; here there is none."""
+
+    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[Any]:
+        """Return the context of one pass, which starts from the state at the entry of the step.
+
+        Args:
+            running: whether layers normalise by the running statistics after the ascent pass.
+            records: whether the state after this pass is kept.
+        """
+        return nullcontext()
+
+    def keep_random_state(self) -> None:
+        """Set the generators to their state after the pass that records."""
+
+    def keep_buffers(self) -> None:
+        """Set the buffers to their values after the pass that records."""
 
 
 class Backend(Protocol):
@@ -78,18 +97,6 @@ class Backend(Protocol):
 
     def inputs_of_pass(self, x: Any) -> Any:
         """Return a batch's inputs for one pass: copies if a layer may write to them."""
-        ...
-
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        """Return the context of one pass, which starts from the unknown state at entry.
-
-        Args:
-            model: the model that runs. "Unknown" is state that Keras does not manage.
-            running: whether layers normalise by the running statistics after the ascent pass.
-            records: whether the state after this pass is kept.
-        """
         ...
 
     # -- a step of a model -------------------------------------------------------------------------

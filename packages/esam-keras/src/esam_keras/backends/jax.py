@@ -18,7 +18,7 @@ import keras
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
-from esam_keras.backends.base import Backend, Cut
+from esam_keras.backends.base import Backend, Cut, Unknown
 from esam_keras.evaluation import Evaluated, Evaluator, State, Variables, batch_size
 from esam_keras.handover import applying
 from esam_keras.metrics import log_sums, logs_if, metrics_after
@@ -79,11 +79,6 @@ class JaxBackend(Backend):
 
     def inputs_of_pass(self, x: Any) -> Any:
         return x  # tensors are not written to
-
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        return nullcontext()  # Keras knows all state
 
     # -- a step of a model -------------------------------------------------------------------------
 
@@ -250,8 +245,9 @@ def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> S
         if plan.ascent.of == "earlier":
             earlier = training.esam.direction(variables.trainable)
     batch = keras.utils.unpack_x_y_sample_weight(data)
+    with_rows = prepared.outputs_with_rows
     return Step(
-        Evaluator(BACKEND, model, prepared.route, variables, batch, prepared.outputs_with_rows),
+        Evaluator(BACKEND, Unknown(), model, prepared.route, variables, batch, with_rows),
         training.esam.config,
         plan,
         inputs,

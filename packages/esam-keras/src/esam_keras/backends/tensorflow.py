@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
-from esam_keras.backends.assigning import AssigningBackend, Unknown
-from esam_keras.backends.base import Cut, refuse_distribution
+from esam_keras.backends.assigning import AssigningBackend
+from esam_keras.backends.base import Cut, Unknown, refuse_distribution
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
@@ -67,17 +67,11 @@ class TensorFlowBackend(AssigningBackend):
     def inputs_of_pass(self, x: Any) -> Any:
         return x  # tensors are not written to
 
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        """Refuse methods compiled by `tf.function`; Keras knows all state."""
-        return compat.replace_methods(_compiled_methods(model))
-
     def value(self, variable: Any) -> Tensor:
         return tf.convert_to_tensor(variable.value)
 
     def whole_step(self, model: keras.Model) -> AbstractContextManager[Unknown]:
-        return nullcontext(Unknown())
+        return nullcontext(_Uncompiled(model))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
@@ -145,6 +139,16 @@ class TensorFlowBackend(AssigningBackend):
             return logs
 
         return train_function
+
+
+class _Uncompiled(Unknown):
+    """Refuses methods compiled by `tf.function` in passes; Keras knows all state."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+
+    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[Any]:
+        return compat.replace_methods(_compiled_methods(self._model))
 
 
 def _compiled_methods(model: Any) -> list[tuple[Any, str, Callable[..., NoReturn]]]:

@@ -1,9 +1,8 @@
 """torch: eager, computing only the gradients that the mask needs."""
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import keras
@@ -29,13 +28,8 @@ __all__ = ["BACKEND", "TorchBackend"]
 Tensor = Any
 
 
-class TorchBackend(AssigningBackend, threading.local):
-    """Keras on torch; see `esam_keras.backends.base.Backend`.
-
-    Several threads may each train their own model.
-    """
-
-    _unknown: UnknownState | None = None
+class TorchBackend(AssigningBackend):
+    """Keras on torch; see `esam_keras.backends.base.Backend`."""
 
     def gradients(
         self,
@@ -129,32 +123,21 @@ class TorchBackend(AssigningBackend, threading.local):
         """Return copies: Keras's own RandomBrightness writes to its input."""
         return keras.tree.map_structure(_copy, x)
 
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        """Start a forward from the state at entry, including state that Keras does not know."""
-        return (
-            nullcontext()
-            if self._unknown is None
-            else self._unknown.one_pass(running=running, records=records)
-        )
-
     def value(self, variable: Any) -> Tensor:
         return variable.value.detach()
 
     @contextmanager
     def whole_step(self, model: keras.Model) -> Iterator[UnknownState]:
         """Let the passes use copies of the buffers; restore the generators after an error."""
-        self._unknown = UnknownState(model)
+        unknown = UnknownState(model)
         try:
-            self._unknown.use_copies()
-            yield self._unknown
+            unknown.use_copies()
+            yield unknown
         except BaseException:
-            self._unknown.restore_random_state()
+            unknown.restore_random_state()
             raise
         finally:
-            self._unknown.put_back()
-            self._unknown = None
+            unknown.put_back()
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         with torch.no_grad():
