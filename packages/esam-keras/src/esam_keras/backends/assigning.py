@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from esam_keras.backends.base import Backend, Unknown
+from esam_keras.backends.base import Backend, ModelTraining, Unknown
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
 from esam_keras.handover import StepVariables
 from esam_keras.metrics import log_sums, logs_if, metrics_after
@@ -33,14 +33,19 @@ class AssigningBackend(Backend):
     keeps_assigned = True
 
     def step(
-        self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+        self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step and return its logs and its report's arrays."""
         with self.whole_step(training.model) as unknown:
             return self._step(training, plan, inputs, arguments[0], unknown)
 
     def _step(
-        self, training: Any, plan: Plan, inputs: dict[str, Tensor], data: Any, unknown: Unknown
+        self,
+        training: ModelTraining,
+        plan: Plan,
+        inputs: dict[str, Tensor],
+        data: Any,
+        unknown: Unknown,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step inside `whole_step`."""
         model, esam, prepared = training.model, training.esam, training.prepared

@@ -7,16 +7,43 @@ from typing import Any, Protocol
 import keras
 
 from esam_core import ESAMConfig, ESAMRuntimeError
+from esam_keras.optimizer import ESAM
 from esam_keras.perturbation import Perturbation
-from esam_keras.plan import Plan
+from esam_keras.plan import Drawn, Plan
+from esam_keras.prepared import Prepared
 
-__all__ = ["Backend", "Cut", "Unknown", "refuse_distribution"]
+__all__ = ["Backend", "Cut", "ModelTraining", "Unknown", "refuse_distribution"]
 
 Tensor = Any
 
 #: `cut(place, value)` returns, as a leaf, a value that a forward assigned to a variable. Its
 #: gradient counts as that of the variable at this place, and does not flow further back.
 Cut = Callable[[int, Tensor], Tensor]
+
+
+class ModelTraining(Protocol):
+    """What backends use of an `esam_keras.training.Training`, whose module imports this one."""
+
+    model: keras.Model
+    esam: ESAM
+
+    @property
+    def prepared(self) -> Prepared: ...
+
+    @property
+    def has_own_train_step(self) -> bool: ...
+
+    def prepare(self, data: Any, state: Any = None) -> None: ...
+
+    def draw(self, count: int, data: Any, *, compiled: bool, state: Any = None) -> Drawn: ...
+
+    def step(
+        self, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+    ) -> tuple[Any, dict[str, Any] | None]: ...
+
+    def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None: ...
+
+    def with_means(self, logs: dict[str, Any], sums: list[Tensor]) -> dict[str, Any]: ...
 
 
 class Unknown:
@@ -39,10 +66,7 @@ class Unknown:
 
 
 class Backend(Protocol):
-    """The parts of a step that depend on the Keras backend.
-
-    A `training` is an `esam_keras.training.Training`, whose module imports this one.
-    """
+    """The parts of a step that depend on the Keras backend."""
 
     #: The arguments that Keras passes to `train_step`, by name.
     arguments: tuple[str, ...]
@@ -114,12 +138,12 @@ class Backend(Protocol):
         ...
 
     def step(
-        self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+        self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run the step that was drawn.
 
         Args:
-            training: the model's `Training`.
+            training: ESAM's part of the model.
             plan: the static part of the step.
             inputs: tensors by name.
             *arguments: see `arguments`.
@@ -129,11 +153,11 @@ class Backend(Protocol):
         """
         ...
 
-    def eager_step(self, training: Any, *arguments: Any) -> Any:
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         """Draw a step, run it uncompiled, count it, and return the result of `train_step`."""
         ...
 
-    def make_train_function(self, training: Any) -> Callable[..., Any]:
+    def make_train_function(self, training: ModelTraining) -> Callable[..., Any]:
         """Return the function that `fit` calls."""
         ...
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
 from esam_keras.backends.assigning import AssigningBackend
-from esam_keras.backends.base import Cut, Unknown, refuse_distribution
+from esam_keras.backends.base import Cut, ModelTraining, Unknown, refuse_distribution
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
@@ -106,7 +106,7 @@ class TensorFlowBackend(AssigningBackend):
     def is_tracing(self, *arguments: Any) -> bool:
         return tf.inside_function()
 
-    def eager_step(self, training: Any, *arguments: Any) -> Any:
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         (data,) = arguments
         training.prepare(data)
         count = int(training.esam.count.numpy())
@@ -116,7 +116,9 @@ class TensorFlowBackend(AssigningBackend):
         training.esam.count.assign(count + 1)
         return logs
 
-    def make_train_function(self, training: Any) -> Callable[[Iterator[Any]], dict[str, Any]]:
+    def make_train_function(
+        self, training: ModelTraining
+    ) -> Callable[[Iterator[Any]], dict[str, Any]]:
         model = training.model
         compiled = not model.run_eagerly
         functions: dict[Plan, Callable[..., Any]] = {}
@@ -202,7 +204,7 @@ def _refuse_raw_variables(layer: Any) -> None:
             )
 
 
-def step_function(training: Any, plan: Plan) -> Callable[[Any, Any], Any]:
+def step_function(training: ModelTraining, plan: Plan) -> Callable[[Any, Any], Any]:
     """Return the function of inputs and a batch that runs a step of one plan."""
     model = training.model
     step: Callable[[Any, Any], Any] = functools.partial(training.step, plan)

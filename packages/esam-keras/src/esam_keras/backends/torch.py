@@ -11,7 +11,7 @@ import torch
 
 from esam_core import ESAMConfig, ESAMValueError
 from esam_keras.backends.assigning import AssigningBackend
-from esam_keras.backends.base import Cut, refuse_distribution
+from esam_keras.backends.base import Cut, ModelTraining, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import (
@@ -158,10 +158,10 @@ class TorchBackend(AssigningBackend):
     def is_tracing(self, *arguments: Any) -> bool:
         return torch.compiler.is_compiling()
 
-    def eager_step(self, training: Any, *arguments: Any) -> Any:
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         return self._run_counted(training, arguments[0], functools.partial(self.step, training))
 
-    def make_train_function(self, training: Any) -> Callable[[Any], dict[str, Any]]:
+    def make_train_function(self, training: ModelTraining) -> Callable[[Any], dict[str, Any]]:
         steps = training.model.steps_per_execution
         if steps > 1:
             raise ESAMValueError(
@@ -176,7 +176,7 @@ class TorchBackend(AssigningBackend):
 
         return train_function
 
-    def _run_counted(self, training: Any, data: Any, make: Callable[..., Any]) -> Any:
+    def _run_counted(self, training: ModelTraining, data: Any, make: Callable[..., Any]) -> Any:
         """Draw a step, run it, and count it."""
         training.prepare(data)
         count = int(training.esam.count.value)
