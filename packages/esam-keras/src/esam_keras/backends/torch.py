@@ -14,13 +14,7 @@ from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, ModelTraining, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
 from esam_keras.handover import StepVariables
-from esam_keras.perturbation import (
-    Perturbation,
-    norm_weights,
-    perturb,
-    representable,
-    smallest_divisor,
-)
+from esam_keras.perturbation import Perturbation, norm_weights, perturb, radius_per_norm
 from esam_keras.plan import Drawn
 
 __all__ = ["BACKEND", "TorchBackend"]
@@ -94,13 +88,7 @@ class TorchBackend(AssigningBackend):
             norms = torch.stack(torch._foreach_norm(lengths))
             length = torch.where(weights > 0, norms * weights.sqrt(), 0.0).norm()
             finite = torch.isfinite(length)
-            divisor = torch.ones_like(length) if config.norm == "none" else length + config.norm_eps
-            smallest = smallest_divisor(divisor)
-            if config.norm_eps < smallest:
-                divisor = divisor.clamp_min(smallest)
-            common = representable(rho, divisor) / divisor
-            if config.norm_eps < smallest:
-                common = torch.where(length == 0.0, 0.0, common)
+            common = radius_per_norm(rho, length, config)
             steps = torch.tensor(factors, dtype=dtype, device=device) * common
             if config.adaptive:
                 norms = torch.stack(torch._foreach_norm(directions))
