@@ -191,9 +191,7 @@ def _refuse_raw_variables(layer: Any) -> None:
     """
     if type(layer).__module__.partition(".")[0] == "keras":
         return
-    for name, value in vars(layer).items():
-        if name.startswith("_self_"):  # TensorFlow's own records for checkpoints
-            continue
+    for name, value in compat.attributes(layer).items():
         values = list(value.values()) if isinstance(value, dict) else value
         held = values if isinstance(values, list | tuple) else [value]
         if any(isinstance(part, tf.Variable) for part in held):
