@@ -149,17 +149,33 @@ def test_variables_of_an_optimizer(model):
     compat.know_variables(other, variables)
     assert compat.known_variables(other) == variables
     assert not {id(v) for v in other.variables} & {id(v) for v in variables}
-    moments = [compat.first_moment(base, v, name="momentums") for v in variables[::-1]]
-    assert [m.shape for m in moments] == [v.shape for v in variables[::-1]]
-    assert all("momentum" in m.path for m in moments)
-    plain = keras.optimizers.SGD(0.1)
-    plain.build(variables)
-    assert compat.first_moment(plain, variables[0], name="momentums") is None
     so_far = compat.accumulated_gradients(base, variables[1:])
     assert [v.shape for v in so_far] == [v.shape for v in variables[1:]]
     assert all("gradient_accumulator" in v.path for v in so_far)
     (clipped,) = compat.clip_gradients(base, [ops.convert_to_tensor([1.0, -2.0, 0.25])])
     assert ops.convert_to_numpy(clipped).tolist() == [0.5, -0.5, 0.25]
+
+
+@pytest.mark.parametrize("name", compat.MOMENTS)
+def test_first_moments_of_an_optimizer(name, model):
+    if not hasattr(keras.optimizers, name):
+        pytest.skip("this Keras has none")
+    settings = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(keras.optimizers, name)(0.1, **settings)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    assert isinstance(getattr(optimizer, compat.moments_name(optimizer)), list)
+    moments = [compat.first_moment(optimizer, v) for v in variables[::-1]]
+    assert [m.shape for m in moments] == [v.shape for v in variables[::-1]]
+    assert all("momentum" in m.path or m.path.endswith("_m") for m in moments)
+
+
+def test_optimizers_without_first_moments(model):
+    plain, other = keras.optimizers.SGD(0.1), keras.optimizers.RMSprop(0.1)
+    for optimizer in (plain, other):
+        optimizer.build(model.trainable_variables)
+        assert compat.first_moment(optimizer, model.trainable_variables[0]) is None
+    assert compat.moments_name(other) is None
 
 
 @pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has none")
@@ -184,6 +200,15 @@ def test_private_names_of_tensorflow(model):
     assert compat.distribution_strategy(model) is None
     assert compat.is_sparse(tf.sparse.from_dense([[1.0, 0.0]]))
     assert isinstance(compat.reads_optionals(model), bool)
+    layer = model.layers[0]
+    layer.own = tf.Variable(1.0)
+
+    def holders(attributes):
+        parts = {n: v.values() if isinstance(v, dict) else [v] for n, v in attributes.items()}
+        return [name for name, held in parts.items() if any(v is layer.own for v in held)]
+
+    assert len(holders(vars(layer))) > 1
+    assert holders(compat.attributes(layer)) == ["own"]
 
 
 @pytest.mark.backends("torch")

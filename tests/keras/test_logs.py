@@ -7,7 +7,8 @@ from keras import ops
 from tests.keras.scene import Oracle, cross_entropy, data, mlp, same, trainable, weights
 
 from esam_core import ESAMRuntimeError
-from esam_keras import ESAM, Between, Everything, TopLoss
+from esam_keras import ESAM, Between, Everything, RunningMeans, TopLoss
+from esam_keras.report import KerasReport
 
 X, Y = data()
 
@@ -225,3 +226,22 @@ def test_trained_weights_that_compute_metrics_assigns_are_refused():
     with pytest.raises(ESAMRuntimeError, match="`compute_metrics` must not assign to trained"):
         model.train_on_batch(X, Y)
     same(weights(model), before)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_means_of_reports_in_half_precision(dtype):
+    """Sums in float16 overflow at 65504; in bfloat16 they soon stop growing."""
+    losses = ops.convert_to_tensor([1000.0, 2000.0], dtype=dtype)
+    perturbed = ops.convert_to_tensor([1504.0, 3000.0], dtype=dtype)
+    indices = ops.convert_to_tensor([1], dtype="int32")
+    report = KerasReport(count=0, losses=losses, perturbed_losses=perturbed, indices=indices)
+    means = RunningMeans(("loss", "sharpness", "rejected_sharpness", "threshold"))
+    for _ in range(600):
+        means.update(report)
+    increases = ops.convert_to_numpy(ops.cast(perturbed, "float32") - ops.cast(losses, "float32"))
+    assert means.result() == {
+        "loss": pytest.approx(1500.0),
+        "sharpness": pytest.approx(increases.mean()),
+        "rejected_sharpness": pytest.approx(increases[0]),
+        "threshold": pytest.approx(increases[1]),
+    }

@@ -1,6 +1,7 @@
 """Unusual models that plain Keras trains: ESAM trains them too, or raises an error."""
 
 import threading
+from contextlib import nullcontext
 
 import keras
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from keras import ops
 from tests.keras.scene import close, cross_entropy, data, mlp, same, trainable
 
-from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError
+from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_keras import ESAM, Bernoulli, Everything, Part, Previous, Random, Suffix, TopLoss
 
 BACKEND = keras.backend.backend()
@@ -254,6 +255,47 @@ def test_checkpointed_parts_run_again_at_the_same_weights(settings):
         return trainable(model)
 
     close(weights(True), weights(False), rtol=1e-6, atol=1e-7)
+
+
+class TrainsAnother(keras.layers.Layer):
+    """Returns its input; each call runs `step` first."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def call(self, x):
+        if not isinstance(x, keras.KerasTensor):
+            self.step()
+        return x
+
+
+@pytest.mark.backends("tensorflow", "torch")  # JAX traces each pass
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_inside_a_pass_of_another(fails):
+    """Each step has its own noise, and its own copies of what Keras does not know."""
+    inner = mlp()
+    inner.compile(
+        esam(on_nonfinite="raise", beta=1.0, gamma=0.5), cross_entropy(), run_eagerly=True
+    )
+    inner.train_on_batch(X, Y)
+
+    def step():
+        x = X * np.float32("nan") if fails else X
+        with pytest.raises(NonFiniteError) if fails else nullcontext():
+            inner.train_on_batch(x, Y)
+
+    def weights(step):
+        keras.utils.set_random_seed(0)
+        dropout = keras.layers.Dropout(0.5), keras.layers.Dropout(0.5)
+        parts = [dropout[0], TrainsAnother(step), dropout[1]]
+        model = keras.Sequential(
+            [keras.Input((6,)), keras.layers.Dense(8), *parts, keras.layers.Dense(3)]
+        )
+        fit(model, esam(beta=1.0, gamma=0.5), run_eagerly=True)
+        return trainable(model)
+
+    same(weights(step), weights(lambda: None))
 
 
 @pytest.mark.backends("torch")

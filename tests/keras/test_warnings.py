@@ -1,10 +1,33 @@
-"""Warnings point at the user's line."""
+"""Warnings point at the user's line, where Python can skip the files between: from 3.12 on."""
+
+import inspect
+import linecache
+import sys
+from pathlib import Path
 
 import keras
 import pytest
-from tests.keras.scene import data
+from tests.keras.scene import data, mlp
 
+import esam_keras
 from esam_keras import ESAM
+
+PACKAGE = str(Path(esam_keras.__file__).parent)
+
+
+def line():
+    """Return the line number of the call of this function."""
+    return inspect.currentframe().f_back.f_lineno
+
+
+def check(found, text, where):
+    """Require one warning with this text, at this line of this file; before 3.12, at its origin."""
+    (warning,) = [w for w in found if text in str(w.message)]
+    if sys.version_info >= (3, 12):
+        assert (warning.filename, warning.lineno) == (__file__, where)
+    else:
+        assert warning.filename.startswith(PACKAGE)
+        assert "warn_user(" in linecache.getline(warning.filename, warning.lineno)
 
 
 @pytest.mark.parametrize("how", ["fit", "train_on_batch"])
@@ -13,7 +36,35 @@ def test_a_model_without_trainable_weights(how, run_eagerly):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Activation("tanh")])
     model.compile(ESAM("sgd"), "mse", run_eagerly=run_eagerly)
     x, _ = data()
+    where = line() + 2
     with pytest.warns(UserWarning, match="no trainable weights") as found:
         getattr(model, how)(x, x)
-    (warning,) = [w for w in found if "no trainable weights" in str(w.message)]
-    assert warning.filename == __file__
+    check(found, "no trainable weights", where)
+
+
+def test_a_model_with_its_own_train_step():
+    class Own(keras.Sequential):
+        def train_step(self, *arguments):
+            return esam_keras.train_step(self, *arguments)
+
+    model = Own([keras.Input((6,)), keras.layers.Activation("tanh")])
+    model.compile(ESAM("sgd"), "mse")
+    x, _ = data()
+    where = line() + 2
+    with pytest.warns(UserWarning, match="no trainable weights") as found:
+        model.fit(x, x, verbose=0)
+    check(found, "no trainable weights", where)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping variable loading")  # Keras's, for the base optimizer
+def test_a_state_that_is_not_loaded(tmp_path):
+    path = tmp_path / "plain.weights.h5"
+    plain = mlp()
+    plain.compile("adam", "mse")
+    plain.save_weights(path)
+    model = mlp()
+    model.compile(ESAM("adam"), "mse")
+    where = line() + 2
+    with pytest.warns(UserWarning, match="state of ESAM was not loaded") as found:
+        model.load_weights(path)
+    check(found, "state of ESAM was not loaded", where)

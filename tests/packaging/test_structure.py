@@ -99,8 +99,9 @@ def test_no_file_is_over_400_lines(folder):
 
 
 #: Names with an underscore that may be used outside compat.py. torch's operations on lists of
-#: tensors, for the reason in the compat.py of esam-torch; and named tuples' documented methods.
-EXEMPT = re.compile("_foreach_[a-z_]+|_fields|_make|_replace")
+#: tensors, for the reason in the compat.py of esam-torch; named tuples' documented methods; and
+#: attributes of ours on objects of others.
+EXEMPT = re.compile("_foreach_[a-z_]+|_fields|_make|_replace|_esam_[a-z]+")
 
 
 def foreign_names(paths):
@@ -119,8 +120,8 @@ def foreign_names(paths):
                     names = [name]
                 case ast.ImportFrom(module=module) if not (module or "").startswith("esam_"):
                     names = [*(module or "").split("."), *(alias.name for alias in node.names)]
-                case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=args):
-                    names = [a.value for a in args[1:2] if isinstance(a, ast.Constant)]
+                case ast.Constant(value=str(name)) if name.isidentifier():
+                    names = [name]  # as for `getattr`, or in a table
             private = {name for name in names if re.match("_[a-z]", name)}
             if private and path.name != "compat.py":
                 used.setdefault(path.name, set()).update(private)
@@ -139,6 +140,49 @@ def test_private_names_are_found(tmp_path):
     (tmp_path / "compat.py").write_text("torch._here")
     (tmp_path / "a.py").write_text(
         "from torch._dynamo import x\nself._own = torch._foreach_add\nself._own.y._version\n"
-        "getattr(model, '_orig_mod')\nself.__dict__"
+        "getattr(model, '_orig_mod')\nself.__dict__\n"
+        "{'Adam': '_momentums', 'a': '_own', 'b': '_a b'}"
     )
-    assert foreign_names(tmp_path.glob("*.py")) == {"a.py": {"_dynamo", "_version", "_orig_mod"}}
+    names = {"_dynamo", "_version", "_orig_mod", "_momentums"}
+    assert foreign_names(tmp_path.glob("*.py")) == {"a.py": names}
+
+
+#: Names with which code reads the frames of its callers.
+STACK = {
+    *("_getframe", "_getframemodulename", "currentframe", "extract_stack", "f_back", "walk_stack"),
+    *("inspect.stack", "inspect.getouterframes"),
+}
+
+
+def stack_reads(paths):
+    """Return {file name: names with which the file reads the stack of its callers}."""
+    found = {}
+    for path in paths:
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Attribute(attr=name) | ast.Name(id=name):
+                    names |= {name, ast.unparse(node)}
+                case ast.ImportFrom(module=module):
+                    for alias in node.names:
+                        names |= {alias.name, f"{module}.{alias.name}"}
+        if names & STACK:
+            found[path.name] = names & STACK
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_no_code_reads_the_stack_of_its_callers(source):
+    assert stack_reads(source.rglob("*.py")) == {}
+
+
+def test_reads_of_the_stack_are_found(tmp_path):
+    (tmp_path / "a.py").write_text("import sys\nsys._getframe(1).f_back\nnumpy.stack([x])")
+    (tmp_path / "b.py").write_text("from inspect import currentframe, stack")
+    (tmp_path / "c.py").write_text("import inspect\ninspect.signature(f)\ninspect.stack()")
+    (tmp_path / "d.py").write_text("from keras.ops import stack\nstack([x])\nframe")
+    assert stack_reads(tmp_path.glob("*.py")) == {
+        "a.py": {"_getframe", "f_back"},
+        "b.py": {"currentframe", "inspect.stack"},
+        "c.py": {"inspect.stack"},
+    }

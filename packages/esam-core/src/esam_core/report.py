@@ -140,8 +140,8 @@ class StepReport:
 class RunningMeans:
     """Means of report fields over steps, kept on the device: `update` never synchronises.
 
-    Values in half precision of NumPy, JAX and torch are added in float32. Skipped steps
-    (`on_nonfinite="skip"`) are left out, because their losses may not be finite.
+    Values in half precision are added in float32. Skipped steps (`on_nonfinite="skip"`) are left
+    out, because their losses may not be finite.
 
     Args:
         fields: names of scalar report fields; default `REPORTED_MEANS`.

@@ -14,10 +14,12 @@ from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mas
 from keras.src.callbacks.monitor_callback import MonitorCallback
 
 __all__ = [
+    "MOMENTS",
     "BaseAverages",
     "PassScope",
     "accumulated_gradients",
     "added_losses_kept",
+    "attributes",
     "build_from",
     "clip_gradients",
     "compiled_losses",
@@ -37,6 +39,7 @@ __all__ = [
     "know_variables",
     "known_variables",
     "masks_of",
+    "moments_name",
     "optimizer_of",
     "output_spec",
     "own_trainable_variables",
@@ -55,6 +58,17 @@ __all__ = [
 ]
 
 Tensor = Any
+
+#: The attributes with the first moments of Keras's optimizers. SGD's is a sum of steps, -lr g.
+MOMENTS = {
+    "SGD": "momentums",
+    "Adam": "_momentums",
+    "Adamax": "_m",
+    "Lamb": "_momentums",
+    "Lion": "_momentums",
+    "Muon": "momentums",
+    "Nadam": "_momentums",
+}
 
 
 class PassScope(keras.StatelessScope):
@@ -296,9 +310,17 @@ def known_variables(optimizer: Any) -> list[Any]:
     return list(optimizer._trainable_variables)
 
 
-def first_moment(optimizer: Any, variable: Any, *, name: str) -> Any:
-    """Return what an optimizer keeps for a variable in its list `name`, or None."""
-    found = getattr(optimizer, name)
+def moments_name(optimizer: Any) -> str | None:
+    """Return the attribute with an optimizer's first moments, or None if it is not known."""
+    for kind, name in MOMENTS.items():
+        if isinstance(optimizer, getattr(keras.optimizers, kind, ())):
+            return name
+    return None
+
+
+def first_moment(optimizer: Any, variable: Any) -> Any:
+    """Return the first moment that an optimizer keeps for a variable, or None."""
+    found = getattr(optimizer, moments_name(optimizer) or "", None)
     return found[optimizer._get_variable_index(variable)] if found else None
 
 
@@ -330,6 +352,11 @@ def torch_parameter(variable: Any) -> Any:
 def distribution_strategy(model: keras.Model) -> Any:
     """Return the `tf.distribute` strategy in which a model was created, or None."""
     return model._distribute_strategy
+
+
+def attributes(layer: Any) -> dict[str, Any]:
+    """Return a layer's attributes, without TensorFlow's own records for checkpoints."""
+    return {name: value for name, value in vars(layer).items() if not name.startswith("_self_")}
 
 
 def reads_optionals(model: keras.Model) -> bool:

@@ -18,17 +18,6 @@ __all__ = ["Earlier", "Given", "check_moment", "earlier_direction", "update_inpu
 
 Tensor = Any
 
-#: The attributes with the first moments of Keras's optimizers. SGD's is a sum of steps, -lr g.
-_MOMENTS = {
-    "SGD": "momentums",
-    "Adam": "_momentums",
-    "Adamax": "_m",
-    "Lamb": "_momentums",
-    "Lion": "_momentums",
-    "Muon": "momentums",
-    "Nadam": "_momentums",
-}
-
 
 class Earlier(Protocol):
     """A source of ascent directions from earlier steps."""
@@ -90,7 +79,7 @@ def check_moment(base: keras.optimizers.Optimizer) -> None:
     """
     for optimizer in _each(base):
         name = type(optimizer).__name__
-        attribute = _attribute(optimizer)
+        attribute = compat.moments_name(optimizer)
         if attribute is not None:
             if not (isinstance(optimizer, keras.optimizers.SGD) and not optimizer.momentum):
                 if not optimizer.built or isinstance(getattr(optimizer, attribute, None), list):
@@ -100,17 +89,9 @@ def check_moment(base: keras.optimizers.Optimizer) -> None:
                 name = "SGD with momentum=0"
         raise ESAMValueError(
             "`ascend=Momentum()` needs a base optimizer whose first moment ESAM knows: SGD with "
-            f"momentum > 0, or {', '.join(list(_MOMENTS)[1:])} and their subclasses. "
+            f"momentum > 0, or {', '.join(list(compat.MOMENTS)[1:])} and their subclasses. "
             f"`ascend=Previous()` works with every base optimizer. Received: {name}."
         )
-
-
-def _attribute(optimizer: Any) -> str | None:
-    """Return the attribute with an optimizer's first moments, or None if it is not known."""
-    for kind, attribute in _MOMENTS.items():
-        if isinstance(optimizer, getattr(keras.optimizers, kind, ())):
-            return attribute
-    return None
 
 
 def _each(base: Any) -> list[Any]:
@@ -144,7 +125,7 @@ class _FirstMoment:
         found: list[Tensor | None] = []
         for variable in variables:
             own = compat.optimizer_of(base, variable) if several else base
-            moment = compat.first_moment(own, variable, name=_attribute(own) or "")
+            moment = compat.first_moment(own, variable)
             if id(own) not in factors:
                 factors[id(own)] = self._factor(own)
             found.append(None if moment is None else _times(factors[id(own)], moment))

@@ -14,7 +14,7 @@ import keras
 from keras import ops, tree
 
 from esam_keras import compat
-from esam_keras.backends.base import Backend, Cut
+from esam_keras.backends.base import Backend, Cut, Unknown
 from esam_keras.losses import Batch, check_added_losses, check_scalar, weigh_samples
 from esam_keras.rows import Fill, fill_by_repeating, first_input, row_count, rows
 from esam_keras.running import running_statistics
@@ -77,6 +77,7 @@ class Evaluator:
 
     Args:
         backend: the backend.
+        unknown: the state that Keras does not know, in this step.
         model: a compiled and built model.
         route: how losses per sample are computed; see `esam_keras.losses`.
         variables: the model's variables.
@@ -85,6 +86,7 @@ class Evaluator:
     """
 
     backend: Backend
+    unknown: Unknown
     model: keras.Model
     route: str | None
     variables: Variables
@@ -197,7 +199,7 @@ class Evaluator:
         """
         with (
             self._scope(state, cut) as scope,
-            self.backend.pass_context(self.model, running, records),
+            self.unknown.one_pass(running=running, records=records),
         ):
             yield scope
 

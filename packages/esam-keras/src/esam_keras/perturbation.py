@@ -14,9 +14,7 @@ from keras import ops
 
 from esam_core import ESAMConfig
 
-__all__ = [
-    *("Perturbation", "norm_weights", "perturb", "representable", "smallest_divisor", "widen"),
-]
+__all__ = ["Perturbation", "norm_weights", "perturb", "radius_per_norm", "widen"]
 
 Tensor = Any
 
@@ -77,13 +75,7 @@ def perturb(
     squares = _squares(lengths)
     length = ops.sqrt(ops.sum(_weigh(squares, norm_weights(factors, config.norm))))
     finite = ops.isfinite(length)
-    divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
-    smallest = smallest_divisor(divisor)
-    if config.norm_eps < smallest:  # a zero gradient must give zero, not 0 * inf
-        divisor = ops.maximum(divisor, smallest)
-    common = representable(rho, divisor) / divisor
-    if config.norm_eps < smallest:
-        common = ops.where(length == 0.0, ops.zeros_like(common), common)
+    common = radius_per_norm(rho, length, config)
 
     steps = _as(factors, common.dtype) * common
     climbed = list(parameters)
@@ -98,6 +90,24 @@ def perturb(
     sizes = ops.where(steps > 0, ops.sqrt(squares) * steps, ops.zeros_like(squares))
     size = ops.sqrt(ops.sum(ops.square(sizes)))
     return Perturbation(climbed, length, ops.where(finite, size, ops.zeros_like(size)), finite)
+
+
+def radius_per_norm(rho: float, length: Tensor, config: ESAMConfig) -> Tensor:
+    """Return rho / (||g|| + norm_eps), the common factor of all perturbations.
+
+    Args:
+        rho: the step's radius.
+        length: ||g||, a scalar.
+        config: norm and norm_eps.
+    """
+    divisor = ops.ones_like(length) if config.norm == "none" else length + config.norm_eps
+    limits = np.finfo(keras.backend.standardize_dtype(divisor.dtype))
+    radius = rho if rho <= float(limits.max) else float("inf")
+    if config.norm_eps >= float(limits.tiny):
+        return radius / divisor
+    # norm_eps is negligible: a zero gradient must give zero, not 0 * inf.
+    common = radius / ops.maximum(divisor, float(limits.tiny))
+    return ops.where(length == 0.0, ops.zeros_like(common), common)
 
 
 def norm_weights(factors: Any, norm: str) -> Any:
@@ -120,17 +130,6 @@ def widen(gradient: Tensor) -> Tensor:
     """Return a gradient in float32 or wider."""
     narrow = keras.backend.standardize_dtype(gradient.dtype)
     return ops.cast(gradient, "float32") if "16" in narrow else gradient
-
-
-def representable(number: float, like: Tensor) -> float:
-    """Return a number in a tensor's dtype, silently infinite if it is too large."""
-    largest = float(np.finfo(keras.backend.standardize_dtype(like.dtype)).max)
-    return number if number <= largest else float("inf")
-
-
-def smallest_divisor(like: Tensor) -> float:
-    """Return the smallest normal number of a tensor's dtype."""
-    return float(np.finfo(keras.backend.standardize_dtype(like.dtype)).tiny)
 
 
 def _as(numbers: Any, dtype: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 from keras import ops
 
 from esam_core import StepReport
+from esam_keras.perturbation import widen
 
 __all__ = ["KerasReport"]
 
@@ -14,17 +15,24 @@ __all__ = ["KerasReport"]
 class KerasReport(StepReport):
     """A `StepReport` with properties computed by `keras.ops`: TensorFlow tensors lack methods.
 
-    `losses` and `loss` are None if the loss has no value per sample.
+    They are in float32 or wider, so that means over steps are too: `RunningMeans` cannot widen
+    TensorFlow's tensors. `losses` and `loss` are None if the loss has no value per sample.
     """
 
     @property
     def loss(self) -> Any:
         seen = self.perturbed_losses if self.losses is None else self.losses
-        return None if seen is None else ops.mean(seen)
+        return None if seen is None else ops.mean(widen(seen))
 
     @property
     def perturbed_loss(self) -> Any:
-        return None if self.perturbed_losses is None else ops.mean(self.perturbed_losses)
+        return None if self.perturbed_losses is None else ops.mean(widen(self.perturbed_losses))
+
+    @property
+    def increases(self) -> Any:
+        if self.losses is None or self.perturbed_losses is None:
+            return None
+        return widen(self.perturbed_losses) - widen(self.losses)
 
     @property
     def sharpness(self) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from esam_keras.backends.base import Backend
+from esam_keras.backends.base import Backend, ModelTraining, Unknown
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
 from esam_keras.handover import StepVariables
 from esam_keras.metrics import log_sums, logs_if, metrics_after
@@ -20,19 +20,9 @@ from esam_keras.passes import loss_scale
 from esam_keras.plan import Plan
 from esam_keras.step import Step
 
-__all__ = ["AssigningBackend", "Unknown"]
+__all__ = ["AssigningBackend"]
 
 Tensor = Any
-
-
-class Unknown:
-    """The state of a model that Keras does not know, during a step; here there is none."""
-
-    def keep_random_state(self) -> None:
-        """Set the generators to their state after the pass that records."""
-
-    def keep_buffers(self) -> None:
-        """Set the buffers to their values after the pass that records."""
 
 
 class AssigningBackend(Backend):
@@ -43,14 +33,19 @@ class AssigningBackend(Backend):
     keeps_assigned = True
 
     def step(
-        self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+        self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step and return its logs and its report's arrays."""
         with self.whole_step(training.model) as unknown:
             return self._step(training, plan, inputs, arguments[0], unknown)
 
     def _step(
-        self, training: Any, plan: Plan, inputs: dict[str, Tensor], data: Any, unknown: Unknown
+        self,
+        training: ModelTraining,
+        plan: Plan,
+        inputs: dict[str, Tensor],
+        data: Any,
+        unknown: Unknown,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step inside `whole_step`."""
         model, esam, prepared = training.model, training.esam, training.prepared
@@ -58,8 +53,9 @@ class AssigningBackend(Backend):
         variables = Variables.of(model)
         entry = State(*([self.value(v) for v in group] for group in variables))
         earlier = esam.direction(variables.trainable) if plan.ascent.of == "earlier" else ()
+        with_rows = prepared.outputs_with_rows
         outcome = Step(
-            Evaluator(self, model, prepared.route, variables, batch, prepared.outputs_with_rows),
+            Evaluator(self, unknown, model, prepared.route, variables, batch, with_rows),
             esam.config,
             plan,
             inputs,

@@ -1,16 +1,18 @@
 """The protocol of a backend: everything that differs between TensorFlow, JAX and torch."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import keras
 
 from esam_core import ESAMConfig, ESAMRuntimeError
+from esam_keras.optimizer import ESAM
 from esam_keras.perturbation import Perturbation
-from esam_keras.plan import Plan
+from esam_keras.plan import Drawn, Plan
+from esam_keras.prepared import Prepared
 
-__all__ = ["Backend", "Cut", "refuse_distribution"]
+__all__ = ["Backend", "Cut", "ModelTraining", "Unknown", "refuse_distribution"]
 
 Tensor = Any
 
@@ -19,11 +21,52 @@ Tensor = Any
 Cut = Callable[[int, Tensor], Tensor]
 
 
-class Backend(Protocol):
-    """The parts of a step that depend on the Keras backend.
+class ModelTraining(Protocol):
+    """What backends use of an `esam_keras.training.Training`, whose module imports this one."""
 
-    A `training` is an `esam_keras.training.Training`, whose module imports this one.
-    """
+    model: keras.Model
+    esam: ESAM
+
+    @property
+    def prepared(self) -> Prepared: ...
+
+    @property
+    def has_own_train_step(self) -> bool: ...
+
+    def prepare(self, data: Any, state: Any = None) -> None: ...
+
+    def draw(self, count: int, data: Any, *, compiled: bool, state: Any = None) -> Drawn: ...
+
+    def step(
+        self, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+    ) -> tuple[Any, dict[str, Any] | None]: ...
+
+    def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None: ...
+
+    def with_means(self, logs: dict[str, Any], sums: list[Tensor]) -> dict[str, Any]: ...
+
+
+class Unknown:
+    """The state of a model that Keras does not know, during one step; here there is none."""
+
+    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[Any]:
+        """Return the context of one pass, which starts from the state at the entry of the step.
+
+        Args:
+            running: whether layers normalise by the running statistics after the ascent pass.
+            records: whether the state after this pass is kept.
+        """
+        return nullcontext()
+
+    def keep_random_state(self) -> None:
+        """Set the generators to their state after the pass that records."""
+
+    def keep_buffers(self) -> None:
+        """Set the buffers to their values after the pass that records."""
+
+
+class Backend(Protocol):
+    """The parts of a step that depend on the Keras backend."""
 
     #: The arguments that Keras passes to `train_step`, by name.
     arguments: tuple[str, ...]
@@ -80,18 +123,6 @@ class Backend(Protocol):
         """Return a batch's inputs for one pass: copies if a layer may write to them."""
         ...
 
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        """Return the context of one pass, which starts from the unknown state at entry.
-
-        Args:
-            model: the model that runs. "Unknown" is state that Keras does not manage.
-            running: whether layers normalise by the running statistics after the ascent pass.
-            records: whether the state after this pass is kept.
-        """
-        ...
-
     # -- a step of a model -------------------------------------------------------------------------
 
     def refuse(self, model: keras.Model) -> None:
@@ -107,12 +138,12 @@ class Backend(Protocol):
         ...
 
     def step(
-        self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+        self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run the step that was drawn.
 
         Args:
-            training: the model's `Training`.
+            training: ESAM's part of the model.
             plan: the static part of the step.
             inputs: tensors by name.
             *arguments: see `arguments`.
@@ -122,11 +153,11 @@ class Backend(Protocol):
         """
         ...
 
-    def eager_step(self, training: Any, *arguments: Any) -> Any:
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         """Draw a step, run it uncompiled, count it, and return the result of `train_step`."""
         ...
 
-    def make_train_function(self, training: Any) -> Callable[..., Any]:
+    def make_train_function(self, training: ModelTraining) -> Callable[..., Any]:
         """Return the function that `fit` calls."""
         ...
 

@@ -18,7 +18,7 @@ import keras
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
-from esam_keras.backends.base import Backend, Cut
+from esam_keras.backends.base import Backend, Cut, ModelTraining, Unknown
 from esam_keras.evaluation import Evaluated, Evaluator, State, Variables, batch_size
 from esam_keras.handover import applying
 from esam_keras.metrics import log_sums, logs_if, metrics_after
@@ -80,11 +80,6 @@ class JaxBackend(Backend):
     def inputs_of_pass(self, x: Any) -> Any:
         return x  # tensors are not written to
 
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        return nullcontext()  # Keras knows all state
-
     # -- a step of a model -------------------------------------------------------------------------
 
     def refuse(self, model: keras.Model) -> None:
@@ -103,13 +98,13 @@ class JaxBackend(Backend):
         )
 
     def step(
-        self, training: Any, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
+        self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         state, data = arguments
         outcome = _step_of(training, plan, inputs, state, data).run()
         return _after(training, outcome, state, data)
 
-    def eager_step(self, training: Any, *arguments: Any) -> Any:
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         state, data = arguments
         if len(state) != 4:
             raise ESAMTypeError(
@@ -123,7 +118,7 @@ class JaxBackend(Backend):
         return found
 
     def make_train_function(
-        self, training: Any
+        self, training: ModelTraining
     ) -> Callable[[Any, Iterator[Any]], tuple[dict[str, Any], Any]]:
         model = training.model
         counter = _Counter()
@@ -173,7 +168,7 @@ class JaxBackend(Backend):
 # -- compiled functions ----------------------------------------------------------------------------
 
 
-def compiled_steps(training: Any) -> tuple[Any, tuple[Any, Any] | None]:
+def compiled_steps(training: ModelTraining) -> tuple[Any, tuple[Any, Any] | None]:
     """Return the jitted step, and the same step in two parts if it can be split, else None.
 
     Returns:
@@ -237,7 +232,7 @@ def _restore_shared(state: Any, ascended: Ascended) -> Ascended:
 # -- the parts of a step ---------------------------------------------------------------------------
 
 
-def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> Step:
+def _step_of(training: ModelTraining, plan: Plan, inputs: Any, state: Any, data: Any) -> Step:
     """Return the step on a batch, from a state."""
     model, prepared = training.model, training.prepared
     trainable, non_trainable, optimizer_variables, metrics = state
@@ -246,12 +241,13 @@ def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> S
     variables = Variables.of(model)
     with compat.PassScope({id(v): value for v, value in values}):
         scale = loss_scale(optimizer)
-        earlier = ()
+        earlier: Sequence[Tensor | None] = ()
         if plan.ascent.of == "earlier":
             earlier = training.esam.direction(variables.trainable)
     batch = keras.utils.unpack_x_y_sample_weight(data)
+    with_rows = prepared.outputs_with_rows
     return Step(
-        Evaluator(BACKEND, model, prepared.route, variables, batch, prepared.outputs_with_rows),
+        Evaluator(BACKEND, Unknown(), model, prepared.route, variables, batch, with_rows),
         training.esam.config,
         plan,
         inputs,
@@ -263,7 +259,7 @@ def _step_of(training: Any, plan: Plan, inputs: Any, state: Any, data: Any) -> S
 
 
 def _after(
-    training: Any, outcome: Outcome, state: Any, data: Any
+    training: ModelTraining, outcome: Outcome, state: Any, data: Any
 ) -> tuple[tuple[dict[str, Any], Any], dict[str, Tensor]]:
     """Run the update and the metrics after the passes; return ((logs, state), report)."""
     model, esam = training.model, training.esam
@@ -300,7 +296,7 @@ def _after(
     return (training.with_means(logs, sums), after), report
 
 
-def _if_finite(training: Any, finite: Tensor, after: Any, before: Any) -> Any:
+def _if_finite(training: ModelTraining, finite: Tensor, after: Any, before: Any) -> Any:
     """Return the state after the step if it was finite, else the previous state.
 
     A skipped step counts; one that raises does not.
@@ -314,7 +310,7 @@ def _if_finite(training: Any, finite: Tensor, after: Any, before: Any) -> Any:
     return chosen
 
 
-def _places(training: Any) -> list[int]:
+def _places(training: ModelTraining) -> list[int]:
     """Return the indices of the counter and the log sums in the optimizer's variables."""
     at = {id(v): i for i, v in enumerate(training.model.optimizer.variables)}
     return [at[id(v)] for v in (training.esam.count, *training.esam.log_variables)]

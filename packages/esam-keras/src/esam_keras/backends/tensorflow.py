@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
-from esam_keras.backends.assigning import AssigningBackend, Unknown
-from esam_keras.backends.base import Cut, refuse_distribution
+from esam_keras.backends.assigning import AssigningBackend
+from esam_keras.backends.base import Cut, ModelTraining, Unknown, refuse_distribution
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
@@ -67,17 +67,11 @@ class TensorFlowBackend(AssigningBackend):
     def inputs_of_pass(self, x: Any) -> Any:
         return x  # tensors are not written to
 
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        """Refuse methods compiled by `tf.function`; Keras knows all state."""
-        return compat.replace_methods(_compiled_methods(model))
-
     def value(self, variable: Any) -> Tensor:
         return tf.convert_to_tensor(variable.value)
 
     def whole_step(self, model: keras.Model) -> AbstractContextManager[Unknown]:
-        return nullcontext(Unknown())
+        return nullcontext(_Uncompiled(model))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
@@ -112,7 +106,7 @@ class TensorFlowBackend(AssigningBackend):
     def is_tracing(self, *arguments: Any) -> bool:
         return tf.inside_function()
 
-    def eager_step(self, training: Any, *arguments: Any) -> Any:
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         (data,) = arguments
         training.prepare(data)
         count = int(training.esam.count.numpy())
@@ -122,7 +116,9 @@ class TensorFlowBackend(AssigningBackend):
         training.esam.count.assign(count + 1)
         return logs
 
-    def make_train_function(self, training: Any) -> Callable[[Iterator[Any]], dict[str, Any]]:
+    def make_train_function(
+        self, training: ModelTraining
+    ) -> Callable[[Iterator[Any]], dict[str, Any]]:
         model = training.model
         compiled = not model.run_eagerly
         functions: dict[Plan, Callable[..., Any]] = {}
@@ -145,6 +141,16 @@ class TensorFlowBackend(AssigningBackend):
             return logs
 
         return train_function
+
+
+class _Uncompiled(Unknown):
+    """Refuses methods compiled by `tf.function` in passes; Keras knows all state."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+
+    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[Any]:
+        return compat.replace_methods(_compiled_methods(self._model))
 
 
 def _compiled_methods(model: Any) -> list[tuple[Any, str, Callable[..., NoReturn]]]:
@@ -185,9 +191,7 @@ def _refuse_raw_variables(layer: Any) -> None:
     """
     if type(layer).__module__.partition(".")[0] == "keras":
         return
-    for name, value in vars(layer).items():
-        if name.startswith("_self_"):  # TensorFlow's own records for checkpoints
-            continue
+    for name, value in compat.attributes(layer).items():
         values = list(value.values()) if isinstance(value, dict) else value
         held = values if isinstance(values, list | tuple) else [value]
         if any(isinstance(part, tf.Variable) for part in held):
@@ -198,7 +202,7 @@ def _refuse_raw_variables(layer: Any) -> None:
             )
 
 
-def step_function(training: Any, plan: Plan) -> Callable[[Any, Any], Any]:
+def step_function(training: ModelTraining, plan: Plan) -> Callable[[Any, Any], Any]:
     """Return the function of inputs and a batch that runs a step of one plan."""
     model = training.model
     step: Callable[[Any, Any], Any] = functools.partial(training.step, plan)

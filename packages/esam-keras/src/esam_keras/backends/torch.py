@@ -1,9 +1,8 @@
 """torch: eager, computing only the gradients that the mask needs."""
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import keras
@@ -12,16 +11,10 @@ import torch
 
 from esam_core import ESAMConfig, ESAMValueError
 from esam_keras.backends.assigning import AssigningBackend
-from esam_keras.backends.base import Cut, refuse_distribution
+from esam_keras.backends.base import Cut, ModelTraining, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
 from esam_keras.handover import StepVariables
-from esam_keras.perturbation import (
-    Perturbation,
-    norm_weights,
-    perturb,
-    representable,
-    smallest_divisor,
-)
+from esam_keras.perturbation import Perturbation, norm_weights, perturb, radius_per_norm
 from esam_keras.plan import Drawn
 
 __all__ = ["BACKEND", "TorchBackend"]
@@ -29,13 +22,8 @@ __all__ = ["BACKEND", "TorchBackend"]
 Tensor = Any
 
 
-class TorchBackend(AssigningBackend, threading.local):
-    """Keras on torch; see `esam_keras.backends.base.Backend`.
-
-    Several threads may each train their own model.
-    """
-
-    _unknown: UnknownState | None = None
+class TorchBackend(AssigningBackend):
+    """Keras on torch; see `esam_keras.backends.base.Backend`."""
 
     def gradients(
         self,
@@ -100,13 +88,7 @@ class TorchBackend(AssigningBackend, threading.local):
             norms = torch.stack(torch._foreach_norm(lengths))
             length = torch.where(weights > 0, norms * weights.sqrt(), 0.0).norm()
             finite = torch.isfinite(length)
-            divisor = torch.ones_like(length) if config.norm == "none" else length + config.norm_eps
-            smallest = smallest_divisor(divisor)
-            if config.norm_eps < smallest:
-                divisor = divisor.clamp_min(smallest)
-            common = representable(rho, divisor) / divisor
-            if config.norm_eps < smallest:
-                common = torch.where(length == 0.0, 0.0, common)
+            common = radius_per_norm(rho, length, config)
             steps = torch.tensor(factors, dtype=dtype, device=device) * common
             if config.adaptive:
                 norms = torch.stack(torch._foreach_norm(directions))
@@ -129,32 +111,21 @@ class TorchBackend(AssigningBackend, threading.local):
         """Return copies: Keras's own RandomBrightness writes to its input."""
         return keras.tree.map_structure(_copy, x)
 
-    def pass_context(
-        self, model: keras.Model, running: bool, records: bool
-    ) -> AbstractContextManager[Any]:
-        """Start a forward from the state at entry, including state that Keras does not know."""
-        return (
-            nullcontext()
-            if self._unknown is None
-            else self._unknown.one_pass(running=running, records=records)
-        )
-
     def value(self, variable: Any) -> Tensor:
         return variable.value.detach()
 
     @contextmanager
     def whole_step(self, model: keras.Model) -> Iterator[UnknownState]:
         """Let the passes use copies of the buffers; restore the generators after an error."""
-        self._unknown = UnknownState(model)
+        unknown = UnknownState(model)
         try:
-            self._unknown.use_copies()
-            yield self._unknown
+            unknown.use_copies()
+            yield unknown
         except BaseException:
-            self._unknown.restore_random_state()
+            unknown.restore_random_state()
             raise
         finally:
-            self._unknown.put_back()
-            self._unknown = None
+            unknown.put_back()
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         with torch.no_grad():
@@ -175,10 +146,10 @@ class TorchBackend(AssigningBackend, threading.local):
     def is_tracing(self, *arguments: Any) -> bool:
         return torch.compiler.is_compiling()
 
-    def eager_step(self, training: Any, *arguments: Any) -> Any:
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         return self._run_counted(training, arguments[0], functools.partial(self.step, training))
 
-    def make_train_function(self, training: Any) -> Callable[[Any], dict[str, Any]]:
+    def make_train_function(self, training: ModelTraining) -> Callable[[Any], dict[str, Any]]:
         steps = training.model.steps_per_execution
         if steps > 1:
             raise ESAMValueError(
@@ -193,7 +164,7 @@ class TorchBackend(AssigningBackend, threading.local):
 
         return train_function
 
-    def _run_counted(self, training: Any, data: Any, make: Callable[..., Any]) -> Any:
+    def _run_counted(self, training: ModelTraining, data: Any, make: Callable[..., Any]) -> Any:
         """Draw a step, run it, and count it."""
         training.prepare(data)
         count = int(training.esam.count.value)

@@ -15,7 +15,7 @@ import keras
 import torch
 
 from esam_keras import compat
-from esam_keras.backends.assigning import Unknown
+from esam_keras.backends.base import Unknown
 from esam_keras.units import torch_wrappers
 
 __all__ = ["UnknownState"]
