@@ -68,6 +68,30 @@ def test_estimated_norm_is_unbiased_for_the_square():
     assert np.mean(squares) == pytest.approx(13**2)  # the four masks are equally likely
 
 
+@pytest.mark.parametrize("beta", [0.25, 0.6])
+@pytest.mark.parametrize(("norm", "power"), [("masked", 1), ("estimated", 0.5), ("full", 0.5)])
+def test_lengths_with_random_masks(norm, power, beta):
+    """rho / p, rho / sqrt(p), and the latter only in the root mean square, as the docs say."""
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=size) for size in rng.integers(3, 30, 20)]
+    lengths = []
+    for _ in range(1000):
+        scale = np.where(rng.random(20) < beta, 1 / beta, 0.0)
+        if not scale.any():
+            continue  # an empty mask is a base step
+        found = perturbations(
+            [g if s or norm == "full" else None for g, s in zip(gradients, scale, strict=True)],
+            [np.zeros_like(g) for g in gradients],
+            scale,
+            rho=[0.5] * 20,
+            norm=norm,
+            adaptive=[False] * 20,
+        )
+        lengths.append(length(found))
+    assert np.sqrt(np.mean(np.square(lengths))) == pytest.approx(0.5 / beta**power, rel=0.02)
+    assert (np.ptp(lengths) < 1e-9) == (norm != "full")
+
+
 def test_no_norm_is_algorithm_one_as_printed():
     first, second = epsilon(G, [2.0, 2.0], rho=0.1, norm="none", norm_eps=100.0)
     assert first == pytest.approx(0.2 * G[0])

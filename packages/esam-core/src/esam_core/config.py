@@ -139,8 +139,9 @@ class ESAMConfig:
 
     Args:
         rho: radius of the perturbation, finite, >= 0; 0 is the base optimizer. Default 0.05.
-        perturb: the sampler of masks. Default Bernoulli(0.6), the paper's.
-        select: the selector of samples. Default TopIncrease(0.5), the paper's.
+        perturb: which weights to perturb: a sampler. Default Bernoulli(0.6), the paper's.
+        select: which samples the second gradient uses: a selector. Default TopIncrease(0.5), the
+            paper's.
         ascend: the ascent direction. Default Batch(), the paper's.
         adaptive: scale the perturbation by the weights (ASAM). Default False.
         norm: one of "masked" (default), "estimated", "full", "none": see `perturbation.Norm`.

@@ -22,10 +22,11 @@ from esam_core.errors import ESAMValueError
 
 __all__ = ["NORMS", "Norm", "perturbation_norm", "perturbations", "squared_norms"]
 
-#: "masked" (the authors' code): the norm of the gradient that was computed; the perturbation then
-#: has norm rho/p. "estimated": ||g||^2 ~ sum of m_t ||g_t||^2 / p_t, unbiased for the square, at no
-#: extra cost. "full": the whole gradient's norm, at the cost of a whole backward pass. "none":
-#: Algorithm 1 as printed, eps = (rho / p) g.
+#: "masked" (the authors' code): the norm of the gradient that was computed; if all p_t are p, the
+#: perturbation has norm rho / p. "estimated": ||g||^2 ~ sum of m_t ||g_t||^2 / p_t, unbiased for
+#: the square, at no extra cost; the perturbation has norm rho / sqrt(p). "full": the whole
+#: gradient's norm, at the cost of a whole backward pass; the perturbation's norm is rho / sqrt(p)
+#: in the root mean square over the masks. "none": Algorithm 1 as printed, eps = (rho / p) g.
 Norm = Literal["masked", "estimated", "full", "none"]
 
 #: The values of `Norm`.

@@ -1,8 +1,8 @@
 """The report of a step, and running means over steps.
 
 A report holds arrays that the step computed anyway, on their device. Its properties are computed
-when they are read, so an unread report costs nothing. Reading one does not wait for the device;
-converting it to a Python number does.
+when they are read, so an unread report costs nothing. Reading one does not synchronise with the
+device; converting it to a Python number does.
 """
 
 from collections.abc import Iterable
@@ -46,7 +46,7 @@ class StepReport:
         gradient_norm: ||g|| of the ascent, as `norm` defines it; None for a base step.
         perturbed: names of the perturbed units.
         weight_share: share of the perturbable scalar weights that were perturbed, in [0, 1].
-        sample_share: share of the batch in the descent pass, in (0, 1].
+        sample_share: share of the batch in the descent pass (the second gradient), in (0, 1].
         skipped: whether the step was skipped because a value in it was not finite.
         outputs: the other results of the user's function, in addition to the losses.
         part: (n,) indices of the samples in the ascent pass, ascending; None if these were all
@@ -179,7 +179,7 @@ class RunningMeans:
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def result(self) -> dict[str, float]:
-        """Return the means as Python numbers. Only this method waits for the device."""
+        """Return the means as Python numbers. Only this method synchronises with the device."""
         return {name: float(self._sums[name]) / self._counts[name] for name in self._sums}
 
     def reset(self) -> None:

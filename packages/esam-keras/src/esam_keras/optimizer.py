@@ -52,10 +52,11 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         rho: the perturbation radius, >= 0; with 0, steps are base steps. Default 0.05.
         beta: share of the variables to perturb, in (0, 1]; short for `perturb=Bernoulli(beta)`.
             Default 0.6.
-        gamma: share of the samples in the descent pass, in (0, 1]; short for
+        gamma: share of the samples in the descent pass (the second gradient), in (0, 1]; short for
             `select=TopIncrease(gamma)`. Default 0.5.
-        perturb: a sampler of masks, instead of `beta`.
-        select: a selector of samples, instead of `gamma`.
+        perturb: which weights to perturb: a sampler such as `Suffix(0.5)`, instead of `beta`.
+        select: which samples the second gradient uses: a selector such as `Proportional(0.5)`,
+            instead of `gamma`.
         adaptive: scale the perturbation by the weights (ASAM). Default False.
         norm: the norm that divides the ascent gradient. "masked" (default): that of the gradients
             of the perturbed variables, as in the authors' code. "estimated": an estimate of the

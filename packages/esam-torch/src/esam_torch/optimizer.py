@@ -49,10 +49,11 @@ class ESAM(DelegatingOptimizer):
         rho: the perturbation radius, finite, >= 0. Default 0.05. With 0, steps are base steps.
         beta: share of the parameter tensors to perturb, in (0, 1]; short for
             `perturb=Bernoulli(beta)`. Default 0.6.
-        gamma: share of the samples in the descent pass, in (0, 1]; short for
+        gamma: share of the samples in the descent pass (the second gradient), in (0, 1]; short for
             `select=TopIncrease(gamma)`. Default 0.5.
-        perturb: a mask sampler, such as `Suffix("layer3")`, instead of `beta`.
-        select: a data selector, such as `TopLoss(0.5)`, instead of `gamma`.
+        perturb: which weights to perturb: a sampler such as `Suffix(0.5)`, instead of `beta`.
+        select: which samples the second gradient uses: a selector such as `Proportional(0.5)`,
+            instead of `gamma`.
         adaptive: scale the perturbation by the weights (ASAM). Default False.
         norm: the norm that divides the ascent gradient. "masked" (default): that of the gradients
             of the perturbed tensors, as in the authors' code. "estimated": an estimate of the whole
@@ -162,8 +163,9 @@ class ESAM(DelegatingOptimizer):
                 floating and of shape (b,), or a tuple of these losses and other outputs, which are
                 returned as `report.outputs`.
             *batch: its arguments, with one entry per sample: tensors, arrays, lists, and containers
-                of them. The descent pass gets the entries of the selected samples. Use `Rows(x)`
-                and `Whole(x)` if it is ambiguous which values have such entries.
+                of them. The descent pass (the second gradient) gets the entries of the selected
+                samples. Use `Rows(x)` and `Whole(x)` if it is ambiguous which values have such
+                entries.
             **kwargs: its keyword arguments, handled in the same way.
 
         Returns:

@@ -90,8 +90,8 @@ def fit(
         clip_value: maximum absolute value in the gradient, > 0. Default none.
         folder: where "last.pt", "best.pt", "history.csv" and "history.json" are written after each
             epoch. Default none.
-        resume: whether to resume from "last.pt" if `folder` contains it. The weights end bit for
-            bit as without the interruption. Default False.
+        resume: whether to resume from "last.pt" if `folder` contains it. The final weights are
+            bitwise identical to those of an uninterrupted run. Default False.
         monitor: the number whose best value determines "best.pt": the smallest if its name ends
             with "loss", else the largest. Epochs without this number, or with NaN, are ignored.
             Default "eval_loss", or "train_loss" without `eval_loader`.

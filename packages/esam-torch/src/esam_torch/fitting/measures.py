@@ -114,7 +114,7 @@ class Means:
                 self._add(name, value, 1)
 
     def result(self, *, everywhere: bool = False) -> dict[str, float]:
-        """Return the means, over all ranks if `everywhere`. This waits for the device."""
+        """Return the means, over all ranks if `everywhere`. This synchronises with the device."""
         sums = [float(total) for total in self._sums.values()]
         counts = [float(self._counts[name]) for name in self._sums]
         if everywhere:
