@@ -148,6 +148,8 @@ def _table(name: str, arguments: Sequence[str], *, bias: bool) -> None:
     place = "benchmarks/out" if options.quick else "benchmarks/results"
     out = options.out or Path(place) / name
     torch.set_num_threads(options.threads)
+    # In deep networks without normalisation, values are so small that CPUs become slow.
+    torch.set_flush_denormal(True)
     rows: list[dict[str, Any]] = []
     for layers in options.layers:
         rows += _measure(layers, options.betas, options, bias=bias)
