@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from esam_core import ESAMTypeError, ESAMValueError
+from esam_core import ESAMValueError
 from esam_core.validation import choice, count_number, positive
 from esam_torch.fitting.boards import board
 from esam_torch.fitting.checkpoints import Checkpoints, Place
+from esam_torch.fitting.checks import (
+    Plateau,
+    check_objects,
+    check_scaler,
+    check_scheduler_step,
+    monitored_name,
+)
 from esam_torch.fitting.data import arguments, choose_device, groups_of, move_batch
 from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import REPORTED, Means, Metric, ModelLosses, evaluate
@@ -28,11 +35,8 @@ from esam_torch.fitting.ranks import (
 )
 from esam_torch.fitting.update import PRECISIONS, Update, with_precision
 from esam_torch.optimizer import ESAM
-from esam_torch.wrappers import bare_model
 
 __all__ = ["fit"]
-
-_Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
 
 
 def fit(
@@ -128,17 +132,12 @@ def fit(
         >>> history["eval_loss"][1] < history["eval_loss"][0]
         True
     """
-    _check(model, optimizer, losses)
-    if scheduler_step == "batch" and isinstance(scheduler, _Plateau):
-        raise ESAMValueError(
-            '`scheduler_step` must be "epoch" for a ReduceLROnPlateau, which monitors the loss of '
-            'an epoch. Received: "batch".'
-        )
+    check_objects(model, optimizer, losses)
+    check_scheduler_step(scheduler, scheduler_step)
     count_number("epochs", epochs, least=1)
     count_number("accumulate", accumulate, least=1)
-    choice("scheduler_step", scheduler_step, ("epoch", "batch"))
     choice("precision", precision, PRECISIONS)
-    _check_scaler(optimizer, precision, scaler)
+    check_scaler(optimizer, precision, scaler)
     for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if bound is not None:
             positive(name, bound)
@@ -163,7 +162,7 @@ def fit(
         loader = split(loader, training=True)
         eval_loader = None if eval_loader is None else split(eval_loader, training=False)
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
-        watched = _monitored_name(
+        watched = monitored_name(
             monitor, optimizer, metrics or {}, evaluated=eval_loader is not None
         )
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -302,55 +301,6 @@ def _wrap(
         optimizer.model = own
 
 
-def _check(model: Any, optimizer: Any, losses: Any) -> None:
-    """Raise if an argument cannot be used for training."""
-    if not isinstance(model, nn.Module):
-        raise ESAMTypeError(f"`model` must be a torch.nn.Module. Received: {model!r}.")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ESAMTypeError(
-            "`optimizer` must be an ESAM or another torch.optim.Optimizer. "
-            f"Received: {optimizer!r}."
-        )
-    if isinstance(optimizer, ESAM) and bare_model(optimizer.model) is not bare_model(model):
-        raise ESAMValueError(
-            "`optimizer` must be an ESAM of `model`. Received: an ESAM of another model."
-        )
-    if not callable(losses):
-        raise ESAMTypeError(
-            "`losses` must be a function of the model and a batch that returns one loss per "
-            f"sample. Received: {losses!r}."
-        )
-
-
-def _check_scaler(optimizer: Any, precision: str, scaler: torch.amp.GradScaler | None) -> None:
-    """Raise for a scaler without fp16, and for fp16 together with `on_nonfinite`."""
-    if scaler is not None and precision != "fp16":
-        raise ESAMValueError(
-            f'`precision` must be "fp16" with `scaler`. Received: precision={precision!r}.'
-        )
-    if precision == "fp16" and isinstance(optimizer, ESAM):
-        mode = optimizer.config.on_nonfinite
-        if mode != "propagate":
-            raise ESAMValueError(
-                '`on_nonfinite` must be "propagate" with precision="fp16": the gradient scaler '
-                "finds overflows in `.grad` and skips the update itself. "
-                f"Received: on_nonfinite={mode!r}."
-            )
-
-
-def _monitored_name(
-    monitor: str | None, optimizer: Any, metrics: Mapping[str, Metric], *, evaluated: bool
-) -> str:
-    """Return the name of the monitored number, after checking that it can exist."""
-    if monitor is None:
-        return "eval_loss" if evaluated else "train_loss"
-    kinds = ("train", "eval") if evaluated else ("train",)
-    known = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
-    if isinstance(optimizer, ESAM):
-        known += REPORTED
-    return choice("monitor", monitor, tuple(known))
-
-
 def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
     """Set the mode of the model, and of the optimizer if it has one (schedule-free optimizers)."""
     model.train(training)
@@ -374,7 +324,7 @@ def _length(loader: Any) -> int | None:
 
 def _step_scheduler(scheduler: Any, row: Mapping[str, float]) -> None:
     """Step a scheduler after an epoch; pass the loss to one that monitors a number."""
-    if isinstance(scheduler, _Plateau):
+    if isinstance(scheduler, Plateau):
         scheduler.step(row.get("eval_loss", row["train_loss"]))
     else:
         scheduler.step()

@@ -1,0 +1,77 @@
+"""Checks of the arguments of `fit`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from esam_core import ESAMTypeError, ESAMValueError
+from esam_core.validation import choice
+from esam_torch.fitting.measures import REPORTED, Metric
+from esam_torch.optimizer import ESAM
+from esam_torch.wrappers import bare_model
+
+__all__ = ["Plateau", "check_objects", "check_scaler", "check_scheduler_step", "monitored_name"]
+
+#: The scheduler that gets the loss of an epoch.
+Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+
+
+def check_objects(model: Any, optimizer: Any, losses: Any) -> None:
+    """Raise if an argument cannot be used for training."""
+    if not isinstance(model, nn.Module):
+        raise ESAMTypeError(f"`model` must be a torch.nn.Module. Received: {model!r}.")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ESAMTypeError(
+            "`optimizer` must be an ESAM or another torch.optim.Optimizer. "
+            f"Received: {optimizer!r}."
+        )
+    if isinstance(optimizer, ESAM) and bare_model(optimizer.model) is not bare_model(model):
+        raise ESAMValueError(
+            "`optimizer` must be an ESAM of `model`. Received: an ESAM of another model."
+        )
+    if not callable(losses):
+        raise ESAMTypeError(
+            "`losses` must be a function of the model and a batch that returns one loss per "
+            f"sample. Received: {losses!r}."
+        )
+
+
+def check_scheduler_step(scheduler: Any, scheduler_step: str) -> None:
+    """Raise if a scheduler cannot step at these times."""
+    choice("scheduler_step", scheduler_step, ("epoch", "batch"))
+    if scheduler_step == "batch" and isinstance(scheduler, Plateau):
+        raise ESAMValueError(
+            '`scheduler_step` must be "epoch" for a ReduceLROnPlateau, which monitors the loss of '
+            'an epoch. Received: "batch".'
+        )
+
+
+def check_scaler(optimizer: Any, precision: str, scaler: torch.amp.GradScaler | None) -> None:
+    """Raise for a scaler without fp16, and for fp16 together with `on_nonfinite`."""
+    if scaler is not None and precision != "fp16":
+        raise ESAMValueError(
+            f'`precision` must be "fp16" with `scaler`. Received: precision={precision!r}.'
+        )
+    if precision == "fp16" and isinstance(optimizer, ESAM):
+        mode = optimizer.config.on_nonfinite
+        if mode != "propagate":
+            raise ESAMValueError(
+                '`on_nonfinite` must be "propagate" with precision="fp16": the gradient scaler '
+                "finds overflows in `.grad` and skips the update itself. "
+                f"Received: on_nonfinite={mode!r}."
+            )
+
+
+def monitored_name(
+    monitor: str | None, optimizer: Any, metrics: Mapping[str, Metric], *, evaluated: bool
+) -> str:
+    """Return the name of the monitored number, after checking that it can exist."""
+    if monitor is None:
+        return "eval_loss" if evaluated else "train_loss"
+    kinds = ("train", "eval") if evaluated else ("train",)
+    known = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
+    if isinstance(optimizer, ESAM):
+        known += REPORTED
+    return choice("monitor", monitor, tuple(known))
