@@ -16,6 +16,7 @@ from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import Means
 from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
 from esam_torch.fitting.ranks import world
+from esam_torch.fitting.settings import check_settings, settings_of, trained
 from esam_torch.wrappers import bare_model
 
 __all__ = ["Checkpoints", "Place"]
@@ -31,12 +32,14 @@ class Place:
         random: state of the random generators, including the loader's, before this epoch; from this
             state the loader yields the same batches again.
         rate: the learning rate at the start of this epoch.
+        data: what determines the batches of this epoch.
     """
 
     epoch: int = 1
     updates: int = 0
     random: dict[str, Any] = field(default_factory=dict)
     rate: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -68,7 +71,9 @@ class Checkpoints:
         self._device = device
         self._monitor = monitor
         self.history = History()
+        self._settings: dict[str, str] = {}
         if self._folder is not None:
+            self._settings = settings_of(parts["optimizer"], parts["scheduler"])
             self._folder.mkdir(parents=True, exist_ok=True)
 
     # -- random state -----------------------------------------------------------------------------
@@ -109,6 +114,8 @@ class Checkpoints:
                 "epoch": place.epoch,
                 "updates": place.updates,
                 "rate": place.rate,
+                "data": place.data,
+                "settings": self._settings,
                 "history": self.history.rows,
                 "ranks": ranks,
             }
@@ -153,6 +160,9 @@ class Checkpoints:
                 "Training must resume with as many processes as wrote the checkpoint, "
                 f"{len(state['ranks'])}. Received: {size}."
             )
+        if self._parts["optimizer"] not in trained:
+            check_settings(state["settings"], self._settings)
+        self._settings = state["settings"]
         missing = [name for name in self._parts if name not in state]
         if missing:
             raise ESAMValueError(
@@ -165,7 +175,8 @@ class Checkpoints:
         self.history.rows[:] = state["history"]
         mine = state["ranks"][rank]
         means.load_state_dict(mine["means"])
-        return Place(state["epoch"], state["updates"], mine["start"], state["rate"]), mine["now"]
+        place = Place(state["epoch"], state["updates"], mine["start"], state["rate"], state["data"])
+        return place, mine["now"]
 
 
 def _plain(state: Any) -> Any:

@@ -33,6 +33,7 @@ from esam_torch.fitting.ranks import (
     sum_over_ranks,
     world,
 )
+from esam_torch.fitting.settings import check_data, data_of, trained
 from esam_torch.fitting.update import PRECISIONS, Update, with_precision
 from esam_torch.optimizer import ESAM
 
@@ -94,8 +95,9 @@ def fit(
         clip_value: maximum absolute value in the gradient, > 0. Default none.
         folder: where "last.pt", "best.pt", "history.csv" and "history.json" are written after each
             epoch. Default none.
-        resume: whether to resume from "last.pt" if `folder` contains it. The weights end bit for
-            bit as without the interruption. Default False.
+        resume: whether to resume from "last.pt" if `folder` contains it, with the same settings of
+            `optimizer` and `scheduler`. The weights end bit for bit as without the interruption.
+            Default False.
         monitor: the number whose best value determines "best.pt": the smallest if its name ends
             with "loss", else the largest. Epochs without this number, or with NaN, are ignored.
             Default "eval_loss", or "train_loss" without `eval_loader`.
@@ -185,11 +187,12 @@ def fit(
         start, now = resumed if resumed is not None else (Place(), None)
         if now is not None:
             checkpoints.load_random_state(start.random)
+        trained.add(optimizer)
         for epoch in range(start.epoch, epochs + 1):
             _mode(called, optimizer, training=True)
             rate = start.rate if start.updates else _rate(optimizer)
             row = {"epoch": float(epoch), "learning_rate": rate}
-            row |= training.epoch(epoch, start.updates, now, rate)
+            row |= training.epoch(Place(epoch, start.updates, rate=rate, data=start.data), now)
             start, now = Place(), None
             _mode(called, optimizer, training=False)
             broadcast_buffers(model)
@@ -238,22 +241,21 @@ class _Training:
     save_every: int | None
     means: Means
 
-    def epoch(
-        self, epoch: int, done: int, now: Mapping[str, Any] | None, rate: float
-    ) -> dict[str, float]:
+    def epoch(self, start: Place, now: Mapping[str, Any] | None) -> dict[str, float]:
         """Train for one epoch and return the measurements.
 
         Args:
-            epoch: from 1.
-            done: the number of its updates that were completed before an interruption.
+            start: the epoch, and its updates that were completed before an interruption.
             now: the random state after those updates, or None if there were none.
-            rate: the learning rate at the start of the epoch.
         """
+        epoch, done = start.epoch, start.updates
         if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
-        random = self.checkpoints.random_state()
+        random, data = self.checkpoints.random_state(), data_of(self.loader, self.accumulate)
+        if done:
+            check_data(start.data, data)
         started, samples = time.perf_counter(), 0
-        self.shown.start(epoch, _length(self.loader))
+        self.shown.start(epoch, data["`len(loader)`"])
         number = 0
         for number, group in enumerate(groups_of(self.loader, self.accumulate), 1):
             self.shown.advance(len(group))
@@ -271,9 +273,15 @@ class _Training:
                 samples += report.batch_size or 0
             self.shown.loss(reports[-1])
             if self.save_every is not None and number % self.save_every == 0:
-                self.checkpoints.save(Place(epoch, number, random, rate), self.means)
+                place = Place(epoch, number, random, start.rate, data)
+                self.checkpoints.save(place, self.means)
         if number == 0:
             raise ESAMValueError("`loader` must yield a batch in each epoch. Received: none.")
+        if number < done:
+            raise ESAMValueError(
+                f"`loader` must yield the batches of the {done} updates of this epoch that the "
+                f"checkpoint contains. Received: batches of {number} updates."
+            )
         measured = self.means.result(everywhere=True)
         named = {
             name if name in REPORTED else f"train_{name}": value for name, value in measured.items()
@@ -312,14 +320,6 @@ def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
 def _rate(optimizer: torch.optim.Optimizer) -> float:
     """Return the learning rate of the first group."""
     return float(optimizer.param_groups[0]["lr"])
-
-
-def _length(loader: Any) -> int | None:
-    """Return the number of batches if the loader knows it, else None."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
 
 
 def _step_scheduler(scheduler: Any, row: Mapping[str, float]) -> None:
