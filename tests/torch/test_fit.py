@@ -176,6 +176,19 @@ def test_invalid_arguments_are_refused():
         )
 
 
+@pytest.mark.parametrize("name", ["loss", "sharpness", "sample_share"])
+def test_metrics_do_not_replace_other_numbers(name):
+    """A metric "loss" was reported as the loss, and "sharpness" averaged with the sharpness."""
+    metrics = {"accuracy": accuracy, name: accuracy}
+    with pytest.raises(ValueError, match=f"names of `metrics` must not.*Received: '{name}'"):
+        run_fit(epochs=1, metrics=metrics)
+    with pytest.raises(ValueError, match=f"names of `metrics` must not.*Received: '{name}'"):
+        evaluate(make_model(), model_losses, [make_data().tensors], metrics=metrics)
+    for wrong in ([accuracy], {"accuracy": "accuracy"}):
+        with pytest.raises(TypeError, match="`metrics` must be functions by name"):
+            run_fit(epochs=1, metrics=wrong)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "esam", "suffix-part"])
 def test_accumulated_batches_are_averaged_and_clipped(kind):
     batches = [tuple(part[i : i + 10] for part in make_data().tensors) for i in range(0, 50, 10)]

@@ -23,7 +23,14 @@ from esam_torch.fitting.checks import (
 )
 from esam_torch.fitting.data import arguments, choose_device, groups_of, move_batch
 from esam_torch.fitting.history import History
-from esam_torch.fitting.measures import REPORTED, Means, Metric, ModelLosses, evaluate
+from esam_torch.fitting.measures import (
+    REPORTED,
+    Means,
+    Metric,
+    ModelLosses,
+    check_metrics,
+    evaluate,
+)
 from esam_torch.fitting.progress import Silent, choose_progress
 from esam_torch.fitting.ranks import (
     broadcast_buffers,
@@ -81,7 +88,8 @@ def fit(
         epochs: the number of epochs, >= 1.
         eval_loader: the batches to evaluate on after each epoch. Default none.
         metrics: functions of (outputs, *batch) that return one number per sample, by name, such as
-            `{"accuracy": accuracy}`. They need `losses` to return (losses, outputs). Default none.
+            `{"accuracy": accuracy}`. They need `losses` to return (losses, outputs). The names of
+            other numbers, "loss" and the report's, are an error. Default none.
         scheduler: a learning rate scheduler of `optimizer`. Default none.
         scheduler_step: whether it steps after each "epoch" (default) or each "batch" (update).
         device: where to train. Default "auto": the accelerator if there is one, else the CPU.
@@ -138,6 +146,7 @@ def fit(
     check_scheduler_step(scheduler, scheduler_step)
     count_number("epochs", epochs, least=1)
     count_number("accumulate", accumulate, least=1)
+    measured = check_metrics(metrics)
     choice("precision", precision, PRECISIONS)
     check_scaler(optimizer, precision, scaler)
     for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
@@ -164,9 +173,7 @@ def fit(
         loader = split(loader, training=True)
         eval_loader = None if eval_loader is None else split(eval_loader, training=False)
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
-        watched = monitored_name(
-            monitor, optimizer, metrics or {}, evaluated=eval_loader is not None
-        )
+        watched = monitored_name(monitor, optimizer, measured, evaluated=eval_loader is not None)
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         checkpoints = Checkpoints(folder, model, parts, loader, place, watched)
         history = checkpoints.history
@@ -179,7 +186,7 @@ def fit(
             checkpoints,
             shown,
             save_every,
-            Means(metrics or {}, place),
+            Means(measured, place),
         )
         resumed = checkpoints.load(training.means) if resume else None
         if resumed is not None and not resumed[0].updates:
@@ -197,13 +204,13 @@ def fit(
             _mode(called, optimizer, training=False)
             broadcast_buffers(model)
             if eval_loader is not None:
-                measured = evaluate(
+                found = evaluate(
                     *(model, with_precision(losses, update), eval_loader),
-                    metrics=metrics,
+                    metrics=measured,
                     device=place,
                     everywhere=True,
                 )
-                row |= {f"eval_{name}": value for name, value in measured.items()}
+                row |= {f"eval_{name}": value for name, value in found.items()}
             if scheduler is not None and scheduler_step == "epoch":
                 _step_scheduler(scheduler, row)
             history.rows.append(row)

@@ -11,7 +11,7 @@ from esam_torch.fitting.data import Arguments, arguments, move_batch
 from esam_torch.fitting.ranks import sum_over_ranks
 from esam_torch.losses import per_sample
 
-__all__ = ["Means", "Metric", "ModelLosses", "Seen", "accuracy", "evaluate"]
+__all__ = ["Means", "Metric", "ModelLosses", "Seen", "accuracy", "check_metrics", "evaluate"]
 
 ModelLosses = Callable[..., Any]
 Metric = Callable[..., Tensor]
@@ -55,6 +55,23 @@ def accuracy(outputs: Tensor, *batch: Any) -> Tensor:
     """
     targets: Tensor = batch[-1]
     return (outputs.argmax(1) == targets).float()
+
+
+def check_metrics(metrics: Any) -> dict[str, Metric]:
+    """Return the metrics by name, none for None; raise for names that mean something else."""
+    metrics = {} if metrics is None else metrics
+    if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
+        raise ESAMTypeError(
+            '`metrics` must be functions by name, such as {"accuracy": accuracy}. '
+            f"Received: metrics={metrics!r}."
+        )
+    taken = [name for name in metrics if name in ("loss", *REPORTED)]
+    if taken:
+        raise ESAMValueError(
+            "The names of `metrics` must not be those of numbers that are reported anyway: loss, "
+            f"{', '.join(REPORTED)}. Received: {', '.join(map(repr, taken))}. Use another name."
+        )
+    return dict(metrics)
 
 
 class Means:
@@ -175,7 +192,7 @@ def evaluate(
         ['loss']
     """
     modes = [(module, module.training) for module in model.modules()]
-    means = Means(metrics or {}, torch.device(device))
+    means = Means(check_metrics(metrics), torch.device(device))
     model.eval()
     try:
         with torch.no_grad():
