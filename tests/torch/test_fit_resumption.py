@@ -13,7 +13,14 @@ from tests.torch.fitted import (
     model_losses,
     run_fit,
 )
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import (
+    LambdaLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 from torch.utils.data import DataLoader
 
 from esam_torch import ESAM, Only, SideBySide, Suffix, fit
@@ -195,3 +202,37 @@ def test_an_interrupted_epoch_of_fewer_batches_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the 2 updates of this epoch.*Received: batches of 1"):
         resume(model_losses, 1)
     assert len(resume(model_losses, 4)) == 1
+
+
+def test_a_sequence_of_schedulers_resumes(tmp_path):
+    """MultiStepLR keeps its milestones in a Counter, which a dictionary does not replace."""
+
+    def schedule(optimizer):
+        parts = [LinearLR(optimizer, 0.1, 1, 2), MultiStepLR(optimizer, [2, 3])]
+        return SequentialLR(optimizer, parts, milestones=[3])
+
+    _, whole = run_fit("esam", 6, scheduler=schedule)
+    run_fit("esam", 2, scheduler=schedule, folder=tmp_path)
+    _, history = run_fit("esam", 6, scheduler=schedule, folder=tmp_path, resume=True)
+    assert history["learning_rate"] == whole["learning_rate"]
+
+
+def test_layers_load_with_the_version_that_they_were_saved_with(tmp_path):
+    versions = []
+
+    class Versioned(torch.nn.Linear):
+        _version = 3
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            versions.append(metadata.get("version"))
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    def run(epochs):
+        torch.manual_seed(0)
+        model = Versioned(6, 3)
+        options = {**QUIETLY, "epochs": epochs, "folder": tmp_path, "resume": True}
+        fit(model, ESAM(sgd(model), model), model_losses, make_batches(), **options)
+
+    run(1)
+    run(2)
+    assert versions == [3]

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,5 +187,10 @@ def _plain(state: Any) -> Any:
     if isinstance(state, list | tuple) and type(state) in (list, tuple):
         return type(state)(_plain(value) for value in state)
     if isinstance(state, Mapping):
-        return {key: _plain(value) for key, value in state.items()}
+        plain = {key: _plain(value) for key, value in state.items()}
+        if type(state) not in (Counter, OrderedDict):  # torch loads these two as they are
+            return plain
+        kept = type(state)(plain)
+        vars(kept).update(vars(state))  # a module's `_metadata`: the versions of its layers
+        return kept
     return state
