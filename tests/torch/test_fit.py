@@ -22,6 +22,7 @@ from esam_torch import (
     Momentum,
     Part,
     Previous,
+    SideBySide,
     TopIncrease,
     TopLoss,
     accuracy,
@@ -95,6 +96,49 @@ def test_schedulers_step_each_epoch_or_each_batch():
     assert history["learning_rate"] == [0.1, 0.1 / 2**5]
 
 
+def test_schedulers_of_other_optimizers_are_refused():
+    """They had no effect."""
+
+    def of_another(_):
+        return torch.optim.lr_scheduler.StepLR(make_optimizer("sgd", make_model()), 1)
+
+    for kind in ("sgd", "esam"):
+        with pytest.raises(ValueError, match="Received: a StepLR of another optimizer"):
+            run_fit(kind, 1, scheduler=of_another)
+    with pytest.raises(TypeError, match=r"`scheduler` must be .* Received: scheduler='cosine'"):
+        run_fit(epochs=1, scheduler="cosine")
+
+
+def test_schedulers_may_be_those_of_a_base_optimizer():
+    model = make_model()
+    one = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    two = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    optimizer = ESAM(SideBySide(one, two), model)
+    for scheduled in (one, two, optimizer.base_optimizer, optimizer):
+        scheduler = torch.optim.lr_scheduler.StepLR(scheduled, 1, gamma=0.5)
+        fit(model, optimizer, model_losses, make_batches(), scheduler=scheduler, **QUIETLY)
+    assert [one.param_groups[0]["lr"], two.param_groups[0]["lr"]] == [0.0125, 0.0125]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_samplers_are_told_the_epoch(inside):
+    """Also one inside a batch sampler; it gave the same order in each epoch."""
+
+    class Told(torch.utils.data.SequentialSampler):
+        epochs = ()
+
+        def set_epoch(self, epoch):
+            self.epochs = (*self.epochs, epoch)
+
+    sampler = Told(make_data())
+    batches = torch.utils.data.BatchSampler(sampler, 32, drop_last=False)
+    options = {"batch_sampler": batches} if inside else {"batch_size": 32, "sampler": sampler}
+    model = make_model()
+    loader = DataLoader(make_data(), **options)
+    fit(model, make_optimizer("esam", model), model_losses, loader, **{**QUIETLY, "epochs": 3})
+    assert sampler.epochs == (1, 2, 3)
+
+
 def test_reduce_lr_on_plateau_gets_the_evaluation_loss():
     def on_plateau(optimizer):
         return torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -153,6 +197,9 @@ def test_invalid_arguments_are_refused():
         fit(model, "sgd", model_losses, batches, epochs=1, progress=False)
     with pytest.raises(ValueError, match="an ESAM of another model"):
         fit(make_model(), esam, model_losses, batches, epochs=1, progress=False)
+    other = make_optimizer("sgd", make_model())
+    with pytest.raises(ValueError, match=r"of parameters of `model`. Received: SGD of other"):
+        fit(model, other, model_losses, batches, epochs=1, progress=False)
     with pytest.raises(ValueError, match="`epochs` must be >= 1"):
         fit(model, esam, model_losses, batches, epochs=0, progress=False)
     with pytest.raises(ValueError, match="`scheduler_step`"):

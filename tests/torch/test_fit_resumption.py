@@ -204,6 +204,8 @@ def test_an_interrupted_epoch_of_fewer_batches_is_refused(tmp_path):
     assert len(resume(model_losses, 4)) == 1
 
 
+# SequentialLR passes an epoch, and torch 2.6 warns about its own call.
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 def test_a_sequence_of_schedulers_resumes(tmp_path):
     """MultiStepLR keeps its milestones in a Counter, which a dictionary does not replace."""
 

@@ -12,7 +12,7 @@ from esam_torch.fitting.measures import REPORTED, Metric
 from esam_torch.optimizer import ESAM
 from esam_torch.wrappers import bare_model
 
-__all__ = ["Plateau", "check_objects", "check_scaler", "check_scheduler_step", "monitored_name"]
+__all__ = ["Plateau", "check_objects", "check_scaler", "check_scheduler", "monitored_name"]
 
 #: The scheduler that gets the loss of an epoch.
 Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -31,6 +31,12 @@ def check_objects(model: Any, optimizer: Any, losses: Any) -> None:
         raise ESAMValueError(
             "`optimizer` must be an ESAM of `model`. Received: an ESAM of another model."
         )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if trained.isdisjoint(map(id, model.parameters())):
+        raise ESAMValueError(
+            "`optimizer` must be an optimizer of parameters of `model`. "
+            f"Received: {type(optimizer).__name__} of other parameters."
+        )
     if not callable(losses):
         raise ESAMTypeError(
             "`losses` must be a function of the model and a batch that returns one loss per "
@@ -38,9 +44,23 @@ def check_objects(model: Any, optimizer: Any, losses: Any) -> None:
         )
 
 
-def check_scheduler_step(scheduler: Any, scheduler_step: str) -> None:
-    """Raise if a scheduler cannot step at these times."""
+def check_scheduler(scheduler: Any, scheduler_step: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raise if a scheduler is not one of the optimizer, or cannot step at these times."""
     choice("scheduler_step", scheduler_step, ("epoch", "batch"))
+    if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+        raise ESAMTypeError(
+            "`scheduler` must be a learning rate scheduler of `optimizer`, with a method `step`. "
+            f"Received: scheduler={scheduler!r}."
+        )
+    scheduled = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+    if scheduled is not None:
+        # Of ESAM, its base optimizer, or one of several: they share their groups.
+        groups = {id(group) for group in optimizer.param_groups}
+        if groups.isdisjoint(map(id, scheduled)):
+            raise ESAMValueError(
+                "`scheduler` must be a scheduler of `optimizer` or of its base optimizer. "
+                f"Received: a {type(scheduler).__name__} of another optimizer."
+            )
     if scheduler_step == "batch" and isinstance(scheduler, Plateau):
         raise ESAMValueError(
             '`scheduler_step` must be "epoch" for a ReduceLROnPlateau, which monitors the loss of '

@@ -18,7 +18,7 @@ from esam_torch.fitting.checks import (
     Plateau,
     check_objects,
     check_scaler,
-    check_scheduler_step,
+    check_scheduler,
     monitored_name,
 )
 from esam_torch.fitting.data import arguments, choose_device, groups_of, move_batch
@@ -32,6 +32,7 @@ from esam_torch.fitting.measures import (
     evaluate,
 )
 from esam_torch.fitting.progress import Silent, choose_progress
+from esam_torch.fitting.randomness import parts_of
 from esam_torch.fitting.ranks import (
     broadcast_buffers,
     join_processes,
@@ -143,7 +144,7 @@ def fit(
         True
     """
     check_objects(model, optimizer, losses)
-    check_scheduler_step(scheduler, scheduler_step)
+    check_scheduler(scheduler, scheduler_step, optimizer)
     count_number("epochs", epochs, least=1)
     count_number("accumulate", accumulate, least=1)
     measured = check_metrics(metrics)
@@ -256,8 +257,9 @@ class _Training:
             now: the random state after those updates, or None if there were none.
         """
         epoch, done = start.epoch, start.updates
-        if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
-            self.loader.sampler.set_epoch(epoch)
+        for part in parts_of(self.loader):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
         random, data = self.checkpoints.random_state(), data_of(self.loader, self.accumulate)
         if done:
             check_data(start.data, data)
