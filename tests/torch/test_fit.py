@@ -13,7 +13,7 @@ from tests.torch.fitted import (
     run_fit,
 )
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from esam_core import ESAMTypeError
 from esam_torch import (
@@ -454,3 +454,17 @@ def test_samplers_that_do_not_know_about_ranks_are_refused(sampler, monkeypatch)
     monkeypatch.setattr(ranks, "world", lambda: (0, 2))
     with pytest.raises(ESAMTypeError, match=f"Received: a {type(sampler).__name__}"):
         ranks.split(loader, training=True)
+
+
+@pytest.mark.parametrize("kind", [RandomSampler, SequentialSampler])
+def test_batch_samplers_that_do_not_know_about_ranks_are_refused(kind, monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: (0, 2))
+    data = make_data()
+    shares = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=0)
+    for sampler, refused in ((kind(data), True), (shares, False)):
+        loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 20, drop_last=False))
+        if refused:
+            with pytest.raises(ESAMTypeError, match=f"Received: a {kind.__name__}"):
+                ranks.split(loader, training=True)
+        else:
+            assert ranks.split(loader, training=True) is loader

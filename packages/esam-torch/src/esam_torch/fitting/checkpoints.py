@@ -16,7 +16,7 @@ from esam_core import ESAMValueError
 from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import Means
 from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
-from esam_torch.fitting.ranks import world
+from esam_torch.fitting.ranks import SharedOrder, world
 from esam_torch.fitting.settings import check_settings, settings_of, trained
 from esam_torch.wrappers import bare_model
 
@@ -82,7 +82,14 @@ class Checkpoints:
     def random_state(self) -> dict[str, Any]:
         """Return the state of every random generator that data and training use."""
         loaders = [generator.get_state() for generator in generators_of(self._loader)]
-        return {**random_state(self._device), "loader": loaders}
+        order = self._order.seed if self._order is not None else None
+        return {**random_state(self._device), "loader": loaders, "order": order}
+
+    @property
+    def _order(self) -> SharedOrder | None:
+        """Return the order of the samples that ranks share, or None."""
+        sampler = getattr(self._loader, "sampler", None)
+        return sampler if isinstance(sampler, SharedOrder) else None
 
     def load_random_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state of every generator."""
@@ -95,6 +102,8 @@ class Checkpoints:
             )
         for generator, saved in zip(generators, state["loader"], strict=True):
             generator.set_state(saved.cpu())
+        if self._order is not None and state["order"] is not None:
+            self._order.seed = state["order"]
 
     # -- files ------------------------------------------------------------------------------------
 

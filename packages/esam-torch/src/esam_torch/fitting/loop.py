@@ -77,7 +77,8 @@ def fit(
     """Train a model, with `ESAM` or with any other optimizer, through the same loop.
 
     Under torchrun, every process trains a replica with DistributedDataParallel on its share of
-    `loader`, and the means are over all processes.
+    `loader`, and the means are over all processes. A DataLoader is split, in an order that rank 0
+    draws; any other iterable, and one with a sampler of its own, is the process's share.
 
     Args:
         model: the model to train. It is moved to `device` and left there, in evaluation mode.

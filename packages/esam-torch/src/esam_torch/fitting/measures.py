@@ -90,11 +90,6 @@ class Means:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    @property
-    def samples(self) -> int:
-        """The number of samples so far."""
-        return self._counts.get("loss", 0)
-
     def _add(self, name: str, total: Any, count: int) -> None:
         """Add a sum over `count` values."""
         total = torch.as_tensor(total, dtype=torch.float32, device=self._device)
@@ -132,13 +127,15 @@ class Means:
 
     def result(self, *, everywhere: bool = False) -> dict[str, float]:
         """Return the means, over all ranks if `everywhere`. This waits for the device."""
-        sums = [float(total) for total in self._sums.values()]
-        counts = [float(self._counts[name]) for name in self._sums]
+        # All names in one order: another rank may have measured fewer, or none.
+        names = ("loss", *self._metrics, *REPORTED)
+        sums = [float(self._sums.get(name, 0.0)) for name in names]
+        counts = [float(self._counts.get(name, 0)) for name in names]
         if everywhere:
             sums, counts = sum_over_ranks(sums, self._device), sum_over_ranks(counts, self._device)
         return {
             name: total / count
-            for name, total, count in zip(self._sums, sums, counts, strict=True)
+            for name, total, count in zip(names, sums, counts, strict=True)
             if count
         }
 
@@ -203,6 +200,7 @@ def evaluate(
     finally:
         for module, mode in modes:
             module.training = mode
-    if not means.samples:
+    found = means.result(everywhere=everywhere)
+    if "loss" not in found:  # on all ranks, so that none waits for another
         raise ESAMValueError("The evaluation loader must yield a batch. Received: none.")
-    return means.result(everywhere=everywhere)
+    return found

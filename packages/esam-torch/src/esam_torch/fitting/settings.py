@@ -50,6 +50,7 @@ def data_of(loader: Any, accumulate: int) -> dict[str, Any]:
         "`len(loader)`": _length(loader),
         "`loader.batch_size`": getattr(loader, "batch_size", None),
         "`len(loader.dataset)`": _length(data),
+        "the class of `loader.sampler`": _kind(getattr(loader, "sampler", None)),
     }
 
 
@@ -92,7 +93,7 @@ def _shown(text: str) -> str:
 
 
 def _kind(part: Any) -> str | None:
-    """Return the class of an optimizer or a scheduler, with that of the optimizers inside."""
+    """Return the class of a part of the run, with those of the optimizers inside."""
     if isinstance(part, ESAM):
         return f"ESAM({_kind(part.base_optimizer)})"
     if isinstance(part, SideBySide):
