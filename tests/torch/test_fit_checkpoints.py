@@ -35,6 +35,34 @@ def test_best_and_last_rows():
         history["eval_accuracy"]
 
 
+def test_an_epoch_is_kept_if_on_epoch_ends_training(tmp_path):
+    """With what `on_epoch` changed before: here a schedule of its own."""
+
+    def run(epochs, stop=0, **options):
+        model = make_model()
+        optimizer = make_optimizer("esam", model)
+
+        def on_epoch(row):
+            optimizer.param_groups[0]["lr"] /= 2
+            if row["epoch"] == stop:
+                raise StopIteration("enough")
+
+        options = {**QUIETLY, "epochs": epochs, "on_epoch": on_epoch, **options}
+        return model, fit(model, optimizer, model_losses, make_batches(), **options)
+
+    whole, wanted = run(3)
+    with pytest.raises(StopIteration, match="enough"):
+        run(3, stop=2, folder=tmp_path)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["row"] == History.from_json(tmp_path / "history.json").last
+    model, history = run(3, folder=tmp_path, resume=True)
+    assert history["train_loss"] == wanted["train_loss"]
+    assert history["learning_rate"] == wanted["learning_rate"] == [0.1, 0.05, 0.025]
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def _killed_run(folder, batches):
     script = Path(__file__).parent / "fit_to_be_killed.py"
     done = subprocess.run(

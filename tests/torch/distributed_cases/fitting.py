@@ -69,7 +69,7 @@ class Stream(IterableDataset):
     """The numbers from 0 to 7, those of this rank or all."""
 
     def __init__(self, *share):
-        self.share = share
+        self.share = share or (None,)
 
     def __iter__(self):
         return ((torch.full((6,), float(i)), i % 3) for i in list(range(8))[slice(*self.share)])

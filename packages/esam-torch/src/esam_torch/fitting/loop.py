@@ -116,7 +116,8 @@ def fit(
         progress: True (default): a progress bar by rich or tqdm if one is installed, else one line
             per epoch. False: nothing. Or one of "rich", "tqdm" and "plain".
         title: text before the progress bar. Default "".
-        on_epoch: called with each epoch's row, in every process. Default none.
+        on_epoch: called with each epoch's row, in every process. If it raises an exception,
+            training ends after the epoch's checkpoint is written. Default none.
 
     Returns:
         A `History`: for each epoch "epoch" (from 1), "learning_rate", "train_loss", "train_..." and
@@ -218,10 +219,12 @@ def fit(
             history.rows.append(row)
             shown.finish(row)
             write(row)
-            if on_epoch is not None:
-                on_epoch(row)
-            checkpoints.save(Place(epoch + 1, 0, checkpoints.random_state()), training.means)
-            checkpoints.save_best()
+            try:
+                if on_epoch is not None:
+                    on_epoch(row)
+            finally:  # with what it has changed; and if it ends training, the epoch is kept
+                checkpoints.save(Place(epoch + 1, 0, checkpoints.random_state()), training.means)
+                checkpoints.save_best()
         _mode(called, optimizer, training=False)
     return history
 
