@@ -115,6 +115,28 @@ def test_checkpoints_and_histories_are_files(tmp_path):
     assert best["row"]["eval_accuracy"] == max(history["eval_accuracy"])
 
 
+def error(outputs, *batch):
+    return 1.0 - accuracy(outputs, *batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "smallest"),
+    [
+        ({"monitor": "sharpness"}, True),
+        ({"monitor": "eval_loss"}, True),
+        ({"monitor": "eval_accuracy"}, False),
+        ({"monitor": "eval_error", "monitor_mode": "min"}, True),
+        ({"monitor": "eval_error", "monitor_mode": "max"}, False),
+    ],
+)
+def test_the_best_epoch_has_the_smallest_or_the_largest_number(options, smallest, tmp_path):
+    metrics = {"accuracy": accuracy, "error": error}
+    options = {**options, "metrics": metrics, "eval_loader": [make_data().tensors]}
+    _, history = run_fit(epochs=4, folder=tmp_path, **options)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)["row"]
+    assert best == history.best(options["monitor"], smallest=smallest)
+
+
 @pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
 def test_epochs_without_the_monitored_number_write_checkpoints(tmp_path, on_nonfinite):
     model = make_model()
@@ -195,6 +217,13 @@ def test_invalid_monitors_are_refused_before_training(tmp_path):
         scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
         scheduler_step="batch",
     )
+    refused(r"`monitor` must be one of .*'rejected_sharpness'\.", monitor="gradient_norm")
+    refused(
+        '`monitor_mode` must be "min" or "max" for a metric other than an accuracy',
+        metrics={"error": error},
+        monitor="eval_error",
+    )
+    refused("`monitor_mode` must be one of 'min', 'max'", monitor_mode="smallest")
     assert not trained
 
 

@@ -52,8 +52,9 @@ class Checkpoints:
         parts: other objects with a `state_dict`, by name: optimizer, scheduler, scaler.
         loader: the training data.
         device: the model's device.
-        monitor: the column whose best value determines "best.pt". Less is better if its name ends
-            with "loss", else more is better. Epochs without this number are ignored.
+        monitor: the column whose best value determines "best.pt". Epochs without this number are
+            ignored.
+        smallest: whether its smallest value is the best.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Checkpoints:
         loader: Any,
         device: torch.device,
         monitor: str,
+        *,
+        smallest: bool,
     ) -> None:
         self._folder = None if folder is None else Path(folder)
         self._model = bare_model(model)
@@ -71,6 +74,7 @@ class Checkpoints:
         self._loader = loader
         self._device = device
         self._monitor = monitor
+        self._smallest = smallest
         self.history = History()
         self._settings: dict[str, str] = {}
         if self._folder is not None:
@@ -140,7 +144,7 @@ class Checkpoints:
         rows = [row for row in self.history if not math.isnan(row.get(self._monitor, math.nan))]
         if not rows:
             return
-        best = History(rows).best(self._monitor, smallest=self._monitor.endswith("loss"))
+        best = History(rows).best(self._monitor, smallest=self._smallest)
         if best is self.history.last:
             self._write({"model": self._model.state_dict(), "row": self.history.last}, "best.pt")
 

@@ -12,7 +12,14 @@ from esam_torch.fitting.measures import REPORTED, Metric
 from esam_torch.optimizer import ESAM
 from esam_torch.wrappers import bare_model
 
-__all__ = ["Plateau", "check_objects", "check_scaler", "check_scheduler", "monitored_name"]
+__all__ = [
+    "Plateau",
+    "check_objects",
+    "check_scaler",
+    "check_scheduler",
+    "monitored_name",
+    "smallest_is_best",
+]
 
 #: The scheduler that gets the loss of an epoch.
 Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
@@ -92,6 +99,21 @@ def monitored_name(
         return "eval_loss" if evaluated else "train_loss"
     kinds = ("train", "eval") if evaluated else ("train",)
     known = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
-    if isinstance(optimizer, ESAM):
-        known += REPORTED
+    if isinstance(optimizer, ESAM):  # of the other numbers in a report, none is better than another
+        known += [name for name in REPORTED if name.endswith("sharpness")]
     return choice("monitor", monitor, tuple(known))
+
+
+def smallest_is_best(monitored: str, mode: str | None) -> bool:
+    """Return whether less is better; raise if that is unknown."""
+    if mode is not None:
+        return choice("monitor_mode", mode, ("min", "max")) == "min"
+    if monitored.endswith(("loss", "sharpness")):
+        return True
+    if not monitored.endswith("accuracy"):
+        raise ESAMValueError(
+            '`monitor_mode` must be "min" or "max" for a metric other than an accuracy: only you '
+            f"know whether less of it is better. Received: monitor={monitored!r} and "
+            "monitor_mode=None."
+        )
+    return False

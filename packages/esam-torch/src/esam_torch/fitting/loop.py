@@ -20,6 +20,7 @@ from esam_torch.fitting.checks import (
     check_scaler,
     check_scheduler,
     monitored_name,
+    smallest_is_best,
 )
 from esam_torch.fitting.data import arguments, choose_device, groups_of, move_batch
 from esam_torch.fitting.history import History
@@ -68,6 +69,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     monitor: str | None = None,
+    monitor_mode: str | None = None,
     save_every: int | None = None,
     tensorboard: str | Path | None = None,
     progress: bool | str = True,
@@ -108,9 +110,11 @@ def fit(
         resume: whether to resume from "last.pt" if `folder` contains it, with the same settings of
             `optimizer` and `scheduler`. The weights end bit for bit as without the interruption.
             Default False.
-        monitor: the number whose best value determines "best.pt": the smallest if its name ends
-            with "loss", else the largest. Epochs without this number, or with NaN, are ignored.
-            Default "eval_loss", or "train_loss" without `eval_loader`.
+        monitor: the number whose best value determines "best.pt": a loss, a metric or a sharpness.
+            Epochs without this number, or with NaN, are ignored. Default "eval_loss", or
+            "train_loss" without `eval_loader`.
+        monitor_mode: "min" if its smallest value is best, "max" if its largest is. Default: "min"
+            for a loss or sharpness, "max" for an accuracy; another metric needs it.
         save_every: write "last.pt" after every so many updates within an epoch, >= 1. Default none.
         tensorboard: folder for TensorBoard's scalars. Default none.
         progress: True (default): a progress bar by rich or tqdm if one is installed, else one line
@@ -157,11 +161,14 @@ def fit(
             positive(name, bound)
     if save_every is not None:
         count_number("save_every", save_every, least=1)
-    if folder is None and (resume or save_every is not None or monitor is not None):
+    given = (save_every, monitor, monitor_mode)
+    if folder is None and (resume or any(value is not None for value in given)):
         raise ESAMValueError(
-            "`folder` must be given with `resume`, `save_every` and `monitor`: it is the folder "
-            "of the checkpoints. Received: folder=None."
+            "`folder` must be given with `resume`, `save_every`, `monitor` and `monitor_mode`: it "
+            "is the folder of the checkpoints. Received: folder=None."
         )
+    watched = monitored_name(monitor, optimizer, measured, evaluated=eval_loader is not None)
+    smallest = smallest_is_best(watched, monitor_mode)
     with contextlib.ExitStack() as stack:
         place = join_processes(choose_device(device))
         model.to(place)
@@ -178,7 +185,7 @@ def fit(
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
         watched = monitored_name(monitor, optimizer, measured, evaluated=eval_loader is not None)
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        checkpoints = Checkpoints(folder, model, parts, loader, place, watched)
+        checkpoints = Checkpoints(folder, model, parts, loader, place, watched, smallest=smallest)
         history = checkpoints.history
         each_batch = scheduler if scheduler_step == "batch" else None
         training = _Training(
