@@ -79,6 +79,21 @@ def test_means_are_over_samples_and_not_batches():
     assert found["accuracy"] == (outputs.argmax(1) == targets).float().mean().item()
 
 
+@pytest.mark.parametrize("options", [{}, {"device": "auto"}])
+def test_evaluation_is_on_the_device_of_the_model(options):
+    """As after `fit`, which leaves the model on the accelerator if there is one."""
+    seen = []
+
+    def losses(_, inputs, targets):
+        seen.append((inputs.device.type, targets.device.type))
+        raise KeyboardInterrupt  # on "meta", there are no numbers
+
+    for model in (make_model().to("meta"), torch.nn.ReLU()):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, losses, [make_data().tensors], **options)
+    assert seen == [("meta", "meta"), ("cpu", "cpu")]
+
+
 def test_evaluation_restores_the_modes():
     model = make_model().train()
     model[1].eval()

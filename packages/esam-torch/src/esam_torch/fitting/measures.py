@@ -1,5 +1,6 @@
 """Means of losses, metrics and report fields, summed on the device."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -154,13 +155,19 @@ class Means:
         self._counts = dict(state["counts"])
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer; the CPU if it has none."""
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
+
+
 def evaluate(
     model: nn.Module,
     losses: ModelLosses,
     loader: Iterable[Any],
     *,
     metrics: Mapping[str, Metric] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     everywhere: bool = False,
 ) -> dict[str, float]:
     """Return the mean loss and metrics of a model in evaluation mode.
@@ -170,7 +177,7 @@ def evaluate(
         losses: a function of the model and the batch, as in `fit`.
         loader: batches.
         metrics: as in `fit`. Default none.
-        device: the model's device. Default the CPU.
+        device: the device to move batches to. Default "auto": the model's own, which is not moved.
         everywhere: whether `loader` yields only this rank's share of the samples, so that means are
             computed over all ranks. Default False.
 
@@ -189,12 +196,13 @@ def evaluate(
         ['loss']
     """
     modes = [(module, module.training) for module in model.modules()]
-    means = Means(check_metrics(metrics), torch.device(device))
+    place = _device_of(model) if device == "auto" else torch.device(device)
+    means = Means(check_metrics(metrics), place)
     model.eval()
     try:
         with torch.no_grad():
             for batch in loader:
-                inputs = arguments(move_batch(batch, torch.device(device)))
+                inputs = arguments(move_batch(batch, place))
                 values, outputs = per_sample(losses(model, *inputs))
                 means.update(values, Seen(values, outputs, inputs))
     finally:
