@@ -108,8 +108,9 @@ def fit(
         folder: where "last.pt", "best.pt", "history.csv" and "history.json" are written after each
             epoch. Default none.
         resume: whether to resume from "last.pt" if `folder` contains it, with the same settings of
-            `optimizer` and `scheduler`. The weights end bit for bit as without the interruption.
-            Default False.
+            `optimizer` and `scheduler`. The weights end bit for bit as without the interruption,
+            except if samples are random and drawn in a loader's `persistent_workers`. Default
+            False.
         monitor: the number whose best value determines "best.pt": a loss, a metric or a sharpness.
             Epochs without this number, or with NaN, are ignored. Default "eval_loss", or
             "train_loss" without `eval_loader`.
@@ -126,7 +127,10 @@ def fit(
     Returns:
         A `History`: for each epoch "epoch" (from 1), "learning_rate", "train_loss", "train_..." and
         "eval_..." for each metric, "eval_loss", "sharpness" and other fields of the step reports,
-        "seconds" (training only) and "samples_per_second".
+        "seconds" (training only) and "samples_per_second". "train_loss" is the mean of the losses
+        before each update. Where steps do not compute these, it is with `Part` the mean over the
+        samples in the part, and with `Previous` and `Momentum` the mean of the descent pass, at the
+        perturbed weights.
 
     Raises:
         ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
