@@ -201,9 +201,10 @@ def _plain(state: Any) -> Any:
         return type(state)(_plain(value) for value in state)
     if isinstance(state, Mapping):
         plain = {key: _plain(value) for key, value in state.items()}
-        if type(state) not in (Counter, OrderedDict):  # torch loads these two as they are
+        kind: Any = type(state)
+        if kind not in (Counter, OrderedDict):  # torch loads these two as they are
             return plain
-        kept = type(state)(plain)
+        kept = kind(plain)
         vars(kept).update(vars(state))  # a module's `_metadata`: the versions of its layers
         return kept
     return state
