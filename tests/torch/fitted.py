@@ -62,3 +62,17 @@ def make_skipping(model, on_nonfinite="skip"):
 
 
 QUIETLY = {"epochs": 1, "progress": False, "device": "cpu"}
+
+
+def interrupt(after):
+    """Return `model_losses` with an interrupt after a number of training batches."""
+    seen = []
+
+    def losses(model, *batch):
+        if model.training and torch.is_grad_enabled():
+            if len(seen) == after:
+                raise KeyboardInterrupt
+            seen.append(len(batch[0]))
+        return model_losses(model, *batch)
+
+    return losses

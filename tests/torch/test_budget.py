@@ -1,5 +1,7 @@
 """`budget=`: the first backward measures the model and chooses; steps cost as predicted."""
 
+import re
+
 import pytest
 import torch
 from tests.torch.networks import ResNet, flops, images
@@ -95,12 +97,32 @@ def test_an_applied_budget_is_in_the_checkpoint():
     optimizer.step(losses_of(model), *images())
     assert isinstance(optimizer.config.perturb, Suffix)
     state = optimizer.state_dict()
-    other = optimizer_of(model)
-    other.load_state_dict(state)
-    assert other.config == optimizer.config
-    other = optimizer_of(model)
+    config = optimizer.config
+    for options in ({"budget": 1.15}, {"perturb": config.perturb, "select": config.select}):
+        other = optimizer_of(model, **options)
+        other.load_state_dict(state)  # without a warning: nothing is replaced
+        assert other.config == config
+        again = optimizer_of(model, **options)
+        again.load_state_dict(other.state_dict())
+        assert again.config == config
+    other = optimizer_of(model, budget=1.15)
     other.load_state_dict(fresh)  # saved before the first backward: the budget is not applied yet
     other.backward(losses_of(model), *images())
+    assert other.config == config
+    optimizer.load_state_dict(fresh)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("budget", [None, 1.5])
+def test_a_budget_that_a_checkpoint_replaces_is_named(budget, steps):
+    model = ResNet(dropout=0.0)
+    optimizer = optimizer_of(model, budget=1.15)
+    for _ in range(steps):
+        optimizer.step(losses_of(model), *images())
+    other = optimizer_of(model, budget=budget)
+    words = f"perturb={optimizer.config.perturb!r} (in code" if steps else "budget=1.15 (in code"
+    with pytest.warns(UserWarning, match=re.escape(words if budget is None else "budget=1.15")):
+        other.load_state_dict(optimizer.state_dict())
     assert other.config == optimizer.config
 
 

@@ -89,19 +89,36 @@ def test_resuming_bit_for_bit(options, base, tmp_path):
 
 
 def test_hyperparameters_come_from_the_checkpoint(tmp_path):
-    """Like the learning rate; the loading code may have other hyperparameters."""
+    """Like the learning rate; if the loading code has others, a warning lists them, once."""
     model = net()
     optimizer = ESAM(sgd(model), model, rho=0.3, perturb=Suffix("hidden"), select=TopLoss(0.25))
     torch.manual_seed(1)
     go(model, optimizer, range(2))
     save(tmp_path / "state.pt", model, optimizer)
     wanted = go(model, optimizer, range(2, 4))
-    _, other, found = resume(
-        tmp_path / "state.pt", lambda m: ESAM(sgd(m, lr=0.7), m, seed=9), range(2, 4)
-    )
+    with pytest.warns(UserWarning, match="other settings") as warned:
+        _, other, found = resume(
+            tmp_path / "state.pt", lambda m: ESAM(sgd(m, lr=0.7), m, seed=9), range(2, 4)
+        )
     assert found == wanted
     assert other.config == optimizer.config
+    other.load_state_dict(ESAM(other.base_optimizer, other.model, rho=0.4).state_dict())  # once
+    assert other.config.rho == 0.4
     assert other.param_groups[0]["lr"] == 0.1
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert (
+        "rho=0.3 (in code 0.05); perturb=Suffix(start='hidden') (in code Bernoulli(beta=0.6, "
+        "unit='tensor')); select=TopLoss(gamma=0.25) (in code TopIncrease(gamma=0.5)); seed=0 (in "
+        "code 9). "
+    ) in str(warned[0].message)
+
+
+def test_settings_in_code_are_kept_as_the_warning_says(recwarn):
+    model = net()
+    saved = ESAM(sgd(model), model, rho=0.3).state_dict()
+    other = ESAM(sgd(model), model, rho=0.4)
+    other.base_optimizer.load_state_dict(saved)
+    assert other.config.rho == 0.4 and not recwarn
 
 
 def test_options_of_groups_are_saved(tmp_path):
@@ -128,7 +145,9 @@ def test_a_sampler_with_a_function_is_taken_from_the_code(tmp_path):
     go(model, optimizer, range(2))
     save(tmp_path / "state.pt", model, optimizer)
     _, other, (seen,) = resume(
-        tmp_path / "state.pt", lambda m: ESAM(sgd(m), m, perturb=perturb), range(1)
+        tmp_path / "state.pt",
+        lambda m: ESAM(sgd(m), m, rho=0.3, perturb=perturb, seed=5),
+        range(1),
     )
     assert seen[0] == ("head.weight", "head.bias")
     assert other.config == optimizer.config

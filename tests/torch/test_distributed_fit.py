@@ -47,6 +47,27 @@ def test_a_run_of_two_ranks_resumes_exactly(results):
         assert found["resumed"]["rows"] == found["esam"]["rows"]
 
 
+def test_the_order_of_the_samples_is_drawn_from_the_seed(results):
+    """Rank 0 draws it: a generator seeded per rank gave overlapping shares."""
+    for first, second in zip(*(found["orders"] for found in results), strict=True):
+        assert sorted(first + second) == list(range(16))
+    one, two, again, *_ = results[0]["orders"]
+    assert one != two == again
+
+
+def test_a_loader_of_an_iterable_data_set_is_refused(results):
+    """Every rank trained on all samples; an iterable that is no DataLoader is its own share."""
+    for rank, (refused, numbers) in enumerate(found["iterable"] for found in results):
+        assert "Received: one of Stream, with which every rank would train on all" in refused
+        assert numbers == list(range(rank, 8, 2))
+
+
+def test_an_evaluation_of_fewer_samples_than_ranks(results):
+    for loss, error, wanted in (found["tiny"] for found in results):
+        assert loss == pytest.approx(wanted)
+        assert error.startswith("The evaluation loader must yield a batch")
+
+
 def test_only_rank_0_writes(results, folder):
     last = torch.load(folder / "esam" / "last.pt", weights_only=True)
     assert len(last["ranks"]) == len(results) == 2

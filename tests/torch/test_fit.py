@@ -13,7 +13,7 @@ from tests.torch.fitted import (
     run_fit,
 )
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from esam_core import ESAMTypeError
 from esam_torch import (
@@ -22,6 +22,7 @@ from esam_torch import (
     Momentum,
     Part,
     Previous,
+    SideBySide,
     TopIncrease,
     TopLoss,
     accuracy,
@@ -78,6 +79,21 @@ def test_means_are_over_samples_and_not_batches():
     assert found["accuracy"] == (outputs.argmax(1) == targets).float().mean().item()
 
 
+@pytest.mark.parametrize("options", [{}, {"device": "auto"}])
+def test_evaluation_is_on_the_device_of_the_model(options):
+    """As after `fit`, which leaves the model on the accelerator if there is one."""
+    seen = []
+
+    def losses(_, inputs, targets):
+        seen.append((inputs.device.type, targets.device.type))
+        raise KeyboardInterrupt  # on "meta", there are no numbers
+
+    for model in (make_model().to("meta"), torch.nn.ReLU()):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, losses, [make_data().tensors], **options)
+    assert seen == [("meta", "meta"), ("cpu", "cpu")]
+
+
 def test_evaluation_restores_the_modes():
     model = make_model().train()
     model[1].eval()
@@ -93,6 +109,49 @@ def test_schedulers_step_each_epoch_or_each_batch():
     assert history["learning_rate"] == [0.1, 0.05]
     _, history = run_fit(epochs=2, scheduler=halving, scheduler_step="batch")
     assert history["learning_rate"] == [0.1, 0.1 / 2**5]
+
+
+def test_schedulers_of_other_optimizers_are_refused():
+    """They had no effect."""
+
+    def of_another(_):
+        return torch.optim.lr_scheduler.StepLR(make_optimizer("sgd", make_model()), 1)
+
+    for kind in ("sgd", "esam"):
+        with pytest.raises(ValueError, match="Received: a StepLR of another optimizer"):
+            run_fit(kind, 1, scheduler=of_another)
+    with pytest.raises(TypeError, match=r"`scheduler` must be .* Received: scheduler='cosine'"):
+        run_fit(epochs=1, scheduler="cosine")
+
+
+def test_schedulers_may_be_those_of_a_base_optimizer():
+    model = make_model()
+    one = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    two = torch.optim.SGD(model[3].parameters(), lr=0.1)
+    optimizer = ESAM(SideBySide(one, two), model)
+    for scheduled in (one, two, optimizer.base_optimizer, optimizer):
+        scheduler = torch.optim.lr_scheduler.StepLR(scheduled, 1, gamma=0.5)
+        fit(model, optimizer, model_losses, make_batches(), scheduler=scheduler, **QUIETLY)
+    assert [one.param_groups[0]["lr"], two.param_groups[0]["lr"]] == [0.0125, 0.0125]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_samplers_are_told_the_epoch(inside):
+    """Also one inside a batch sampler; it gave the same order in each epoch."""
+
+    class Told(torch.utils.data.SequentialSampler):
+        epochs = ()
+
+        def set_epoch(self, epoch):
+            self.epochs = (*self.epochs, epoch)
+
+    sampler = Told(make_data())
+    batches = torch.utils.data.BatchSampler(sampler, 32, drop_last=False)
+    options = {"batch_sampler": batches} if inside else {"batch_size": 32, "sampler": sampler}
+    model = make_model()
+    loader = DataLoader(make_data(), **options)
+    fit(model, make_optimizer("esam", model), model_losses, loader, **{**QUIETLY, "epochs": 3})
+    assert sampler.epochs == (1, 2, 3)
 
 
 def test_reduce_lr_on_plateau_gets_the_evaluation_loss():
@@ -153,6 +212,9 @@ def test_invalid_arguments_are_refused():
         fit(model, "sgd", model_losses, batches, epochs=1, progress=False)
     with pytest.raises(ValueError, match="an ESAM of another model"):
         fit(make_model(), esam, model_losses, batches, epochs=1, progress=False)
+    other = make_optimizer("sgd", make_model())
+    with pytest.raises(ValueError, match=r"of parameters of `model`. Received: SGD of other"):
+        fit(model, other, model_losses, batches, epochs=1, progress=False)
     with pytest.raises(ValueError, match="`epochs` must be >= 1"):
         fit(model, esam, model_losses, batches, epochs=0, progress=False)
     with pytest.raises(ValueError, match="`scheduler_step`"):
@@ -174,6 +236,19 @@ def test_invalid_arguments_are_refused():
             metrics={"a": lambda o, *b: o.mean()},
             progress=False,
         )
+
+
+@pytest.mark.parametrize("name", ["loss", "sharpness", "sample_share"])
+def test_metrics_do_not_replace_other_numbers(name):
+    """A metric "loss" was reported as the loss, and "sharpness" averaged with the sharpness."""
+    metrics = {"accuracy": accuracy, name: accuracy}
+    with pytest.raises(ValueError, match=f"names of `metrics` must not.*Received: '{name}'"):
+        run_fit(epochs=1, metrics=metrics)
+    with pytest.raises(ValueError, match=f"names of `metrics` must not.*Received: '{name}'"):
+        evaluate(make_model(), model_losses, [make_data().tensors], metrics=metrics)
+    for wrong in ([accuracy], {"accuracy": "accuracy"}):
+        with pytest.raises(TypeError, match="`metrics` must be functions by name"):
+            run_fit(epochs=1, metrics=wrong)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "esam", "suffix-part"])
@@ -394,3 +469,17 @@ def test_samplers_that_do_not_know_about_ranks_are_refused(sampler, monkeypatch)
     monkeypatch.setattr(ranks, "world", lambda: (0, 2))
     with pytest.raises(ESAMTypeError, match=f"Received: a {type(sampler).__name__}"):
         ranks.split(loader, training=True)
+
+
+@pytest.mark.parametrize("kind", [RandomSampler, SequentialSampler])
+def test_batch_samplers_that_do_not_know_about_ranks_are_refused(kind, monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: (0, 2))
+    data = make_data()
+    shares = torch.utils.data.DistributedSampler(data, num_replicas=2, rank=0)
+    for sampler, refused in ((kind(data), True), (shares, False)):
+        loader = DataLoader(data, batch_sampler=BatchSampler(sampler, 20, drop_last=False))
+        if refused:
+            with pytest.raises(ESAMTypeError, match=f"Received: a {kind.__name__}"):
+                ranks.split(loader, training=True)
+        else:
+            assert ranks.split(loader, training=True) is loader

@@ -35,6 +35,34 @@ def test_best_and_last_rows():
         history["eval_accuracy"]
 
 
+def test_an_epoch_is_kept_if_on_epoch_ends_training(tmp_path):
+    """With what `on_epoch` changed before: here a schedule of its own."""
+
+    def run(epochs, stop=0, **options):
+        model = make_model()
+        optimizer = make_optimizer("esam", model)
+
+        def on_epoch(row):
+            optimizer.param_groups[0]["lr"] /= 2
+            if row["epoch"] == stop:
+                raise StopIteration("enough")
+
+        options = {**QUIETLY, "epochs": epochs, "on_epoch": on_epoch, **options}
+        return model, fit(model, optimizer, model_losses, make_batches(), **options)
+
+    whole, wanted = run(3)
+    with pytest.raises(StopIteration, match="enough"):
+        run(3, stop=2, folder=tmp_path)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 3
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["row"] == History.from_json(tmp_path / "history.json").last
+    model, history = run(3, folder=tmp_path, resume=True)
+    assert history["train_loss"] == wanted["train_loss"]
+    assert history["learning_rate"] == wanted["learning_rate"] == [0.1, 0.05, 0.025]
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def _killed_run(folder, batches):
     script = Path(__file__).parent / "fit_to_be_killed.py"
     done = subprocess.run(
@@ -85,6 +113,28 @@ def test_checkpoints_and_histories_are_files(tmp_path):
     _, history = run_fit(epochs=3, folder=tmp_path / "b", monitor="eval_accuracy", **options)
     best = torch.load(tmp_path / "b" / "best.pt", weights_only=True)
     assert best["row"]["eval_accuracy"] == max(history["eval_accuracy"])
+
+
+def error(outputs, *batch):
+    return 1.0 - accuracy(outputs, *batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "smallest"),
+    [
+        ({"monitor": "sharpness"}, True),
+        ({"monitor": "eval_loss"}, True),
+        ({"monitor": "eval_accuracy"}, False),
+        ({"monitor": "eval_error", "monitor_mode": "min"}, True),
+        ({"monitor": "eval_error", "monitor_mode": "max"}, False),
+    ],
+)
+def test_the_best_epoch_has_the_smallest_or_the_largest_number(options, smallest, tmp_path):
+    metrics = {"accuracy": accuracy, "error": error}
+    options = {**options, "metrics": metrics, "eval_loader": [make_data().tensors]}
+    _, history = run_fit(epochs=4, folder=tmp_path, **options)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)["row"]
+    assert best == history.best(options["monitor"], smallest=smallest)
 
 
 @pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
@@ -167,6 +217,13 @@ def test_invalid_monitors_are_refused_before_training(tmp_path):
         scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
         scheduler_step="batch",
     )
+    refused(r"`monitor` must be one of .*'rejected_sharpness'\.", monitor="gradient_norm")
+    refused(
+        '`monitor_mode` must be "min" or "max" for a metric other than an accuracy',
+        metrics={"error": error},
+        monitor="eval_error",
+    )
+    refused("`monitor_mode` must be one of 'min', 'max'", monitor_mode="smallest")
     assert not trained
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from esam_torch import ESAM, accuracy, fit
 
@@ -21,8 +21,8 @@ def data(n):
     return TensorDataset(inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long())
 
 
-def trained(folder, kind="esam", epochs=3, **options):
-    torch.manual_seed(0)
+def trained(folder, kind="esam", epochs=3, seed=0, **options):
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = ESAM(base, model) if kind == "esam" else base
@@ -65,6 +65,90 @@ def trained(folder, kind="esam", epochs=3, **options):
     }
 
 
+class Stream(IterableDataset):
+    """The numbers from 0 to 7, those of this rank or all."""
+
+    def __init__(self, *share):
+        self.share = share or (None,)
+
+    def __iter__(self):
+        return ((torch.full((6,), float(i)), i % 3) for i in list(range(8))[slice(*self.share)])
+
+
+class Share:
+    """Not a DataLoader, so it is this rank's share."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+def seen(loader, seed=0):
+    """Return the numbers that one epoch of training sees on this rank."""
+    torch.manual_seed(seed)
+    model, numbers = nn.Linear(6, 3), []
+
+    def losses(model, inputs, targets):
+        numbers.extend(inputs[:, 0].int().tolist())
+        return F.cross_entropy(model(inputs), targets, reduction="none")
+
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    fit(model, base, losses, loader, epochs=1, device="cpu", progress=False)
+    return numbers
+
+
+def orders():
+    """The samples that this rank sees with two seeds, and with a generator of its own."""
+    inputs = torch.arange(16.0).repeat(6, 1).T.contiguous()
+    numbers = TensorDataset(inputs, torch.arange(16) % 3)
+    own = torch.Generator().manual_seed(torch.distributed.get_rank())
+    return [
+        *(seen(DataLoader(numbers, 4, shuffle=True), seed) for seed in (1, 2, 2)),
+        seen(DataLoader(numbers, 4, shuffle=True, generator=own)),
+        seen(DataLoader(numbers, batch_size=None, shuffle=True, collate_fn=one)),
+    ]
+
+
+def one(sample):
+    return [x[None] for x in sample]
+
+
+def orders_of_an_iterable():
+    try:
+        seen(DataLoader(Stream(), 4))
+    except TypeError as error:
+        refused = str(error)
+    share = Stream(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+    return refused, seen(Share(DataLoader(share, 4)))
+
+
+def tiny_evaluation():
+    """With fewer samples than ranks, or none."""
+    torch.manual_seed(0)
+    model, found = nn.Linear(6, 3), []
+
+    def losses(model, inputs, targets):
+        return F.cross_entropy(model(inputs), targets, reduction="none")
+
+    for n in (1, 0):
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        try:
+            history = fit(
+                *(model, base, losses, DataLoader(data(16), 8)),
+                eval_loader=DataLoader(data(n), 8),
+                epochs=1,
+                device="cpu",
+                progress=False,
+            )
+            found.append(history.last["eval_loss"])
+        except ValueError as error:
+            found.append(str(error))
+    model.eval()
+    return [*found, losses(model, *data(1).tensors).item()]
+
+
 def reduced(accumulate, bad=None, **options):
     """Train on six batches of this rank; return the number of reductions, and a hash."""
     torch.manual_seed(0)
@@ -100,8 +184,11 @@ if __name__ == "__main__":
         "esam": trained(folder / "esam"),
         "sgd": trained(folder / "sgd", "sgd"),
         "first": trained(folder / "resumed", epochs=1),
-        "resumed": trained(folder / "resumed", resume=True),
+        "resumed": trained(folder / "resumed", resume=True, seed=5),
         "reduced": reduced(3),
+        "orders": orders(),
+        "iterable": orders_of_an_iterable(),
+        "tiny": tiny_evaluation(),
         "skipped first": reduced(3, bad=0, on_nonfinite="skip"),
         "skipped last": reduced(3, bad=5, on_nonfinite="skip"),
     }

@@ -123,7 +123,8 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         """Load a state dict of an ESAM or of a bare base optimizer.
 
         Hyperparameters, seed and count come from the checkpoint, as does the learning rate. A
-        sampler that holds a function cannot be saved; the one given in code is kept.
+        warning lists those that differ from the ones given in code. A sampler that holds a function
+        cannot be saved; the one given in code is kept.
         """
         load_state(self, self._run, state_dict)
 

@@ -60,7 +60,8 @@ class Run:
         report: the report of the last step.
         pending: whether there are gradients of a backward without an update.
         skipped: whether a backward since the last update was skipped.
-        plan: the plan for the budget, or None.
+        spent: whether the budget has chosen the sampler and the selector in the configuration.
+        plan: the plan for the budget; None before it is spent, and if a checkpoint has spent it.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Run:
         self.base = base
         self.config = config
         self.budget = budget
+        self.spent = False
         self.plan: Plan | None = None
         self.count = 0
         self.report: StepReport | None = None
@@ -108,10 +110,12 @@ class Run:
         budget: float | None,
         plan: Plan | None,
         memory: Memory,
+        *,
+        spent: bool,
     ) -> None:
         """Resume from a checkpoint."""
-        self.config, self.count, self.budget, self.plan = config, count, budget, plan
-        self.memory = memory
+        self.config, self.count, self.memory = config, count, memory
+        self.budget, self.spent, self.plan = budget, spent, plan
         self.forget_layout()  # the sampler may be different
         self.pending = self.skipped = False
 
@@ -328,7 +332,7 @@ class Run:
         It is created again if the parameters in the optimizer's groups change.
         """
         if self._layout is None or not self._layout.holds(self.base.param_groups):
-            unspent = self.budget is not None and self.plan is None
+            unspent = self.budget is not None and not self.spent
             self._layout = self.lay_out(losses, batch, watch=unspent)
             self._compilation.look_at(self.model)
             if unspent:
@@ -337,6 +341,7 @@ class Run:
                 self.config = dataclasses.replace(
                     self.config, perturb=chosen.perturb, select=chosen.select
                 )
+                self.spent = True
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:

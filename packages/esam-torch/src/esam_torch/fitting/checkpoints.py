@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from esam_core import ESAMValueError
 from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import Means
 from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
-from esam_torch.fitting.ranks import world
+from esam_torch.fitting.ranks import SharedOrder, world
+from esam_torch.fitting.settings import check_settings, settings_of, trained
 from esam_torch.wrappers import bare_model
 
 __all__ = ["Checkpoints", "Place"]
@@ -31,12 +33,14 @@ class Place:
         random: state of the random generators, including the loader's, before this epoch; from this
             state the loader yields the same batches again.
         rate: the learning rate at the start of this epoch.
+        data: what determines the batches of this epoch.
     """
 
     epoch: int = 1
     updates: int = 0
     random: dict[str, Any] = field(default_factory=dict)
     rate: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -48,8 +52,9 @@ class Checkpoints:
         parts: other objects with a `state_dict`, by name: optimizer, scheduler, scaler.
         loader: the training data.
         device: the model's device.
-        monitor: the column whose best value determines "best.pt". Less is better if its name ends
-            with "loss", else more is better. Epochs without this number are ignored.
+        monitor: the column whose best value determines "best.pt". Epochs without this number are
+            ignored.
+        smallest: whether its smallest value is the best.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class Checkpoints:
         loader: Any,
         device: torch.device,
         monitor: str,
+        *,
+        smallest: bool,
     ) -> None:
         self._folder = None if folder is None else Path(folder)
         self._model = bare_model(model)
@@ -67,8 +74,11 @@ class Checkpoints:
         self._loader = loader
         self._device = device
         self._monitor = monitor
+        self._smallest = smallest
         self.history = History()
+        self._settings: dict[str, str] = {}
         if self._folder is not None:
+            self._settings = settings_of(parts["optimizer"], parts["scheduler"])
             self._folder.mkdir(parents=True, exist_ok=True)
 
     # -- random state -----------------------------------------------------------------------------
@@ -76,7 +86,14 @@ class Checkpoints:
     def random_state(self) -> dict[str, Any]:
         """Return the state of every random generator that data and training use."""
         loaders = [generator.get_state() for generator in generators_of(self._loader)]
-        return {**random_state(self._device), "loader": loaders}
+        order = self._order.seed if self._order is not None else None
+        return {**random_state(self._device), "loader": loaders, "order": order}
+
+    @property
+    def _order(self) -> SharedOrder | None:
+        """Return the order of the samples that ranks share, or None."""
+        sampler = getattr(self._loader, "sampler", None)
+        return sampler if isinstance(sampler, SharedOrder) else None
 
     def load_random_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state of every generator."""
@@ -89,6 +106,8 @@ class Checkpoints:
             )
         for generator, saved in zip(generators, state["loader"], strict=True):
             generator.set_state(saved.cpu())
+        if self._order is not None and state["order"] is not None:
+            self._order.seed = state["order"]
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -109,6 +128,8 @@ class Checkpoints:
                 "epoch": place.epoch,
                 "updates": place.updates,
                 "rate": place.rate,
+                "data": place.data,
+                "settings": self._settings,
                 "history": self.history.rows,
                 "ranks": ranks,
             }
@@ -123,7 +144,7 @@ class Checkpoints:
         rows = [row for row in self.history if not math.isnan(row.get(self._monitor, math.nan))]
         if not rows:
             return
-        best = History(rows).best(self._monitor, smallest=self._monitor.endswith("loss"))
+        best = History(rows).best(self._monitor, smallest=self._smallest)
         if best is self.history.last:
             self._write({"model": self._model.state_dict(), "row": self.history.last}, "best.pt")
 
@@ -153,6 +174,9 @@ class Checkpoints:
                 "Training must resume with as many processes as wrote the checkpoint, "
                 f"{len(state['ranks'])}. Received: {size}."
             )
+        if self._parts["optimizer"] not in trained:
+            check_settings(state["settings"], self._settings)
+        self._settings = state["settings"]
         missing = [name for name in self._parts if name not in state]
         if missing:
             raise ESAMValueError(
@@ -165,7 +189,8 @@ class Checkpoints:
         self.history.rows[:] = state["history"]
         mine = state["ranks"][rank]
         means.load_state_dict(mine["means"])
-        return Place(state["epoch"], state["updates"], mine["start"], state["rate"]), mine["now"]
+        place = Place(state["epoch"], state["updates"], mine["start"], state["rate"], state["data"])
+        return place, mine["now"]
 
 
 def _plain(state: Any) -> Any:
@@ -175,5 +200,11 @@ def _plain(state: Any) -> Any:
     if isinstance(state, list | tuple) and type(state) in (list, tuple):
         return type(state)(_plain(value) for value in state)
     if isinstance(state, Mapping):
-        return {key: _plain(value) for key, value in state.items()}
+        plain = {key: _plain(value) for key, value in state.items()}
+        kind: Any = type(state)
+        if kind not in (Counter, OrderedDict):  # torch loads these two as they are
+            return plain
+        kept = kind(plain)
+        vars(kept).update(vars(state))  # a module's `_metadata`: the versions of its layers
+        return kept
     return state

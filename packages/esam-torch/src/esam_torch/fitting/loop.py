@@ -10,14 +10,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from esam_core import ESAMTypeError, ESAMValueError
+from esam_core import ESAMValueError
 from esam_core.validation import choice, count_number, positive
 from esam_torch.fitting.boards import board
 from esam_torch.fitting.checkpoints import Checkpoints, Place
+from esam_torch.fitting.checks import (
+    Plateau,
+    check_objects,
+    check_scaler,
+    check_scheduler,
+    monitored_name,
+    smallest_is_best,
+)
 from esam_torch.fitting.data import arguments, choose_device, groups_of, move_batch
 from esam_torch.fitting.history import History
-from esam_torch.fitting.measures import REPORTED, Means, Metric, ModelLosses, evaluate
+from esam_torch.fitting.measures import (
+    REPORTED,
+    Means,
+    Metric,
+    ModelLosses,
+    check_metrics,
+    evaluate,
+)
 from esam_torch.fitting.progress import Silent, choose_progress
+from esam_torch.fitting.randomness import parts_of
 from esam_torch.fitting.ranks import (
     broadcast_buffers,
     join_processes,
@@ -26,13 +42,11 @@ from esam_torch.fitting.ranks import (
     sum_over_ranks,
     world,
 )
+from esam_torch.fitting.settings import check_data, data_of, trained
 from esam_torch.fitting.update import PRECISIONS, Update, with_precision
 from esam_torch.optimizer import ESAM
-from esam_torch.wrappers import bare_model
 
 __all__ = ["fit"]
-
-_Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
 
 
 def fit(
@@ -55,6 +69,7 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
     monitor: str | None = None,
+    monitor_mode: str | None = None,
     save_every: int | None = None,
     tensorboard: str | Path | None = None,
     progress: bool | str = True,
@@ -64,7 +79,8 @@ def fit(
     """Train a model, with `ESAM` or with any other optimizer, through the same loop.
 
     Under torchrun, every process trains a replica with DistributedDataParallel on its share of
-    `loader`, and the means are over all processes.
+    `loader`, and the means are over all processes. A DataLoader is split, in an order that rank 0
+    draws; any other iterable, and one with a sampler of its own, is the process's share.
 
     Args:
         model: the model to train. It is moved to `device` and left there, in evaluation mode.
@@ -76,7 +92,8 @@ def fit(
         epochs: the number of epochs, >= 1.
         eval_loader: the batches to evaluate on after each epoch. Default none.
         metrics: functions of (outputs, *batch) that return one number per sample, by name, such as
-            `{"accuracy": accuracy}`. They need `losses` to return (losses, outputs). Default none.
+            `{"accuracy": accuracy}`. They need `losses` to return (losses, outputs). The names of
+            other numbers, "loss" and the report's, are an error. Default none.
         scheduler: a learning rate scheduler of `optimizer`. Default none.
         scheduler_step: whether it steps after each "epoch" (default) or each "batch" (update).
         device: where to train. Default "auto": the accelerator if there is one, else the CPU.
@@ -90,22 +107,30 @@ def fit(
         clip_value: maximum absolute value in the gradient, > 0. Default none.
         folder: where "last.pt", "best.pt", "history.csv" and "history.json" are written after each
             epoch. Default none.
-        resume: whether to resume from "last.pt" if `folder` contains it. The final weights are
-            bitwise identical to those of an uninterrupted run. Default False.
-        monitor: the number whose best value determines "best.pt": the smallest if its name ends
-            with "loss", else the largest. Epochs without this number, or with NaN, are ignored.
-            Default "eval_loss", or "train_loss" without `eval_loader`.
+        resume: whether to resume from "last.pt" if `folder` contains it, with the same settings of
+            `optimizer` and `scheduler`. The final weights are bitwise identical to those of an
+            uninterrupted run, except if samples are random and drawn in a loader's
+            `persistent_workers`. Default False.
+        monitor: the number whose best value determines "best.pt": a loss, a metric or a sharpness.
+            Epochs without this number, or with NaN, are ignored. Default "eval_loss", or
+            "train_loss" without `eval_loader`.
+        monitor_mode: "min" if its smallest value is best, "max" if its largest is. Default: "min"
+            for a loss or sharpness, "max" for an accuracy; another metric needs it.
         save_every: write "last.pt" after every so many updates within an epoch, >= 1. Default none.
         tensorboard: folder for TensorBoard's scalars. Default none.
         progress: True (default): a progress bar by rich or tqdm if one is installed, else one line
             per epoch. False: nothing. Or one of "rich", "tqdm" and "plain".
         title: text before the progress bar. Default "".
-        on_epoch: called with each epoch's row, in every process. Default none.
+        on_epoch: called with each epoch's row, in every process. If it raises an exception,
+            training ends after the epoch's checkpoint is written. Default none.
 
     Returns:
         A `History`: for each epoch "epoch" (from 1), "learning_rate", "train_loss", "train_..." and
         "eval_..." for each metric, "eval_loss", "sharpness" and other fields of the step reports,
-        "seconds" (training only) and "samples_per_second".
+        "seconds" (training only) and "samples_per_second". "train_loss" is the mean of the losses
+        before each update. Where steps do not compute these, it is with `Part` the mean over the
+        samples in the part, and with `Previous` and `Momentum` the mean of the descent pass, at the
+        perturbed weights.
 
     Raises:
         ESAMValueError, ESAMTypeError: an argument is invalid; the message names it, the requirement
@@ -128,27 +153,26 @@ def fit(
         >>> history["eval_loss"][1] < history["eval_loss"][0]
         True
     """
-    _check(model, optimizer, losses)
-    if scheduler_step == "batch" and isinstance(scheduler, _Plateau):
-        raise ESAMValueError(
-            '`scheduler_step` must be "epoch" for a ReduceLROnPlateau, which monitors the loss of '
-            'an epoch. Received: "batch".'
-        )
+    check_objects(model, optimizer, losses)
+    check_scheduler(scheduler, scheduler_step, optimizer)
     count_number("epochs", epochs, least=1)
     count_number("accumulate", accumulate, least=1)
-    choice("scheduler_step", scheduler_step, ("epoch", "batch"))
+    measured = check_metrics(metrics)
     choice("precision", precision, PRECISIONS)
-    _check_scaler(optimizer, precision, scaler)
+    check_scaler(optimizer, precision, scaler)
     for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if bound is not None:
             positive(name, bound)
     if save_every is not None:
         count_number("save_every", save_every, least=1)
-    if folder is None and (resume or save_every is not None or monitor is not None):
+    given = (save_every, monitor, monitor_mode)
+    if folder is None and (resume or any(value is not None for value in given)):
         raise ESAMValueError(
-            "`folder` must be given with `resume`, `save_every` and `monitor`: it is the folder "
-            "of the checkpoints. Received: folder=None."
+            "`folder` must be given with `resume`, `save_every`, `monitor` and `monitor_mode`: it "
+            "is the folder of the checkpoints. Received: folder=None."
         )
+    watched = monitored_name(monitor, optimizer, measured, evaluated=eval_loader is not None)
+    smallest = smallest_is_best(watched, monitor_mode)
     with contextlib.ExitStack() as stack:
         place = join_processes(choose_device(device))
         model.to(place)
@@ -163,11 +187,9 @@ def fit(
         loader = split(loader, training=True)
         eval_loader = None if eval_loader is None else split(eval_loader, training=False)
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
-        watched = _monitored_name(
-            monitor, optimizer, metrics or {}, evaluated=eval_loader is not None
-        )
+        watched = monitored_name(monitor, optimizer, measured, evaluated=eval_loader is not None)
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        checkpoints = Checkpoints(folder, model, parts, loader, place, watched)
+        checkpoints = Checkpoints(folder, model, parts, loader, place, watched, smallest=smallest)
         history = checkpoints.history
         each_batch = scheduler if scheduler_step == "batch" else None
         training = _Training(
@@ -178,7 +200,7 @@ def fit(
             checkpoints,
             shown,
             save_every,
-            Means(metrics or {}, place),
+            Means(measured, place),
         )
         resumed = checkpoints.load(training.means) if resume else None
         if resumed is not None and not resumed[0].updates:
@@ -186,31 +208,34 @@ def fit(
         start, now = resumed if resumed is not None else (Place(), None)
         if now is not None:
             checkpoints.load_random_state(start.random)
+        trained.add(optimizer)
         for epoch in range(start.epoch, epochs + 1):
             _mode(called, optimizer, training=True)
             rate = start.rate if start.updates else _rate(optimizer)
             row = {"epoch": float(epoch), "learning_rate": rate}
-            row |= training.epoch(epoch, start.updates, now, rate)
+            row |= training.epoch(Place(epoch, start.updates, rate=rate, data=start.data), now)
             start, now = Place(), None
             _mode(called, optimizer, training=False)
             broadcast_buffers(model)
             if eval_loader is not None:
-                measured = evaluate(
+                found = evaluate(
                     *(model, with_precision(losses, update), eval_loader),
-                    metrics=metrics,
+                    metrics=measured,
                     device=place,
                     everywhere=True,
                 )
-                row |= {f"eval_{name}": value for name, value in measured.items()}
+                row |= {f"eval_{name}": value for name, value in found.items()}
             if scheduler is not None and scheduler_step == "epoch":
                 _step_scheduler(scheduler, row)
             history.rows.append(row)
             shown.finish(row)
             write(row)
-            if on_epoch is not None:
-                on_epoch(row)
-            checkpoints.save(Place(epoch + 1, 0, checkpoints.random_state()), training.means)
-            checkpoints.save_best()
+            try:
+                if on_epoch is not None:
+                    on_epoch(row)
+            finally:  # with what it has changed; and if it ends training, the epoch is kept
+                checkpoints.save(Place(epoch + 1, 0, checkpoints.random_state()), training.means)
+                checkpoints.save_best()
         _mode(called, optimizer, training=False)
     return history
 
@@ -239,22 +264,22 @@ class _Training:
     save_every: int | None
     means: Means
 
-    def epoch(
-        self, epoch: int, done: int, now: Mapping[str, Any] | None, rate: float
-    ) -> dict[str, float]:
+    def epoch(self, start: Place, now: Mapping[str, Any] | None) -> dict[str, float]:
         """Train for one epoch and return the measurements.
 
         Args:
-            epoch: from 1.
-            done: the number of its updates that were completed before an interruption.
+            start: the epoch, and its updates that were completed before an interruption.
             now: the random state after those updates, or None if there were none.
-            rate: the learning rate at the start of the epoch.
         """
-        if hasattr(getattr(self.loader, "sampler", None), "set_epoch"):
-            self.loader.sampler.set_epoch(epoch)
-        random = self.checkpoints.random_state()
+        epoch, done = start.epoch, start.updates
+        for part in parts_of(self.loader):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        random, data = self.checkpoints.random_state(), data_of(self.loader, self.accumulate)
+        if done:
+            check_data(start.data, data)
         started, samples = time.perf_counter(), 0
-        self.shown.start(epoch, _length(self.loader))
+        self.shown.start(epoch, data["`len(loader)`"])
         number = 0
         for number, group in enumerate(groups_of(self.loader, self.accumulate), 1):
             self.shown.advance(len(group))
@@ -272,9 +297,15 @@ class _Training:
                 samples += report.batch_size or 0
             self.shown.loss(reports[-1])
             if self.save_every is not None and number % self.save_every == 0:
-                self.checkpoints.save(Place(epoch, number, random, rate), self.means)
+                place = Place(epoch, number, random, start.rate, data)
+                self.checkpoints.save(place, self.means)
         if number == 0:
             raise ESAMValueError("`loader` must yield a batch in each epoch. Received: none.")
+        if number < done:
+            raise ESAMValueError(
+                f"`loader` must yield the batches of the {done} updates of this epoch that the "
+                f"checkpoint contains. Received: batches of {number} updates."
+            )
         measured = self.means.result(everywhere=True)
         named = {
             name if name in REPORTED else f"train_{name}": value for name, value in measured.items()
@@ -302,55 +333,6 @@ def _wrap(
         optimizer.model = own
 
 
-def _check(model: Any, optimizer: Any, losses: Any) -> None:
-    """Raise if an argument cannot be used for training."""
-    if not isinstance(model, nn.Module):
-        raise ESAMTypeError(f"`model` must be a torch.nn.Module. Received: {model!r}.")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ESAMTypeError(
-            "`optimizer` must be an ESAM or another torch.optim.Optimizer. "
-            f"Received: {optimizer!r}."
-        )
-    if isinstance(optimizer, ESAM) and bare_model(optimizer.model) is not bare_model(model):
-        raise ESAMValueError(
-            "`optimizer` must be an ESAM of `model`. Received: an ESAM of another model."
-        )
-    if not callable(losses):
-        raise ESAMTypeError(
-            "`losses` must be a function of the model and a batch that returns one loss per "
-            f"sample. Received: {losses!r}."
-        )
-
-
-def _check_scaler(optimizer: Any, precision: str, scaler: torch.amp.GradScaler | None) -> None:
-    """Raise for a scaler without fp16, and for fp16 together with `on_nonfinite`."""
-    if scaler is not None and precision != "fp16":
-        raise ESAMValueError(
-            f'`precision` must be "fp16" with `scaler`. Received: precision={precision!r}.'
-        )
-    if precision == "fp16" and isinstance(optimizer, ESAM):
-        mode = optimizer.config.on_nonfinite
-        if mode != "propagate":
-            raise ESAMValueError(
-                '`on_nonfinite` must be "propagate" with precision="fp16": the gradient scaler '
-                "finds overflows in `.grad` and skips the update itself. "
-                f"Received: on_nonfinite={mode!r}."
-            )
-
-
-def _monitored_name(
-    monitor: str | None, optimizer: Any, metrics: Mapping[str, Metric], *, evaluated: bool
-) -> str:
-    """Return the name of the monitored number, after checking that it can exist."""
-    if monitor is None:
-        return "eval_loss" if evaluated else "train_loss"
-    kinds = ("train", "eval") if evaluated else ("train",)
-    known = [f"{kind}_{name}" for kind in kinds for name in ("loss", *metrics)]
-    if isinstance(optimizer, ESAM):
-        known += REPORTED
-    return choice("monitor", monitor, tuple(known))
-
-
 def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
     """Set the mode of the model, and of the optimizer if it has one (schedule-free optimizers)."""
     model.train(training)
@@ -364,17 +346,9 @@ def _rate(optimizer: torch.optim.Optimizer) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
-def _length(loader: Any) -> int | None:
-    """Return the number of batches if the loader knows it, else None."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
 def _step_scheduler(scheduler: Any, row: Mapping[str, float]) -> None:
     """Step a scheduler after an epoch; pass the loss to one that monitors a number."""
-    if isinstance(scheduler, _Plateau):
+    if isinstance(scheduler, Plateau):
         scheduler.step(row.get("eval_loss", row["train_loss"]))
     else:
         scheduler.step()

@@ -1,5 +1,6 @@
 """Means of losses, metrics and report fields, summed on the device."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from esam_torch.fitting.data import Arguments, arguments, move_batch
 from esam_torch.fitting.ranks import sum_over_ranks
 from esam_torch.losses import per_sample
 
-__all__ = ["Means", "Metric", "ModelLosses", "Seen", "accuracy", "evaluate"]
+__all__ = ["Means", "Metric", "ModelLosses", "Seen", "accuracy", "check_metrics", "evaluate"]
 
 ModelLosses = Callable[..., Any]
 Metric = Callable[..., Tensor]
@@ -57,6 +58,23 @@ def accuracy(outputs: Tensor, *batch: Any) -> Tensor:
     return (outputs.argmax(1) == targets).float()
 
 
+def check_metrics(metrics: Any) -> dict[str, Metric]:
+    """Return the metrics by name, none for None; raise for names that mean something else."""
+    metrics = {} if metrics is None else metrics
+    if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
+        raise ESAMTypeError(
+            '`metrics` must be functions by name, such as {"accuracy": accuracy}. '
+            f"Received: metrics={metrics!r}."
+        )
+    taken = [name for name in metrics if name in ("loss", *REPORTED)]
+    if taken:
+        raise ESAMValueError(
+            "The names of `metrics` must not be those of numbers that are reported anyway: loss, "
+            f"{', '.join(REPORTED)}. Received: {', '.join(map(repr, taken))}. Use another name."
+        )
+    return dict(metrics)
+
+
 class Means:
     """Means of losses and metrics over samples, and of report fields over steps.
 
@@ -72,11 +90,6 @@ class Means:
         self._device = device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-
-    @property
-    def samples(self) -> int:
-        """The number of samples so far."""
-        return self._counts.get("loss", 0)
 
     def _add(self, name: str, total: Any, count: int) -> None:
         """Add a sum over `count` values."""
@@ -115,13 +128,15 @@ class Means:
 
     def result(self, *, everywhere: bool = False) -> dict[str, float]:
         """Return the means, over all ranks if `everywhere`. This synchronises with the device."""
-        sums = [float(total) for total in self._sums.values()]
-        counts = [float(self._counts[name]) for name in self._sums]
+        # All names in one order: another rank may have measured fewer, or none.
+        names = ("loss", *self._metrics, *REPORTED)
+        sums = [float(self._sums.get(name, 0.0)) for name in names]
+        counts = [float(self._counts.get(name, 0)) for name in names]
         if everywhere:
             sums, counts = sum_over_ranks(sums, self._device), sum_over_ranks(counts, self._device)
         return {
             name: total / count
-            for name, total, count in zip(self._sums, sums, counts, strict=True)
+            for name, total, count in zip(names, sums, counts, strict=True)
             if count
         }
 
@@ -140,13 +155,19 @@ class Means:
         self._counts = dict(state["counts"])
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer; the CPU if it has none."""
+    held = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
+
+
 def evaluate(
     model: nn.Module,
     losses: ModelLosses,
     loader: Iterable[Any],
     *,
     metrics: Mapping[str, Metric] | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     everywhere: bool = False,
 ) -> dict[str, float]:
     """Return the mean loss and metrics of a model in evaluation mode.
@@ -156,7 +177,7 @@ def evaluate(
         losses: a function of the model and the batch, as in `fit`.
         loader: batches.
         metrics: as in `fit`. Default none.
-        device: the model's device. Default the CPU.
+        device: the device to move batches to. Default "auto": the model's own, which is not moved.
         everywhere: whether `loader` yields only this rank's share of the samples, so that means are
             computed over all ranks. Default False.
 
@@ -175,17 +196,19 @@ def evaluate(
         ['loss']
     """
     modes = [(module, module.training) for module in model.modules()]
-    means = Means(metrics or {}, torch.device(device))
+    place = _device_of(model) if device == "auto" else torch.device(device)
+    means = Means(check_metrics(metrics), place)
     model.eval()
     try:
         with torch.no_grad():
             for batch in loader:
-                inputs = arguments(move_batch(batch, torch.device(device)))
+                inputs = arguments(move_batch(batch, place))
                 values, outputs = per_sample(losses(model, *inputs))
                 means.update(values, Seen(values, outputs, inputs))
     finally:
         for module, mode in modes:
             module.training = mode
-    if not means.samples:
+    found = means.result(everywhere=everywhere)
+    if "loss" not in found:  # on all ranks, so that none waits for another
         raise ESAMValueError("The evaluation loader must yield a batch. Received: none.")
-    return means.result(everywhere=everywhere)
+    return found

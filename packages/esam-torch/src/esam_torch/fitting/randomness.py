@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["generators_of", "load_random_state", "random_state"]
+__all__ = ["generators_of", "load_random_state", "parts_of", "random_state"]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -36,8 +36,12 @@ def load_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 def generators_of(loader: Any) -> list[torch.Generator]:
     """Return the generators from which a loader draws its order, except the global ones."""
-    sampler = getattr(loader, "sampler", None)
-    batches = getattr(loader, "batch_sampler", None)
-    holders = (loader, sampler, batches, getattr(batches, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
+    found = [getattr(part, "generator", None) for part in parts_of(loader)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def parts_of(loader: Any) -> list[Any]:
+    """Return a loader and its samplers, each once."""
+    batches = getattr(loader, "batch_sampler", None)
+    parts = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    return list({id(part): part for part in parts if part is not None}.values())

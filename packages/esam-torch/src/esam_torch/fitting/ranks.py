@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
+    DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -19,7 +22,15 @@ from torch.utils.data import (
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import Shards
 
-__all__ = ["broadcast_buffers", "join_processes", "replicate", "split", "sum_over_ranks", "world"]
+__all__ = [
+    "SharedOrder",
+    "broadcast_buffers",
+    "join_processes",
+    "replicate",
+    "split",
+    "sum_over_ranks",
+    "world",
+]
 
 
 def world() -> tuple[int, int]:
@@ -69,6 +80,13 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
 #: Samplers of torch that do not know about ranks, and whose order is not ours to choose.
 _UNAWARE = (SubsetRandomSampler, WeightedRandomSampler)
 
+#: Those that a DataLoader chooses itself.
+_ORDERS = (RandomSampler, SequentialSampler)
+
+
+class SharedOrder(DistributedSampler[Any]):
+    """The order of the samples that all ranks share; a checkpoint contains its `seed`."""
+
 
 class _Share(Sampler[int]):
     """Every n-th sample, starting with this rank's; none twice, so that means are exact."""
@@ -90,27 +108,40 @@ def split(loader: Any, *, training: bool) -> Any:
     (such as a DistributedSampler), and any other iterable, is already this rank's share.
 
     Raises:
-        ESAMTypeError: the sampler is one of torch's that does not know about ranks.
+        ESAMTypeError: the sampler is one of torch's that does not know about ranks, or samples come
+            from an IterableDataset.
     """
     if world()[1] == 1 or not isinstance(loader, DataLoader):
         return loader
-    sampler = loader.sampler
-    if isinstance(sampler, _UNAWARE) or getattr(sampler, "replacement", False):
+    if isinstance(loader.dataset, IterableDataset):
+        if not training:  # means over the ranks are right if all of them see the same samples
+            return loader
+        raise ESAMTypeError(
+            "`loader` must not be a DataLoader of an IterableDataset, because fit cannot split it "
+            f"among the ranks. Received: one of {type(loader.dataset).__name__}, with which every "
+            "rank would train on all samples. Yield only this rank's samples in the data set, and "
+            "pass an iterable that is not a DataLoader, which fit takes for this rank's share: an "
+            "object whose `__iter__` returns `iter(loader)`."
+        )
+    sampler, given = loader.sampler, loader.batch_sampler
+    batches = loader.batch_size is None and given is not None  # a batch sampler of the user's
+    if batches and type(given) is BatchSampler:
+        sampler = given.sampler
+    fixed = isinstance(sampler, _UNAWARE) or getattr(sampler, "replacement", False)
+    if fixed or (sampler is not loader.sampler and type(sampler) in _ORDERS):
         raise ESAMTypeError(
             "`loader` must have a sampler that gives each rank its own samples, such as torch's "
             "DistributedSampler, or none: then it is split among the ranks. Received: a "
             f"{type(sampler).__name__}, with which every rank would train on all samples."
         )
-    if type(sampler) not in (RandomSampler, SequentialSampler) or loader.batch_size is None:
+    if type(sampler) not in _ORDERS or batches:
         return loader
     chosen: Any = _Share(len(loader.dataset))  # type: ignore[arg-type]
     if training:
         # Every rank uses the same number of batches: the last ones repeat some samples.
         shuffle = isinstance(sampler, RandomSampler)
-        seed = 0 if loader.generator is None else loader.generator.initial_seed()
-        chosen = torch.utils.data.DistributedSampler(
-            loader.dataset, shuffle=shuffle, seed=seed, drop_last=loader.drop_last
-        )
+        seed = _shared_seed(loader.generator) if shuffle else 0
+        chosen = SharedOrder(loader.dataset, shuffle=shuffle, seed=seed, drop_last=loader.drop_last)
     if training and len(chosen) == 0:
         raise ESAMValueError(f"`loader` must contain a sample for each of {world()[1]} ranks.")
     return DataLoader(
@@ -128,6 +159,16 @@ def split(loader: Any, *, training: bool) -> Any:
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
+
+
+def _shared_seed(generator: torch.Generator | None) -> int:
+    """Return a number that rank 0 draws.
+
+    All ranks draw one, so that ranks with the same seed go on drawing the same numbers.
+    """
+    drawn = [int(torch.randint(2**31, (), generator=generator))]
+    torch.distributed.broadcast_object_list(drawn, src=0)
+    return drawn[0]
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
