@@ -1,6 +1,7 @@
 """Saving and loading the state of a training run."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from esam_core import ESAMConfig, Everything, Previous
 from esam_core.config import component_to_dict
 from esam_torch.compat import saves_state_dict_hooks
 from esam_torch.directions import Memory
-from esam_torch.inspection import parameters_of
+from esam_torch.inspection import Parameter, parameters_of
 from esam_torch.run import Run
 
-__all__ = ["load_state", "state_of"]
+__all__ = ["load_state", "read_entry", "state_of"]
 
 
 def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
@@ -46,10 +47,9 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     config, count, budget, plan = run.config, run.count, run.budget, run.plan
     memory, options = run.memory, [_options_of(group) for group in run.base.param_groups]
     if own is not None:  # check everything before changing anything
-        config, count = _load(own["config"], config), int(own["count"])
-        budget, plan = own.get("budget"), None
-        memory = Memory()
-        memory.load(own.get("direction", {}), parameters_of(run.model, run.base.param_groups))
+        parameters = parameters_of(run.model, run.base.param_groups)
+        config, memory = read_entry(own, config, parameters)
+        count, budget, plan = int(own["count"]), own.get("budget"), None
     run.base.load_state_dict(state)
     if own is None:  # a bare optimizer's groups have none of ESAM's options
         for group, kept in zip(run.base.param_groups, options, strict=True):
@@ -57,6 +57,24 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     run.resume(config, count, budget, plan, memory)
     for after in hooks["after loading"]:
         after(optimizer)
+
+
+def read_entry(
+    own: Mapping[str, Any], given: ESAMConfig, parameters: Sequence[Parameter]
+) -> tuple[ESAMConfig, Memory]:
+    """Return the hyperparameters and the direction in ESAM's entry of a state.
+
+    Args:
+        own: the entry.
+        given: the current hyperparameters.
+        parameters: the parameters that are to be trained.
+
+    Raises:
+        ESAMValueError: the entry is invalid, or belongs to another model.
+    """
+    memory = Memory()
+    memory.load(own.get("direction", {}), parameters)
+    return _load(own["config"], given), memory
 
 
 def _options_of(group: dict[str, Any]) -> dict[str, Any]:

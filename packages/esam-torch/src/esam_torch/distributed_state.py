@@ -8,10 +8,15 @@ from torch import nn
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.bases import SideBySide
-from esam_torch.inspection import parameters_of
+from esam_torch.checkpoints import read_entry
+from esam_torch.inspection import Parameter, parameters_of
 from esam_torch.optimizer import ESAM
 
 __all__ = ["DistributedState"]
+
+#: The key of the direction. torch raises "Missing key in checkpoint state_dict: run.direction of
+#: ascend=Previous().0.weight" if the checkpoint has none, before it calls any code of ours.
+_DIRECTION = "direction of ascend=Previous()"
 
 
 class DistributedState:
@@ -68,7 +73,7 @@ class DistributedState:
     def state_dict(self) -> dict[str, Any]:
         """Return "model" and "optim" (the base optimizer's), in torch's format, and "esam".
 
-        With `ascend=Previous()` there is also "direction", by parameter name.
+        With `ascend=Previous()` there is also the direction, by parameter name.
         """
         from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -86,16 +91,15 @@ class DistributedState:
             # For every parameter: a new run must provide the tensors to load into, and does not
             # know yet which parameters its sampler can perturb.
             own["direction"] = list(kept)
-            state["direction"] = {
-                name: kept.get(name, torch.zeros_like(p.detach()))
-                for name, p in self._named_parameters()
+            state[_DIRECTION] = {
+                p.unit.name: kept.get(p.unit.name, torch.zeros_like(p.tensor.detach()))
+                for p in self._parameters()
             }
         return {**state, "esam": json.dumps(own)}
 
-    def _named_parameters(self) -> list[tuple[str, torch.Tensor]]:
-        """Return the optimizer's parameters with their names."""
-        found = parameters_of(self._model, self._optimizer.param_groups)
-        return [(p.unit.name, p.tensor) for p in found]
+    def _parameters(self) -> list[Parameter]:
+        """Return the optimizer's parameters, with their names."""
+        return parameters_of(self._model, self._optimizer.param_groups)
 
     def _check_options(self) -> None:
         """Raise for options that torch applies only to its own state."""
@@ -110,14 +114,14 @@ class DistributedState:
         """Load a state that `state_dict` returned.
 
         With torch's `broadcast_from_rank0`, every rank gets rank 0's "esam", like everything else.
+
+        Raises:
+            ESAMValueError: ESAM's entry is missing or does not fit. This function has not changed
+                anything; torch's `load` has already written to the weights.
         """
         from torch.distributed.checkpoint import state_dict as torchs
 
-        own = state_dict.get("esam")
-        if getattr(self._options, "broadcast_from_rank0", False):
-            sent = [own]
-            torch.distributed.broadcast_object_list(sent, src=0)
-            own = sent[0]
+        entry = self._entry(state_dict)  # check everything before changing anything
         base = self._optimizer.base_optimizer
         # Load one after the other: torch's `set_state_dict` skips the model if its part is empty,
         # as it is on the ranks that receive rank 0's state.
@@ -125,15 +129,31 @@ class DistributedState:
         torchs.set_optimizer_state_dict(
             self._model, base, state_dict.get("optim", {}), options=self._options
         )
-        loaded = base.state_dict()
-        if own is not None:
-            loaded["esam"] = entry = json.loads(own)
-            names = entry.pop("direction", [])
-            if names and "direction" not in state_dict:
+        self._optimizer.load_state_dict({**base.state_dict(), "esam": entry})
+
+    def _entry(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return ESAM's entry of a state, on each rank, after checking that it fits."""
+        own = state_dict.get("esam")
+        if getattr(self._options, "broadcast_from_rank0", False):
+            sent = [own]
+            torch.distributed.broadcast_object_list(sent, src=0)
+            own = sent[0]
+        if own is None:
+            raise ESAMValueError(
+                "`state_dict` must have been returned by DistributedState.state_dict(). Received: "
+                f"{sorted(state_dict)}, without ESAM's hyperparameters, seed and count. To load "
+                "only the rest, call torch's set_state_dict(model, optimizer.base_optimizer, ...)."
+            )
+        entry: dict[str, Any] = json.loads(own)
+        names = entry.pop("direction", [])
+        if names:
+            self._check_options()
+            if _DIRECTION not in state_dict:
                 raise ESAMValueError(
                     "The checkpoint contains a direction, so the ESAM that loads it must be "
                     f"created with the same `ascend`. Received: {self._optimizer.config.ascend!r}, "
                     "and Previous() in the checkpoint."
                 )
-            entry["direction"] = {name: state_dict["direction"][name] for name in names}
-        self._optimizer.load_state_dict(loaded)
+            entry["direction"] = {name: state_dict[_DIRECTION][name] for name in names}
+        read_entry(entry, self._optimizer.config, self._parameters())
+        return entry
