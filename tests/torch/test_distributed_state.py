@@ -1,8 +1,11 @@
 """`DistributedState` in one process: what it refuses, and what it keeps."""
 
+import json
+
 import pytest
 import torch
 from tests.torch.scene import Snapshot, batch, losses_of, net, sgd
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from esam_core import ESAMValueError
 from esam_torch import ESAM, DistributedState, Previous
@@ -81,3 +84,88 @@ def test_a_direction_of_another_model_changes_nothing():
     with pytest.raises(ESAMValueError, match="must hold gradients of this model's parameters"):
         DistributedState(model, optimizer).load_state_dict(state)
     before.check()
+
+
+# -- options of groups -----------------------------------------------------------------------------
+
+
+def groups_with(conv=None, head=None):
+    """Return a function that gives a model's two groups these options."""
+
+    def groups(model):
+        last = [p for name, p in model.named_parameters() if not name.startswith("conv")]
+        return [{"params": [model.conv.weight], **(conv or {})}, {"params": last, **(head or {})}]
+
+    return groups
+
+
+def options_of(optimizer):
+    return [
+        {name: value for name, value in group.items() if name.startswith("esam_")}
+        for group in optimizer.param_groups
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [None, StateDictOptions(flatten_optimizer_state_dict=True)], ids=["nested", "flat"]
+)
+@pytest.mark.parametrize(
+    "given",
+    [
+        groups_with(),
+        groups_with({"esam_rho": 0.9}, {"esam_adaptive": True}),
+        groups_with({"esam_rho": 0.9}, {"esam_perturb": True}),
+    ],
+    ids=["none", "others", "other values"],
+)
+@pytest.mark.parametrize(
+    "saved",
+    [groups_with(), groups_with({"esam_rho": 0.3, "esam_adaptive": True}, {"esam_perturb": False})],
+    ids=["without", "with"],
+)
+def test_options_of_groups_come_from_the_checkpoint(tmp_path, saved, given, options):
+    model, optimizer = run_of(groups=saved)
+    wanted = options_of(optimizer)
+    state = DistributedState(model, optimizer, options=options)
+    dcp.save({"run": state}, checkpoint_id=tmp_path)
+    assert options_of(optimizer) == wanted
+    fresh, other = run_of(seed=9, groups=given)
+    dcp.load({"run": DistributedState(fresh, other, options=options)}, checkpoint_id=tmp_path)
+    assert options_of(other) == wanted and other.count == 1
+    torch.manual_seed(0)
+    wanted = optimizer.step(losses_of(model), *batch()).perturbation_norm
+    torch.manual_seed(0)
+    assert other.step(losses_of(fresh), *batch()).perturbation_norm == wanted
+
+
+def test_options_belong_to_parameters_not_to_places():
+    """Like everything that torch loads by name: the groups may have another order."""
+    model, optimizer = run_of(groups=groups_with({"esam_rho": 0.3, "lr": 0.2}))
+    state = DistributedState(model, optimizer).state_dict()
+    fresh, other = run_of(groups=lambda model: groups_with({"lr": 0.4})(model)[::-1])
+    DistributedState(fresh, other).load_state_dict(state)
+    assert options_of(other) == [{}, {"esam_rho": 0.3}]
+    assert [group["lr"] for group in other.param_groups] == [0.1, 0.2]
+
+
+def test_parameters_with_different_options_must_not_be_joined():
+    state = DistributedState(*run_of(groups=groups_with({"esam_rho": 0.3}))).state_dict()
+    model, optimizer = run_of(seed=9)
+    before = Snapshot(model, optimizer)
+    with pytest.raises(ESAMValueError, match=r"must be in different groups.*norm.weight had {}"):
+        DistributedState(model, optimizer).load_state_dict(state)
+    before.check()
+
+
+def test_a_checkpoint_that_kept_options_elsewhere_says_so():
+    state = DistributedState(*run_of()).state_dict()
+    own = json.loads(state["esam"])
+    del own["options"]
+    state["esam"] = json.dumps(own)
+    model, optimizer = run_of(
+        seed=9, groups=lambda m: [{**sgd(m).param_groups[0], "esam_rho": 0.3}]
+    )
+    with pytest.warns(UserWarning, match="earlier version.*given in code are kept") as caught:
+        DistributedState(model, optimizer).load_state_dict(state)
+    assert caught[0].filename == __file__
+    assert options_of(optimizer) == [{"esam_rho": 0.3}]

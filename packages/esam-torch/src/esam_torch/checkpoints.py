@@ -10,6 +10,7 @@ from esam_core import ESAMConfig, Everything, Previous
 from esam_core.config import component_to_dict
 from esam_torch.compat import saves_state_dict_hooks
 from esam_torch.directions import Memory
+from esam_torch.groups import options_of
 from esam_torch.inspection import Parameter, parameters_of
 from esam_torch.run import Run
 
@@ -45,7 +46,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
         state = state if changed is None else dict(changed)
     own = state.pop("esam", None)
     config, count, budget, plan = run.config, run.count, run.budget, run.plan
-    memory, options = run.memory, [_options_of(group) for group in run.base.param_groups]
+    memory, options = run.memory, [options_of(group) for group in run.base.param_groups]
     if own is not None:  # check everything before changing anything
         parameters = parameters_of(run.model, run.base.param_groups)
         config, memory = read_entry(own, config, parameters)
@@ -53,7 +54,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     run.base.load_state_dict(state)
     if own is None:  # a bare optimizer's groups have none of ESAM's options
         for group, kept in zip(run.base.param_groups, options, strict=True):
-            group.update({**kept, **_options_of(group)})
+            group.update({**kept, **options_of(group)})
     run.resume(config, count, budget, plan, memory)
     for after in hooks["after loading"]:
         after(optimizer)
@@ -75,11 +76,6 @@ def read_entry(
     memory = Memory()
     memory.load(own.get("direction", {}), parameters)
     return _load(own["config"], given), memory
-
-
-def _options_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return ESAM's options of a parameter group."""
-    return {key: value for key, value in group.items() if key.startswith("esam_")}
 
 
 def _load(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:
