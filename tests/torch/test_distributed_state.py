@@ -1,11 +1,16 @@
 """`DistributedState` in one process: what it refuses, and what it keeps."""
 
+import copy
 import json
 
 import pytest
 import torch
-from tests.torch.scene import Snapshot, batch, losses_of, net, sgd
-from torch.distributed.checkpoint.state_dict import StateDictOptions
+from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from esam_core import ESAMValueError
 from esam_torch import ESAM, DistributedState, Previous
@@ -169,3 +174,29 @@ def test_a_checkpoint_that_kept_options_elsewhere_says_so():
         DistributedState(model, optimizer).load_state_dict(state)
     assert caught[0].filename == __file__
     assert options_of(optimizer) == [{"esam_rho": 0.3}]
+
+
+# -- torch's own functions -------------------------------------------------------------------------
+
+
+def test_torchs_own_functions_drop_the_entry_of_an_unsharded_model_but_say_so():
+    state = get_optimizer_state_dict(*run_of(rho=0.3))
+    model, optimizer = run_of(
+        seed=9, groups=lambda m: [{"params": m.parameters(), "esam_rho": 0.7}]
+    )
+    optimizer.step(losses_of(model), *batch())
+    with pytest.warns(UserWarning, match=r"does not contain ESAM's count.*count=2.*rho=0.05"):
+        set_optimizer_state_dict(model, optimizer, state)
+    assert optimizer.count == 2 and optimizer.config.rho == 0.05
+    assert options_of(optimizer) == [{"esam_rho": 0.7}]
+
+
+def test_creating_state_as_torch_does_keeps_the_direction():
+    """To save, torch runs a step with gradients and learning rates of 0 if there is no state."""
+    model = net()
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, ascend=Previous())
+    optimizer.step(losses_of(model), *batch())
+    optimizer.zero_grad()
+    before = copy.deepcopy(optimizer.state_dict()["esam"]["direction"])
+    get_optimizer_state_dict(model, optimizer)
+    same(optimizer.state_dict()["esam"]["direction"], before, "direction")

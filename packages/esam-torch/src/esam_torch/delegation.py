@@ -114,8 +114,9 @@ class DelegatingOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict with an additional entry, "esam".
 
-        It also loads into the bare base optimizer. Hooks registered on either optimizer run. In a
-        `torch.distributed.checkpoint` torch drops the entry; use `DistributedState` there.
+        It also loads into the bare base optimizer. Hooks registered on either optimizer run.
+        torch's `get_optimizer_state_dict` drops the entry; for a sharded model it is also in the
+        parameter groups, without a direction. `DistributedState` keeps all of it.
         """
         return state_of(self, self._run)
 
@@ -123,7 +124,8 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         """Load a state dict of an ESAM or of a bare base optimizer.
 
         Hyperparameters, seed and count come from the checkpoint, as does the learning rate. A
-        sampler that holds a function cannot be saved; the one given in code is kept.
+        sampler that holds a function cannot be saved; the one given in code is kept. If torch's
+        `set_optimizer_state_dict` loads a state without ESAM's entry, a warning says so.
         """
         load_state(self, self._run, state_dict)
 

@@ -30,7 +30,8 @@ class DistributedState:
     """A model and its ESAM as one object that `torch.distributed.checkpoint` saves and loads.
 
     torch's `get_optimizer_state_dict` keeps only "state" and "param_groups", and drops all other
-    entries of an optimizer's state dict, including ESAM's. This class keeps ESAM's entry.
+    entries of an optimizer's state dict. This class keeps ESAM's entry, with the direction of
+    `ascend=Previous()`.
 
     It works with FSDP2 and DistributedDataParallel. Weights and the base optimizer's state are
     saved by parameter name, as by torch's `get_state_dict`, and may be loaded with a different
