@@ -9,7 +9,7 @@ from tests.torch.language import Sentences, alone, language_model, sentences
 from tests.torch.trainers import THEIRS, RecordingScaler, both_settings, same
 from torch.nn import functional as F
 
-from esam_core import ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch import ESAM, All
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in THEIRS]
@@ -394,6 +394,62 @@ def test_a_given_esam_is_used(transformers):
     trainer = _trainer(transformers, more={"optimizers": (mine, None), "model": model})
     trainer.train()
     assert trainer.optimizer.optimizer is mine and mine.count == 8
+
+
+def test_a_given_esam_and_arguments_for_another_are_refused(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    model = language_model(transformers, "classes")
+    mine = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    given = {"optimizers": (mine, None), "model": model}
+    words = r"`esam` must be None if the optimizer is an ESAM already.*Received: esam={'rho': 0.4}"
+    with pytest.raises(ESAMValueError, match=words):
+        _trainer(transformers, esam={"rho": 0.4}, more=given)
+
+    class Creates(transformers.Trainer):
+        def create_optimizer(self, *args):
+            self.optimizer = ESAM(torch.optim.SGD(self.model.parameters(), lr=0.1), self.model)
+            return self.optimizer
+
+    class Both(ESAMTrainer, Creates):
+        pass
+
+    with pytest.raises(ESAMValueError, match=words):
+        _trainer(transformers, esam={"rho": 0.4}, cls=Both).train()
+
+
+def test_training_without_an_esam_is_refused(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        def create_optimizer(self, *args):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    with pytest.raises(ESAMTypeError, match=r"`return super\(\).create_optimizer\(\)`"):
+        _trainer(transformers, cls=Own).train()
+
+    class Wrapped(Own):
+        def create_optimizer(self, *args):
+            super().create_optimizer(*args)
+            return ESAMTrainer.create_optimizer(self, *args)
+
+    trainer = _trainer(transformers, cls=Wrapped, max_steps=2)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer.base_optimizer) is torch.optim.SGD
+
+
+@pytest.mark.parametrize(
+    ("esam", "words"),
+    [
+        ({"rho": 0.1, "gama": 0.5}, "must be keyword arguments of ESAM: rho, .*Received: 'gama'"),
+        ({"model": None}, "Received: 'model'"),
+        (0.05, "`esam` must be a dictionary .*Received: esam=0.05"),
+    ],
+)
+def test_what_esam_does_not_take_is_refused_at_once(transformers, esam, words):
+    with pytest.raises(ESAMTypeError, match=words):
+        _trainer(transformers, esam=esam)
 
 
 def test_evaluation_is_that_of_trainer(transformers):

@@ -1,5 +1,6 @@
 """ESAM in Hugging Face's `Trainer`."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -37,11 +38,12 @@ class ESAMTrainer(Trainer):
         **kwargs: as for `Trainer`.
 
     Raises:
-        ESAMTypeError: DeepSpeed is used, or a subclass overrides `compute_loss`: override
-            `compute_losses` instead, or put the class that has it after `ESAMTrainer` in the bases.
-        ESAMValueError: Trainer would use several GPUs in one process. `token_weighted` with an
-            overridden `compute_losses` or, in training, with a model that does not take
-            `num_items_in_batch`.
+        ESAMTypeError: `esam` has keys that are not keyword arguments of `ESAM`, DeepSpeed is used,
+            or a subclass overrides `compute_loss`: override `compute_losses` instead, or put the
+            class that has it after `ESAMTrainer` in the bases.
+        ESAMValueError: `esam` is given together with an optimizer that is an `ESAM`. Trainer would
+            use several GPUs in one process. `token_weighted` with an overridden `compute_losses`
+            or, in training, with a model that does not take `num_items_in_batch`.
 
     Example:
         `trainer = ESAMTrainer(model, arguments, train_dataset=data, esam={"rho": 0.05})`
@@ -54,12 +56,13 @@ class ESAMTrainer(Trainer):
         token_weighted: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._esam = dict(esam or {})
+        self._esam = _checked(esam)
         self._token_weighted = token_weighted
         self._checked = False
         self._means = RunningMeans(("sharpness",))  # since it was last logged
         self._reported: StepReport | None = None
         super().__init__(*args, **kwargs)
+        self._refuse_two_esams()
         # Whether we must divide by the number of accumulated batches, because Trainer does not.
         self.loss_is_scaled_for_ga = token_weighted
         if self.is_deepspeed_enabled:
@@ -89,12 +92,23 @@ class ESAMTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap Trainer's optimizer in an `ESAM`, unless it already is one."""
+        created = self.optimizer is None
         super().create_optimizer(*args, **kwargs)
+        if created:
+            self._refuse_two_esams()
         if _esam_in(self.optimizer) is None:
             base: Any = self.optimizer
             model: Any = self.model
             self.optimizer = ESAM(base, model, **self._esam)
         return self.optimizer
+
+    def _refuse_two_esams(self) -> None:
+        """Raise if the arguments of an `ESAM` are given, but also the `ESAM` itself."""
+        if self._esam and _esam_in(self.optimizer) is not None:
+            raise ESAMValueError(
+                "`esam` must be None if the optimizer is an ESAM already, which has these "
+                f"hyperparameters itself. Received: esam={self._esam}."
+            )
 
     def compute_loss(
         self,
@@ -105,8 +119,14 @@ class ESAMTrainer(Trainer):
         **kwargs: Any,
     ) -> Any:
         """Return ESAM's loss for a batch in training, and Trainer's own loss in evaluation."""
-        esam = _esam_in(self.optimizer)
-        if esam is None or not (model.training and torch.is_grad_enabled()):
+        esam, training = _esam_in(self.optimizer), model.training and torch.is_grad_enabled()
+        if esam is None and training and self.optimizer is not None:
+            raise ESAMTypeError(
+                "The optimizer must be an ESAM in training. A `create_optimizer` of your own must "
+                "end with `return super().create_optimizer()`, which wraps `self.optimizer`. "
+                f"Received: {type(self.optimizer).__name__}."
+            )
+        if esam is None or not training:
             return super().compute_loss(
                 model,
                 inputs,
@@ -203,6 +223,24 @@ _NO_ITEMS = (
     "a mean; with `token_weighted=True`, each token counts the same. Or override "
     "`ESAMTrainer.compute_losses`: it must return one loss per sample, (b,)."
 )
+
+
+def _checked(esam: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the keyword arguments for `ESAM`, after checking their names."""
+    if esam is not None and not isinstance(esam, Mapping):
+        raise ESAMTypeError(
+            "`esam` must be a dictionary of keyword arguments of ESAM, such as "
+            f"{{'rho': 0.05}}. Received: esam={esam!r}."
+        )
+    own = inspect.signature(ESAM.__init__).parameters.values()
+    known = [p.name for p in own if p.kind is p.KEYWORD_ONLY]
+    unknown = [name for name in esam or {} if name not in known]
+    if unknown:
+        raise ESAMTypeError(
+            f"The keys of `esam` must be keyword arguments of ESAM: {', '.join(known)}. "
+            f"Received: {', '.join(map(repr, unknown))}."
+        )
+    return dict(esam or {})
 
 
 def _esam_in(optimizer: Any) -> ESAM | None:
