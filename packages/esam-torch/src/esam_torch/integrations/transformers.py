@@ -13,6 +13,7 @@ from transformers import Trainer
 from esam_core import ESAMTypeError, ESAMValueError, RunningMeans, StepReport
 from esam_torch.integrations.model_losses import labels_of, losses_by_row, per_sample_losses
 from esam_torch.integrations.row_losses import RowLosses
+from esam_torch.losses import per_sample
 from esam_torch.notes import note_errors
 from esam_torch.optimizer import ESAM
 
@@ -59,6 +60,7 @@ class ESAMTrainer(Trainer):
         self._esam = _checked(esam)
         self._token_weighted = token_weighted
         self._checked = False
+        self._needs_outputs = True
         self._means = RunningMeans(("sharpness",))  # since it was last logged
         self._reported: StepReport | None = None
         super().__init__(*args, **kwargs)
@@ -118,7 +120,10 @@ class ESAMTrainer(Trainer):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Return ESAM's loss for a batch in training, and Trainer's own loss in evaluation."""
+        """Return ESAM's loss for a batch in training, and the mean loss in evaluation.
+
+        In evaluation it is Trainer's own loss or, if `compute_losses` is overridden, its mean.
+        """
         esam, training = _esam_in(self.optimizer), model.training and torch.is_grad_enabled()
         if esam is None and training and self.optimizer is not None:
             raise ESAMTypeError(
@@ -127,6 +132,9 @@ class ESAMTrainer(Trainer):
                 f"Received: {type(self.optimizer).__name__}."
             )
         if esam is None or not training:
+            if not self._takes_own_losses():
+                loss, outputs = self._mean_of_losses(model, inputs)
+                return (loss, outputs) if return_outputs else loss
             return super().compute_loss(
                 model,
                 inputs,
@@ -143,8 +151,38 @@ class ESAMTrainer(Trainer):
         loss = esam.loss(partial(losses, model), inputs)
         return (loss, None) if return_outputs else loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Evaluate a batch as Trainer does."""
+        self._needs_outputs = not prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _mean_of_losses(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Any]:
+        """Return the mean of the overridden `compute_losses`, and the model's outputs."""
+        seen: list[Any] = []
+        hook = model.register_forward_hook(lambda *call: seen.append(call[-1]))
+        try:
+            losses, outputs = per_sample(self.compute_losses(model, inputs))
+        finally:
+            hook.remove()
+        loss = losses.mean()
+        if outputs is None and len(seen) == 1:
+            outputs = seen[0]
+        if outputs is None and self._needs_outputs:
+            raise ESAMValueError(
+                "`compute_losses` must call `model` once, whose outputs are the predictions, or "
+                "return (losses, outputs). Or set `prediction_loss_only=True` in the arguments. "
+                f"Received: {len(seen)} calls, and losses only."
+            )
+        return loss, outputs if isinstance(outputs, dict) else _after_a_loss(outputs, loss)
+
     def compute_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Return one loss per sample, (b,). Default: Trainer's own loss, computed per sample.
+
+        In evaluation, an overridden one is also called without gradients, with all samples. May
+        return (losses, outputs), if the predictions are not the outputs of a single call of
+        `model`.
 
         Args:
             model: the model, as wrapped by Trainer.
@@ -248,6 +286,14 @@ def _esam_in(optimizer: Any) -> ESAM | None:
     while optimizer is not None and not isinstance(optimizer, ESAM):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def _after_a_loss(outputs: Any, loss: Tensor) -> tuple[Any, ...]:
+    """Return a model's outputs as a tuple that begins with a loss, which Trainer drops."""
+    parts = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+    first = parts[0] if parts else None
+    has_loss = isinstance(first, Tensor) and first.dim() == 0
+    return parts if has_loss else (loss, *parts)
 
 
 class _SmoothedRows:
