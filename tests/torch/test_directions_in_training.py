@@ -240,13 +240,15 @@ def test_a_distributed_state_contains_the_direction():
     model, optimizer, losses = make(ascend=Previous(), perturb=Suffix("hidden"))
     optimizer.step(losses, *batch())
     state = DistributedState(model, optimizer).state_dict()
-    assert set(state["direction"]) == {name for name, _ in model.named_parameters()}
+    assert set(state["direction of ascend=Previous()"]) == {
+        name for name, _ in model.named_parameters()
+    }
     other, fresh, _ = make(seed=9, ascend=Previous(), perturb=Suffix("hidden"))
     DistributedState(other, fresh).load_state_dict(state)
     kept = optimizer.state_dict()["esam"]["direction"]
     same(fresh.state_dict()["esam"]["direction"], kept, "direction")
     wrong, without, _ = make(seed=9)
-    del state["direction"]
+    del state["direction of ascend=Previous()"]
     with pytest.raises(ESAMValueError, match="must be created with the same `ascend`"):
         DistributedState(wrong, without).load_state_dict(state)
 

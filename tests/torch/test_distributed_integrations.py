@@ -9,7 +9,7 @@ import torch
 CASES = Path(__file__).parent / "distributed_cases"
 sys.path.insert(0, str(CASES))
 
-from launch import launch, value  # noqa: E402
+from launch import SHARDS_ON_CPUS, launch, value  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,12 @@ def test_ranks_train_the_same_model_in_accelerate_fabric_and_trainer(ranks):
     assert [found[1:] for found in ranks("accelerate")] == 4 * [[True, True]]
     assert ranks("fabric")[1:] == [True, True]
     assert ranks("trainer")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARDS_ON_CPUS, reason="torch 2.6 has no FSDP2 on CPUs")
+def test_accelerate_resumes_a_sharded_run(ranks):
+    assert ranks("accelerate_shards") == 2 * [[3, True]]
 
 
 @pytest.mark.slow

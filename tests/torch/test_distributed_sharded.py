@@ -70,6 +70,21 @@ def test_a_whole_state_is_sent_by_rank_0(results):
     assert all(found == wanted for found in value(results, "whole_checkpoints"))
 
 
+@pytest.mark.parametrize("kind", ["sharded", "whole", "sent"])
+def test_torchs_own_functions_keep_esams_entry(results, kind):
+    for rank, found in enumerate(value(results, "states_of_torch")):
+        found = dict(found[kind])
+        bare, previous = found.pop("bare"), found.pop("previous")
+        options = [{"esam_rho": 0.3}, {"esam_perturb": False}]
+        wanted = {"count": 3, "config": True, "options": options, "momentum": True}
+        assert found == {**wanted, "warnings": []}, rank
+        (warning,), config = previous
+        assert "does not contain the direction of `ascend=Previous()`" in warning and config
+        message, *kept = bare
+        missing = "esam: count, seed, hyperparameters" if kind == "sharded" else "does not contain"
+        assert missing in message and kept == [0, [{"esam_rho": 0.7}, {}]]
+
+
 def test_a_nonfinite_loss_on_one_rank_affects_both(results):
     first, second = value(results, "nonfinite")
     assert first == second

@@ -9,7 +9,7 @@ from tests.torch.language import Sentences, alone, language_model, sentences
 from tests.torch.trainers import THEIRS, RecordingScaler, both_settings, same
 from torch.nn import functional as F
 
-from esam_core import ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch import ESAM, All
 
 pytestmark = [pytest.mark.filterwarnings(each) for each in THEIRS]
@@ -396,6 +396,62 @@ def test_a_given_esam_is_used(transformers):
     assert trainer.optimizer.optimizer is mine and mine.count == 8
 
 
+def test_a_given_esam_and_arguments_for_another_are_refused(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    model = language_model(transformers, "classes")
+    mine = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.3)
+    given = {"optimizers": (mine, None), "model": model}
+    words = r"`esam` must be None if the optimizer is an ESAM already.*Received: esam={'rho': 0.4}"
+    with pytest.raises(ESAMValueError, match=words):
+        _trainer(transformers, esam={"rho": 0.4}, more=given)
+
+    class Creates(transformers.Trainer):
+        def create_optimizer(self, *args):
+            self.optimizer = ESAM(torch.optim.SGD(self.model.parameters(), lr=0.1), self.model)
+            return self.optimizer
+
+    class Both(ESAMTrainer, Creates):
+        pass
+
+    with pytest.raises(ESAMValueError, match=words):
+        _trainer(transformers, esam={"rho": 0.4}, cls=Both).train()
+
+
+def test_training_without_an_esam_is_refused(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        def create_optimizer(self, *args):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    with pytest.raises(ESAMTypeError, match=r"`return super\(\).create_optimizer\(\)`"):
+        _trainer(transformers, cls=Own).train()
+
+    class Wrapped(Own):
+        def create_optimizer(self, *args):
+            super().create_optimizer(*args)
+            return ESAMTrainer.create_optimizer(self, *args)
+
+    trainer = _trainer(transformers, cls=Wrapped, max_steps=2)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer.base_optimizer) is torch.optim.SGD
+
+
+@pytest.mark.parametrize(
+    ("esam", "words"),
+    [
+        ({"rho": 0.1, "gama": 0.5}, "must be keyword arguments of ESAM: rho, .*Received: 'gama'"),
+        ({"model": None}, "Received: 'model'"),
+        (0.05, "`esam` must be a dictionary .*Received: esam=0.05"),
+    ],
+)
+def test_what_esam_does_not_take_is_refused_at_once(transformers, esam, words):
+    with pytest.raises(ESAMTypeError, match=words):
+        _trainer(transformers, esam=esam)
+
+
 def test_evaluation_is_that_of_trainer(transformers):
     trainer = _trainer(transformers, more={"eval_dataset": Sentences("classes")})
     trainer.train()
@@ -406,6 +462,102 @@ def test_evaluation_is_that_of_trainer(transformers):
     )
     assert found == theirs.evaluate()["eval_loss"]
     assert trainer.optimizer.optimizer.count == count
+
+
+def _predicted(transformers, compute_losses, **arguments):
+    """Return the metrics of an evaluation with metrics, of a Trainer with these losses."""
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        pass
+
+    Own.compute_losses = compute_losses
+    seen = {}
+
+    def metrics(given):
+        seen["predictions"], seen["labels"] = map(torch.as_tensor, given)
+        return {}
+
+    more = {"eval_dataset": Sentences("classes"), "compute_metrics": metrics}
+    trainer = _trainer(transformers, cls=Own, more=more, max_steps=2, **arguments)
+    trainer.train()
+    seen["loss"] = trainer.evaluate()["eval_loss"]
+    return trainer, seen
+
+
+def _weighted(logits, labels):
+    weights = torch.tensor([1.0, 3.0, 9.0])
+    return F.cross_entropy(logits, labels, weights, reduction="none")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["labels", "no labels", "tuple", "outputs", "tensor"])
+def test_evaluation_uses_overridden_losses(transformers, kind, smoothing):
+    """The loss is the mean of `compute_losses`; predictions are the outputs of its model call."""
+
+    def compute_losses(_, model, inputs):
+        labels = inputs["labels"]
+        given = {**inputs, "return_dict": kind != "tuple"}
+        if kind != "labels":
+            del given["labels"]
+        outputs = model(**given)
+        logits = outputs[0] if kind == "tuple" else outputs.logits
+        losses = _weighted(logits, labels)
+        if kind in ("outputs", "tensor"):
+            model(**given)
+            return losses, outputs if kind == "outputs" else logits
+        return losses
+
+    trainer, found = _predicted(transformers, compute_losses, label_smoothing_factor=smoothing)
+    batch = sentences("classes", 32)
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch).logits
+    torch.testing.assert_close(found["predictions"], logits)
+    assert torch.equal(found["labels"], batch["labels"])
+    wanted = float(_weighted(logits, batch["labels"]).mean())
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert not trainer.model._forward_hooks
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_predictions_of_several_calls_are_refused(transformers, calls):
+    def compute_losses(self, model, inputs):
+        called = [model(**inputs).logits for _ in range(calls)]
+        logits = called[0] if calls else self.model(**inputs).logits
+        return _weighted(logits, inputs["labels"])
+
+    if calls:
+        with pytest.raises(ESAMValueError, match=r"must call `model` once.*Received: 2 calls"):
+            _predicted(transformers, compute_losses)
+    trainer, found = _predicted(transformers, compute_losses, prediction_loss_only=True)
+    batch = sentences("classes", 32)
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch).logits
+    wanted = float(_weighted(logits, batch["labels"]).mean())
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_overridden_losses_may_have_labels_of_another_name(transformers):
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    class Own(ESAMTrainer):
+        def compute_losses(self, model, inputs):
+            return _weighted(model(input_ids=inputs["input_ids"]).logits, inputs["target"])
+
+    class Renamed(Sentences):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            return {"input_ids": row["input_ids"], "target": row["labels"]}
+
+    names = {"remove_unused_columns": False, "label_names": ["target"]}
+    trainer = _trainer(transformers, cls=Own, max_steps=2, **names)
+    trainer.train_dataset = data = Renamed("classes")
+    trainer.train()
+    found = trainer.evaluate(data)["eval_loss"]
+    batch = sentences("classes", 32)
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=batch["input_ids"]).logits
+    assert found == pytest.approx(float(_weighted(logits, batch["labels"]).mean()), rel=1e-5)
 
 
 @both_settings

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from launch import main
+from launch import SHARDS_ON_CPUS, main
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
@@ -108,6 +108,70 @@ def case_accelerate():
         accelerated(2, bad=(4,), left_out=(0,), **skipping),
         accelerated(2, bad=(8,), left_out=(1,), **skipping),
     ]
+
+
+def case_accelerate_shards():
+    """FSDP2: `save_state` and `load_state`, of shards and of the whole state."""
+    if not SHARDS_ON_CPUS:
+        return None
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedType
+
+    def run(kind, folder):
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type=kind
+        )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+
+        def fsdp():  # Accelerate shards on accelerators only, and `prepare` sets it back
+            accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = plugin
+
+        def prepared(**options):
+            bare = network()
+            esam = esam_of(bare, **options)
+            fsdp()
+            model, optimizer = accelerator.prepare(bare, esam)
+            fsdp()
+            return model, optimizer, esam
+
+        def train(model, optimizer, esam, steps):
+            def losses(inputs, targets):
+                return F.cross_entropy(model(inputs), targets, reduction="none")
+
+            seen = []
+            inputs, targets = data().tensors
+            for step in steps:
+                mine = slice(4 * step, 4 * step + 4)
+                optimizer.zero_grad()
+                accelerator.backward(esam.loss(losses, inputs[mine], targets[mine]))
+                optimizer.step()
+                seen.append(list(esam.report.perturbed))
+            return seen, [p.full_tensor().tolist() for p in model.parameters()]
+
+        first = prepared(beta=0.5, seed=7)
+        train(*first, range(3))
+        accelerator.save_state(folder)
+        wanted = train(*first, range(3, 6))
+        accelerator._models.clear()
+        accelerator._optimizers.clear()
+        second = prepared()
+        accelerator.load_state(folder)
+        return [second[2].count, train(*second, range(3, 6)) == wanted]
+
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [folder]
+        dist.broadcast_object_list(folders, src=0)
+        found = [
+            run(kind, f"{folders[0]}/{kind}") for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+        ]
+        dist.barrier()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return found
 
 
 # -- Hugging Face's Trainer ------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Saving and loading the state of a training run."""
 
 import dataclasses
+import json
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +12,16 @@ from esam_core import ESAMConfig, Everything, Previous
 from esam_core.config import component_to_dict
 from esam_torch.compat import saves_state_dict_hooks
 from esam_torch.directions import Memory
-from esam_torch.inspection import parameters_of
+from esam_torch.groups import options_of
+from esam_torch.inspection import Parameter, parameters_of
 from esam_torch.run import Run
+from esam_torch.sharded import is_sharded
 
-__all__ = ["load_state", "state_of"]
+__all__ = ["load_state", "read_entry", "state_of"]
+
+#: The key of ESAM's entry in the groups of a sharded model's state. Where a checkpoint has none,
+#: torch raises "Missing key" and this text.
+_IN_GROUPS = "esam: count, seed, hyperparameters"
 
 
 def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
@@ -22,19 +30,26 @@ def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
     for before in hooks["before saving"]:
         before(optimizer)
     state = run.base.state_dict()
-    state["esam"] = {
+    state["esam"] = _entry(run)
+    if isinstance(run.config.ascend, Previous):
+        state["esam"]["direction"] = dict(run.memory.gradients)
+    if "param_groups" in state and _sharded(run):
+        state["param_groups"] = [_noted(run, group) for group in state["param_groups"]]
+    for after in hooks["after saving"]:
+        changed = after(optimizer, state)
+        state = state if changed is None else changed
+    return state
+
+
+def _entry(run: Run) -> dict[str, Any]:
+    """Return ESAM's entry of a state, without a direction."""
+    return {
         "count": run.count,
         "config": run.config.to_dict(),
         # If the budget is spent, its sampler and selector are in the configuration.
         "budget": run.budget,
         "spent": run.spent,
     }
-    if isinstance(run.config.ascend, Previous):
-        state["esam"]["direction"] = dict(run.memory.gradients)
-    for after in hooks["after saving"]:
-        changed = after(optimizer, state)
-        state = state if changed is None else changed
-    return state
 
 
 def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str, Any]) -> None:
@@ -45,19 +60,20 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
         changed = before(optimizer, state)
         state = state if changed is None else dict(changed)
     own = state.pop("esam", None)
+    if "param_groups" in state:
+        own, state["param_groups"] = _read_groups(run, own, state["param_groups"])
     config, count, memory = run.config, run.count, run.memory
     budget, spent, plan = run.budget, run.spent, run.plan
-    options, replaced = [_options_of(group) for group in run.base.param_groups], []
+    options, replaced = [options_of(group) for group in run.base.param_groups], []
     if own is not None:  # check everything before changing anything
-        config, count = _load(own["config"], config), int(own["count"])
-        budget, spent, plan = own.get("budget"), own.get("spent", False), None
-        replaced = _differences(run, config, budget, spent=spent)
-        memory = Memory()
-        memory.load(own.get("direction", {}), parameters_of(run.model, run.base.param_groups))
+        parameters = parameters_of(run.model, run.base.param_groups)
+        config, memory = read_entry(own, config, parameters)
+        count, budget, spent = int(own["count"]), own.get("budget"), own.get("spent", False)
+        plan, replaced = None, _differences(run, config, budget, spent=spent)
     run.base.load_state_dict(state)
     if own is None:  # a bare optimizer's groups have none of ESAM's options
         for group, kept in zip(run.base.param_groups, options, strict=True):
-            group.update({**kept, **_options_of(group)})
+            group.update({**kept, **options_of(group)})
     run.resume(config, count, budget, plan, memory, spent=spent)
     for after in hooks["after loading"]:
         after(optimizer)
@@ -88,9 +104,76 @@ def _differences(run: Run, config: ESAMConfig, budget: float | None, *, spent: b
     ]
 
 
-def _options_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return ESAM's options of a parameter group."""
-    return {key: value for key, value in group.items() if key.startswith("esam_")}
+def read_entry(
+    own: Mapping[str, Any], given: ESAMConfig, parameters: Sequence[Parameter]
+) -> tuple[ESAMConfig, Memory]:
+    """Return the hyperparameters and the direction in ESAM's entry of a state.
+
+    Args:
+        own: the entry.
+        given: the current hyperparameters.
+        parameters: the parameters that are to be trained.
+
+    Raises:
+        ESAMValueError: the entry is invalid, or belongs to another model.
+    """
+    memory = Memory()
+    memory.load(own.get("direction", {}), parameters)
+    return _load(own["config"], given), memory
+
+
+def _sharded(run: Run) -> bool:
+    """Return whether parameters are sharded over ranks."""
+    return any(is_sharded(p) for group in run.base.param_groups for p in group["params"])
+
+
+def _noted(run: Run, group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group of a state with ESAM's entry and the group's options, as one text.
+
+    torch's `get_optimizer_state_dict`, which trainers call for a sharded model, keeps only "state"
+    and "param_groups"; it loads only options that the groups of the new run have.
+    """
+    bare = {name: value for name, value in group.items() if not name.startswith("esam_")}
+    return {**bare, _IN_GROUPS: json.dumps({**_entry(run), "options": options_of(group)})}
+
+
+def _read_groups(
+    run: Run, own: dict[str, Any] | None, groups: list[dict[str, Any]]
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return ESAM's entry of a state, and its groups as they were before `_noted`.
+
+    Args:
+        run: the run that loads the state.
+        own: the entry, or None if the state does not have it outside its groups.
+        groups: the groups of the state.
+    """
+    notes = [json.loads(group.get(_IN_GROUPS, "{}")) for group in groups]
+    bare = [{k: v for k, v in group.items() if k != _IN_GROUPS} for group in groups]
+    if own is None:
+        # torch's functions leave names in place of numbers. Others load a bare optimizer's state.
+        if not any(isinstance(p, str) for group in groups for p in group["params"]):
+            return None, bare
+        own = {name: value for name, value in notes[0].items() if name != "options"} or None
+        # For a whole state, torch replaces what is missing in it by what this run has saved.
+        if own is None or (run.count == 0 and own == _entry(run)):
+            warnings.warn(_MISSING.format(run.count, run.config), stacklevel=4)
+            return None, bare
+        if isinstance(_load(own["config"], run.config).ascend, Previous):
+            warnings.warn(_NO_DIRECTION, stacklevel=4)
+    options = [note.get("options", {}) for note in notes]
+    return own, [{**group, **kept} for group, kept in zip(bare, options, strict=True)]
+
+
+_MISSING = (
+    "The checkpoint does not contain ESAM's count, seed and hyperparameters, or was saved before "
+    "the first step. The current ones are kept: count={}, {}. If the model is not sharded, torch's "
+    "get_optimizer_state_dict drops them: save DistributedState, or optimizer.state_dict()."
+)
+
+_NO_DIRECTION = (
+    "The checkpoint does not contain the direction of `ascend=Previous()`, so the next step is a "
+    "base step. Save with DistributedState to keep it."
+)
 
 
 def _load(saved: dict[str, Any], given: ESAMConfig) -> ESAMConfig:

@@ -114,17 +114,23 @@ class DelegatingOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict with an additional entry, "esam".
 
-        It also loads into the bare base optimizer. Hooks registered on either optimizer run. In a
-        `torch.distributed.checkpoint` torch drops the entry; use `DistributedState` there.
+        It also loads into the bare base optimizer. Hooks registered on either optimizer run.
+        torch's `get_optimizer_state_dict` drops the entry; for a sharded model it is also in the
+        parameter groups, without a direction. `DistributedState` keeps all of it.
         """
         return state_of(self, self._run)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of an ESAM or of a bare base optimizer.
 
-        Hyperparameters, seed and count come from the checkpoint, as does the learning rate. A
-        warning lists those that differ from the ones given in code. A sampler that holds a function
-        cannot be saved; the one given in code is kept.
+                Hyperparameters, seed and count come from the checkpoint, as does the learning rate. A
+        <<<<<<< HEAD
+                warning lists those that differ from the ones given in code. A sampler that holds a function
+                cannot be saved; the one given in code is kept.
+        =======
+                sampler that holds a function cannot be saved; the one given in code is kept. If torch's
+                `set_optimizer_state_dict` loads a state without ESAM's entry, a warning says so.
+        >>>>>>> wt-e
         """
         load_state(self, self._run, state_dict)
 

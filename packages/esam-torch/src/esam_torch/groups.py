@@ -4,12 +4,15 @@ The prefix separates them from the base optimizer's options (Adadelta also has a
 learning rates, they may change at any time, so they are checked in every step.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+import torch
 
 from esam_core import ESAMTypeError, ESAMValueError, validation
 
-__all__ = ["OPTIONS", "check_groups"]
+__all__ = ["OPTIONS", "check_groups", "options_of", "without_options"]
 
 #: The options that a group may set: the name, and the check of its value.
 OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
@@ -40,3 +43,26 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
                 raise ESAMTypeError(
                     f"`{name}` is not an option of a parameter group. Known: {', '.join(OPTIONS)}."
                 )
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ESAM's options of a parameter group."""
+    return {name: value for name, value in group.items() if name.startswith("esam_")}
+
+
+@contextlib.contextmanager
+def without_options(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Remove ESAM's options from an optimizer's groups inside the context.
+
+    torch loads only options that the groups have before loading, and raises an error for those that
+    the checkpoint does not have.
+    """
+    options = [options_of(group) for group in optimizer.param_groups]
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        for name in own:
+            del group[name]
+    try:
+        yield
+    finally:  # loading replaces the groups
+        for group, own in zip(optimizer.param_groups, options, strict=True):
+            group.update(own)

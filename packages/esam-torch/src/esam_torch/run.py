@@ -230,11 +230,14 @@ class Run:
             if not computed and result is not None:
                 raise ESAMTypeError(CLOSURE)
         # Lightning's weight averaging runs closures that compute a loss without a backward.
-        if not (computed or self.pending or self.skipped or self._moves_nothing()):
+        plain = not (computed or self.pending or self.skipped)
+        creates_state = plain and self._moves_nothing()
+        if plain and not creates_state:
             self.notices.add("plain", _PLAIN)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False
-        if isinstance(self.config.ascend, Previous) and self._layout is not None and not skipped:
+        kept = isinstance(self.config.ascend, Previous) and not (skipped or creates_state)
+        if kept and self._layout is not None:
             self.memory.record_update(self._layout, self.config)
         with without_global_step_hooks():
             updated = None if skipped else self.base.step()

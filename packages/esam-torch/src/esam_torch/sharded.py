@@ -21,6 +21,7 @@ from esam_torch.compat import fsdp_parameter_groups
 __all__ = [
     "Shards",
     "Spread",
+    "is_sharded",
     "local",
     "local_part",
     "mesh_groups",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, without importing their module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -38,7 +39,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a tensor (the same memory), or an unsharded tensor itself."""
-    if not _is_sharded(tensor):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         shard: Tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -47,7 +48,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part of an unsharded tensor that corresponds to this rank's shard of `like`."""
-    if not _is_sharded(like):
+    if not is_sharded(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
@@ -65,7 +66,7 @@ def mesh_groups(tensor: Tensor, *, shards_only: bool = False) -> list[Any]:
         tensor: a parameter.
         shards_only: leave out the groups in which every rank holds the same shard (HSDP).
     """
-    if not _is_sharded(tensor):
+    if not is_sharded(tensor):
         return []
     sharded: Any = tensor
     return [

@@ -1,5 +1,6 @@
 """ESAM in Hugging Face's `Trainer`."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -12,6 +13,7 @@ from transformers import Trainer
 from esam_core import ESAMTypeError, ESAMValueError, RunningMeans, StepReport
 from esam_torch.integrations.model_losses import labels_of, losses_by_row, per_sample_losses
 from esam_torch.integrations.row_losses import RowLosses
+from esam_torch.losses import per_sample
 from esam_torch.notes import note_errors
 from esam_torch.optimizer import ESAM
 
@@ -37,11 +39,12 @@ class ESAMTrainer(Trainer):
         **kwargs: as for `Trainer`.
 
     Raises:
-        ESAMTypeError: DeepSpeed is used, or a subclass overrides `compute_loss`: override
-            `compute_losses` instead, or put the class that has it after `ESAMTrainer` in the bases.
-        ESAMValueError: Trainer would use several GPUs in one process. `token_weighted` with an
-            overridden `compute_losses` or, in training, with a model that does not take
-            `num_items_in_batch`.
+        ESAMTypeError: `esam` has keys that are not keyword arguments of `ESAM`, DeepSpeed is used,
+            or a subclass overrides `compute_loss`: override `compute_losses` instead, or put the
+            class that has it after `ESAMTrainer` in the bases.
+        ESAMValueError: `esam` is given together with an optimizer that is an `ESAM`. Trainer would
+            use several GPUs in one process. `token_weighted` with an overridden `compute_losses`
+            or, in training, with a model that does not take `num_items_in_batch`.
 
     Example:
         `trainer = ESAMTrainer(model, arguments, train_dataset=data, esam={"rho": 0.05})`
@@ -54,12 +57,14 @@ class ESAMTrainer(Trainer):
         token_weighted: bool = False,
         **kwargs: Any,
     ) -> None:
-        self._esam = dict(esam or {})
+        self._esam = _checked(esam)
         self._token_weighted = token_weighted
         self._checked = False
+        self._needs_outputs = True
         self._means = RunningMeans(("sharpness",))  # since it was last logged
         self._reported: StepReport | None = None
         super().__init__(*args, **kwargs)
+        self._refuse_two_esams()
         # Whether we must divide by the number of accumulated batches, because Trainer does not.
         self.loss_is_scaled_for_ga = token_weighted
         if self.is_deepspeed_enabled:
@@ -89,12 +94,23 @@ class ESAMTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Wrap Trainer's optimizer in an `ESAM`, unless it already is one."""
+        created = self.optimizer is None
         super().create_optimizer(*args, **kwargs)
+        if created:
+            self._refuse_two_esams()
         if _esam_in(self.optimizer) is None:
             base: Any = self.optimizer
             model: Any = self.model
             self.optimizer = ESAM(base, model, **self._esam)
         return self.optimizer
+
+    def _refuse_two_esams(self) -> None:
+        """Raise if the arguments of an `ESAM` are given, but also the `ESAM` itself."""
+        if self._esam and _esam_in(self.optimizer) is not None:
+            raise ESAMValueError(
+                "`esam` must be None if the optimizer is an ESAM already, which has these "
+                f"hyperparameters itself. Received: esam={self._esam}."
+            )
 
     def compute_loss(
         self,
@@ -104,9 +120,21 @@ class ESAMTrainer(Trainer):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Return ESAM's loss for a batch in training, and Trainer's own loss in evaluation."""
-        esam = _esam_in(self.optimizer)
-        if esam is None or not (model.training and torch.is_grad_enabled()):
+        """Return ESAM's loss for a batch in training, and the mean loss in evaluation.
+
+        In evaluation it is Trainer's own loss or, if `compute_losses` is overridden, its mean.
+        """
+        esam, training = _esam_in(self.optimizer), model.training and torch.is_grad_enabled()
+        if esam is None and training and self.optimizer is not None:
+            raise ESAMTypeError(
+                "The optimizer must be an ESAM in training. A `create_optimizer` of your own must "
+                "end with `return super().create_optimizer()`, which wraps `self.optimizer`. "
+                f"Received: {type(self.optimizer).__name__}."
+            )
+        if esam is None or not training:
+            if not self._takes_own_losses():
+                loss, outputs = self._mean_of_losses(model, inputs)
+                return (loss, outputs) if return_outputs else loss
             return super().compute_loss(
                 model,
                 inputs,
@@ -123,8 +151,38 @@ class ESAMTrainer(Trainer):
         loss = esam.loss(partial(losses, model), inputs)
         return (loss, None) if return_outputs else loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Evaluate a batch as Trainer does."""
+        self._needs_outputs = not prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _mean_of_losses(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Any]:
+        """Return the mean of the overridden `compute_losses`, and the model's outputs."""
+        seen: list[Any] = []
+        hook = model.register_forward_hook(lambda *call: seen.append(call[-1]))
+        try:
+            losses, outputs = per_sample(self.compute_losses(model, inputs))
+        finally:
+            hook.remove()
+        loss = losses.mean()
+        if outputs is None and len(seen) == 1:
+            outputs = seen[0]
+        if outputs is None and self._needs_outputs:
+            raise ESAMValueError(
+                "`compute_losses` must call `model` once, whose outputs are the predictions, or "
+                "return (losses, outputs). Or set `prediction_loss_only=True` in the arguments. "
+                f"Received: {len(seen)} calls, and losses only."
+            )
+        return loss, outputs if isinstance(outputs, dict) else _after_a_loss(outputs, loss)
+
     def compute_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """Return one loss per sample, (b,). Default: Trainer's own loss, computed per sample.
+
+        In evaluation, an overridden one is also called without gradients, with all samples. May
+        return (losses, outputs), if the predictions are not the outputs of a single call of
+        `model`.
 
         Args:
             model: the model, as wrapped by Trainer.
@@ -205,11 +263,37 @@ _NO_ITEMS = (
 )
 
 
+def _checked(esam: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the keyword arguments for `ESAM`, after checking their names."""
+    if esam is not None and not isinstance(esam, Mapping):
+        raise ESAMTypeError(
+            "`esam` must be a dictionary of keyword arguments of ESAM, such as "
+            f"{{'rho': 0.05}}. Received: esam={esam!r}."
+        )
+    own = inspect.signature(ESAM.__init__).parameters.values()
+    known = [p.name for p in own if p.kind is p.KEYWORD_ONLY]
+    unknown = [name for name in esam or {} if name not in known]
+    if unknown:
+        raise ESAMTypeError(
+            f"The keys of `esam` must be keyword arguments of ESAM: {', '.join(known)}. "
+            f"Received: {', '.join(map(repr, unknown))}."
+        )
+    return dict(esam or {})
+
+
 def _esam_in(optimizer: Any) -> ESAM | None:
     """Return the `ESAM` that an optimizer is or wraps, as Accelerate's wrappers do; else None."""
     while optimizer is not None and not isinstance(optimizer, ESAM):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def _after_a_loss(outputs: Any, loss: Tensor) -> tuple[Any, ...]:
+    """Return a model's outputs as a tuple that begins with a loss, which Trainer drops."""
+    parts = tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+    first = parts[0] if parts else None
+    has_loss = isinstance(first, Tensor) and first.dim() == 0
+    return parts if has_loss else (loss, *parts)
 
 
 class _SmoothedRows:
