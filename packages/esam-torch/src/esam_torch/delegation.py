@@ -123,14 +123,10 @@ class DelegatingOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of an ESAM or of a bare base optimizer.
 
-                Hyperparameters, seed and count come from the checkpoint, as does the learning rate. A
-        <<<<<<< HEAD
-                warning lists those that differ from the ones given in code. A sampler that holds a function
-                cannot be saved; the one given in code is kept.
-        =======
-                sampler that holds a function cannot be saved; the one given in code is kept. If torch's
-                `set_optimizer_state_dict` loads a state without ESAM's entry, a warning says so.
-        >>>>>>> wt-e
+        Hyperparameters, seed and count come from the checkpoint, as does the learning rate. A
+        warning lists those that differ from the ones given in code. A sampler that holds a function
+        cannot be saved; the one given in code is kept. If torch's `set_optimizer_state_dict` loads
+        a state without ESAM's entry, a warning says so.
         """
         load_state(self, self._run, state_dict)
 
