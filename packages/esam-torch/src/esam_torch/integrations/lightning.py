@@ -15,7 +15,7 @@ class ESAMMixin:
     """A mixin with a `training_step` for ESAM and its logging. Put it before `LightningModule`.
 
     Write `losses` instead of `training_step`, and return an `ESAM` from `configure_optimizers`.
-    "train_loss" is logged, and "sharpness" if the selector needs it. The mixin saves four lines:
+    "train_loss" is logged, and "sharpness" in steps that compute it. The mixin saves four lines:
     your own `training_step` that returns `self.optimizers().loss(self.losses, *batch)` trains the
     same way.
 
