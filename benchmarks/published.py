@@ -87,8 +87,8 @@ PUBLISHED: dict[str, _Cells] = {
     },
 }
 
-#: g(N, beta), the share of SAM's time that SWP saves, by table, N and beta, as printed in tables 4
-#: and 5. The paper's fits use more rows. Where table 5 has 25, the text has 35.
+#: g(N, beta), the share that SWP saves of the time of an ascent pass, by table, N and beta, as
+#: printed in tables 4 and 5. The paper's fits use more rows. Where table 5 has 25, the text has 35.
 SAVINGS: dict[str, dict[int, dict[float, float]]] = {
     "table4": {
         50: {0.9: 0.0342, 0.5: 0.1628, 0.1: 0.3008},
