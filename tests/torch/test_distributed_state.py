@@ -20,7 +20,9 @@ dcp = pytest.importorskip("torch.distributed.checkpoint")
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed"),
     # Without a process group, torch says that it saves in one process.
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is .*unavailable:UserWarning"),
+    # torch 2.6, when it saves.
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
 
 
