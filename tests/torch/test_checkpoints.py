@@ -1,6 +1,7 @@
 """Saving and loading: a resumed run equals an uninterrupted one, bit for bit."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -332,3 +333,30 @@ def test_a_hook_may_change_what_is_loaded():
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.count))
     optimizer.load_state_dict(state)
     assert optimizer.count == 12 and seen == [12] and state["esam"]["count"] == 0
+
+
+def test_a_spent_budget_of_an_earlier_version_is_that_of_the_code(recwarn):
+    model = net()
+    optimizer = ESAM(sgd(model), model, budget=1.5)
+    optimizer.step(losses_of(model), *batch())
+    state = optimizer.state_dict()
+    state["esam"] = {**state["esam"], "budget": None}
+    del state["esam"]["spent"]
+    other = ESAM(sgd(model), model, budget=1.5)
+    other.load_state_dict(state)
+    assert not recwarn and other.config == optimizer.config and other.count == 1
+    assert other.state_dict()["esam"]["budget"] == 1.5
+
+
+def test_an_entry_in_the_groups_alone_is_loaded():
+    """Trainers may gather a sharded state, and number its parameters again."""
+    model = net()
+    optimizer = ESAM(sgd(model), model, seed=3)
+    optimizer.step(losses_of(model), *batch())
+    state = optimizer.state_dict()
+    own = state.pop("esam")
+    note = json.dumps({**own, "options": {"esam_rho": 0.5}})
+    state["param_groups"][0]["esam: count, seed, hyperparameters"] = note
+    other = ESAM(sgd(model), model, seed=3)
+    other.load_state_dict(state)
+    assert other.count == 1 and other.param_groups[0]["esam_rho"] == 0.5

@@ -238,3 +238,48 @@ def test_layers_load_with_the_version_that_they_were_saved_with(tmp_path):
     run(1)
     run(2)
     assert versions == [3]
+
+
+def test_a_plan_that_was_printed_is_no_changed_setting(tmp_path):
+    """`plan` replaces sampler and selector by those that the budget chooses."""
+
+    def run(epochs, *, plan):
+        model = make_model()
+        optimizer = ESAM(sgd(model), model, budget=1.5)
+        batches = make_batches()
+        if plan:
+            optimizer.plan(lambda *batch: model_losses(model, *batch), *batches[0])
+        return fit(
+            *(model, optimizer, model_losses, batches),
+            **{**QUIETLY, "epochs": epochs},
+            folder=tmp_path,
+            resume=True,
+        )
+
+    run(1, plan=True)
+    assert len(run(2, plan=False)) == 2
+    assert len(run(3, plan=True)) == 3
+
+
+def test_a_run_of_used_objects_resumes_in_a_new_process(tmp_path):
+    model = make_model()
+    optimizer = ESAM(sgd(model), model)
+    scheduler = StepLR(optimizer, 1)
+    for folder, epochs in (("warm-up", 1), ("run", 2)):
+        fit(
+            *(model, optimizer, model_losses, make_batches()),
+            **{**QUIETLY, "epochs": epochs},
+            scheduler=scheduler,
+            folder=tmp_path / folder,
+        )
+    _, history = train(tmp_path / "run", 3, scheduler=lambda optimizer: StepLR(optimizer, 1))
+    assert len(history) == 3
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+    train(tmp_path, 1)
+    state = torch.load(tmp_path / "last.pt")
+    del state["settings"], state["data"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="Received: one of an earlier version"):
+        train(tmp_path, 2)

@@ -62,6 +62,7 @@ def test_trainer_trains(transformers, kind):
 # A warning of the compiler about tensors that it traces.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:With `torch_compile=True` and the model's own loss")
+@pytest.mark.filterwarnings("ignore:The model or code that `losses` calls is compiled")
 @pytest.mark.parametrize(
     "option",
     [

@@ -385,7 +385,7 @@ def case_states_of_torch():
             found[kind]["bare"] = [str(error), other.count, options_of(other)]
         optimizer = ESAM(sgd(model), model, ascend=Previous())
         optimizer.step(losses_of(model), *batch_of(dist.get_rank(), 0))
-        other = ESAM(sgd(fresh), fresh)
+        other = ESAM(sgd(fresh), fresh, ascend=Previous())
         found[kind]["previous"] = [
             load(fresh, other, save(model, optimizer, "previous")),
             other.config == optimizer.config,

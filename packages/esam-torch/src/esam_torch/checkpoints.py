@@ -69,6 +69,8 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
         parameters = parameters_of(run.model, run.base.param_groups)
         config, memory = read_entry(own, config, parameters)
         count, budget, spent = int(own["count"]), own.get("budget"), own.get("spent", False)
+        if "spent" not in own and budget is None:  # of an earlier version, which kept only unspent
+            budget, spent = run.budget, run.budget is not None
         plan, replaced = None, _differences(run, config, budget, spent=spent)
     run.base.load_state_dict(state)
     if own is None:  # a bare optimizer's groups have none of ESAM's options
@@ -150,12 +152,13 @@ def _read_groups(
     notes = [json.loads(group.get(_IN_GROUPS, "{}")) for group in groups]
     bare = [{k: v for k, v in group.items() if k != _IN_GROUPS} for group in groups]
     if own is None:
-        # torch's functions leave names in place of numbers. Others load a bare optimizer's state.
-        if not any(isinstance(p, str) for group in groups for p in group["params"]):
-            return None, bare
         own = {name: value for name, value in notes[0].items() if name != "options"} or None
+        # torch's functions leave names in place of numbers. Others load a bare optimizer's state.
+        by_torch = any(isinstance(p, str) for group in groups for p in group["params"])
+        if own is None and not by_torch:
+            return None, bare
         # For a whole state, torch replaces what is missing in it by what this run has saved.
-        if own is None or (run.count == 0 and own == _entry(run)):
+        if own is None or (by_torch and run.count == 0 and own == _entry(run)):
             warnings.warn(_MISSING.format(run.count, run.config), stacklevel=4)
             return None, bare
         if isinstance(_load(own["config"], run.config).ascend, Previous):
@@ -167,7 +170,8 @@ def _read_groups(
 _MISSING = (
     "The checkpoint does not contain ESAM's count, seed and hyperparameters, or was saved before "
     "the first step. The current ones are kept: count={}, {}. If the model is not sharded, torch's "
-    "get_optimizer_state_dict drops them: save DistributedState, or optimizer.state_dict()."
+    "get_optimizer_state_dict drops them, as always with flatten_optimizer_state_dict=True: "
+    "save DistributedState, or optimizer.state_dict()."
 )
 
 _NO_DIRECTION = (

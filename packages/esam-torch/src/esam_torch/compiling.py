@@ -42,16 +42,17 @@ class Compilation:
         """Note whether anything is compiled inside the context."""
         before = count_compiled_frames()
         yield
-        self._found = self._found or count_compiled_frames() > before
+        earlier = before > 0 and not self._looked  # perhaps code that this step has called
+        self._found = self._found or earlier or count_compiled_frames() > before
         self._looked = True
 
-    def check(self, losses: LossFunction, *, pruned: bool) -> None:
+    def check(self, *, pruned: bool) -> None:
         """Raise if code was compiled in a pruned pass and would be used for other passes.
 
         Raises:
             ESAMRuntimeError: torch is older than 2.13, and the pass was pruned.
         """
-        if pruned and not COMPILED_MODELS_SEE_REQUIRES_GRAD and self.suspects(losses):
+        if pruned and not COMPILED_MODELS_SEE_REQUIRES_GRAD and self._found:
             torch.compiler.reset()
             raise ESAMRuntimeError(
                 "With torch before 2.13, code that `losses` calls must be compiled before or in "
@@ -62,9 +63,7 @@ class Compilation:
 
     def suspects(self, losses: LossFunction) -> bool:
         """Return whether `losses` runs compiled code, or may do so."""
-        if self._found or is_compiled_function(losses):
-            return True
-        return not COMPILED_MODELS_SEE_REQUIRES_GRAD and count_compiled_frames() > 0
+        return self._found or is_compiled_function(losses)
 
     def prunes(self, losses: LossFunction, sampler: Sampler, units: Sequence[Unit]) -> bool | str:
         """Return whether the ascent pass can be pruned, or a warning that says why not."""

@@ -148,7 +148,7 @@ class Run:
         try:
             with self._compilation.watching():
                 mean = step.ascend()
-            self._compilation.check(losses, pruned=task.prunes and bool(task.targets.idle))
+            self._compilation.check(pruned=task.prunes and bool(task.targets.idle))
             if task.layout.writes.late:
                 self.notices.add("late", LATE)
             return step, self._seam(step, mean, leaves)

@@ -78,7 +78,8 @@ class Checkpoints:
         self.history = History()
         self._settings: dict[str, str] = {}
         if self._folder is not None:
-            self._settings = settings_of(parts["optimizer"], parts["scheduler"])
+            if parts["optimizer"] not in trained:  # otherwise they are not those of the code
+                self._settings = settings_of(parts["optimizer"], parts["scheduler"])
             self._folder.mkdir(parents=True, exist_ok=True)
 
     # -- random state -----------------------------------------------------------------------------
@@ -137,6 +138,11 @@ class Checkpoints:
             self.history.to_csv(self._folder / "history.csv")
             self.history.to_json(self._folder / "history.json")
 
+    def save_after(self, epoch: int, means: Means) -> None:
+        """Save the state after an epoch, and the model if it is the best so far."""
+        self.save(Place(epoch + 1, 0, self.random_state()), means)
+        self.save_best()
+
     def save_best(self) -> None:
         """Write "best.pt", with the model and its row, if the last epoch is the best so far."""
         if self._folder is None or world()[0] > 0:
@@ -168,13 +174,18 @@ class Checkpoints:
         if self._folder is None or not (self._folder / "last.pt").exists():
             return None
         state = torch.load(self._folder / "last.pt", map_location="cpu", weights_only=True)
+        if "settings" not in state:
+            raise ESAMValueError(
+                'The checkpoint "last.pt" must be of this version of esam. Received: one of an '
+                "earlier version. Use another `folder`, or resume=False, which overwrites this run."
+            )
         rank, size = world()
         if len(state["ranks"]) != size:
             raise ESAMValueError(
                 "Training must resume with as many processes as wrote the checkpoint, "
                 f"{len(state['ranks'])}. Received: {size}."
             )
-        if self._parts["optimizer"] not in trained:
+        if self._settings and state["settings"]:
             check_settings(state["settings"], self._settings)
         self._settings = state["settings"]
         missing = [name for name in self._parts if name not in state]

@@ -233,9 +233,11 @@ def fit(
             try:
                 if on_epoch is not None:
                     on_epoch(row)
-            finally:  # with what it has changed; and if it ends training, the epoch is kept
-                checkpoints.save(Place(epoch + 1, 0, checkpoints.random_state()), training.means)
-                checkpoints.save_best()
+            except BaseException:  # the epoch is kept; several ranks might wait for each other
+                if world()[1] == 1:
+                    checkpoints.save_after(epoch, training.means)
+                raise
+            checkpoints.save_after(epoch, training.means)  # with what on_epoch has changed
         _mode(called, optimizer, training=False)
     return history
 

@@ -128,7 +128,10 @@ def split(loader: Any, *, training: bool) -> Any:
     if batches and type(given) is BatchSampler:
         sampler = given.sampler
     fixed = isinstance(sampler, _UNAWARE) or getattr(sampler, "replacement", False)
-    if fixed or (sampler is not loader.sampler and type(sampler) in _ORDERS):
+    unsplit = sampler is not loader.sampler and type(sampler) in _ORDERS
+    if unsplit and not training:
+        return loader
+    if fixed or unsplit:
         raise ESAMTypeError(
             "`loader` must have a sampler that gives each rank its own samples, such as torch's "
             "DistributedSampler, or none: then it is split among the ranks. Received: a "

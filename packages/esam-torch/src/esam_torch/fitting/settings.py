@@ -30,7 +30,8 @@ def settings_of(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, s
     found = {"`optimizer`": _kind(optimizer), "`scheduler`": _kind(scheduler)}
     if isinstance(optimizer, ESAM):
         own = optimizer.state_dict()["esam"]
-        found |= {f"`{name}`": value for name, value in own["config"].items()}
+        chosen = ("perturb", "select") if own["budget"] is not None else ()  # by the budget
+        found |= {f"`{n}`": value for n, value in own["config"].items() if n not in chosen}
         found["`budget`"] = own["budget"]
     for i, group in enumerate(optimizer.param_groups):
         options = {name: value for name, value in group.items() if name != "params"}

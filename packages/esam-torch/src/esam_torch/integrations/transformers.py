@@ -133,7 +133,8 @@ class ESAMTrainer(Trainer):
             )
         if esam is None or not training:
             if not self._takes_own_losses():
-                loss, outputs = self._mean_of_losses(model, inputs)
+                needed = return_outputs and self._needs_outputs
+                loss, outputs = self._mean_of_losses(model, inputs, needed=needed)
                 return (loss, outputs) if return_outputs else loss
             return super().compute_loss(
                 model,
@@ -158,7 +159,7 @@ class ESAMTrainer(Trainer):
         self._needs_outputs = not prediction_loss_only
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
-    def _mean_of_losses(self, model: nn.Module, inputs: Any) -> tuple[Tensor, Any]:
+    def _mean_of_losses(self, model: nn.Module, inputs: Any, *, needed: bool) -> tuple[Tensor, Any]:
         """Return the mean of the overridden `compute_losses`, and the model's outputs."""
         seen: list[Any] = []
         hook = model.register_forward_hook(lambda *call: seen.append(call[-1]))
@@ -169,7 +170,7 @@ class ESAMTrainer(Trainer):
         loss = losses.mean()
         if outputs is None and len(seen) == 1:
             outputs = seen[0]
-        if outputs is None and self._needs_outputs:
+        if outputs is None and needed:
             raise ESAMValueError(
                 "`compute_losses` must call `model` once, whose outputs are the predictions, or "
                 "return (losses, outputs). Or set `prediction_loss_only=True` in the arguments. "
