@@ -187,7 +187,6 @@ def fit(
         loader = split(loader, training=True)
         eval_loader = None if eval_loader is None else split(eval_loader, training=False)
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
-        watched = monitored_name(monitor, optimizer, measured, evaluated=eval_loader is not None)
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         checkpoints = Checkpoints(folder, model, parts, loader, place, watched, smallest=smallest)
         history = checkpoints.history
