@@ -77,14 +77,16 @@ def test_torchs_own_functions_keep_esams_entry(results, kind):
         bare, previous = found.pop("bare"), found.pop("previous")
         (replaced,) = found.pop("warnings")
         assert "replace those given in code: " in replaced and "seed=7 (in code 0)" in replaced
+        assert "does not load the groups' `esam_...` options" in replaced
         options = [{"esam_rho": 0.3}, {"esam_perturb": False}]
         wanted = {"count": 3, "config": True, "options": options, "momentum": True}
         assert found == wanted, rank
         (warning,), config = previous
         assert "does not contain the direction of `ascend=Previous()`" in warning and config
         message, *kept = bare
-        missing = "esam: count, seed, hyperparameters" if kind == "sharded" else "does not contain"
-        assert missing in message and kept == [0, [{"esam_rho": 0.7}, {}]]
+        assert "does not contain ESAM's count, seed and hyperparameters" in message
+        assert ("Missing key" in message) == (kind == "sharded")
+        assert kept == [0, [{"esam_rho": 0.7}, {}]]
 
 
 def test_a_nonfinite_loss_on_one_rank_affects_both(results):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from esam_torch.groups import options_of
 from esam_torch.inspection import Parameter, parameters_of
 from esam_torch.run import Run
 from esam_torch.sharded import is_sharded
+from esam_torch.spending import CHOSEN
 
 __all__ = ["load_state", "read_entry", "state_of"]
 
@@ -53,7 +53,10 @@ def _entry(run: Run) -> dict[str, Any]:
 
 
 def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str, Any]) -> None:
-    """Load a state from `state_of` or from a bare base optimizer; run the load hooks."""
+    """Load a state from `state_of` or from a bare base optimizer; run the load hooks.
+
+    What the user should know is added to the run's notices.
+    """
     hooks = saves_state_dict_hooks(optimizer)
     state = dict(state_dict)
     for before in hooks["before loading"]:
@@ -79,9 +82,9 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     run.resume(config, count, budget, plan, memory, spent=spent)
     for after in hooks["after loading"]:
         after(optimizer)
-    if replaced and "replaced" not in run.notices:
-        run.notices.add("replaced", None)
-        warnings.warn(_REPLACED.format("; ".join(replaced)), stacklevel=3)
+    if replaced:
+        options_too = _OPTIONS_TOO if _sharded(run) else ""
+        run.notices.add("replaced", _REPLACED.format("; ".join(replaced)) + options_too)
 
 
 _REPLACED = (
@@ -90,13 +93,17 @@ _REPLACED = (
     "checkpoint into the base optimizer: optimizer.base_optimizer.load_state_dict(...)."
 )
 
+_OPTIONS_TOO = (
+    " The model is sharded, so this does not load the groups' `esam_...` options: set them again."
+)
+
 
 def _differences(run: Run, config: ESAMConfig, budget: float | None, *, spent: bool) -> list[str]:
     """Return, in words, the settings of a run that a checkpoint's would replace."""
     names = [spec.name for spec in dataclasses.fields(config)]
     pairs = {name: (getattr(config, name), getattr(run.config, name)) for name in names}
-    if run.budget is not None:  # the budget chooses these two
-        pairs = {n: pair for n, pair in pairs.items() if n not in ("perturb", "select")}
+    if run.budget is not None:
+        pairs = {n: pair for n, pair in pairs.items() if n not in CHOSEN}
     if run.budget is not None or not spent:  # else, what the budget has chosen is compared
         pairs["budget"] = budget, run.budget
     return [
@@ -159,10 +166,10 @@ def _read_groups(
             return None, bare
         # For a whole state, torch replaces what is missing in it by what this run has saved.
         if own is None or (by_torch and run.count == 0 and own == _entry(run)):
-            warnings.warn(_MISSING.format(run.count, run.config), stacklevel=4)
+            run.notices.add("missing", _MISSING.format(run.count, run.config))
             return None, bare
         if isinstance(_load(own["config"], run.config).ascend, Previous):
-            warnings.warn(_NO_DIRECTION, stacklevel=4)
+            run.notices.add("direction", _NO_DIRECTION)
     options = [note.get("options", {}) for note in notes]
     return own, [{**group, **kept} for group, kept in zip(bare, options, strict=True)]
 

@@ -1,5 +1,6 @@
 """The part of ESAM that delegates to its base optimizer and its run."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,11 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         return self._run.config
 
     @property
+    def budget(self) -> float | None:
+        """The budget, which chooses the hyperparameters `perturb` and `select`; None without."""
+        return self._run.budget
+
+    @property
     def count(self) -> int:
         """The number of steps so far, from which masks and schedules are drawn."""
         return self._run.count
@@ -129,6 +135,16 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         a state without ESAM's entry, a warning says so.
         """
         load_state(self, self._run, state_dict)
+        self._warn("load_state_dict")
+
+    def _warn(self, method: str) -> None:
+        """Issue the pending warnings, at the line that called this method of the optimizer."""
+        for text in self._run.notices.take():
+            level, function = 3, getattr(self, method)  # the caller, the method, this
+            # torch wraps `step`, for its hooks and in a scheduler; each wrapper is one more frame.
+            while (function := getattr(function, "__wrapped__", None)) is not None:
+                level += 1
+            warnings.warn(text, stacklevel=level)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy, which also copies the model and the base optimizer. A scheduler's

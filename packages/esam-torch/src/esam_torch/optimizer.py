@@ -1,6 +1,5 @@
 """The optimizer `ESAM`."""
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -262,15 +261,6 @@ class ESAM(DelegatingOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients."""
         self._run.zero_grad(set_to_none)
-
-    def _warn(self, method: str) -> None:
-        """Issue the pending warnings, at the line that called this method of the optimizer."""
-        for text in self._run.notices.take():
-            level, function = 3, getattr(self, method)  # the caller, the method, this
-            # torch wraps `step`, for its hooks and in a scheduler; each wrapper is one more frame.
-            while (function := getattr(function, "__wrapped__", None)) is not None:
-                level += 1
-            warnings.warn(text, stacklevel=level)
 
     # -- what is known ----------------------------------------------------------------------------
 

@@ -9,7 +9,10 @@ from esam_core.budget import Plan, make_plan
 from esam_torch.inspection import Layout, Parameter, parameters_of
 from esam_torch.targets import Options
 
-__all__ = ["all_parameters", "check_budget", "spend"]
+__all__ = ["CHOSEN", "all_parameters", "check_budget", "spend"]
+
+#: The hyperparameters that a budget chooses.
+CHOSEN = ("perturb", "select")
 
 
 def all_parameters(layout: Layout, model: nn.Module) -> list[Parameter]:

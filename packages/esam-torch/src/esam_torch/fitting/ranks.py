@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -61,6 +62,9 @@ def join_processes(device: torch.device) -> torch.device:
 def _leave() -> None:
     """Destroy the process group, unless it is already destroyed."""
     if torch.distributed.is_initialized():
+        # torch 2.6 waits for Gloo's threads without releasing Python's lock. One that still frees
+        # a tensor of the last reduction needs the lock, so that both would wait forever.
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
 
 

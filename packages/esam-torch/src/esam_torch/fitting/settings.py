@@ -15,6 +15,7 @@ from esam_core import ESAMValueError
 from esam_core.config import component_from_dict
 from esam_torch.bases import SideBySide
 from esam_torch.optimizer import ESAM
+from esam_torch.spending import CHOSEN
 
 __all__ = ["check_data", "check_settings", "data_of", "settings_of", "trained"]
 
@@ -27,12 +28,12 @@ trained: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
 
 def settings_of(optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, str]:
     """Return the settings that a checkpoint would replace, in JSON, by name."""
-    found = {"`optimizer`": _kind(optimizer), "`scheduler`": _kind(scheduler)}
+    found: dict[str, Any] = {"`optimizer`": _kind(optimizer), "`scheduler`": _kind(scheduler)}
     if isinstance(optimizer, ESAM):
-        own = optimizer.state_dict()["esam"]
-        chosen = ("perturb", "select") if own["budget"] is not None else ()  # by the budget
-        found |= {f"`{n}`": value for n, value in own["config"].items() if n not in chosen}
-        found["`budget`"] = own["budget"]
+        chosen = () if optimizer.budget is None else CHOSEN
+        own = optimizer.config.to_dict()
+        found |= {f"`{name}`": value for name, value in own.items() if name not in chosen}
+        found["`budget`"] = optimizer.budget
     for i, group in enumerate(optimizer.param_groups):
         options = {name: value for name, value in group.items() if name != "params"}
         found |= {f"`{name}` of parameter group {i}": value for name, value in options.items()}
