@@ -16,12 +16,9 @@ from tests.keras.scene import (
     trainable,
     weights,
 )
+from tests.keras.stepping import ONE_HOT, OwnComputeLoss, X, Y, check, esam, step
 
-from esam_core import ESAMValueError
 from esam_keras import ESAM, Everything, Proportional, Random, TopLoss
-
-X, Y = data()
-ONE_HOT = np.eye(3, dtype="float32")[Y]
 
 
 def own_function(y_true, y_pred):
@@ -31,35 +28,6 @@ def own_function(y_true, y_pred):
 class OwnObject(keras.losses.Loss):
     def call(self, y_true, y_pred):
         return ops.logsumexp(y_pred - y_true, axis=-1)
-
-
-def esam(gamma=0.5, **kwargs):
-    chosen = {} if "select" in kwargs else {"gamma": gamma}
-    return ESAM(keras.optimizers.SGD(0.1), **{"rho": RHO, "beta": 1.0, **chosen, **kwargs})
-
-
-def step(model, settings, batch, gamma=0.5, **kwargs):
-    """Run one step of `train_on_batch`; return the report."""
-    model.compile(esam(gamma, **kwargs), **settings)
-    model.train_on_batch(*batch)
-    return model.optimizer.report
-
-
-def check(model, settings, batch, scale=1.0, losses_scale=1.0):
-    """Compare selection, losses and weights with those of plain Keras for single samples."""
-    before = weights(model)
-    oracle = Oracle(model, settings, batch)
-    singles, chosen = oracle.single_losses(trainable(model)), oracle.selected()
-    expected, expected_sam = oracle.esam(scale=scale), oracle.sam()
-    report = step(model, settings, batch)
-    np.testing.assert_array_equal(ops.convert_to_numpy(report.indices), chosen)
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(report.losses), losses_scale * singles, rtol=2e-5, atol=1e-6
-    )
-    close(trainable(model), expected)
-    model.set_weights(before)
-    step(model, settings, batch, gamma=1.0)
-    close(trainable(model), expected_sam)
 
 
 @pytest.mark.parametrize(
@@ -287,27 +255,6 @@ def test_add_loss_alone_is_enough_for_sam():
     close(trainable(model), expected)
 
 
-class OwnComputeLoss(keras.Model):
-    """Weights its own formula by `sample_weight`."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = keras.layers.Dense(8, activation="tanh")
-        self.head = keras.layers.Dense(3)
-
-    def call(self, x):
-        return self.head(self.first(x))
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        values = ops.mean(ops.square(ops.subtract(y, y_pred)), axis=-1)
-        if sample_weight is not None:
-            values = values * sample_weight
-        return self.total(values, sample_weight) + 0.1 * ops.mean(ops.square(self.head.kernel))
-
-    def total(self, values, sample_weight):
-        return ops.mean(values)
-
-
 def test_a_custom_compute_loss():
     model = OwnComputeLoss()
     model(X)
@@ -340,70 +287,6 @@ def test_compute_loss_that_adds_to_keras_own():
     step(model, {"loss": "mse"}, (X, ONE_HOT), gamma=1.0)
     close(trainable(model), expected)
     assert step(model, {"loss": "mse"}, (X, ONE_HOT)).indices is not None
-
-
-def refusal(model, settings, batch, match, rows=6, **kwargs):
-    """Require an error in both ways of training, without changes of the weights."""
-    before = weights(model)
-    model.compile(esam(**kwargs), **settings)
-    with pytest.raises(ESAMValueError, match=match):
-        model.fit(*batch, batch_size=rows, verbose=0)
-    same(weights(model), before)
-    with pytest.raises(ESAMValueError, match=match):
-        model.train_on_batch(*batch)
-    same(weights(model), before)
-    model.predict(batch[0], verbose=0)
-
-
-def test_a_loss_that_is_not_linear_in_the_weights_is_refused():
-    class Squares(OwnComputeLoss):
-        def total(self, values, sample_weight):
-            return ops.sqrt(ops.mean(ops.square(values)))
-
-    model = Squares()
-    model(X)
-    refusal(model, {}, (X, ONE_HOT), "is not linear in `sample_weight`")
-
-
-def test_a_loss_that_ignores_the_weights_is_refused():
-    class Ignores(OwnComputeLoss):
-        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-            return ops.mean(ops.square(ops.subtract(y, y_pred)))
-
-    model = Ignores()
-    model(X)
-    refusal(model, {}, (X, ONE_HOT), "does not depend on `sample_weight`")
-
-
-class Standing(keras.losses.Loss):
-    """A loss with its own reduction."""
-
-    def __call__(self, y_true, y_pred, sample_weight=None):
-        return ops.sqrt(super().__call__(y_true, y_pred, sample_weight) + 1.0)
-
-    def call(self, y_true, y_pred):
-        return ops.mean(ops.square(y_true - y_pred), axis=-1)
-
-
-def test_a_loss_object_that_is_not_linear_is_refused():
-    refusal(mlp(), {"loss": Standing()}, (X, ONE_HOT), "is not linear")
-
-
-def scalar_loss(y_true, y_pred):
-    return ops.mean(ops.square(y_true - y_pred))
-
-
-@pytest.mark.parametrize("loss", [keras.losses.Dice(), scalar_loss], ids=["dice", "scalar"])
-def test_losses_without_a_value_per_sample(loss):
-    model = mlp(activation="sigmoid")
-    refusal(model, {"loss": loss}, (X, ONE_HOT), "value for each sample")
-    expected = Oracle(model, {"loss": loss}, (X, ONE_HOT)).sam()
-    step(model, {"loss": loss}, (X, ONE_HOT), gamma=1.0)
-    close(trainable(model), expected)
-
-
-def test_a_loss_that_is_not_one_number_is_refused():
-    refusal(mlp(), {"loss": cross_entropy(reduction=None)}, (X, Y), "must be one number")
 
 
 @pytest.mark.parametrize("selector", [TopLoss(0.5), Random(0.5), Proportional(0.5)])

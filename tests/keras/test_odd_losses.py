@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 from tests.keras.scene import Oracle, close, mlp, trainable
-from tests.keras.test_losses import ONE_HOT, OwnComputeLoss, X, Y, check, esam, refusal, step
+from tests.keras.stepping import ONE_HOT, OwnComputeLoss, X, Y, check, esam, refusal, step
 
 from esam_core import ESAMValueError
 from esam_keras import ESAM, Everything, Part, Previous, Random

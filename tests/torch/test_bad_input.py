@@ -1,34 +1,16 @@
 """Invalid input: a clear error, and no changes."""
 
-import re
 from types import MappingProxyType
 
 import pytest
 import torch
+from tests.torch.refusals import make, refuses
 from tests.torch.scene import Snapshot, batch, losses_of, net, sgd
 from torch import nn
 from torch.nn import functional as F
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
-from esam_torch import ESAM, Everything, Only, SideBySide, TopIncrease, TopLoss, Whole
-
-
-def make(model=None, **kwargs):
-    model = net() if model is None else model
-    return model, ESAM(sgd(model), model, **{"rho": 0.1, "beta": 0.6, "gamma": 0.5, **kwargs})
-
-
-def refuses(optimizer, losses, *args, error=ESAMValueError, match, **kwargs):
-    """Require that `backward` raises and changes nothing, including existing gradients."""
-    model = optimizer.model
-    for i, p in enumerate(model.parameters()):
-        p.grad = torch.full_like(p, 0.25 * i)
-    before, count = Snapshot(model, optimizer), optimizer.count
-    with pytest.raises(error, match=match):
-        optimizer.backward(losses, *args, **kwargs)
-    before.check()
-    assert optimizer.count == count
-
+from esam_torch import ESAM, Everything, Only, TopIncrease, TopLoss, Whole
 
 # -- what `losses` returns ---------------------------------------------------------------------
 
@@ -175,108 +157,6 @@ def test_batches_are_not_changed():
     assert torch.equal(x, kept[0]) and torch.equal(y, kept[1])
 
 
-# -- construction ------------------------------------------------------------------------------
-
-
-def test_base_is_a_class():
-    model = net()
-    with pytest.raises(ESAMTypeError, match=r"not a class: ESAM\(SGD\(model.parameters\(\)"):
-        ESAM(torch.optim.SGD, model)
-
-
-def test_base_is_not_an_optimizer():
-    with pytest.raises(ESAMTypeError, match=r"must be a torch.optim.Optimizer, .* Received: float"):
-        ESAM(0.1, net())
-
-
-def test_base_is_an_esam():
-    model, optimizer = make()
-    with pytest.raises(ESAMTypeError, match=r"another ESAM"):
-        ESAM(optimizer, model)
-
-
-def test_base_has_foreign_parameters():
-    model, other = net(), net(1)
-    base = torch.optim.SGD([*model.parameters(), other.head.weight], lr=0.1)
-    with pytest.raises(
-        ESAMValueError, match=r"only parameters of `model`.*1 not in the model.*\(3, 6\)"
-    ):
-        ESAM(base, model)
-
-
-def test_model_is_not_a_module():
-    model = net()
-    with pytest.raises(ESAMTypeError, match=r"`model` must be a torch.nn.Module"):
-        ESAM(sgd(model), model.forward)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"rho": -0.1}, ESAMValueError, re.escape("`rho` must be finite and >= 0. Received: rho=")),
-        ({"gamma": 1.5}, ESAMValueError, re.escape("`gamma` must be in (0, 1]. Received: gamma=")),
-        ({"beta": 0.5, "perturb": Everything()}, ESAMValueError, "`beta` is short for"),
-        ({"gamma": 0.5, "select": TopLoss()}, ESAMValueError, "`gamma` is short for"),
-        ({"roh": 0.1}, TypeError, "roh"),
-        ({"scaler": torch.amp.GradScaler("cpu")}, TypeError, "scaler"),
-        ({"blocks": []}, ESAMValueError, "`blocks` must not be empty"),
-    ],
-)
-def test_hyperparameters(arguments, error, match):
-    model = net()
-    before = Snapshot(model)
-    with pytest.raises(error, match=match):
-        ESAM(sgd(model), model, **arguments).step(losses_of(model), *batch())
-    before.check(but=("gradients",))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"esam_rho": -1.0}, ESAMValueError, "`esam_rho` must be finite and >= 0"),
-        ({"esam_rho": torch.tensor(0.1)}, ESAMTypeError, "`esam_rho` must be a finite number"),
-        ({"esam_adaptive": 1}, ESAMTypeError, "`esam_adaptive` must be True or False"),
-        ({"esam_roh": 0.1}, ESAMTypeError, "`esam_roh` is not an option.*esam_rho"),
-    ],
-)
-def test_options_of_a_group(options, error, match):
-    model = net()
-    groups = [{"params": [model.head.weight], **options}]
-    with pytest.raises(error, match=match):
-        ESAM(torch.optim.SGD(groups, lr=0.1), model)
-    optimizer = ESAM(torch.optim.SGD([model.head.bias], lr=0.1), model)
-    with pytest.raises(error, match=match):
-        optimizer.add_param_group(groups[0])
-    assert len(optimizer.param_groups) == 1
-    optimizer.param_groups[0].update(options)
-    refuses(optimizer, losses_of(model), *batch(), error=error, match=match)
-
-
-def test_a_group_of_foreign_parameters():
-    model, optimizer = make()
-    before = Snapshot(model, optimizer)
-    with pytest.raises(ESAMValueError, match=r"only parameters of `model`"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    before.check()
-
-
-def test_a_parameter_in_two_groups_is_refused_by_torch():
-    model, optimizer = make()
-    with pytest.raises(ValueError, match=r"more than one parameter group"):
-        optimizer.add_param_group({"params": [model.head.weight]})
-
-
-def test_side_by_side():
-    model = net()
-    one, two = sgd(model), torch.optim.Adam([model.head.weight])
-    with pytest.raises(ESAMValueError, match=r"two or more optimizers. Received: 1"):
-        SideBySide(one)
-    with pytest.raises(ESAMValueError, match=r"no parameter in common. Received: 1"):
-        SideBySide(one, two)
-    with pytest.raises(ESAMTypeError, match=r"not a class"):
-        SideBySide(one, torch.optim.Adam)
-
-
 # -- calls in the wrong order -----------------------------------------------------------------
 
 
@@ -399,12 +279,6 @@ def test_losses_that_overflow_only_after_the_perturbation(mode):
         assert report.skipped == (mode == "skip")
         assert model.weight.grad is None if mode == "skip" else model.weight.grad.isnan().all()
     assert torch.equal(model.weight, torch.full((1, 2), 0.5))
-
-
-def test_maximize_is_refused():
-    model = net()
-    with pytest.raises(ESAMValueError, match="`maximize` must be False"):
-        ESAM(sgd(model, maximize=True), model)
 
 
 def test_an_inner_gradient_without_a_graph_is_explained():

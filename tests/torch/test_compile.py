@@ -1,4 +1,4 @@
-"""torch.compile, whole and block by block, activation checkpointing, and CUDA graphs."""
+"""torch.compile, whole and block by block, and CUDA graphs."""
 
 import contextlib
 import copy
@@ -8,22 +8,17 @@ from collections import OrderedDict
 import pytest
 import torch
 from functorch.compile import make_boxed_func, nop
-from tests.torch.scene import Snapshot, batch, losses_of, net, same
+from tests.torch import reruns
+from tests.torch.reruns import make, run
+from tests.torch.scene import batch, losses_of, net, same
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from esam_core import ESAMError
 from esam_torch import (
-    ESAM,
-    Batch,
     Bernoulli,
     Everything,
-    Only,
-    Part,
-    Previous,
     RandomSuffix,
     Suffix,
     TopIncrease,
@@ -53,19 +48,6 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def run(optimizer, steps, b=8, losses=None):
-    """Train; return the reports."""
-    torch.manual_seed(5)
-    losses = losses or losses_of(optimizer.model)
-    reports = [optimizer.step(losses, *batch(b, seed=seed)) for seed in range(steps)]
-    return [(r.losses, r.perturbed_losses, r.indices, r.gradient_norm) for r in reports]
-
-
-def make(model, **kwargs):
-    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return ESAM(base, model, **{"rho": 0.1, "gamma": 0.5, **kwargs})
-
-
 PERTURBED = {
     "paper": Bernoulli(0.6),
     "weights": Bernoulli(0.5, unit="weight"),
@@ -81,7 +63,7 @@ def expect_warning(expected=True):
         yield
     warned = [w for w in caught if "too many masks to compile" in str(w.message)]
     assert len(warned) == (1 if expected else 0)
-    assert all(w.filename == __file__ for w in warned)  # at the user's line
+    assert all(w.filename == reruns.__file__ for w in warned)  # at the user's line
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
@@ -308,73 +290,6 @@ def test_losses_that_the_next_pass_overwrites(select):
     replayed = lambda x, y: Replayed.apply(losses_of(model)(x, y))  # noqa: E731
     same(run(make(model, gamma=None, select=select), 3, losses=replayed), wanted, "reports")
     same(model.state_dict(), plain.state_dict(), "weights")
-
-
-# -- activation checkpointing ------------------------------------------------------------------
-
-
-class Checkpointed(nn.Module):
-    """The small network, with its first part (including BatchNorm) recomputed in the backward."""
-
-    def __init__(self, model, part, **kwargs):
-        super().__init__()
-        self.model = model
-        self.part = part
-        self.kwargs = kwargs
-
-    def first(self, x):
-        model = self.model
-        return model.dropout(F.relu(model.norm(model.conv(x))).mean((2, 3)))
-
-    def second(self, x):
-        return self.model.head(torch.tanh(self.model.hidden(x)))
-
-    def forward(self, x):
-        first, second = self.first, self.second
-        if "first" in self.part:
-            first = lambda x: checkpoint(self.first, x, **self.kwargs)  # noqa: E731
-        if "second" in self.part:
-            second = lambda x: checkpoint(self.second, x, **self.kwargs)  # noqa: E731
-        return second(first(x))
-
-
-@pytest.mark.parametrize("gamma", [0.5, 1.0])
-@pytest.mark.parametrize("perturb", [Bernoulli(0.6), Everything(), Only("*hidden*")], ids=repr)
-@pytest.mark.parametrize("part", ["first", "second", "first and second"])
-@pytest.mark.parametrize("ascend", [Batch(), Part(0.25), Previous()], ids=repr)
-def test_non_reentrant_checkpointing(part, perturb, gamma, ascend):
-    """Recomputed forwards use the weights, noise and statistics of their pass."""
-    plain, model = net(), net()
-    options = {"perturb": perturb, "gamma": gamma, "ascend": ascend}
-    wrapped = Checkpointed(model, "none", use_reentrant=False)
-    ours, theirs = make(wrapped, **options), make(plain, **options)
-    same(run(ours, 1), run(theirs, 1), "reports")  # with `Previous`, a base step
-    wrapped.part = part
-    same(run(ours, 3), run(theirs, 3), "reports")
-    # torch also updates BatchNorm's statistics in the recomputed forward; ESAM does not.
-    same(model.state_dict(), plain.state_dict(), "weights and statistics")
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("perturb", [Bernoulli(0.9), Everything(), Only("*hidden*")], ids=repr)
-@pytest.mark.parametrize("part", ["second", "first and second"])
-def test_reentrant_checkpointing_is_refused_by_name(part, perturb):
-    model = Checkpointed(net(), part, use_reentrant=True)
-    optimizer = make(model, perturb=perturb)
-    x, y = batch()
-    x.requires_grad_()
-    before = Snapshot(model, optimizer)
-    with pytest.raises(ESAMError, match=r"reentrant.*use_reentrant=False"):
-        optimizer.backward(losses_of(model), x, y)
-    before.check()
-
-
-def test_unused_parameters_are_not_mistaken_for_a_reentrant_checkpoint():
-    model = net()
-    model.unused = nn.Linear(3, 3)
-    optimizer = make(model, perturb=Everything())
-    optimizer.step(losses_of(model), *batch())
-    assert model.unused.weight.grad is None
 
 
 # -- CUDA --------------------------------------------------------------------------------------

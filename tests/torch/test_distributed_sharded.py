@@ -23,6 +23,11 @@ def results(tmp_path_factory):
     return launch(CASES / "fsdp.py", tmp_path_factory.mktemp("fsdp"))
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return launch(CASES / "fsdp_checkpoints.py", tmp_path_factory.mktemp("checkpoints"))
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -60,19 +65,19 @@ def test_parameters_outside_the_optimizer_get_the_descent_gradient(results, outs
 
 @pytest.mark.parametrize("base", ["AdamW", "SGD"])
 @pytest.mark.parametrize("options", ["tensors", "suffix"])
-def test_a_run_from_a_distributed_checkpoint_resumes_bit_for_bit(results, base, options):
+def test_a_run_from_a_distributed_checkpoint_resumes_bit_for_bit(checkpoints, base, options):
     wanted = {"count": 4, "steps": True, "config": True, "weights": True}
-    assert all(found[f"{base}, {options}"] == wanted for found in value(results, "checkpoints"))
+    assert all(found[f"{base}, {options}"] == wanted for found in value(checkpoints, "checkpoints"))
 
 
-def test_a_whole_state_is_sent_by_rank_0(results):
+def test_a_whole_state_is_sent_by_rank_0(checkpoints):
     wanted = {"count": 3, "steps": True, "weights": True}
-    assert all(found == wanted for found in value(results, "whole_checkpoints"))
+    assert all(found == wanted for found in value(checkpoints, "whole_checkpoints"))
 
 
 @pytest.mark.parametrize("kind", ["sharded", "whole", "sent"])
-def test_torchs_own_functions_keep_esams_entry(results, kind):
-    for rank, found in enumerate(value(results, "states_of_torch")):
+def test_torchs_own_functions_keep_esams_entry(checkpoints, kind):
+    for rank, found in enumerate(value(checkpoints, "states_of_torch")):
         found = dict(found[kind])
         bare, previous = found.pop("bare"), found.pop("previous")
         (replaced,) = found.pop("warnings")

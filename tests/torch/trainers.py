@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.torch.language import Sentences, language_model
 from tests.torch.scene import SUFFIX_PART
 from torch import nn
 from torch.nn import functional as F
@@ -70,3 +71,29 @@ class RecordingScaler(torch.amp.GradScaler):
         if outputs.requires_grad:  # a loss, not a query of the scale
             self.seen.append(float(outputs.detach()))
         return super().scale(outputs)
+
+
+def new_trainer(transformers, kind="classes", esam=None, cls=None, more=None, **arguments):
+    """Return a Trainer of a small language model, by default an ESAMTrainer."""
+    from esam_torch.integrations.transformers import ESAMTrainer
+
+    cls, more = cls or ESAMTrainer, dict(more or {})
+    options = {
+        "output_dir": "out",
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return cls(
+        model=more.pop("model", None) or language_model(transformers, kind),
+        args=transformers.TrainingArguments(**options),
+        train_dataset=Sentences(kind),
+        esam=esam,
+        **more,
+    )
