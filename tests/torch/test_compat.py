@@ -156,6 +156,13 @@ def test_compiled_frames_are_counted():
     assert compat.count_compiled_frames() == before + 1
 
 
+def test_compiled_code_in_a_graph_has_a_name():
+    layer = nn.Linear(2, 2)
+    assert layer(torch.ones(1, 2)).grad_fn.name() != compat.COMPILED_NODE
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert compiled(torch.ones(1, 2)).grad_fn.name() == compat.COMPILED_NODE
+
+
 def test_a_call_is_not_traced():
     def seen(x):
         return x + (1.0 if torch.compiler.is_compiling() else 0.0)

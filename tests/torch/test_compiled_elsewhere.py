@@ -1,5 +1,7 @@
 """Compiled code that ESAM has not been given: `losses` calls a wrapper of the model, or more."""
 
+import warnings
+
 import pytest
 import torch
 from tests.torch.scene import Snapshot, batch, net, same
@@ -8,7 +10,17 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 from esam_core import ESAMRuntimeError
-from esam_torch import ESAM, Bernoulli, Only, Part, Proportional, Suffix, compiling
+from esam_torch import (
+    ESAM,
+    Batch,
+    Bernoulli,
+    Only,
+    Part,
+    Previous,
+    Proportional,
+    Suffix,
+    compiling,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -105,6 +117,26 @@ def test_code_compiled_in_a_later_step(monkeypatch):
         torch.allclose(p, q, atol=1e-5)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("ascend", [Batch(), Part(0.5), Previous()], ids=str)
+def test_code_compiled_before_the_first_step(called, ascend, monkeypatch):
+    """It matters only if `losses` calls it."""
+    monkeypatch.setattr(compiling, "COMPILED_MODELS_SEE_REQUIRES_GRAD", False)
+    model, other = net(dropout=0.0), net(dropout=0.0)
+    wrapped = Around(model if called else other)
+    wrapped(batch()[0])
+    options = {"perturb": Suffix("hidden"), "gamma": 1.0, "ascend": ascend}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, _losses(wrapped if called else model), **options)
+    said = [w for w in caught if "calls is compiled" in str(w.message)]
+    assert len(said) == called
+    eager = net(dropout=0.0)
+    train(eager, _losses(eager), **options)
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("old", [True, False])

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from tests.torch import trainers
 from tests.torch.language import Sentences, language_model, sentences
 from tests.torch.trainers import THEIRS, RecordingScaler, both_settings, new_trainer, same
 
@@ -74,7 +75,7 @@ def test_compiling_the_models_own_loss_warns(transformers, own):
         warnings.simplefilter("always")
         new_trainer(transformers, cls=Losses if own else None, torch_compile=True)
     found = [warning for warning in caught if "each step compiles" in str(warning.message)]
-    assert len(found) == (not own) and all(w.filename == __file__ for w in found)
+    assert len(found) == (not own) and all(w.filename == trainers.__file__ for w in found)
 
 
 @both_settings

@@ -10,7 +10,7 @@ from esam_torch.compat import without_hooks
 from esam_torch.notes import own_backward
 from esam_torch.sharded import local
 
-__all__ = ["ascent_gradients", "gradients_of", "graph_leaves"]
+__all__ = ["ascent_gradients", "gradients_of", "graph_leaves", "graph_nodes"]
 
 
 def gradients_of(

@@ -22,6 +22,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 __all__ = [
     "BATCH_NORM",
     "COMPILED_MODELS_SEE_REQUIRES_GRAD",
+    "COMPILED_NODE",
     "NORM_LAYERS",
     "active_replicas",
     "buffers_by_name",
@@ -91,6 +92,10 @@ def count_compiled_frames() -> int:
     """Return how many frames torch.compile has compiled in this process."""
     compiler: Any = sys.modules.get("torch._dynamo.utils")
     return 0 if compiler is None else int(compiler.counters["frames"]["total"])
+
+
+#: The name of compiled code in an autograd graph.
+COMPILED_NODE = "CompiledFunctionBackward"
 
 
 def compiled_original(module: Any) -> nn.Module | None:

@@ -1,14 +1,15 @@
 """Find out whether `losses` runs compiled code, and whether its ascent pass can be pruned."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esam_core import ESAMRuntimeError, Sampler, Unit
+from esam_torch.ascent import graph_nodes
 from esam_torch.compat import (
     COMPILED_MODELS_SEE_REQUIRES_GRAD,
+    COMPILED_NODE,
     count_compiled_frames,
     is_compiled_function,
 )
@@ -37,13 +38,16 @@ class Compilation:
         """Note whether the model or a part of it is compiled."""
         self._found = self._found or holds_compiled(model)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Note whether anything is compiled inside the context."""
-        before = count_compiled_frames()
-        yield
-        earlier = before > 0 and not self._looked  # perhaps code that this step has called
-        self._found = self._found or earlier or count_compiled_frames() > before
+    def look_at_pass(self, loss: Tensor, frames_before: int) -> None:
+        """Note whether a pass has run compiled code.
+
+        Args:
+            loss: what the pass has computed.
+            frames_before: `count_compiled_frames()` before the pass.
+        """
+        compiled = count_compiled_frames() > frames_before
+        earlier = frames_before > 0 and not self._looked
+        self._found = self._found or compiled or (earlier and _ran_compiled(loss))
         self._looked = True
 
     def check(self, *, pruned: bool) -> None:
@@ -74,6 +78,12 @@ class Compilation:
         if few and COMPILED_MODELS_SEE_REQUIRES_GRAD:
             return True
         return compilation_warning(few)
+
+
+def _ran_compiled(loss: Tensor) -> bool:
+    """Return whether compiled code has computed a loss; True if it has no graph that tells."""
+    nodes, _ = graph_nodes(loss)
+    return not nodes or any(node.name() == COMPILED_NODE for node in nodes)
 
 
 def compilation_warning(few_masks: bool) -> str:

@@ -21,7 +21,11 @@ from esam_core import (
 from esam_core.budget import Plan
 from esam_torch.ascent import graph_leaves
 from esam_torch.batch import Batch, Samples
-from esam_torch.compat import parametrizations_are_cached, without_global_step_hooks
+from esam_torch.compat import (
+    count_compiled_frames,
+    parametrizations_are_cached,
+    without_global_step_hooks,
+)
 from esam_torch.compiling import Compilation
 from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
@@ -146,8 +150,9 @@ class Run:
         task = self._task(losses, batch, before_descent)
         step = (Step if task.climb.direction is None else EarlierStep)(task, losses, batch)
         try:
-            with self._compilation.watching():
-                mean = step.ascend()
+            frames = count_compiled_frames()
+            mean = step.ascend()
+            self._compilation.look_at_pass(mean, frames)
             self._compilation.check(pruned=task.prunes and bool(task.targets.idle))
             if task.layout.writes.late:
                 self.notices.add("late", LATE)
