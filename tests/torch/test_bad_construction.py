@@ -115,3 +115,12 @@ def test_maximize_is_refused():
     model = net()
     with pytest.raises(ESAMValueError, match="`maximize` must be False"):
         ESAM(sgd(model, maximize=True), model)
+
+
+def test_a_lazy_module_that_has_not_been_called():
+    model = nn.Sequential(nn.LazyLinear(3))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ESAMValueError, match=r"call it once.*Received: 0\.weight"):
+        ESAM(base, model)
+    model(torch.ones(2, 4))
+    ESAM(base, model)

@@ -156,6 +156,12 @@ def test_compiled_frames_are_counted():
     assert compat.count_compiled_frames() == before + 1
 
 
+def test_kernels_of_recurrent_layers_exist():
+    """test_flops.py tests their arguments."""
+    for kernel in compat.RECURRENT_KERNELS:
+        assert kernel.default._schema.arguments[0].name == "input"
+
+
 def test_compiled_code_in_a_graph_has_a_name():
     layer = nn.Linear(2, 2)
     assert layer(torch.ones(1, 2)).grad_fn.name() != compat.COMPILED_NODE

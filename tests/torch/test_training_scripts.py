@@ -370,6 +370,6 @@ def test_a_layout_belongs_to_a_device():
     optimizer = ESAM(sgd(model), model, perturb=Suffix(0.5))
     optimizer.step(losses_of(model), *batch())
     layout = optimizer._run._layout
-    assert layout.holds(optimizer.param_groups)
+    assert layout.holds(model, optimizer.param_groups)
     object.__setattr__(layout, "device", torch.device("cuda"))  # as if it had been found there
-    assert not layout.holds(optimizer.param_groups)
+    assert not layout.holds(model, optimizer.param_groups)

@@ -1,11 +1,13 @@
 """A step does not search the model for its modules and parameters, which were found before."""
 
 import collections
+import copy
 
 import pytest
 import torch
 from tests.torch.scene import SUFFIX_PART, batch, losses_of, net, sgd
 from torch import nn
+from torch.nn import functional as F
 
 from esam_torch import ESAM, Everything, Momentum, Part, Previous, Random, TopLoss
 
@@ -71,3 +73,31 @@ def test_a_batch_norm_layer_that_is_added_later_is_found():
     added = model.hidden[1]
     assert int(added.num_batches_tracked) == 1 and added.training
     assert not torch.equal(added.running_mean, torch.zeros(6))
+
+
+class Frozen(nn.BatchNorm1d):
+    """Normalises by constant statistics, with weights that are trained."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def test_a_batch_norm_layer_that_replaces_another_is_found():
+    """It has the same weights, so the optimizer's groups do not change."""
+    model = nn.Sequential(nn.Linear(4, 6), Frozen(6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = ESAM(sgd(model), model, **{**SUFFIX_PART, "rho": 1.0})
+    data = torch.randn(8, 4) + 1.0, torch.arange(8) % 3
+
+    def losses(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    for _ in range(5):
+        optimizer.step(losses, *data)
+    old, model[1] = model[1], nn.BatchNorm1d(6)
+    model[1].weight, model[1].bias = old.weight, old.bias
+    for step in range(1, 8):
+        expected = copy.deepcopy(model)
+        expected(data[0])
+        optimizer.step(losses, *data)
+        assert int(model[1].num_batches_tracked) == step
+        assert torch.allclose(model[1].running_mean, expected[1].running_mean)

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.attention import without_graphs
 from esam_torch.compat import original_name
+from esam_torch.flops import RECURRENT
 from esam_torch.sharded import reshard
 from esam_torch.wrappers import bare_model, is_compiled
 
@@ -33,12 +35,14 @@ class Blocks:
             parameter's id.
         cost_of: floating-point operations of the forward attributed to each parameter, by id.
         warning: a warning about `losses`, or None.
+        asks: whether the forward has asked which parameters have a gradient.
     """
 
     names: tuple[str, ...]
     block_of: dict[int, int]
     cost_of: dict[int, float]
     warning: str | None = None
+    asks: bool = False
 
 
 @dataclass
@@ -52,6 +56,7 @@ class _Watch:
     first_use: dict[int, tuple[tuple[str, ...], int]] = field(default_factory=dict)
     # the parameter's id, by its own id and by that of the gathered weight of a sharded model
     identity: dict[int, int] = field(default_factory=dict)
+    asks: bool = False
 
 
 class _FirstUses(TorchFunctionMode):
@@ -64,6 +69,8 @@ class _FirstUses(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func == _REQUIRES_GRAD and id(args[0]) in self._watch.identity:
+            self._watch.asks = True
         if not _is_about_form(func, result):
             for value in _tensors((args, kwargs or {})):
                 found = self._watch.identity.get(id(value))
@@ -72,6 +79,9 @@ class _FirstUses(TorchFunctionMode):
                     self._watch.first_use[found] = (open_modules, len(self._watch.entries))
         return result
 
+
+#: What Python calls to read `tensor.requires_grad`.
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 #: Methods that depend on a tensor's metadata, but not on its values.
 _FORM = frozenset(
@@ -199,12 +209,12 @@ def find_blocks(
     modules = dict(inner.named_modules())
     fixed = None if chosen is None else _chosen_names(chosen, names, modules)
     watch = _Watch()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=RECURRENT)
     # The counter's module tracker hooks into every backward, so a gradient computed within `losses`
     # would fail. Our own hooks attribute the operations to modules.
     counter.mod_tracker = _Untracked()  # type: ignore[assignment]
     with (
-        torch.no_grad(),
+        without_graphs(),
         torch.compiler.set_stance("force_eager"),  # compiled code does not call modules
         counter,
         _FirstUses(inner.parameters(), watch),
@@ -243,7 +253,7 @@ def find_blocks(
     early = _early_uses(inner, watch, block_of, place)
     clean = tuple(map(original_name, blocks))
     costs = _costs(inner, watch, block_of, blocks, trained)
-    return Blocks(clean, block_of, costs, early)
+    return Blocks(clean, block_of, costs, early, watch.asks)
 
 
 def _early_uses(

@@ -24,6 +24,7 @@ __all__ = [
     "COMPILED_MODELS_SEE_REQUIRES_GRAD",
     "COMPILED_NODE",
     "NORM_LAYERS",
+    "RECURRENT_KERNELS",
     "active_replicas",
     "buffers_by_name",
     "call_untraced",
@@ -93,6 +94,14 @@ def count_compiled_frames() -> int:
     compiler: Any = sys.modules.get("torch._dynamo.utils")
     return 0 if compiler is None else int(compiler.counters["frames"]["total"])
 
+
+#: Recurrent layers in one kernel: on CPUs, with CUDA, with ROCm, and on Apple's GPUs.
+RECURRENT_KERNELS = (
+    torch.ops.aten.mkldnn_rnn_layer,
+    torch.ops.aten._cudnn_rnn,
+    torch.ops.aten.miopen_rnn,
+    torch.ops.aten._lstm_mps,
+)
 
 #: The name of compiled code in an autograd graph.
 COMPILED_NODE = "CompiledFunctionBackward"

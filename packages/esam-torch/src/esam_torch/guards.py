@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esam_torch.attention import without_fast_path
 from esam_torch.compat import BATCH_NORM, clone_all, uncounted_writes
 from esam_torch.devices import on_device
 from esam_torch.sharded import local
@@ -165,7 +166,8 @@ class Pruning:
                 if parameter.requires_grad:  # the user may have frozen it since an earlier pass
                     self.parameters.append(parameter)
                     parameter.requires_grad_(False)
-            yield
+            with without_fast_path():
+                yield
         finally:
             self.end()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_torch.ascent import graph_leaves
@@ -16,7 +17,8 @@ from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.compat import original_name
 from esam_torch.devices import devices_of
 from esam_torch.guards import RandomState
-from esam_torch.notes import WITHOUT_A_GRAPH, note_errors
+from esam_torch.notes import ASKS, KEPT, WITHOUT_A_GRAPH, note_errors
+from esam_torch.registrations import registered_modules
 from esam_torch.sharded import Shards, reshard
 from esam_torch.synchronisation import without_reduction
 from esam_torch.targets import Options, Targets, find_targets
@@ -75,6 +77,7 @@ class Layout:
     ids: frozenset[int] = field(init=False)
     device: torch.device | None = field(init=False)
     _targets: dict[Any, Targets] = field(default_factory=dict, init=False, repr=False)
+    _registered: int = field(default_factory=registered_modules, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", [p.tensor for p in self.parameters])
@@ -82,8 +85,18 @@ class Layout:
         object.__setattr__(self, "ids", frozenset(map(id, (*self.tensors, *self.others))))
         object.__setattr__(self, "device", self.tensors[0].device if self.tensors else None)
 
-    def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Return whether these are still the same groups and parameters, on the same device."""
+    def why_all_gradients(self) -> str | None:
+        """Return why the ascent pass must compute the gradients of all weights; None if not."""
+        if self.writes.keeps_graphs:
+            return KEPT
+        return ASKS if self.blocks is not None and self.blocks.asks else None
+
+    def holds(self, model: nn.Module, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return whether modules, groups and parameters are still the same, on the same device."""
+        if self._registered != registered_modules():
+            if list(model.modules()) != self.modules:
+                return False
+            object.__setattr__(self, "_registered", registered_modules())
         if self.tensors and self.tensors[0].device != self.device:  # a model moves as a whole
             return False
         return len(groups) == len(self.groups) and all(
@@ -169,6 +182,11 @@ def parameters_of(
             group = group_of.pop(id(tensor), None)  # a tied parameter counts at its first place
             if group is not None:
                 name = original_name(f"{prefix}.{leaf}" if prefix else leaf)
+                if isinstance(tensor, UninitializedParameter):
+                    raise ESAMValueError(
+                        "All weights of `model` must exist: call it once on a batch before ESAM is "
+                        f"created. Received: {name} of a lazy module that has not been called."
+                    )
                 place = 0 if blocks is None else blocks.block_of[id(tensor)]
                 unit = Unit(
                     name,

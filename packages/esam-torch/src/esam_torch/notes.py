@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from esam_core import ESAMRuntimeError
 
 __all__ = [
+    "ASKS",
     "CLOSURE",
+    "KEPT",
     "LATE",
     "PRUNED",
     "WITHOUT_A_GRAPH",
@@ -35,6 +37,11 @@ KEPT = (
     "may add them to the loss, so from now on the ascent pass computes all gradients, and saves "
     "none. In the first step, gradients through these tensors were incomplete. If you use them "
     "only inside `losses`, detach or delete them there to save gradients again."
+)
+
+ASKS = (
+    "`losses` asks which parameters have a gradient (`requires_grad`), so the ascent pass computes "
+    "all gradients, and saves none. Choose the parameters outside `losses`, once, to save them."
 )
 
 LATE = (

@@ -35,7 +35,7 @@ from esam_torch.inputs import copy_tensors
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
-from esam_torch.notes import CLOSURE, KEPT, LATE
+from esam_torch.notes import CLOSURE, LATE
 from esam_torch.notices import Notices, rounding_warning
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
@@ -324,8 +324,9 @@ class Run:
         """Return whether the ascent pass builds its graph only for the perturbed weights."""
         if not targets.idle:
             return True
-        if layout.writes.keeps_graphs:
-            self.notices.add("kept", KEPT)
+        why = layout.why_all_gradients()
+        if why is not None:
+            self.notices.add(why, why)
             return False
         prunes = self._compilation.prunes(losses, self.config.perturb, layout.units)
         if isinstance(prunes, str):
@@ -337,9 +338,9 @@ class Run:
     def layout(self, losses: LossFunction, batch: Any) -> Layout:
         """Return the layout of the model; apply the budget when it is new.
 
-        It is created again if the parameters in the optimizer's groups change.
+        It is created again if the model's modules or the optimizer's parameters change.
         """
-        if self._layout is None or not self._layout.holds(self.base.param_groups):
+        if self._layout is None or not self._layout.holds(self.model, self.base.param_groups):
             unspent = self.budget is not None and not self.spent
             self._layout = self.lay_out(losses, batch, watch=unspent)
             self._compilation.look_at(self.model)

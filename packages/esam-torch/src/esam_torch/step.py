@@ -18,6 +18,7 @@ from esam_core import ESAMValueError, Momentum, NonFiniteError, Previous, StepRe
 from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import buffer_versions, comparable, disagreement
 from esam_torch.ascent import ascent_gradients, gradients_of
+from esam_torch.attention import without_graphs
 from esam_torch.batch import Batch
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
@@ -235,7 +236,7 @@ class Step:
         """Return the losses of the batch, or of some samples, at the current weights."""
         self._first.rewind()
         without = note_errors(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
-        with torch.no_grad(), self.task.ranks.apart(), without:
+        with without_graphs(), self.task.ranks.apart(), without:
             if indices is not None:
                 return self._forward_of(indices)[0].clone()
             return self._forward_all(b)[0].clone()
