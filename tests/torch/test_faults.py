@@ -292,6 +292,7 @@ def test_an_interrupt_at_any_line(options, only, every):
         ended = optimizer.count == count + 1
         assert ended or optimizer.count == count, interrupt.line
         before.check(but=("gradients", "buffers", "random", "optimizer") if ended else ())
+        assert torch.backends.mha.get_fastpath_enabled(), interrupt.line
         for name, module in model.named_modules():
             assert set(vars(module)) == clean[name], (name, interrupt.line)
             assert not module._forward_hooks and not module._forward_pre_hooks, interrupt.line

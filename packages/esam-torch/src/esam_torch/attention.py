@@ -16,8 +16,8 @@ __all__ = ["without_fast_path", "without_graphs"]
 def without_fast_path() -> Iterator[None]:
     """Do not use the faster path inside the context."""
     enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)

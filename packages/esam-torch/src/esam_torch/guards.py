@@ -149,7 +149,7 @@ class Modes:
 
 
 class Pruning:
-    """Switches off the gradients of parameters for some passes.
+    """Switches off the gradients of parameters, and attention's fast path, for some passes.
 
     Attributes:
         parameters: those whose gradients are switched off now.
@@ -157,6 +157,7 @@ class Pruning:
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
 
     @contextlib.contextmanager
     def inside(self, parameters: Iterable[Tensor]) -> Iterator[None]:
@@ -172,7 +173,8 @@ class Pruning:
             self.end()
 
     def end(self) -> None:
-        """Compute all gradients again."""
+        """Compute all gradients again; use attention's fast path again if it was used before."""
+        torch.backends.mha.set_fastpath_enabled(self._fast_path)
         while self.parameters:
             self.parameters[-1].requires_grad_(True)
             self.parameters.pop()
