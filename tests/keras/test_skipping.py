@@ -283,6 +283,8 @@ def test_dispatched_operations_grow_with_the_tensors(layers):
 
     sgd = dispatched(keras.optimizers.SGD(0.1, momentum=0.9))
     esam = ESAM(keras.optimizers.SGD(0.1, momentum=0.9), perturb=Everything(), gamma=1.0)
-    # With the lowest versions (Keras 3.11, torch 2.6) a step dispatches 14 more, for any number.
+    # With the lowest versions (Keras 3.11, torch 2.6) a step dispatches 10 more, and one for each
+    # tensor: its weights are copied one by one.
     newest = hasattr(torch, "_foreach_clone")
-    assert dispatched(esam) <= 2 * sgd + 2 * (2 * layers) + (44 if newest else 58)
+    more = 44 if newest else 54 + 2 * layers
+    assert dispatched(esam) <= 2 * sgd + 2 * (2 * layers) + more
