@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from esam_torch.containers import (
     map_values,
 )
 from esam_torch.entries import Index, describe, entries, items
+from esam_torch.functions import code_of
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading, length_of, refuse_used_up
 
@@ -56,6 +57,22 @@ class Samples:
             )
         self._take = take
         self._readings: dict[tuple[str, str], Reading] = {}
+        self._of: dict[Hashable, Samples] = {}
+
+    def of(self, losses: Callable[..., Any], batch: Batch) -> "Samples":
+        """Return the samples of one function, whose readings are remembered separately.
+
+        The arguments of other functions, or other numbers of arguments, have other places.
+        """
+        args, kwargs = batch
+        key = (code_of(losses), len(args), *sorted(kwargs))
+        if key not in self._of:
+            self._of[key] = Samples(self._take)
+        return self._of[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy reads its batches again, because code cannot be pickled.
+        return {**self.__dict__, "_of": {}}
 
     def bare(self, batch: Batch) -> Batch:
         """Return the batch as `losses` receives it in one pass, without `Rows` and `Whole`.

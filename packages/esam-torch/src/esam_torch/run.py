@@ -306,7 +306,7 @@ class Run:
             config=config,
             layout=layout,
             ranks=self._ranks,
-            samples=self.samples,
+            samples=self.samples.of(losses, batch),
             mask=mask,
             targets=targets,
             count=self.count,
