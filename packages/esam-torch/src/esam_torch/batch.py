@@ -180,8 +180,9 @@ def _lengths(x: Any, path: str) -> list[int]:
         simple = isinstance(value, list | tuple) and not is_record(value)
         if is_container(value) and not simple:
             return INSIDE
-        if hasattr(value, "__len__"):
-            found.append(len(value))
+        length = length_of(value)
+        if length is not None:
+            found.append(length)
         return value
 
     map_values(x, visit, path, strict=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from esam_core import ESAMTypeError
+from esam_torch.lookups import attribute, defines
 from esam_torch.marks import WAYS_OUT
 
 __all__ = [
@@ -34,6 +35,9 @@ _WITHOUT_COPIES = (Tensor, np.ndarray, nn.Module, tuple, str, bytes, type)
 
 #: A visitor returns this to visit the parts of a container, one by one.
 INSIDE: Any = object()
+
+#: Represents a field without a value.
+_MISSING = object()
 
 #: How deep containers may be nested. One that contains itself has no end.
 _DEEPEST = 50
@@ -111,13 +115,13 @@ def detach_tree(tree: Any) -> Any:
 
 def is_record(x: Any) -> bool:
     """Return whether a value is a named tuple or similar."""
-    return isinstance(x, tuple) and (hasattr(x, "_fields") or hasattr(x, "n_sequence_fields"))
+    return isinstance(x, tuple) and (defines(x, "_fields") or defines(x, "n_sequence_fields"))
 
 
 def is_tensor_collection(x: Any) -> bool:
     """Return whether a value is a TensorDict or a tensorclass, which have a batch size."""
     return (isinstance(x, Mapping) or _is_dataclass(x)) and isinstance(
-        getattr(x, "batch_size", None), torch.Size
+        attribute(x, "batch_size"), torch.Size
     )
 
 
@@ -133,8 +137,9 @@ def is_object_of_samples(x: Any) -> bool:
     """
     if type(x) in _PLAIN or isinstance(x, _WITHOUT_COPIES) or is_container(x):
         return False
-    methods = ("__dict__", "__len__", "__getitem__", "__copy__")
-    return not hasattr(x, "iloc") and all(hasattr(x, name) for name in methods)
+    if attribute(x, "__dict__") is None or attribute(x, "iloc") is not None:
+        return False
+    return defines(x, "__len__", "__getitem__", "__copy__")
 
 
 def is_container(x: Any) -> bool:
@@ -151,8 +156,8 @@ def parts(tree: Any) -> list[tuple[str, Any]] | None:
     """
     if type(tree) in _PLAIN or not is_container(tree):
         return None
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return [(f".{name}", value) for name, value in zip(tree._fields, tree, strict=True)]
+    if isinstance(tree, tuple) and (names := attribute(tree, "_fields")) is not None:
+        return [(f".{name}", value) for name, value in zip(names, tree, strict=True)]
     if isinstance(tree, tuple | list):
         return [(f"[{i}]", value) for i, value in enumerate(tree)]
     if _is_dataclass(tree):
@@ -191,8 +196,9 @@ def _tensors_of_object(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor
 
 def _attributes(record: Any) -> list[str]:
     """Return the names of a dataclass's fields and of any further attributes."""
-    fields = [f.name for f in dataclasses.fields(record) if hasattr(record, f.name)]
-    return list(dict.fromkeys([*fields, *getattr(record, "__dict__", ())]))
+    names = [f.name for f in dataclasses.fields(record)]
+    fields = [name for name in names if attribute(record, name, _MISSING) is not _MISSING]
+    return list(dict.fromkeys([*fields, *attribute(record, "__dict__", ())]))
 
 
 def _rebuild(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
@@ -210,7 +216,7 @@ def _rebuild(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any
         return None
     if kept is None or any(a is not b for (_, a), (_, b) in zip(kept, inside, strict=True)):
         # The copy shares its storage with the original, which must not change.
-        if hasattr(tree, "update"):
+        if defines(tree, "update"):
             tree.update({key: old for key, (_, old) in zip(list(tree), inside, strict=True)})
         return None
     right = found is not None and [id(x) for _, x in found] == [id(x) for x in values]
@@ -220,10 +226,10 @@ def _rebuild(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any
 def _rebuild_other(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
     """Return a container of another library's type with other values."""
     if isinstance(tree, tuple):
-        return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)
+        return attribute(tree, "_make", type(tree))(values)
     if isinstance(tree, Mapping) and not (_is_dataclass(tree) or isinstance(tree, UserDict)):
         items = dict(zip(tree, values, strict=True))
-        if not hasattr(tree, "update"):  # a read-only mapping
+        if not defines(tree, "update"):  # a read-only mapping
             return type(tree)(items)  # type: ignore[call-arg]
         same: Any = copy.copy(tree)  # keeps its other attributes
         same.update(items)

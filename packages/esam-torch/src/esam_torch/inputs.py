@@ -16,6 +16,7 @@ from esam_torch.containers import (
     map_values,
     tensors_inside,
 )
+from esam_torch.lookups import defines
 from esam_torch.losses import LossFunction
 from esam_torch.values import can_be_written
 
@@ -111,7 +112,7 @@ def copy_tensors(batch: Batch) -> Batch:
     """Return the batch with copies of its tensors, for a forward that is not a pass of a step."""
 
     def copy_tensor(x: Any, _: str) -> Any:
-        if is_tensor_collection(x) or (is_object_of_samples(x) and hasattr(x, "clone")):
+        if is_tensor_collection(x) or (is_object_of_samples(x) and defines(x, "clone")):
             trained = any(t.requires_grad for t in tensors_inside(x))
             return x if trained else x.clone()
         return x.detach().clone() if type(x) is Tensor and not x.requires_grad else INSIDE
