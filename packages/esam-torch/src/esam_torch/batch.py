@@ -74,6 +74,10 @@ class Samples:
         # A copy reads its batches again, because code cannot be pickled.
         return {**self.__dict__, "_of": {}}
 
+    def own(self, batch: Batch) -> Batch:
+        """Return the batch with containers that nothing outside changes: copies, if possible."""
+        return batch if _is_plain(batch) else _each(batch, _copy, endless=True, fresh=True)
+
     def bare(self, batch: Batch) -> Batch:
         """Return the batch as `losses` receives it in one pass, without `Rows` and `Whole`.
 
@@ -82,10 +86,7 @@ class Samples:
         Raises:
             ESAMTypeError: a pass would use up a value.
         """
-        args, kwargs = batch
-        if not kwargs and all(type(x) is Tensor for x in args):
-            return batch
-        return _each(batch, _unwrap, endless=True, fresh=True)
+        return batch if _is_plain(batch) else _each(batch, _unwrap, endless=True, fresh=True)
 
     def check(self, batch: Batch, b: int) -> None:
         """Raise if it is not certain how to take samples from a batch.
@@ -152,7 +153,7 @@ class Samples:
             return _take_by(self._take, self.bare(batch), indices)
         reader = Reader(b, self._readings)
         taken = functools.partial(_take_value, reader, Index(indices))
-        return _each(batch, taken, fresh=True)
+        return self.own(_each(batch, taken))
 
     def note(self, batch: Batch, k: int, b: int) -> str:
         """Return a note for errors raised in a pass on k of b samples."""
@@ -220,14 +221,35 @@ def _each(
     )
 
 
-def _unwrap(x: Any, path: str) -> Any:
-    """Return the value inside `Rows` or `Whole`, and a shallow copy of another library's batch."""
+def _is_plain(batch: Batch) -> bool:
+    """Return whether a batch consists of positional tensors."""
+    args, kwargs = batch
+    return not kwargs and all(type(x) is Tensor for x in args)
+
+
+def _copy(x: Any, _: str = "") -> Any:
+    """Return a shallow copy of another library's batch, and what `Rows` or `Whole` marks copied."""
     if isinstance(x, Rows | Whole):
-        return x.value
-    refuse_used_up(x, path)
+        return type(x)(_copy_inside(x.value))
     if is_tensor_collection(x):
         return x.clone(recurse=False)
     return copy.copy(x) if is_object_of_samples(x) else INSIDE
+
+
+def _copy_inside(x: Any) -> Any:
+    """Return a value with copies of its containers; one that contains itself is kept."""
+    try:
+        return map_values(x, _copy, fresh=True)
+    except NestedTooDeepError:
+        return x
+
+
+def _unwrap(x: Any, path: str) -> Any:
+    """Return what `_copy` does, without `Rows` or `Whole`."""
+    if isinstance(x, Rows | Whole):
+        return _copy_inside(x.value)
+    refuse_used_up(x, path)
+    return _copy(x)
 
 
 def _take_value(

@@ -1,5 +1,6 @@
 """Protection of the batch: every pass of a step must read the same values."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class Unwritten:
     """
 
     def __init__(self, batch: Batch, weights: Sequence[Tensor]) -> None:
+        self._batch = batch
         self._inputs = _tensors_of(batch)
         self._weights = weights
         self._writes = self._count()
@@ -87,14 +89,22 @@ class Unwritten:
         Raises:
             ESAMRuntimeError: the batch or the weights have changed.
         """
+        found = _tensors_of(self._batch)  # not all containers can be copied, such as queues
+        if len(found) != len(self._inputs) or any(map(operator.is_not, found, self._inputs)):
+            raise ESAMRuntimeError(_changed("batch", "a batch with other tensors"))
         now = self._count()
         for name, before, after in zip(("batch", "weights"), self._writes, now, strict=True):
             if before != after:
-                raise ESAMRuntimeError(
-                    f"The {name} must not change between optimizer.loss(...) and the backward of "
-                    "this loss, which runs the other passes of the step. Call the backward first, "
-                    f"or compute the loss again. Received: {name} that were written to in place."
-                )
+                raise ESAMRuntimeError(_changed(name, f"{name} that were written to in place"))
+
+
+def _changed(name: str, received: str) -> str:
+    """Return the error message for what has changed between a loss and its backward."""
+    return (
+        f"The {name} must not change between optimizer.loss(...) and the backward of this loss, "
+        "which runs the other passes of the step. Call the backward first, or compute the loss "
+        f"again. Received: {received}."
+    )
 
 
 def _tensors_of(batch: Batch) -> list[Tensor]:

@@ -46,8 +46,8 @@ class Step:
 
     def __init__(self, task: Task, losses: LossFunction, batch: Batch) -> None:
         self.task = task
-        self._batch = batch
-        self._bare = task.samples.bare(batch)
+        self._batch = task.samples.own(batch)
+        self._bare = task.samples.bare(self._batch)
         self._losses = read_only(losses, self._bare)
         self._weights: Weights | None = None
         self._comparable = False
