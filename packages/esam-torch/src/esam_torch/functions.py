@@ -1,31 +1,32 @@
 """The Python functions behind what the user passes as `losses`."""
 
 import functools
-from collections.abc import Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-__all__ = ["code_of", "functions_in"]
+__all__ = ["code_of", "function_in"]
 
 #: How many wrappers are taken off: a function may wrap itself.
 _MOST_WRAPPERS = 20
 
 
-def functions_in(losses: Any) -> Iterator[FunctionType]:
-    """Yield a Python function and those that it wraps: decorated, compiled, partial or methods.
+def function_in(losses: Any) -> FunctionType | None:
+    """Return the Python function that is decorated, compiled, partial or bound to an object.
 
-    Nothing is yielded for other objects that can be called.
+    None is returned for other objects that can be called.
     """
+    found: FunctionType | None = None
     for _ in range(_MOST_WRAPPERS):
         if isinstance(losses, functools.partial):
             losses = losses.func
         elif isinstance(losses, MethodType):
             losses = losses.__func__
         elif isinstance(losses, FunctionType):
-            yield losses
+            found = losses
             losses = vars(losses).get("__wrapped__")
         else:
-            return
+            break
+    return found
 
 
 def code_of(losses: Any) -> CodeType | type:
@@ -33,5 +34,5 @@ def code_of(losses: Any) -> CodeType | type:
 
     For other objects that can be called, it is their type. Neither keeps a model alive.
     """
-    found = list(functions_in(losses))
-    return found[-1].__code__ if found else type(losses)
+    found = function_in(losses)
+    return type(losses) if found is None else found.__code__
