@@ -28,9 +28,14 @@ class Between:
         self._batch = batch
         self._settings = Settings(task.layout.devices)
 
-    def note(self) -> None:
-        """Note what the first pass has found; called once, after it."""
+    def note(self, *, watched: bool) -> None:
+        """Note what the first pass has found; called once, after it.
+
+        Args:
+            watched: whether everything is checked in this step.
+        """
         layout = self._task.layout
+        self._attributes = layout.attributes.keep(watched=watched)
         self._modes = Modes(layout.modules)
         self._read = Unwritten(self._batch, layout.tensors if layout.shards is None else ())
         self._variables = Variables(self._losses) if self._task.calls_again else None
@@ -47,6 +52,7 @@ class Between:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Use the settings and modes of the first pass inside the context."""
-        with self._settings.restoring(), self._modes.restoring():
+        """Use the settings, modes and attributes of the first pass inside the context."""
+        attributes = self._attributes.restoring()
+        with self._settings.restoring(), self._modes.restoring(), attributes:
             yield

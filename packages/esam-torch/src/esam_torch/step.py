@@ -76,7 +76,7 @@ class Step:
         self._synchronised = ranks.synchronised
         ranks.note_forward()
         self._mean = self._first_pass()
-        self._between.note()
+        self._between.note(watched=self._first.watched)
         return self._mean
 
     @property
