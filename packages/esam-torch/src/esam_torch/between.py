@@ -37,8 +37,9 @@ class Between:
         layout = self._task.layout
         self._attributes = layout.attributes.keep(watched=watched)
         self._modes = Modes(layout.modules)
-        self._read = Unwritten(self._batch, layout.tensors if layout.shards is None else ())
-        self._variables = Variables(self._losses) if self._task.calls_again else None
+        again, weights = self._task.calls_again, layout.tensors if layout.shards is None else ()
+        self._read = Unwritten(self._batch, weights, again=again)
+        self._variables = Variables(self._losses) if again else None
 
     def check(self) -> None:
         """Raise if something has changed that the later passes would read again.

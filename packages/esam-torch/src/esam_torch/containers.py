@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+import types
 from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -23,6 +25,7 @@ __all__ = [
     "is_record",
     "is_tensor_collection",
     "map_values",
+    "own_objects_inside",
     "parts",
     "tensors_inside",
 ]
@@ -32,6 +35,12 @@ _PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 
 #: Types with a length that no pass needs a copy of.
 _WITHOUT_COPIES = (Tensor, np.ndarray, nn.Module, tuple, str, bytes, type)
+
+#: Types with attributes that are no values of a batch.
+_WITHOUT_VALUES = (
+    *(*_WITHOUT_COPIES, torch.optim.Optimizer, functools.partial, types.ModuleType),
+    *(types.FunctionType, types.MethodType),
+)
 
 #: A visitor returns this to visit the parts of a container, one by one.
 INSIDE: Any = object()
@@ -142,6 +151,20 @@ def is_object_of_samples(x: Any) -> bool:
     return defines(x, "__len__", "__getitem__", "__copy__")
 
 
+def _is_own_object(x: Any) -> bool:
+    """Return whether a value is an object of the user's own class with tensors or arrays.
+
+    Not a pandas object, whose attributes refer to each other.
+    """
+    if type(x) in _PLAIN or isinstance(x, _WITHOUT_VALUES) or is_container(x):
+        return False
+    own = attribute(x, "__dict__")
+    if not own or is_object_of_samples(x) or attribute(x, "iloc") is not None:
+        return False
+    arrays = any(isinstance(value, np.ndarray) for value in own.values())
+    return arrays or next(_tensors_of_object(own.values()), None) is not None
+
+
 def is_container(x: Any) -> bool:
     """Return whether a value has parts: a tuple, list, mapping or dataclass of any kind."""
     if isinstance(x, PackedSequence | torch.Size | nn.Module) or is_tensor_collection(x):
@@ -179,10 +202,23 @@ def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
             within = tree
         elif is_tensor_collection(tree):
             within = tree.values()
-        elif is_object_of_samples(tree):
+        elif is_object_of_samples(tree) or _is_own_object(tree):
             yield from _tensors_of_object(vars(tree).values())
         for part in within:
             yield from tensors_inside(part, depth + 1)
+
+
+def own_objects_inside(tree: Any) -> Iterator[Any]:
+    """Yield the objects of the user's own classes in nested containers that contain tensors."""
+    found: dict[int, Any] = {}
+
+    def visit(x: Any, _: str) -> Any:
+        if _is_own_object(x):
+            found[id(x)] = x
+        return INSIDE
+
+    map_values(tree, visit, strict=False)
+    yield from found.values()
 
 
 def _tensors_of_object(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor]:

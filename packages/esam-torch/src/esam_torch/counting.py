@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from esam_torch.batch import Batch, Samples
-from esam_torch.inputs import copy_tensors
+from esam_torch.inputs import call_apart
 from esam_torch.inspection import Layout, without_side_effects
 from esam_torch.losses import LossFunction, per_sample
 
@@ -43,9 +43,9 @@ class SampleCounter:
         known = samples.size(batch)
         if known is not None:
             return known
-        args, kwargs = copy_tensors(samples.bare(batch))
+        bare = samples.bare(batch)
         with without_side_effects(model, layout.devices, layout.writes), torch.no_grad():
-            values, _ = per_sample(losses(*args, **kwargs))
+            values, _ = per_sample(call_apart(losses, bare))
         if len(values) > 1:
             if samples in self._counted:
                 self._note("size", _COUNTED)

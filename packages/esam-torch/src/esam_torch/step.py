@@ -49,7 +49,7 @@ class Step:
         self.task = task
         self._batch = task.samples.own(batch)
         bare = task.samples.bare(self._batch)
-        self._losses = read_only(losses, bare)
+        self._given = losses, bare
         self._between = Between(task, losses, bare)
         self._weights: Weights | None = None
         self._comparable = False
@@ -73,6 +73,7 @@ class Step:
             layout.shards.reshard()  # the base optimizer has changed the weights since
         self._random = RandomState(layout.devices)
         self._first = layout.writes.before_forward()
+        self._losses = read_only(*self._given, watched=self._first.watched)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
         self._mean = self._first_pass()
