@@ -10,6 +10,7 @@ from tests.torch.scene import batch, losses_of, net, same, sgd
 from torch.nn import functional as F
 
 from esam_torch import ESAM, Whole
+from esam_torch.fitting.data import move_batch
 
 
 class Pair(NamedTuple):
@@ -100,3 +101,45 @@ def test_other_outputs_of_losses_are_in_the_report():
     report = optimizer.step(losses, *batch())
     assert report.outputs["logits"].shape == (8, 3)
     assert not report.outputs["logits"].requires_grad  # a kept report must not keep the graph
+
+
+# -- objects that raise other errors than AttributeError ------------------------------------------
+
+
+class AttrDict(dict):
+    """A dictionary that can be read as an object; any other name raises a KeyError."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+class Eager:
+    """An object whose lookups fail in a way of their own."""
+
+    def __getattr__(self, name):
+        raise ValueError(name)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_objects_whose_lookups_raise_errors_of_their_own(gamma):
+    """A dictionary of the user's, and a list of them with one per sample; each pass has a copy."""
+    (x, y), model, twin = batch(), net(dropout=0.0), net(dropout=0.0)
+
+    def losses(b, notes, _):
+        assert type(b) is AttrDict and len(notes) == len(b.x)
+        b.x = b.x * 2.0
+        return F.cross_entropy(model(b.x), b.y, reduction="none")
+
+    optimizer, other = (ESAM(sgd(m), m, rho=0.1, gamma=gamma) for m in (model, twin))
+    given = AttrDict(x=x, y=y)
+    for _ in range(2):
+        optimizer.step(losses, given, [AttrDict(name="one")] * 8, Eager())
+        other.step(losses_of(twin), x * 2.0, y)
+    assert given.x is x
+    same(model.state_dict(), twin.state_dict(), "weights")
+
+
+def test_fit_moves_batches_whose_lookups_raise_errors_of_their_own():
+    x = torch.ones(2)
+    moved = move_batch([AttrDict(x=x), Eager()], torch.device("cpu"))
+    assert moved[0].x is x

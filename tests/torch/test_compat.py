@@ -278,3 +278,25 @@ def test_hooks_of_state_dicts_are_found():
     for name, register in registered.items():
         register(hooks[name])
     assert compat.saves_state_dict_hooks(optimizer) == {n: [hook] for n, hook in hooks.items()}
+
+
+def test_the_attributes_that_contain_hooks():
+    module = nn.Linear(1, 1)
+    register = (
+        (module.register_forward_hook, {"with_kwargs": True, "always_call": True}),
+        (module.register_forward_pre_hook, {"with_kwargs": True}),
+        (module.register_full_backward_hook, {}),
+        (module.register_full_backward_pre_hook, {}),
+    )
+    for method, options in register:
+        before = {name: len(vars(module)[name]) for name in compat.HOOKS}
+        handle = method(lambda *_: None, **options)
+        assert {name: len(vars(module)[name]) for name in compat.HOOKS} != before
+        handle.remove()
+        assert {name: len(vars(module)[name]) for name in compat.HOOKS} == before
+    assert compat.HOOKS < compat.MODULE_ATTRIBUTES and "training" in compat.MODULE_ATTRIBUTES
+
+
+def test_lightnings_modules_note_which_hook_is_running():
+    lightning = pytest.importorskip("lightning")
+    assert compat.LIGHTNINGS_HOOK in vars(lightning.LightningModule())

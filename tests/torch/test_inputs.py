@@ -6,11 +6,12 @@ from collections import UserDict, deque
 
 import pytest
 import torch
+from tests.torch.batches import SharedStore
 from tests.torch.scene import batch, losses_of, net
 from torch.nn import functional as F
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
-from esam_torch import ESAM, Everything, Part, Random, Rows, Suffix
+from esam_torch import ESAM, Everything, Part, Random, Rows, Suffix, Whole
 
 KINDS = {
     "all": {"gamma": 1.0},
@@ -157,7 +158,79 @@ def test_a_pass_may_put_other_values_into_its_containers(kind, settings):
     assert torch.equal(given.x if kind == "dataclass" else given["x"], x)
 
 
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", ["samples", "marked"])
+def test_a_pass_may_put_other_values_into_containers_in_lists_and_marks(kind, settings):
+    """One dictionary per sample, and one for all samples."""
+    model, plain, (x, y) = net(dropout=0.0), net(dropout=0.0), batch()
+
+    def doubling(samples, factor):
+        if kind == "samples":
+            for sample in samples:
+                sample["x"] = sample["x"] * 2.0
+        else:
+            factor["by"] = factor["by"] * 2.0
+        inputs = torch.stack([sample["x"] for sample in samples]) * factor["by"]
+        targets = torch.stack([sample["y"] for sample in samples])
+        return F.cross_entropy(model(inputs), targets, reduction="none")
+
+    optimizer, other = make(model, **settings), make(plain, **settings)
+    samples = [{"x": row, "y": label} for row, label in zip(x, y, strict=True)]
+    optimizer.step(doubling, samples, Whole({"by": torch.ones(())}))
+    other.step(lambda x, y: F.cross_entropy(plain(x * 2.0), y, reduction="none"), x, y)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(sample["x"].equal(row) for sample, row in zip(samples, x, strict=True))
+
+
 # -- between a loss and its backward ---------------------------------------------------------------
+
+
+REFILLS = {
+    "dict": (HOLDERS["dict"][0], lambda b, x: b.update(x=x)),
+    "UserDict": (HOLDERS["UserDict"][0], lambda b, x: b.update(x=x)),
+    "dataclass": (Pair, lambda b, x: setattr(b, "x", x)),
+    "marked": (lambda x, y: Rows({"x": x, "y": y}), lambda b, x: b.value.update(x=x)),
+    "list in a dict": (HOLDERS["list in a dict"][0], lambda b, x: b["both"].insert(0, x)),
+    "TensorDict": (tensordict, lambda b, x: b.set("x", x)),
+}
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", REFILLS)
+def test_a_container_may_be_refilled_between_loss_and_backward(kind, settings):
+    """A loop that reuses its dictionary, with one backward for the sum of two losses."""
+    model, twin, (x, y) = net(dropout=0.0), net(dropout=0.0), batch()
+    build, refill = REFILLS[kind]
+    read = HOLDERS.get("dict" if kind == "marked" else kind)[1]
+
+    def losses(b):
+        x, y = read(b)[:2]
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    optimizer, other = make(model, **settings), make(twin, **settings)
+    given = build(x, y)
+    loss = optimizer.loss(losses, given)
+    refill(given, x + 1.0)
+    loss.backward()
+    other.loss(losses_of(twin), x, y).backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    "build", [deque, lambda b: SharedStore(dict(enumerate(b)))], ids=["queue", "store"]
+)
+def test_a_container_without_copies_that_is_refilled_is_refused(build):
+    model, (x, y) = net(dropout=0.0), batch()
+    before = copy.deepcopy(model.state_dict())
+    optimizer, given = make(model, gamma=1.0), build((x, y))
+    loss = optimizer.loss(lambda b: F.cross_entropy(model(b[0]), b[1], reduction="none"), given)
+    given[0] = x + 1.0
+    with pytest.raises(ESAMRuntimeError, match=r"The batch must not.*a batch with other tensors"):
+        loss.backward()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]) and value.grad is None
 
 
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from esam_torch.containers import (
     map_values,
 )
 from esam_torch.entries import Index, describe, entries, items
+from esam_torch.functions import code_of
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading, length_of, refuse_used_up
 
@@ -56,6 +57,26 @@ class Samples:
             )
         self._take = take
         self._readings: dict[tuple[str, str], Reading] = {}
+        self._of: dict[Hashable, Samples] = {}
+
+    def of(self, losses: Callable[..., Any], batch: Batch) -> "Samples":
+        """Return the samples of one function, whose readings are remembered separately.
+
+        The arguments of other functions, or other numbers of arguments, have other places.
+        """
+        args, kwargs = batch
+        key = (code_of(losses), len(args), *sorted(kwargs))
+        if key not in self._of:
+            self._of[key] = Samples(self._take)
+        return self._of[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy reads its batches again, because code cannot be pickled.
+        return {**self.__dict__, "_of": {}}
+
+    def own(self, batch: Batch) -> Batch:
+        """Return the batch with containers that nothing outside changes: copies, if possible."""
+        return batch if _is_plain(batch) else _each(batch, _copy, endless=True, fresh=True)
 
     def bare(self, batch: Batch) -> Batch:
         """Return the batch as `losses` receives it in one pass, without `Rows` and `Whole`.
@@ -65,10 +86,7 @@ class Samples:
         Raises:
             ESAMTypeError: a pass would use up a value.
         """
-        args, kwargs = batch
-        if not kwargs and all(type(x) is Tensor for x in args):
-            return batch
-        return _each(batch, _unwrap, endless=True, fresh=True)
+        return batch if _is_plain(batch) else _each(batch, _unwrap, endless=True, fresh=True)
 
     def check(self, batch: Batch, b: int) -> None:
         """Raise if it is not certain how to take samples from a batch.
@@ -135,7 +153,7 @@ class Samples:
             return _take_by(self._take, self.bare(batch), indices)
         reader = Reader(b, self._readings)
         taken = functools.partial(_take_value, reader, Index(indices))
-        return _each(batch, taken, fresh=True)
+        return self.own(_each(batch, taken))
 
     def note(self, batch: Batch, k: int, b: int) -> str:
         """Return a note for errors raised in a pass on k of b samples."""
@@ -163,8 +181,9 @@ def _lengths(x: Any, path: str) -> list[int]:
         simple = isinstance(value, list | tuple) and not is_record(value)
         if is_container(value) and not simple:
             return INSIDE
-        if hasattr(value, "__len__"):
-            found.append(len(value))
+        length = length_of(value)
+        if length is not None:
+            found.append(length)
         return value
 
     map_values(x, visit, path, strict=False)
@@ -202,14 +221,35 @@ def _each(
     )
 
 
-def _unwrap(x: Any, path: str) -> Any:
-    """Return the value inside `Rows` or `Whole`, and a shallow copy of another library's batch."""
+def _is_plain(batch: Batch) -> bool:
+    """Return whether a batch consists of positional tensors."""
+    args, kwargs = batch
+    return not kwargs and all(type(x) is Tensor for x in args)
+
+
+def _copy(x: Any, _: str = "") -> Any:
+    """Return a shallow copy of another library's batch, and what `Rows` or `Whole` marks copied."""
     if isinstance(x, Rows | Whole):
-        return x.value
-    refuse_used_up(x, path)
+        return type(x)(_copy_inside(x.value))
     if is_tensor_collection(x):
         return x.clone(recurse=False)
     return copy.copy(x) if is_object_of_samples(x) else INSIDE
+
+
+def _copy_inside(x: Any) -> Any:
+    """Return a value with copies of its containers; one that contains itself is kept."""
+    try:
+        return map_values(x, _copy, fresh=True)
+    except NestedTooDeepError:
+        return x
+
+
+def _unwrap(x: Any, path: str) -> Any:
+    """Return what `_copy` does, without `Rows` or `Whole`."""
+    if isinstance(x, Rows | Whole):
+        return _copy_inside(x.value)
+    refuse_used_up(x, path)
+    return _copy(x)
 
 
 def _take_value(

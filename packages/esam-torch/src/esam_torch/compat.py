@@ -1,4 +1,4 @@
-"""All private names of PyTorch that esam-torch uses, and why. Each has its own test.
+"""All private names of PyTorch and Lightning that esam-torch uses, and why. Each has its own test.
 
 The exception is `torch._foreach_add_` and its relatives, operations on lists of tensors: torch
 documents them, as a beta interface, and its own optimizers are made of them. They are called where
@@ -23,6 +23,9 @@ __all__ = [
     "BATCH_NORM",
     "COMPILED_MODELS_SEE_REQUIRES_GRAD",
     "COMPILED_NODE",
+    "HOOKS",
+    "LIGHTNINGS_HOOK",
+    "MODULE_ATTRIBUTES",
     "NORM_LAYERS",
     "RECURRENT_KERNELS",
     "active_replicas",
@@ -54,6 +57,16 @@ _CLONE: Callable[[Sequence[Tensor]], Iterable[Tensor]] = getattr(
 
 #: Whether one context preserves the version counters of several tensors; not in torch 2.6.
 _PRESERVES_SEVERAL = "tensors" in inspect.signature(_unsafe_preserve_version_counter).parameters
+
+#: The attributes that every module has, which users' forwards do not write.
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+#: Those of them that contain the hooks of its forward and of its backward.
+HOOKS = frozenset(n for n in MODULE_ATTRIBUTES if n.startswith(("_forward_", "_backward_")))
+
+#: The attribute in which Lightning's modules note which hook is running, which decides what may be
+#: logged.
+LIGHTNINGS_HOOK = "_current_fx_name"
 
 #: The common base of torch's layers with running statistics. `batch_norm` does not count versions.
 NORM_LAYERS = nn.modules.batchnorm._NormBase

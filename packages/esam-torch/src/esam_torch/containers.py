@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import functools
+import types
 from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from esam_core import ESAMTypeError
+from esam_torch.lookups import attribute, defines
 from esam_torch.marks import WAYS_OUT
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "is_record",
     "is_tensor_collection",
     "map_values",
+    "own_objects_inside",
     "parts",
     "tensors_inside",
 ]
@@ -32,8 +36,17 @@ _PLAIN = frozenset((Tensor, nn.Parameter, type(None), bool, int, float, str))
 #: Types with a length that no pass needs a copy of.
 _WITHOUT_COPIES = (Tensor, np.ndarray, nn.Module, tuple, str, bytes, type)
 
+#: Types with attributes that are no values of a batch.
+_WITHOUT_VALUES = (
+    *(*_WITHOUT_COPIES, torch.optim.Optimizer, functools.partial, types.ModuleType),
+    *(types.FunctionType, types.MethodType),
+)
+
 #: A visitor returns this to visit the parts of a container, one by one.
 INSIDE: Any = object()
+
+#: Represents a field without a value.
+_MISSING = object()
 
 #: How deep containers may be nested. One that contains itself has no end.
 _DEEPEST = 50
@@ -111,13 +124,13 @@ def detach_tree(tree: Any) -> Any:
 
 def is_record(x: Any) -> bool:
     """Return whether a value is a named tuple or similar."""
-    return isinstance(x, tuple) and (hasattr(x, "_fields") or hasattr(x, "n_sequence_fields"))
+    return isinstance(x, tuple) and (defines(x, "_fields") or defines(x, "n_sequence_fields"))
 
 
 def is_tensor_collection(x: Any) -> bool:
     """Return whether a value is a TensorDict or a tensorclass, which have a batch size."""
     return (isinstance(x, Mapping) or _is_dataclass(x)) and isinstance(
-        getattr(x, "batch_size", None), torch.Size
+        attribute(x, "batch_size"), torch.Size
     )
 
 
@@ -133,8 +146,23 @@ def is_object_of_samples(x: Any) -> bool:
     """
     if type(x) in _PLAIN or isinstance(x, _WITHOUT_COPIES) or is_container(x):
         return False
-    methods = ("__dict__", "__len__", "__getitem__", "__copy__")
-    return not hasattr(x, "iloc") and all(hasattr(x, name) for name in methods)
+    if attribute(x, "__dict__") is None or attribute(x, "iloc") is not None:
+        return False
+    return defines(x, "__len__", "__getitem__", "__copy__")
+
+
+def _is_own_object(x: Any) -> bool:
+    """Return whether a value is an object of the user's own class with tensors or arrays.
+
+    Not a pandas object, whose attributes refer to each other.
+    """
+    if type(x) in _PLAIN or isinstance(x, _WITHOUT_VALUES) or is_container(x):
+        return False
+    own = attribute(x, "__dict__")
+    if not own or is_object_of_samples(x) or attribute(x, "iloc") is not None:
+        return False
+    arrays = any(isinstance(value, np.ndarray) for value in own.values())
+    return arrays or next(_tensors_of_object(own.values()), None) is not None
 
 
 def is_container(x: Any) -> bool:
@@ -151,8 +179,8 @@ def parts(tree: Any) -> list[tuple[str, Any]] | None:
     """
     if type(tree) in _PLAIN or not is_container(tree):
         return None
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return [(f".{name}", value) for name, value in zip(tree._fields, tree, strict=True)]
+    if isinstance(tree, tuple) and (names := attribute(tree, "_fields")) is not None:
+        return [(f".{name}", value) for name, value in zip(names, tree, strict=True)]
     if isinstance(tree, tuple | list):
         return [(f"[{i}]", value) for i, value in enumerate(tree)]
     if _is_dataclass(tree):
@@ -174,10 +202,23 @@ def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
             within = tree
         elif is_tensor_collection(tree):
             within = tree.values()
-        elif is_object_of_samples(tree):
+        elif is_object_of_samples(tree) or _is_own_object(tree):
             yield from _tensors_of_object(vars(tree).values())
         for part in within:
             yield from tensors_inside(part, depth + 1)
+
+
+def own_objects_inside(tree: Any) -> Iterator[Any]:
+    """Yield the objects of the user's own classes in nested containers that contain tensors."""
+    found: dict[int, Any] = {}
+
+    def visit(x: Any, _: str) -> Any:
+        if _is_own_object(x):
+            found[id(x)] = x
+        return INSIDE
+
+    map_values(tree, visit, strict=False)
+    yield from found.values()
 
 
 def _tensors_of_object(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor]:
@@ -191,8 +232,9 @@ def _tensors_of_object(values: Iterable[Any], depth: int = 3) -> Iterator[Tensor
 
 def _attributes(record: Any) -> list[str]:
     """Return the names of a dataclass's fields and of any further attributes."""
-    fields = [f.name for f in dataclasses.fields(record) if hasattr(record, f.name)]
-    return list(dict.fromkeys([*fields, *getattr(record, "__dict__", ())]))
+    names = [f.name for f in dataclasses.fields(record)]
+    fields = [name for name in names if attribute(record, name, _MISSING) is not _MISSING]
+    return list(dict.fromkeys([*fields, *attribute(record, "__dict__", ())]))
 
 
 def _rebuild(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
@@ -210,7 +252,7 @@ def _rebuild(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any
         return None
     if kept is None or any(a is not b for (_, a), (_, b) in zip(kept, inside, strict=True)):
         # The copy shares its storage with the original, which must not change.
-        if hasattr(tree, "update"):
+        if defines(tree, "update"):
             tree.update({key: old for key, (_, old) in zip(list(tree), inside, strict=True)})
         return None
     right = found is not None and [id(x) for _, x in found] == [id(x) for x in values]
@@ -220,10 +262,10 @@ def _rebuild(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any
 def _rebuild_other(tree: Any, inside: list[tuple[str, Any]], values: list[Any]) -> Any:
     """Return a container of another library's type with other values."""
     if isinstance(tree, tuple):
-        return tree._make(values) if hasattr(tree, "_make") else type(tree)(values)
+        return attribute(tree, "_make", type(tree))(values)
     if isinstance(tree, Mapping) and not (_is_dataclass(tree) or isinstance(tree, UserDict)):
         items = dict(zip(tree, values, strict=True))
-        if not hasattr(tree, "update"):  # a read-only mapping
+        if not defines(tree, "update"):  # a read-only mapping
             return type(tree)(items)  # type: ignore[call-arg]
         same: Any = copy.copy(tree)  # keeps its other attributes
         same.update(items)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from esam_torch.batch import Batch, Samples
-from esam_torch.inputs import copy_tensors
+from esam_torch.inputs import call_apart
 from esam_torch.inspection import Layout, without_side_effects
 from esam_torch.losses import LossFunction, per_sample
 
@@ -24,7 +24,7 @@ class SampleCounter:
     def __init__(self, samples: Samples, note: Callable[[str, str], None]) -> None:
         self._samples = samples
         self._note = note
-        self._counted = False
+        self._counted: set[Samples] = set()
 
     def count(self, model: nn.Module, layout: Layout, losses: LossFunction, batch: Batch) -> int:
         """Return the number of samples of a batch.
@@ -39,17 +39,18 @@ class SampleCounter:
         Raises:
             ESAMTypeError, ESAMValueError: samples cannot be selected from the batch.
         """
-        known = self._samples.size(batch)
+        samples = self._samples.of(losses, batch)
+        known = samples.size(batch)
         if known is not None:
             return known
-        args, kwargs = copy_tensors(self._samples.bare(batch))
+        bare = samples.bare(batch)
         with without_side_effects(model, layout.devices, layout.writes), torch.no_grad():
-            values, _ = per_sample(losses(*args, **kwargs))
+            values, _ = per_sample(call_apart(losses, bare))
         if len(values) > 1:
-            if self._counted:
+            if samples in self._counted:
                 self._note("size", _COUNTED)
-            self._counted = True
-            self._samples.check(batch, len(values))
+            self._counted.add(samples)
+            samples.check(batch, len(values))
         return len(values)
 
 

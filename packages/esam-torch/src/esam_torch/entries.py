@@ -9,6 +9,7 @@ from torch import Tensor
 
 from esam_core import ESAMTypeError
 from esam_torch.devices import on_device
+from esam_torch.lookups import attribute, defines
 from esam_torch.marks import WAYS_OUT, Whole
 
 __all__ = ["Index", "describe", "entries", "items"]
@@ -64,16 +65,16 @@ def entries(x: Any, index: Index) -> Any:
         return x.index_select(0, on_device(index.tensor, x.device))
     if isinstance(x, np.ndarray):
         return x[index.array]
-    if hasattr(x, "iloc"):  # a pandas object: its [] looks up labels
+    if attribute(x, "iloc") is not None:  # a pandas object: its [] looks up labels
         return x.iloc[index.host]
-    device = getattr(x, "device", None)
+    device = attribute(x, "device")
     tensor = index.tensor if isinstance(device, torch.device) else index.tensor.cpu()
     if isinstance(device, torch.device):
         tensor = on_device(index.tensor, device)
     for form in (tensor, index.array, index.host):
         try:
             part = x[form]
-            if isinstance(part, list) and hasattr(x, "from_data_list"):  # graphs of PyG
+            if isinstance(part, list) and defines(x, "from_data_list"):  # graphs of PyG
                 names = [name.removesuffix("_batch") for name in x.keys()]  # noqa: SIM118
                 part = x.from_data_list(part, [name for name in names if f"{name}_batch" in x])
             if isinstance(part, type(x)) and len(part) == len(index):

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_torch.ascent import graph_leaves
+from esam_torch.attributes import Attributes
 from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.compat import original_name
 from esam_torch.devices import devices_of
@@ -54,6 +55,7 @@ class Layout:
         blocks: the model's blocks, or None if they are not used.
         others: parameters of the model that are not in the optimizer.
         writes: tracks what its forwards write.
+        attributes: tracks what the user changes between the passes of a step.
         devices: the devices that the model runs on.
         shards: the modules that FSDP2 shards, or None if nothing is sharded.
         modules: all modules of the model.
@@ -69,6 +71,7 @@ class Layout:
     blocks: Blocks | None
     others: Sequence[Tensor]
     writes: Writes
+    attributes: Attributes
     devices: Sequence[torch.device]
     shards: Shards | None
     modules: Sequence[nn.Module]
@@ -274,6 +277,7 @@ def lay_out(
         blocks=blocks,
         others=[p for p in model.parameters() if id(p) not in known],
         writes=writes,
+        attributes=Attributes(model, writes),
         devices=devices,
         shards=shards,
         modules=list(model.modules()),

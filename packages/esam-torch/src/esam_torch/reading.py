@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.containers import is_container, is_record, is_tensor_collection, parts
 from esam_torch.entries import describe
+from esam_torch.lookups import attribute
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 
 __all__ = ["Reader", "Reading", "length_of"]
@@ -115,7 +116,7 @@ class Reader:
         """Return how a value marked with `Rows` is read."""
         if x is None:
             return Reading.WHOLE
-        if isinstance(x, PackedSequence) or getattr(x, "is_nested", False):
+        if isinstance(x, PackedSequence) or attribute(x, "is_nested") is True:
             self._refuse_ragged(x, path)
         simple = isinstance(x, list | tuple) and not is_record(x)
         if is_container(x) and not simple:
@@ -255,8 +256,8 @@ class Reader:
         values: dict[str, Any] = {}
         for slots in (getattr(cls, "__slots__", ()) for cls in type(x).__mro__):
             names = (slots,) if isinstance(slots, str) else slots
-            values |= {name: getattr(x, name, None) for name in names}
-        values.update(getattr(x, "__dict__", {}))
+            values |= {name: attribute(x, name) for name in names}
+        values.update(attribute(x, "__dict__", {}))
         for name, value in values.items():
             if isinstance(value, (nn.Parameter, *_PLAIN)):
                 continue
@@ -314,4 +315,7 @@ def _is_number(x: Any) -> bool:
 
 def _alike(values: Sequence[Any]) -> bool:
     """Return whether values have the same kind: the same type and, for tensors, dtype and rank."""
-    return len({(type(x), getattr(x, "dtype", None), getattr(x, "ndim", None)) for x in values}) < 2
+    tables = Tensor | np.ndarray
+    return (
+        len({(type(x), *((x.dtype, x.ndim) if isinstance(x, tables) else ())) for x in values}) < 2
+    )

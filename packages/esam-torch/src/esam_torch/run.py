@@ -31,7 +31,7 @@ from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
 from esam_torch.earlier import EarlierStep
 from esam_torch.groups import check_groups
-from esam_torch.inputs import copy_tensors
+from esam_torch.inputs import call_apart
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
@@ -306,7 +306,7 @@ class Run:
             config=config,
             layout=layout,
             ranks=self._ranks,
-            samples=self.samples,
+            samples=self.samples.of(losses, batch),
             mask=mask,
             targets=targets,
             count=self.count,
@@ -357,8 +357,7 @@ class Run:
         """Return the layout of the current model."""
 
         def forward() -> Any:
-            args, kwargs = copy_tensors(self.samples.bare(batch))
-            return losses(*args, **kwargs)
+            return call_apart(losses, self.samples.bare(batch))
 
         layout = lay_out(
             self.model,

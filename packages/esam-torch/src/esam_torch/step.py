@@ -20,11 +20,12 @@ from esam_torch.agreement import buffer_versions, comparable, disagreement
 from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.attention import without_graphs
 from esam_torch.batch import Batch
+from esam_torch.between import Between
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import Modes, Pruning, RandomState, Settings, Weights, running_statistics
-from esam_torch.inputs import Unwritten, read_only
+from esam_torch.guards import Pruning, RandomState, Weights, running_statistics
+from esam_torch.inputs import read_only
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
@@ -47,9 +48,10 @@ class Step:
 
     def __init__(self, task: Task, losses: LossFunction, batch: Batch) -> None:
         self.task = task
-        self._batch = batch
-        self._bare = task.samples.bare(batch)
-        self._losses = read_only(losses, self._bare)
+        self._batch = task.samples.own(batch)
+        bare = task.samples.bare(self._batch)
+        self._given = losses, bare
+        self._between = Between(task, losses, bare)
         self._weights: Weights | None = None
         self._comparable = False
         self._disagreement: str | None = None
@@ -72,12 +74,11 @@ class Step:
             layout.shards.reshard()  # the base optimizer has changed the weights since
         self._random = RandomState(layout.devices)
         self._first = layout.writes.before_forward()
-        self._settings = Settings(layout.devices)
+        self._losses = read_only(*self._given, watched=self._first.watched)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
         self._mean = self._first_pass()
-        self._modes = Modes(layout.modules)
-        self._read = Unwritten(self._bare, layout.tensors if layout.shards is None else ())
+        self._between.note(watched=self._first.watched)
         return self._mean
 
     @property
@@ -92,8 +93,8 @@ class Step:
             scale: 0-d, the gradient of what is minimised with respect to the mean loss.
             inputs: the tensors to compute gradients for.
         """
-        self._read.check()
-        with torch.enable_grad(), self._settings.restoring(), self._modes.restoring():
+        self._between.check()
+        with torch.enable_grad(), self._between.restoring():
             run = self._perturbed_step if self.task.perturbs else self._base_step
             return self._check(run(scale, inputs))
 

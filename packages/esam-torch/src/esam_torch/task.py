@@ -93,6 +93,11 @@ class Task:
         return bool(self.targets.tensors)
 
     @property
+    def calls_again(self) -> bool:
+        """Whether passes that call `losses` follow after the loss has been computed."""
+        return self.perturbs and self.climb.direction is None
+
+    @property
     def prunes(self) -> bool:
         """Whether the ascent pass computes only the gradients of perturbed parameters."""
         if not (self.prune and self.perturbs and self.targets.idle):

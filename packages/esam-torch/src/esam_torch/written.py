@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from esam_torch.compat import NORM_LAYERS, buffers_by_name, count_writes
+from esam_torch.compat import MODULE_ATTRIBUTES, NORM_LAYERS, buffers_by_name, count_writes
 from esam_torch.guards import HostRandomState
 from esam_torch.values import Place, State, is_plain, parts_of, tensors_in
 from esam_torch.wrappers import bare_model
@@ -23,9 +23,6 @@ _WATCHED_STEPS = 3
 
 #: Bytes that may be copied to find writes, if the trained weights are smaller.
 _ALLOWANCE = 2**20
-
-#: Attributes of every module that users' forwards do not write.
-_MODULES_OWN = frozenset(vars(nn.Module()))
 
 _Key = tuple[int, str]
 
@@ -175,6 +172,10 @@ class Writes:
             self.set_idle(self._idle)
         return [c.tensor for c in found]
 
+    def writes(self, place: Place) -> bool:
+        """Return whether a forward has been seen to write to a place."""
+        return _key(place) in self._places
+
     def find_graphs(self) -> None:
         """Find whether the last forward, with all gradients, has left graphs in attributes."""
         if self._places and not self.keeps_graphs:
@@ -211,7 +212,7 @@ class Writes:
         found: list[_Candidate] = []
         known = {id(module) for module in self._norms if module.training}
         for module in _modules(self._model):
-            own = [(vars(module), name) for name in vars(module) if name not in _MODULES_OWN]
+            own = [(vars(module), name) for name in vars(module) if name not in MODULE_ATTRIBUTES]
             places += own
             found += [_Candidate(t, p, False, False) for p in own for t in tensors_in(p[0][p[1]])]
             if id(module) not in known:
@@ -257,11 +258,11 @@ class _Watch:
         Large frozen weights with a small adapter are not copied; an average of the trained weights
         is.
         """
-        left = max(_ALLOWANCE, sum(_bytes(c.tensor) for c in self._candidates if c.trained))
+        left = max(_ALLOWANCE, sum(c.tensor.nbytes for c in self._candidates if c.trained))
         chosen: list[Tensor] = []
         seen: set[int] = set()
-        for candidate in sorted(self._candidates, key=lambda c: _bytes(c.tensor)):
-            left -= _bytes(candidate.tensor)
+        for candidate in sorted(self._candidates, key=lambda c: c.tensor.nbytes):
+            left -= candidate.tensor.nbytes
             if left < 0:
                 break
             if not candidate.trained and id(candidate.tensor) not in seen:
@@ -303,9 +304,13 @@ class Forward:
     Args:
         writes: the known written values.
         watch: checks everything; None in most steps.
+
+    Attributes:
+        watched: whether everything is checked in this step.
     """
 
     def __init__(self, writes: Writes, watch: _Watch | None) -> None:
+        self.watched = watch is not None
         self._writes = writes
         self._watch = watch
         self._start = writes.keep() if watch is None else None
@@ -355,11 +360,6 @@ def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:
         yield from tensors_in(names.get(name))
 
 
-def _bytes(tensor: Tensor) -> int:
-    """Return the memory of a tensor's elements in bytes."""
-    return tensor.numel() * tensor.element_size()
-
-
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return a mark that changes if a tensor is written in place or its `.data` is replaced."""
     return count_writes(tensor), tensor.data_ptr()
@@ -372,7 +372,7 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     while waiting:
         module = waiting.pop()
         for name, value in vars(module).items():
-            if name in _MODULES_OWN or not isinstance(value, list | tuple | dict):
+            if name in MODULE_ATTRIBUTES or not isinstance(value, list | tuple | dict):
                 continue
             for part in parts_of(value):
                 if isinstance(part, nn.Module) and part not in found:

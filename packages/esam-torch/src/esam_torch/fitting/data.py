@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esam_torch.containers import INSIDE, is_container, is_tensor_collection, map_values
+from esam_torch.lookups import attribute
 from esam_torch.marks import Rows, Whole
 
 __all__ = ["Arguments", "arguments", "choose_device", "groups_of", "move_batch"]
@@ -37,7 +38,7 @@ def move_batch(batch: Any, device: torch.device) -> Any:
         if is_container(x) and not is_tensor_collection(x):
             return INSIDE
         # Also batches of other libraries: a PackedSequence, graphs of PyG and DGL.
-        moves = callable(getattr(x, "to", None)) and not isinstance(x, type)
+        moves = callable(attribute(x, "to")) and not isinstance(x, type)
         return x.to(device) if moves else x
 
     return map_values(batch, visit)

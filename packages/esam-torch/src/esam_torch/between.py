@@ -1,0 +1,59 @@
+"""Between a loss and its backward: what the later passes of a step must find as the first did."""
+
+import contextlib
+from collections.abc import Iterator
+
+from esam_torch.batch import Batch
+from esam_torch.guards import Modes, Settings
+from esam_torch.inputs import Unwritten
+from esam_torch.losses import LossFunction
+from esam_torch.task import Task
+from esam_torch.variables import Variables
+
+__all__ = ["Between"]
+
+
+class Between:
+    """What the user may change between a loss and its backward; created before the first pass.
+
+    Args:
+        task: the inputs of the step.
+        losses: the user's function.
+        batch: its arguments.
+    """
+
+    def __init__(self, task: Task, losses: LossFunction, batch: Batch) -> None:
+        self._task = task
+        self._losses = losses
+        self._batch = batch
+        self._settings = Settings(task.layout.devices)
+
+    def note(self, *, watched: bool) -> None:
+        """Note what the first pass has found; called once, after it.
+
+        Args:
+            watched: whether everything is checked in this step.
+        """
+        layout = self._task.layout
+        self._attributes = layout.attributes.keep(watched=watched)
+        self._modes = Modes(layout.modules)
+        again, weights = self._task.calls_again, layout.tensors if layout.shards is None else ()
+        self._read = Unwritten(self._batch, weights, again=again)
+        self._variables = Variables(self._losses) if again else None
+
+    def check(self) -> None:
+        """Raise if something has changed that the later passes would read again.
+
+        Raises:
+            ESAMRuntimeError: the batch, the weights or variables of `losses` have changed.
+        """
+        self._read.check()
+        if self._variables is not None:
+            self._variables.check()
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Use the settings, modes and attributes of the first pass inside the context."""
+        attributes = self._attributes.restoring()
+        with self._settings.restoring(), self._modes.restoring(), attributes:
+            yield
