@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tests.keras.scene import close, data, weights
+from tests.keras.scene import close, data, same, trainable, weights
 
+from esam_core import ESAMRuntimeError
 from esam_keras import ESAM
 
 BACKEND = keras.backend.backend()
@@ -84,3 +85,51 @@ def test_no_gradient_flows_through_an_assigned_value(make):
             model.train_on_batch(X, TARGETS)
         found.append(weights(model))
     close(*found, rtol=1e-5, atol=1e-6)
+
+
+class Counting(keras.layers.Layer):
+    """Counts its calls in training mode, in the tensor of a weight or by `assign`."""
+
+    def __init__(self, in_place):
+        super().__init__(name="counting")
+        self.in_place = in_place
+
+    def build(self, _):
+        self.n = self.add_weight(initializer="zeros", trainable=False, name="n")
+
+    def call(self, x, training=False):
+        if training and self.in_place:
+            import torch
+
+            with torch.no_grad():
+                self.n.value.add_(1)
+        elif training:
+            self.n.assign(self.n + 1)
+        return x * (1 + self.n)
+
+
+def counting(in_place):
+    return keras.Sequential([keras.Input((6,)), Counting(in_place), keras.layers.Dense(1)])
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("settings", [{}, {"rho": 0.3, "gamma": 0.5}], ids=str)
+def test_a_write_in_place_is_refused(settings):
+    import torch
+
+    model = counting(in_place=True)
+    model.compile(esam(**settings), "mse")
+    before, state = trainable(model), torch.get_rng_state()
+    with pytest.raises(ESAMRuntimeError, match=r"Use `assign`.*value of \S*counting/n"):
+        model.train_on_batch(X, TARGETS)
+    same(trainable(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rho": 0.3, "gamma": 0.5}], ids=str)
+def test_an_assigned_counter_counts_steps(settings):
+    model = counting(in_place=False)
+    model.compile(esam(**settings), "mse")
+    for _ in range(3):
+        model.train_on_batch(X, TARGETS)
+    assert float(model.layers[0].n.numpy()) == 3.0

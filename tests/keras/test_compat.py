@@ -224,6 +224,12 @@ def test_private_names_of_torch(model):
         assert compat.torch_parameter(variable) is not variable.value
     assert compat.torch_parameter(variable) is variable.value
     assert compat.is_torch_batchnorm(torch.nn.BatchNorm1d(3))
+    before = compat.torch_writes(variable.value)
+    with torch.no_grad():
+        variable.value.add_(1)
+    assert compat.torch_writes(compat.torch_parameter(variable)) == before + 1
+    with torch.inference_mode():
+        assert compat.torch_writes(torch.zeros(3).add_(1)) == 0
     module = torch.nn.BatchNorm1d(3)
     assert compat.torch_buffers(module)["running_mean"] is module.running_mean
     assert compat.torch_parameters(module)["weight"] is module.weight

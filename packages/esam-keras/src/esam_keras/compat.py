@@ -52,6 +52,7 @@ __all__ = [
     "torch_buffers",
     "torch_parameter",
     "torch_parameters",
+    "torch_writes",
     "total_loss",
     "track_loss",
     "with_masks",
@@ -384,6 +385,11 @@ def torch_buffers(module: Any) -> dict[str, Any]:
 def torch_parameters(module: Any) -> dict[str, Any]:
     """Return a torch module's own parameters by name: the dictionary in which it keeps them."""
     return module._parameters
+
+
+def torch_writes(tensor: Any) -> int:
+    """Return how often a torch tensor's memory was written to in place, as far as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_torch_batchnorm(module: Any) -> bool:

@@ -36,8 +36,9 @@ class AssigningBackend(Backend):
         self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step and return its logs and its report's arrays."""
-        with self.whole_step(training.model) as unknown:
-            return self._step(training, plan, inputs, arguments[0], unknown)
+        variables = Variables.of(training.model)
+        with self.whole_step(training.model, variables) as unknown:
+            return self._step(training, plan, inputs, arguments[0], variables, unknown)
 
     def _step(
         self,
@@ -45,12 +46,12 @@ class AssigningBackend(Backend):
         plan: Plan,
         inputs: dict[str, Tensor],
         data: Any,
+        variables: Variables,
         unknown: Unknown,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step inside `whole_step`."""
         model, esam, prepared = training.model, training.esam, training.prepared
         batch = keras.utils.unpack_x_y_sample_weight(data)
-        variables = Variables.of(model)
         entry = State(*([self.value(v) for v in group] for group in variables))
         earlier = esam.direction(variables.trainable) if plan.ascent.of == "earlier" else ()
         with_rows = prepared.outputs_with_rows
@@ -107,7 +108,9 @@ class AssigningBackend(Backend):
         """Return a variable's value, which is valid until the next assignment."""
 
     @abstractmethod
-    def whole_step(self, model: keras.Model) -> AbstractContextManager[Unknown]:
+    def whole_step(
+        self, model: keras.Model, variables: Variables
+    ) -> AbstractContextManager[Unknown]:
         """Return the context of a step; its value handles state that Keras does not know."""
 
     @abstractmethod
