@@ -23,7 +23,11 @@ def model():
 def test_a_pass_scope_has_values_and_keeps_assignments():
     known, other = (keras.Variable(n, trainable=False) for n in (1.0, 2.0))
     values = {id(known): ops.convert_to_tensor(3.0)}
-    with compat.PassScope(values, {id(known): lambda value: value * 2.0}) as scope:
+
+    def doubled(variable, value):
+        return value * 2.0 if variable is known else value
+
+    with compat.PassScope(values, doubled) as scope:
         assert float(known.value) == 3.0
         known.assign(5.0)
         other.assign(7.0)
@@ -222,6 +226,12 @@ def test_private_names_of_torch(model):
         assert compat.torch_parameter(variable) is not variable.value
     assert compat.torch_parameter(variable) is variable.value
     assert compat.is_torch_batchnorm(torch.nn.BatchNorm1d(3))
+    before = compat.torch_writes(variable.value)
+    with torch.no_grad():
+        variable.value.add_(1)
+    assert compat.torch_writes(compat.torch_parameter(variable)) == before + 1
+    with torch.inference_mode():
+        assert compat.torch_writes(torch.zeros(3).add_(1)) == 0
     module = torch.nn.BatchNorm1d(3)
     assert compat.torch_buffers(module)["running_mean"] is module.running_mean
     assert compat.torch_parameters(module)["weight"] is module.weight

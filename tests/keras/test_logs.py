@@ -4,9 +4,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tests.keras.scene import Oracle, cross_entropy, data, mlp, same, trainable, weights
+from tests.keras.scene import Oracle, close, cross_entropy, data, mlp, trainable, weights
 
-from esam_core import ESAMRuntimeError
 from esam_keras import ESAM, Between, Everything, RunningMeans, TopLoss
 from esam_keras.report import KerasReport
 
@@ -219,13 +218,87 @@ def test_variables_that_compute_metrics_assigns(settings):
 
 
 @pytest.mark.backends("tensorflow", "torch")
-def test_trained_weights_that_compute_metrics_assigns_are_refused():
-    model = assigning(trained=True)
-    model.compile(ESAM("sgd"), cross_entropy())
-    before = weights(model)
-    with pytest.raises(ESAMRuntimeError, match="`compute_metrics` must not assign to trained"):
+def test_trained_weights_that_compute_metrics_assigns():
+    found = []
+    for optimizer in ("sgd", ESAM("sgd", rho=0.0)):
+        keras.utils.set_random_seed(0)
+        model = assigning(trained=True)
+        model.compile(optimizer, cross_entropy())
+        for _ in range(2):
+            model.train_on_batch(X, Y)
+        found.append(weights(model))
+    close(*found, rtol=1e-6)
+
+
+class Reading(keras.Model):
+    """Its `compute_metrics` reads a trained weight, and calls the model again."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.head(x)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {**logs, "size": ops.norm(self.head.kernel), "after": ops.mean(self(x) ** 2)}
+
+
+def reading(optimizer, x=X):
+    """Return the logs of one step, with the learning rate as a metric."""
+    keras.utils.set_random_seed(0)
+    model = Reading()
+
+    def rate(y, y_pred):  # noqa: ARG001
+        return ops.convert_to_tensor(model.optimizer.learning_rate)
+
+    model.compile(optimizer, cross_entropy(), metrics=[rate])
+    return model.fit(x, Y, batch_size=12, verbose=0).history
+
+
+def halving():
+    return keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5))
+
+
+@pytest.mark.backends("tensorflow", "torch")  # Keras's JAX trainer measures before the update
+@pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
+def test_metrics_see_the_model_and_the_optimizer_after_the_update(on_nonfinite):
+    expected = reading(halving())
+    logs = reading(ESAM(halving(), rho=0.0, on_nonfinite=on_nonfinite, logs=False))
+    assert logs.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(logs[name], value, rtol=1e-5, err_msg=name)
+    assert expected["rate"] == [pytest.approx(0.05)]
+
+
+@pytest.mark.backends("tensorflow", "torch")
+def test_a_step_that_is_skipped_has_no_metrics():
+    bad = X.copy()
+    bad[3] = np.nan
+    logs = reading(ESAM(halving(), on_nonfinite="skip", logs=False), bad)
+    assert (logs["loss"], logs["rate"]) == ([0.0], [0.0])
+
+
+@pytest.mark.backends("torch")  # a compiled step fails at tracing, before it
+def test_an_error_in_a_metric_comes_after_the_update():
+    def fails(y, y_pred):  # noqa: ARG001
+        if failing:
+            raise FloatingPointError("in the metric")
+        return ops.mean(y_pred)
+
+    found = []
+    for optimizer in ("sgd", ESAM("sgd", rho=0.0)):
+        failing = False
+        model = mlp()
+        model.set_weights([np.full(w.shape, 0.1) for w in model.get_weights()])
+        model.compile(optimizer, cross_entropy(), metrics=[fails])
         model.train_on_batch(X, Y)
-    same(weights(model), before)
+        failing = True
+        with pytest.raises(FloatingPointError):
+            model.train_on_batch(X, Y)
+        found.append([*weights(model), int(model.optimizer.iterations)])
+    close(*found, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

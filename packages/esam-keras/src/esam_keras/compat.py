@@ -52,6 +52,7 @@ __all__ = [
     "torch_buffers",
     "torch_parameter",
     "torch_parameters",
+    "torch_writes",
     "total_loss",
     "track_loss",
     "with_masks",
@@ -78,18 +79,17 @@ class PassScope(keras.StatelessScope):
 
     Args:
         values: the variables' values in the scope, by the variables' ids.
-        assigned: functions that convert a value assigned to a variable, by the variable's id. For
-            other variables the value is kept unchanged.
+        assigned: converts a value assigned to a variable, given both; None keeps it unchanged.
     """
 
     def __init__(
         self,
         values: dict[int, Tensor],
-        assigned: dict[int, Callable[[Tensor], Tensor]] | None = None,
+        assigned: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(collect_losses=True)
         self.state_mapping = values
-        self._assigned = assigned or {}
+        self._assigned = assigned
         #: Assigned variables without a value in the scope: Keras does not track all variables.
         self.strangers: list[Any] = []
 
@@ -98,8 +98,9 @@ class PassScope(keras.StatelessScope):
         variable, value = update
         if id(variable) not in self.state_mapping:
             self.strangers.append(variable)
-        kept = self._assigned.get(id(variable))
-        self.state_mapping[id(variable)] = value if kept is None else kept(value)
+        if self._assigned is not None:
+            value = self._assigned(variable, value)
+        self.state_mapping[id(variable)] = value
 
 
 @contextmanager
@@ -384,6 +385,11 @@ def torch_buffers(module: Any) -> dict[str, Any]:
 def torch_parameters(module: Any) -> dict[str, Any]:
     """Return a torch module's own parameters by name: the dictionary in which it keeps them."""
     return module._parameters
+
+
+def torch_writes(tensor: Any) -> int:
+    """Return how often a torch tensor's memory was written to in place, as far as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_torch_batchnorm(module: Any) -> bool:

@@ -216,13 +216,21 @@ class Evaluator:
             for group, tensors in zip(self.variables, state, strict=True)
             for variable, value in zip(group, tensors, strict=True)
         }
-        assigned: dict[int, Callable[[Tensor], Tensor]] = {}
-        if self.backend.keeps_assigned:
-            assigned = {
-                id(variable): _leaf_at(place, cut) if cut else self.backend.without_gradient
-                for place, variable in enumerate(self.variables.trainable)
-            }
-        return compat.PassScope(values, assigned)
+        return compat.PassScope(
+            values, self._assigned(cut) if self.backend.keeps_assigned else None
+        )
+
+    def _assigned(self, cut: Cut | None) -> Callable[[Any, Tensor], Tensor]:
+        """Return the function that cuts the gradient of an assigned value, as Keras's `assign`."""
+        places = {id(v): place for place, v in enumerate(self.variables.trainable)} if cut else {}
+
+        def assigned(variable: Any, value: Tensor) -> Tensor:
+            place = places.get(id(variable))
+            if cut is None or place is None:
+                return self.backend.without_gradient(value)
+            return cut(place, value)
+
+        return assigned
 
     def _state_after(self, scope: compat.PassScope, state: State) -> State:
         """Return the state after a pass."""
@@ -267,8 +275,3 @@ class Evaluator:
                 self.variables.non_trainable, entry, state.non_trainable, strict=True
             )
         ]
-
-
-def _leaf_at(place: int, cut: Cut) -> Callable[[Tensor], Tensor]:
-    """Return the function that turns a value assigned to one variable into a leaf."""
-    return lambda value: cut(place, value)

@@ -1,14 +1,14 @@
 """The logs: loss and metrics of the samples that a step sees first, and ESAM's means."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops
 
-from esam_core import ESAMRuntimeError
 from esam_core.selectors import subset_size
 from esam_keras import compat
-from esam_keras.evaluation import Evaluated, Variables, batch_size
+from esam_keras.evaluation import Variables, batch_size
 from esam_keras.rows import rows_of_batch
 from esam_keras.step import Outcome
 
@@ -18,20 +18,22 @@ Tensor = Any
 
 
 def metrics_after(
-    model: keras.Model, variables: Variables, outcome: Outcome, batch: Any, *, keeps_assigned: bool
-) -> tuple[dict[str, Any], Evaluated]:
-    """Return the logs, and the pass whose state is kept after the metrics have seen the batch.
+    model: keras.Model,
+    variables: Variables,
+    outcome: Outcome,
+    batch: Any,
+    without_gradient: Callable[[Tensor], Tensor],
+) -> tuple[dict[str, Any], list[tuple[Any, Tensor]]]:
+    """Return the logs, and variables with their values after the metrics have seen the batch.
+
+    These are the metrics' variables, in their order, and others that `compute_metrics` assigns to.
 
     Args:
         model: a compiled model.
         variables: its variables.
         outcome: of the passes.
         batch: (x, y, sample_weight).
-        keeps_assigned: whether values that `compute_metrics` assigns to other variables are kept;
-            see `esam_keras.backends.base.Backend`.
-
-    Raises:
-        ESAMRuntimeError: `compute_metrics` assigns to a trained weight.
+        without_gradient: returns a value without a gradient.
     """
     seen, y_pred = outcome.seen, outcome.seen.evaluated.predictions()
     if seen.indices is not None:
@@ -41,34 +43,11 @@ def metrics_after(
         y_pred = compat.with_masks(y_pred, masks)
     x, y, sample_weight = batch
     counted = seen.evaluated.state.metrics  # Keras counts the losses of several outputs in a pass
-    left = outcome.left
-    pairs = [*zip(variables.metrics, counted, strict=True)]
-    if keeps_assigned:
-        pairs += [*zip(variables.non_trainable, left.state.non_trainable, strict=True)]
-        pairs += left.strangers
-    values = {id(v): value for v, value in pairs}
-    with compat.PassScope(values) as scope:
+    values = {id(v): value for v, value in zip(variables.metrics, counted, strict=True)}
+    with compat.PassScope(values, lambda _, value: without_gradient(value)) as scope:
         compat.track_loss(model, seen.loss, batch_size(x))
         logs = model.compute_metrics(x, y, y_pred, sample_weight)
-    state = left.state._replace(metrics=[values[id(v)] for v in variables.metrics])
-    if not keeps_assigned:
-        return logs, left._replace(state=state)
-    state = state._replace(non_trainable=[values[id(v)] for v in variables.non_trainable])
-    changed = [*(v for v, _ in left.strangers), *scope.strangers]
-    _refuse_trained(changed, variables)
-    return logs, left._replace(state=state, strangers=[(v, values[id(v)]) for v in changed])
-
-
-def _refuse_trained(changed: list[Any], variables: Variables) -> None:
-    """Raise if a trained weight is among the variables that `compute_metrics` has changed."""
-    trained = {id(v) for v in variables.trainable}
-    for variable in changed:
-        if id(variable) in trained:
-            raise ESAMRuntimeError(
-                "`compute_metrics` must not assign to trained weights: it runs before the update. "
-                "Assign to them in a callback, or use a constraint such as `kernel_constraint`. "
-                f"Received: an assignment to {variable.path}."
-            )
+    return logs, [(v, values[id(v)]) for v in (*variables.metrics, *scope.strangers)]
 
 
 def logs_if(

@@ -1,7 +1,7 @@
 """The step on backends that assign to variables: TensorFlow and torch.
 
 The passes are a pure function of the state (see `esam_keras.passes`). Their results are assigned to
-the variables at the end, when nothing of ours can fail any more.
+the variables after the last one, when only the metrics can still fail.
 """
 
 from abc import abstractmethod
@@ -15,10 +15,11 @@ from keras import ops
 from esam_keras.backends.base import Backend, ModelTraining, Unknown
 from esam_keras.evaluation import Evaluator, State, Variables, batch_size
 from esam_keras.handover import StepVariables
+from esam_keras.losses import Batch
 from esam_keras.metrics import log_sums, logs_if, metrics_after
 from esam_keras.passes import loss_scale
 from esam_keras.plan import Plan
-from esam_keras.step import Step
+from esam_keras.step import Outcome, Step
 
 __all__ = ["AssigningBackend"]
 
@@ -36,25 +37,70 @@ class AssigningBackend(Backend):
         self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step and return its logs and its report's arrays."""
-        with self.whole_step(training.model) as unknown:
-            return self._step(training, plan, inputs, arguments[0], unknown)
+        model, esam = training.model, training.esam
+        batch = keras.utils.unpack_x_y_sample_weight(arguments[0])
+        variables = Variables.of(model)
+        entry = State(*([self.value(v) for v in group] for group in variables))
+        with self.whole_step(model, variables) as unknown:
+            outcome = self._passes(training, plan, inputs, batch, variables, entry, unknown)
+            left = outcome.left
+            before = [self.value(v) for v in esam.log_variables]
+            gamma = esam.config.select.gamma
+            sums = log_sums(before, outcome.report, gamma, batch_size(batch[0]))
+            assigned = [
+                *zip(variables.trainable, entry.trainable, left.state.trainable, strict=True),
+                *zip(
+                    variables.non_trainable,
+                    entry.non_trainable,
+                    left.state.non_trainable,
+                    strict=True,
+                ),
+                *((variable, None, new) for variable, new in left.strangers),
+                *zip(esam.log_variables, before, sums, strict=True),
+            ]
 
-    def _step(
+            def update() -> None:
+                unknown.keep_buffers()
+                for variable, old, new in assigned:
+                    if new is not old:
+                        variable.assign(new)
+                if variables.trainable:
+                    trained = StepVariables(variables.trainable)
+                    self.apply(model.optimizer, outcome.gradients, trained)
+
+            ok = None if esam.config.on_nonfinite == "propagate" else self._is_finite(outcome)
+            unknown.keep_random_state()
+            self._run_if(ok, update)
+        # As in Keras, the metrics see the model and the optimizer after the update.
+        logs, measured = metrics_after(model, variables, outcome, batch, self.without_gradient)
+
+        def keep_metrics() -> None:
+            for variable, new in measured:
+                variable.assign(new)
+
+        report = outcome.report
+        if ok is not None:
+            logs = logs_if(model, variables.metrics, ok, logs, entry.metrics)
+            sums = [ops.where(ok, new, old) for new, old in zip(sums, before, strict=True)]
+            report = {**report, "ok": ok}
+        self._run_if(ok, keep_metrics)
+        return training.with_means(logs, sums), report
+
+    def _passes(
         self,
         training: ModelTraining,
         plan: Plan,
         inputs: dict[str, Tensor],
-        data: Any,
+        batch: Batch,
+        variables: Variables,
+        entry: State,
         unknown: Unknown,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Run a step inside `whole_step`."""
+    ) -> Outcome:
+        """Run the passes of a step, which assign to no variable."""
         model, esam, prepared = training.model, training.esam, training.prepared
-        batch = keras.utils.unpack_x_y_sample_weight(data)
-        variables = Variables.of(model)
-        entry = State(*([self.value(v) for v in group] for group in variables))
         earlier = esam.direction(variables.trainable) if plan.ascent.of == "earlier" else ()
         with_rows = prepared.outputs_with_rows
-        outcome = Step(
+        return Step(
             Evaluator(self, unknown, model, prepared.route, variables, batch, with_rows),
             esam.config,
             plan,
@@ -64,41 +110,19 @@ class AssigningBackend(Backend):
             prepared.fixed,
             earlier,
         ).run()
-        unknown.keep_random_state()
-        logs, after = metrics_after(model, variables, outcome, batch, keeps_assigned=True)
-        left = after.state
-        before = [self.value(v) for v in esam.log_variables]
-        gamma = esam.config.select.gamma
-        sums = log_sums(before, outcome.report, gamma, batch_size(batch[0]))
-        assigned = [
-            *zip(variables.trainable, entry.trainable, left.trainable, strict=True),
-            *zip(variables.non_trainable, entry.non_trainable, left.non_trainable, strict=True),
-            *zip(variables.metrics, entry.metrics, left.metrics, strict=True),
-            *zip(esam.log_variables, before, sums, strict=True),
-        ]
 
-        def commit() -> None:
-            unknown.keep_buffers()
-            for variable, new in after.strangers:
-                variable.assign(new)
-            for variable, old, new in assigned:
-                if new is not old:
-                    variable.assign(new)
-            if variables.trainable:
-                self.apply(model.optimizer, outcome.gradients, StepVariables(variables.trainable))
+    def _is_finite(self, outcome: Outcome) -> Tensor:
+        """Return whether the passes and all gradients are finite."""
+        found = [self.dense(g) for g in outcome.gradients if g is not None]
+        finite = [ops.all(ops.isfinite(g)) for g in found]
+        return ops.all(ops.stack([outcome.finite, *finite]))
 
-        report = outcome.report
-        if esam.config.on_nonfinite == "propagate":
-            commit()
+    def _run_if(self, ok: Tensor | None, assign: Callable[[], None]) -> None:
+        """Run assignments if `ok`; None for always."""
+        if ok is None:
+            assign()
         else:
-            found = [self.dense(g) for g in outcome.gradients if g is not None]
-            finite = [ops.all(ops.isfinite(g)) for g in found]
-            ok = ops.all(ops.stack([outcome.finite, *finite]))
-            self.keep_if(ok, commit)
-            logs = logs_if(model, variables.metrics, ok, logs, entry.metrics)
-            sums = [ops.where(ok, new, old) for new, old in zip(sums, before, strict=True)]
-            report = {**report, "ok": ok}
-        return training.with_means(logs, sums), report
+            self.keep_if(ok, assign)
 
     # -- implemented by TensorFlow and torch ------------------------------------------
 
@@ -107,7 +131,9 @@ class AssigningBackend(Backend):
         """Return a variable's value, which is valid until the next assignment."""
 
     @abstractmethod
-    def whole_step(self, model: keras.Model) -> AbstractContextManager[Unknown]:
+    def whole_step(
+        self, model: keras.Model, variables: Variables
+    ) -> AbstractContextManager[Unknown]:
         """Return the context of a step; its value handles state that Keras does not know."""
 
     @abstractmethod

@@ -283,8 +283,10 @@ def _after(
     for place, value, before in zip(places, [own[0] + 1, *sums], own, strict=True):
         updated[place] = jnp.asarray(value, dtype=before.dtype)
     variables = Variables.of(model)
-    logs, left = metrics_after(model, variables, outcome, batch, keeps_assigned=False)
-    after = (moved, left.state.non_trainable, updated, left.state.metrics)
+    # Keras's JAX trainer drops what `compute_metrics` assigns to other variables.
+    logs, measured = metrics_after(model, variables, outcome, batch, BACKEND.without_gradient)
+    counted = [value for _, value in measured[: len(variables.metrics)]]
+    after = (moved, outcome.left.state.non_trainable, updated, counted)
     report = outcome.report
     if esam.config.on_nonfinite != "propagate":
         finite = [jnp.all(jnp.isfinite(g)) for g in gradients]

@@ -12,6 +12,7 @@ from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, ModelTraining, Unknown, refuse_distribution
+from esam_keras.evaluation import Variables
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
@@ -70,7 +71,9 @@ class TensorFlowBackend(AssigningBackend):
     def value(self, variable: Any) -> Tensor:
         return tf.convert_to_tensor(variable.value)
 
-    def whole_step(self, model: keras.Model) -> AbstractContextManager[Unknown]:
+    def whole_step(
+        self, model: keras.Model, variables: Variables
+    ) -> AbstractContextManager[Unknown]:
         return nullcontext(_Uncompiled(model))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:

@@ -13,6 +13,7 @@ from esam_core import ESAMConfig, ESAMValueError
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, ModelTraining, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
+from esam_keras.evaluation import Variables
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import Perturbation, norm_weights, perturb, radius_per_norm
 from esam_keras.plan import Drawn
@@ -115,9 +116,9 @@ class TorchBackend(AssigningBackend):
         return variable.value.detach()
 
     @contextmanager
-    def whole_step(self, model: keras.Model) -> Iterator[UnknownState]:
+    def whole_step(self, model: keras.Model, variables: Variables) -> Iterator[UnknownState]:
         """Let the passes use copies of the buffers; restore the generators after an error."""
-        unknown = UnknownState(model)
+        unknown = UnknownState(model, variables.non_trainable)
         try:
             unknown.use_copies()
             yield unknown

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import keras
 import torch
 
+from esam_core import ESAMRuntimeError
 from esam_keras import compat
 from esam_keras.backends.base import Unknown
 from esam_keras.units import torch_wrappers
@@ -71,14 +72,17 @@ class UnknownState(Unknown):
 
     Args:
         model: any model.
+        untrained: its variables that no pass may write to in place.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, untrained: Sequence[Any] = ()) -> None:
         layers = compat.flat_layers(model)
         wrappers = torch_wrappers(layers)
         self._parameters = _places_of_parameters(wrappers)
         self._places = _places_of_buffers(layers)
         self._buffers = self._read()
+        self._untrained = [(v, compat.torch_parameter(v)) for v in untrained]
+        self._writes = [compat.torch_writes(tensor) for _, tensor in self._untrained]
         self._generators = _generators()
         self._entry = self._random_state()
         self._random_after: list[torch.Tensor] | None = None
@@ -139,8 +143,20 @@ class UnknownState(Unknown):
                 stack.callback(place.set, place.get())
                 place.set(place.variable.value)
             yield
+            self._refuse_writes()
             if records:
                 self._random_after, self._buffers_after = self._random_state(), self._read()
+
+    def _refuse_writes(self) -> None:
+        """Raise if a pass has written in place to an untrained weight, as each pass would."""
+        for (variable, tensor), before in zip(self._untrained, self._writes, strict=True):
+            if compat.torch_writes(tensor) != before:
+                raise ESAMRuntimeError(
+                    "A call must not write in place to the value of a Keras weight: each pass of a "
+                    "step would do so again. Use `assign`, as in `self.n.assign(self.n + 1)`, or "
+                    "a buffer (`register_buffer`). Received: a write to the value of "
+                    f"{variable.path}, which one pass has changed."
+                )
 
     def keep_random_state(self) -> None:
         if self._random_after is not None:

@@ -1,0 +1,135 @@
+"""Weights that a call assigns: their gradient is that of plain Keras."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from tests.keras.scene import close, data, same, trainable, weights
+
+from esam_core import ESAMRuntimeError
+from esam_keras import ESAM
+
+BACKEND = keras.backend.backend()
+X, _ = data(16)
+TARGETS = X[:, :1].copy()
+
+
+def esam(**settings):
+    return ESAM(keras.optimizers.SGD(0.1), **{"rho": 0.0, "beta": 1.0, "gamma": 1.0, **settings})
+
+
+class Centered(keras.layers.Layer):
+    """Subtracts a running mean, which it updates first."""
+
+    def __init__(self, tracked):
+        super().__init__()
+        self.tracked = tracked
+
+    def build(self, shape):
+        mean = keras.Variable(np.zeros(shape[-1], "float32"), trainable=False, name="mean")
+        if self.tracked:
+            self.mean = mean
+        else:
+            object.__setattr__(self, "mean", mean)
+
+    def call(self, x, training=False):
+        if training:
+            self.mean.assign(0.5 * self.mean + 0.5 * ops.mean(x, axis=0))
+        return x - self.mean
+
+
+class Consistent(keras.Model):
+    """Calls its layers in training mode, then again in inference mode for a term of the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Dense(8),
+                keras.layers.BatchNormalization(momentum=0.5),
+                keras.layers.Activation("relu"),
+                keras.layers.Dense(1),
+            ]
+        )
+
+    def build(self, _):
+        self.built = True
+
+    def call(self, x, training=False):
+        return self.body(x, training=training)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return loss + ops.mean(ops.square(self(x, training=False) - y_pred)) if training else loss
+
+
+def centered(tracked):
+    layers = [keras.layers.Dense(5), Centered(tracked), keras.layers.Dense(1)]
+    return keras.Sequential([keras.Input((6,)), *layers])
+
+
+@pytest.mark.backends("tensorflow", "torch")  # on JAX, plain Keras lets the gradient through
+@pytest.mark.parametrize(
+    "make",
+    [Consistent, lambda: centered(True), lambda: centered(False)],
+    ids=["norm", "own", "stranger"],
+)
+def test_no_gradient_flows_through_an_assigned_value(make):
+    found = []
+    for optimizer in (keras.optimizers.SGD(0.1), esam()):
+        keras.utils.set_random_seed(0)
+        model = make()
+        model.compile(optimizer, "mse")
+        for _ in range(2):
+            model.train_on_batch(X, TARGETS)
+        found.append(weights(model))
+    close(*found, rtol=1e-5, atol=1e-6)
+
+
+class Counting(keras.layers.Layer):
+    """Counts its calls in training mode, in the tensor of a weight or by `assign`."""
+
+    def __init__(self, in_place):
+        super().__init__(name="counting")
+        self.in_place = in_place
+
+    def build(self, _):
+        self.n = self.add_weight(initializer="zeros", trainable=False, name="n")
+
+    def call(self, x, training=False):
+        if training and self.in_place:
+            import torch
+
+            with torch.no_grad():
+                self.n.value.add_(1)
+        elif training:
+            self.n.assign(self.n + 1)
+        return x * (1 + self.n)
+
+
+def counting(in_place):
+    return keras.Sequential([keras.Input((6,)), Counting(in_place), keras.layers.Dense(1)])
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("settings", [{}, {"rho": 0.3, "gamma": 0.5}], ids=str)
+def test_a_write_in_place_is_refused(settings):
+    import torch
+
+    model = counting(in_place=True)
+    model.compile(esam(**settings), "mse")
+    before, state = trainable(model), torch.get_rng_state()
+    with pytest.raises(ESAMRuntimeError, match=r"Use `assign`.*value of \S*counting/n"):
+        model.train_on_batch(X, TARGETS)
+    same(trainable(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rho": 0.3, "gamma": 0.5}], ids=str)
+def test_an_assigned_counter_counts_steps(settings):
+    model = counting(in_place=False)
+    model.compile(esam(**settings), "mse")
+    for _ in range(3):
+        model.train_on_batch(X, TARGETS)
+    assert float(model.layers[0].n.numpy()) == 3.0
