@@ -92,7 +92,9 @@ class Layout:
         """Return why the ascent pass must compute the gradients of all weights; None if not."""
         if self.writes.keeps_graphs:
             return KEPT
-        return ASKS if self.blocks is not None and self.blocks.asks else None
+        # A sharded model itself asks, and computes all gradients anyway.
+        asks = self.blocks is not None and self.blocks.asks and self.shards is None
+        return ASKS if asks else None
 
     def holds(self, model: nn.Module, groups: Sequence[dict[str, Any]]) -> bool:
         """Return whether modules, groups and parameters are still the same, on the same device."""
