@@ -12,7 +12,6 @@ from keras import ops
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.directions import check_statistics, kept_units
-from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
 from esam_keras.methods import has_own
 from esam_keras.metrics import log_means
@@ -21,6 +20,7 @@ from esam_keras.plan import Drawn, Plan, Planner
 from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stored, prepare
 from esam_keras.report import KerasReport
 from esam_keras.routes import check_row_counts
+from esam_keras.scope import PassScope
 from esam_keras.units import unit_records
 from esam_keras.warning import warn_user
 
@@ -155,7 +155,7 @@ class Training:
             if state is not None:
                 optimizer = zip(self.model.optimizer.variables, state[2], strict=True)
                 values = {id(v): value for v, value in optimizer}
-            with compat.PassScope(values):
+            with PassScope(values):
                 if not bool(self.esam.has_direction()):
                     return False
         self._directed_at = count + 1

@@ -11,6 +11,7 @@ from esam_keras.optimizer import ESAM
 from esam_keras.perturbation import Perturbation
 from esam_keras.plan import Drawn, Plan
 from esam_keras.prepared import Prepared
+from esam_keras.scope import PassScope
 
 __all__ = ["Backend", "Cut", "ModelTraining", "Unknown", "refuse_distribution"]
 
@@ -74,6 +75,9 @@ class Backend(Protocol):
     #: Whether values that a forward assigns to trained variables, and to variables that the model
     #: does not list, are kept after it.
     keeps_assigned: bool
+
+    #: The scope of a pass.
+    pass_scope: type[PassScope] = PassScope
 
     # -- inside a step -----------------------------------------------------------------------------
 
