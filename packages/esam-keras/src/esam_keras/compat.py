@@ -53,7 +53,6 @@ __all__ = [
     "teach_monitors",
     "torch_buffers",
     "torch_parameter",
-    "torch_parameters",
     "torch_writes",
     "total_loss",
     "track_loss",
@@ -368,11 +367,6 @@ def jax_shardings(model: keras.Model, groups: Sequence[Sequence[Any]]) -> tuple[
 def torch_buffers(module: Any) -> dict[str, Any]:
     """Return a torch module's own buffers by name: the dictionary in which it keeps them."""
     return module._buffers
-
-
-def torch_parameters(module: Any) -> dict[str, Any]:
-    """Return a torch module's own parameters by name: the dictionary in which it keeps them."""
-    return module._parameters
 
 
 def torch_writes(tensor: Any) -> int:

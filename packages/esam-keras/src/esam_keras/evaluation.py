@@ -116,6 +116,7 @@ class Evaluator:
             y_pred = self._forward(self.backend.inputs_of_pass(self.batch[0]), running=running)
             masks = compat.masks_of(y_pred)
             loss = self._loss(y_pred, factor)
+            self.unknown.check_loss(loss)
         return self._evaluate(scope, state, loss, y_pred, masks)
 
     def evaluate_rows(
@@ -149,6 +150,7 @@ class Evaluator:
             )
             y_pred, masks = whole(run, compat.masks_of(run), self._with_rows(run, indices))
             loss = self._loss(compat.with_masks(y_pred, masks), factor, repeated=fill is None)
+            self.unknown.check_loss(loss)
         return self._evaluate(scope, state, loss, y_pred, masks)
 
     def predict_rows(

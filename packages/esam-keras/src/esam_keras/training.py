@@ -45,6 +45,7 @@ class Training:
         self.esam = esam
         self.backend: Backend = current_backend()
         self._prepared: Prepared | None = None
+        self.has_run = False
         #: The count at which earlier steps are known to provide a direction.
         self._directed_at: int | None = None
 
@@ -84,6 +85,7 @@ class Training:
             return
         if state is None:  # otherwise `fit` has built the model, and cleared the variables
             build(model, data, own_train_step=own)
+        self.has_run = False
         self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)

@@ -27,6 +27,8 @@ class ModelTraining(Protocol):
 
     model: keras.Model
     esam: ESAM
+    #: Whether a step has run since the last call of `prepare` that checked the model.
+    has_run: bool
 
     @property
     def prepared(self) -> Prepared: ...
@@ -58,6 +60,9 @@ class Unknown:
             records: whether the state after this pass is kept.
         """
         return nullcontext()
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise if the loss of a pass depends on trained weights, not on their values in it."""
 
     def keep_random_state(self) -> None:
         """Set the generators to their state after the pass that records."""

@@ -79,9 +79,9 @@ class TensorFlowBackend(AssigningBackend):
         return tf.convert_to_tensor(variable.value)
 
     def whole_step(
-        self, model: keras.Model, variables: Variables
+        self, training: ModelTraining, variables: Variables
     ) -> AbstractContextManager[Unknown]:
-        return nullcontext(_Uncompiled(model, variables.trainable))
+        return nullcontext(_Uncompiled(training.model, variables.trainable))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
