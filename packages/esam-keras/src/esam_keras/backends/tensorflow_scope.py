@@ -1,4 +1,4 @@
-"""The scope of a pass on TensorFlow: it refuses reads of trained weights that lose the gradient.
+"""The scope of a pass on TensorFlow: it refuses reads that lose the gradient, and lost assignments.
 
 In a pass, weights have tensors as values. A function with its own gradient (`tf.custom_gradient`,
 `keras.remat`) returns gradients for its arguments and for `tf.Variable`s only; a `tf.function` of
@@ -50,6 +50,18 @@ class TensorFlowScope(PassScope):
             if self._is_in_function() and not _is_running(_vectorized_code()):
                 _refuse_function(variable)
         return found
+
+    def add_update(self, update: tuple[Any, Tensor]) -> None:
+        """Record a value assigned to a variable; raise if it exists only in a part of the pass."""
+        if _current_graph() is not self._graph:
+            raise ESAMRuntimeError(
+                "On TensorFlow, a compiled step cannot keep what is assigned to a variable, or "
+                "drawn from a seed generator, inside a branch, a loop or a `tf.function`, such as "
+                "the functions of `ops.cond` and `ops.fori_loop`. Assign or draw outside of it, or "
+                "compile the model with `run_eagerly=True`. Received: an assignment to "
+                f"{update[0].path}."
+            )
+        super().add_update(update)
 
     def _is_in_function(self) -> bool:
         """Return whether a `tf.function` that was called in the pass is being traced."""
