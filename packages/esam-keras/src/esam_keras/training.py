@@ -12,6 +12,7 @@ from keras import ops
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.directions import check_statistics, kept_units
+from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
 from esam_keras.methods import has_own
 from esam_keras.metrics import log_means
@@ -89,6 +90,7 @@ class Training:
         self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
+        self._refuse_unfrozen()
         if not model.trainable_variables:
             warn_user("The model has no trainable weights: nothing is trained.")
         with self.backend.checks_context(model):
@@ -101,6 +103,22 @@ class Training:
                 own_train_step=own,
                 context=functools.partial(self.backend.checks_context, model),
             )
+
+    def _refuse_unfrozen(self) -> None:
+        """Raise if the model trains variables for which the optimizer was not built.
+
+        Raises:
+            ESAMRuntimeError: it does.
+        """
+        known = {id(v) for v in compat.known_variables(self.esam)}
+        for variable in self.model.trainable_variables:
+            if id(variable) not in known:
+                raise ESAMRuntimeError(
+                    "The model must be compiled again, with a new optimizer, after freezing or "
+                    "unfreezing layers: the optimizer knows only the weights that were trainable "
+                    "when it was built. Received: a step that would train "
+                    f"{variable.path}."
+                )
 
     def _planner(self) -> Planner:
         """Return the planner for the model's trainable variables."""
