@@ -133,3 +133,66 @@ def test_an_assigned_counter_counts_steps(settings):
     for _ in range(3):
         model.train_on_batch(X, TARGETS)
     assert float(model.layers[0].n.numpy()) == 3.0
+
+
+class Count(keras.layers.Layer):
+    def build(self, _):
+        self.n = self.add_weight(initializer="zeros", trainable=False, name="n")
+
+    def call(self, x):
+        self.n.assign(self.n + 1.0)
+        return x * 1.0
+
+
+def branch(layer, x, training):
+    return ops.cond(ops.mean(x) > -100.0, lambda: layer(x, training=training), lambda: x * 1.0)
+
+
+def loop(layer, x, training):
+    return ops.fori_loop(0, 2, lambda _, c: layer(c, training=training), x)
+
+
+class Inside(keras.layers.Layer):
+    """Calls a layer in a branch or a loop."""
+
+    def __init__(self, layer, part):
+        super().__init__()
+        self.layer, self.part = layer, part
+
+    def build(self, shape):
+        if not self.layer.built:
+            self.layer.build(shape)
+
+    def call(self, x, training=False):
+        return self.part(self.layer, x, training)
+
+
+@pytest.mark.backends("tensorflow", "torch")
+@pytest.mark.parametrize("run_eagerly", [True, False])
+@pytest.mark.parametrize("part", [branch, loop])
+@pytest.mark.parametrize("name", ["count/n", "seed_generator"])
+def test_assignments_in_branches_and_loops(name, part, run_eagerly):
+    """As in plain Keras, or refused where TensorFlow compiles the step."""
+
+    def build():
+        keras.utils.set_random_seed(0)
+        counts = name == "count/n"
+        layer = Count(name="count") if counts else keras.layers.Dropout(0.5, seed=1, name="dropout")
+        layers = [keras.layers.Dense(5), Inside(layer, part), keras.layers.Dense(1)]
+        return keras.Sequential([keras.Input((6,)), *layers])
+
+    def state(model):
+        return [np.array(ops.convert_to_numpy(v.value)) for v in model.variables]
+
+    plain, model = build(), build()
+    plain.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=run_eagerly)
+    model.compile(esam(), "mse", run_eagerly=run_eagerly)
+    before = state(model)
+    plain.train_on_batch(X, TARGETS)
+    if BACKEND == "torch" or run_eagerly:
+        model.train_on_batch(X, TARGETS)
+        close(state(model)[: len(before)], state(plain)[: len(before)], rtol=1e-5, atol=1e-6)
+    else:
+        with pytest.raises(ESAMRuntimeError, match=f"run_eagerly=True.*{name}"):
+            model.train_on_batch(X, TARGETS)
+        same(state(model)[: len(before)], before)

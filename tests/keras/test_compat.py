@@ -1,5 +1,7 @@
 """The private names of Keras that `esam_keras.compat` uses: each works as expected."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from keras import ops
 from tests.keras.scene import cross_entropy, data, mlp
 
 from esam_keras import compat
+from esam_keras.scope import PassScope
 
 BACKEND = keras.backend.backend()
 X, Y = data()
@@ -27,7 +30,7 @@ def test_a_pass_scope_has_values_and_keeps_assignments():
     def doubled(variable, value):
         return value * 2.0 if variable is known else value
 
-    with compat.PassScope(values, doubled) as scope:
+    with PassScope(values, doubled) as scope:
         assert float(known.value) == 3.0
         known.assign(5.0)
         other.assign(7.0)
@@ -62,9 +65,9 @@ def test_an_own_method_comes_back(model):
 def test_added_losses_are_kept():
     layer = keras.layers.Dense(3, activity_regularizer=lambda x: 1.0 + 0.0 * ops.sum(x))
     model = keras.Sequential([keras.Input((6,)), layer])
-    with compat.PassScope({}):
+    with PassScope({}):
         model(X)
-        with compat.added_losses_kept(model), compat.PassScope({}):
+        with compat.added_losses_kept(model), PassScope({}):
             model(X)
         (loss,) = model.losses
         assert loss.shape == ()
@@ -194,6 +197,18 @@ def test_several_optimizers(model):
     assert [f is second for f in found] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.parametrize(
+    ("mode", "found"),
+    [("full", True), ("list_of_layers", True), ("activations", False), (None, False)],
+)
+def test_checkpointed_layers(mode, found):
+    with keras.RematScope(mode=mode, layer_names=["listed"]):
+        layers = [keras.layers.Dense(3, name=name) for name in ("listed", "other")]
+    assert compat.is_checkpointed(layers[0]) == found
+    assert compat.is_checkpointed(layers[1]) == (mode == "full")
+    assert not compat.is_checkpointed(keras.layers.Dense(3))
+
+
 def test_dense_tensors_are_not_sparse():
     assert not compat.is_sparse(ops.ones((3,)))
     assert not compat.is_sparse(None)
@@ -206,6 +221,19 @@ def test_private_names_of_tensorflow(model):
     assert compat.distribution_strategy(model) is None
     assert compat.is_sparse(tf.sparse.from_dense([[1.0, 0.0]]))
     assert isinstance(compat.reads_optionals(model), bool)
+    seen = []
+
+    @tf.custom_gradient
+    def own_gradient(x):
+        frame = inspect.currentframe()
+        while frame := frame.f_back:
+            seen.append(frame.f_code)
+        return x, lambda upstream: upstream
+
+    for run in (own_gradient, tf.function(own_gradient)):
+        seen.clear()
+        run(tf.ones(3))
+        assert compat.custom_gradient_code() & set(seen)
     layer = model.layers[0]
     layer.own = tf.Variable(1.0)
 
@@ -222,7 +250,7 @@ def test_private_names_of_torch(model):
     import torch
 
     variable = model.trainable_variables[0]
-    with compat.PassScope({id(variable): torch.zeros(6, 8)}):
+    with PassScope({id(variable): torch.zeros(6, 8)}):
         assert compat.torch_parameter(variable) is not variable.value
     assert compat.torch_parameter(variable) is variable.value
     assert compat.is_torch_batchnorm(torch.nn.BatchNorm1d(3))
@@ -234,7 +262,6 @@ def test_private_names_of_torch(model):
         assert compat.torch_writes(torch.zeros(3).add_(1)) == 0
     module = torch.nn.BatchNorm1d(3)
     assert compat.torch_buffers(module)["running_mean"] is module.running_mean
-    assert compat.torch_parameters(module)["weight"] is module.weight
     assert not compat.is_torch_batchnorm(torch.nn.LayerNorm(3))
 
 

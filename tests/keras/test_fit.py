@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tests.keras.scene import close, cross_entropy, data, mlp, same, trainable, weights
 
-from esam_core import ESAMValueError
+from esam_core import ESAMRuntimeError, ESAMValueError
 from esam_keras import ESAM, Suffix
 
 X, Y = data(20)
@@ -263,3 +263,21 @@ def test_a_layer_frozen_after_compiling_takes_effect_with_the_next_compile():
     before = weights(model)[:2]
     model.fit(X, Y, verbose=0)
     same(weights(model)[:2], before)
+
+
+@pytest.mark.parametrize("how", ["fit", "train_on_batch"])
+def test_a_layer_unfrozen_after_compiling_is_refused(how):
+    """Plain Keras does so too, except in a function that it has compiled before."""
+    model = mlp()
+    model.layers[0].trainable = False
+    model.compile(ESAM("sgd"), cross_entropy())
+    model.train_on_batch(X, Y)
+    model.layers[0].trainable = True
+    before = weights(model)
+    for _ in range(2):
+        with pytest.raises(ESAMRuntimeError, match=r"compiled again.*first/kernel"):
+            getattr(model, how)(X, Y)
+    same(weights(model), before)
+    model.compile(ESAM("sgd"), cross_entropy())
+    getattr(model, how)(X, Y)
+    assert all(np.any(a != b) for a, b in zip(weights(model), before, strict=True))

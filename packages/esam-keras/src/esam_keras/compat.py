@@ -4,6 +4,7 @@ Keras has no public interface for them. Each has its own test, which fails by na
 of Keras lacks it.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +17,13 @@ from keras.src.callbacks.monitor_callback import MonitorCallback
 __all__ = [
     "MOMENTS",
     "BaseAverages",
-    "PassScope",
     "accumulated_gradients",
     "added_losses_kept",
     "attributes",
     "build_from",
     "clip_gradients",
     "compiled_losses",
+    "custom_gradient_code",
     "direct_layers",
     "distribution_strategy",
     "ema_variables",
@@ -33,6 +34,7 @@ __all__ = [
     "has_compiled_loss",
     "hold_jax_state",
     "inbound_tensors",
+    "is_checkpointed",
     "is_sparse",
     "is_torch_batchnorm",
     "jax_shardings",
@@ -51,7 +53,6 @@ __all__ = [
     "teach_monitors",
     "torch_buffers",
     "torch_parameter",
-    "torch_parameters",
     "torch_writes",
     "total_loss",
     "track_loss",
@@ -70,37 +71,6 @@ MOMENTS = {
     "Muon": "momentums",
     "Nadam": "_momentums",
 }
-
-
-class PassScope(keras.StatelessScope):
-    """A `keras.StatelessScope` that uses values unchanged, and records assignments.
-
-    Keras's constructor converts and checks each value, which costs more than a small layer does.
-
-    Args:
-        values: the variables' values in the scope, by the variables' ids.
-        assigned: converts a value assigned to a variable, given both; None keeps it unchanged.
-    """
-
-    def __init__(
-        self,
-        values: dict[int, Tensor],
-        assigned: Callable[[Any, Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__(collect_losses=True)
-        self.state_mapping = values
-        self._assigned = assigned
-        #: Assigned variables without a value in the scope: Keras does not track all variables.
-        self.strangers: list[Any] = []
-
-    def add_update(self, update: tuple[Any, Tensor]) -> None:
-        """Record a value assigned to a variable in the scope."""
-        variable, value = update
-        if id(variable) not in self.state_mapping:
-            self.strangers.append(variable)
-        if self._assigned is not None:
-            value = self._assigned(variable, value)
-        self.state_mapping[id(variable)] = value
 
 
 @contextmanager
@@ -360,6 +330,23 @@ def attributes(layer: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(layer).items() if not name.startswith("_self_")}
 
 
+def is_checkpointed(layer: Any) -> bool:
+    """Return whether a layer's calls are checkpointed by a `keras.RematScope` for whole layers."""
+    scope = getattr(layer, "_remat_mode", None)
+    if scope is None or scope.mode != "list_of_layers":
+        return scope is not None and scope.mode == "full"
+    return layer.name in scope.layer_names
+
+
+@functools.cache
+def custom_gradient_code() -> frozenset[Any]:
+    """Return the code that calls a function with `tf.custom_gradient` or `tf.recompute_grad`."""
+    from tensorflow.python.ops import custom_gradient
+
+    callers = (custom_gradient._graph_mode_decorator, custom_gradient._eager_mode_decorator)
+    return frozenset(caller.__code__ for caller in callers)
+
+
 def reads_optionals(model: keras.Model) -> bool:
     """Return whether Keras's TensorFlow trainer converts absent optional inputs to None."""
     return hasattr(model, "_autoconvert_optionals")
@@ -380,11 +367,6 @@ def jax_shardings(model: keras.Model, groups: Sequence[Sequence[Any]]) -> tuple[
 def torch_buffers(module: Any) -> dict[str, Any]:
     """Return a torch module's own buffers by name: the dictionary in which it keeps them."""
     return module._buffers
-
-
-def torch_parameters(module: Any) -> dict[str, Any]:
-    """Return a torch module's own parameters by name: the dictionary in which it keeps them."""
-    return module._parameters
 
 
 def torch_writes(tensor: Any) -> int:

@@ -18,6 +18,7 @@ from esam_keras.backends.base import Backend, Cut, Unknown
 from esam_keras.losses import Batch, check_added_losses, check_scalar, weigh_samples
 from esam_keras.rows import Fill, fill_by_repeating, first_input, row_count, rows
 from esam_keras.running import running_statistics
+from esam_keras.scope import PassScope
 from esam_keras.units import statistics_layers
 
 __all__ = ["Evaluated", "Evaluator", "State", "Variables", "batch_size"]
@@ -115,6 +116,7 @@ class Evaluator:
             y_pred = self._forward(self.backend.inputs_of_pass(self.batch[0]), running=running)
             masks = compat.masks_of(y_pred)
             loss = self._loss(y_pred, factor)
+            self.unknown.check_loss(loss)
         return self._evaluate(scope, state, loss, y_pred, masks)
 
     def evaluate_rows(
@@ -148,6 +150,7 @@ class Evaluator:
             )
             y_pred, masks = whole(run, compat.masks_of(run), self._with_rows(run, indices))
             loss = self._loss(compat.with_masks(y_pred, masks), factor, repeated=fill is None)
+            self.unknown.check_loss(loss)
         return self._evaluate(scope, state, loss, y_pred, masks)
 
     def predict_rows(
@@ -177,7 +180,7 @@ class Evaluator:
 
     def _evaluate(
         self,
-        scope: compat.PassScope,
+        scope: PassScope,
         state: State,
         loss: Tensor,
         y_pred: Any,
@@ -192,7 +195,7 @@ class Evaluator:
     @contextmanager
     def one_pass(
         self, state: State, *, cut: Cut | None = None, running: bool = False, records: bool = False
-    ) -> Iterator[compat.PassScope]:
+    ) -> Iterator[PassScope]:
         """Run a forward and its loss in a state; the arguments are those of `evaluate`.
 
         A pass may run inside another.
@@ -209,16 +212,15 @@ class Evaluator:
         with self.one_pass(state, running=running), running_statistics(self.model, when=running):
             yield
 
-    def _scope(self, state: State, cut: Cut | None) -> compat.PassScope:
+    def _scope(self, state: State, cut: Cut | None) -> PassScope:
         """Return a scope in which the model's variables have a state's values."""
         values = {
             id(variable): value
             for group, tensors in zip(self.variables, state, strict=True)
             for variable, value in zip(group, tensors, strict=True)
         }
-        return compat.PassScope(
-            values, self._assigned(cut) if self.backend.keeps_assigned else None
-        )
+        assigned = self._assigned(cut) if self.backend.keeps_assigned else None
+        return self.backend.pass_scope(values, assigned)
 
     def _assigned(self, cut: Cut | None) -> Callable[[Any, Tensor], Tensor]:
         """Return the function that cuts the gradient of an assigned value, as Keras's `assign`."""
@@ -232,7 +234,7 @@ class Evaluator:
 
         return assigned
 
-    def _state_after(self, scope: compat.PassScope, state: State) -> State:
+    def _state_after(self, scope: PassScope, state: State) -> State:
         """Return the state after a pass."""
         values = scope.state_mapping
         trainable = state.trainable

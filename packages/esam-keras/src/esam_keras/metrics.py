@@ -10,6 +10,7 @@ from esam_core.selectors import subset_size
 from esam_keras import compat
 from esam_keras.evaluation import Variables, batch_size
 from esam_keras.rows import rows_of_batch
+from esam_keras.scope import PassScope
 from esam_keras.step import Outcome
 
 __all__ = ["log_means", "log_sums", "logs_if", "metrics_after"]
@@ -44,7 +45,7 @@ def metrics_after(
     x, y, sample_weight = batch
     counted = seen.evaluated.state.metrics  # Keras counts the losses of several outputs in a pass
     values = {id(v): value for v, value in zip(variables.metrics, counted, strict=True)}
-    with compat.PassScope(values, lambda _, value: without_gradient(value)) as scope:
+    with PassScope(values, lambda _, value: without_gradient(value)) as scope:
         compat.track_loss(model, seen.loss, batch_size(x))
         logs = model.compute_metrics(x, y, y_pred, sample_weight)
     return logs, [(v, values[id(v)]) for v in (*variables.metrics, *scope.strangers)]
@@ -54,7 +55,7 @@ def logs_if(
     model: keras.Model, variables: list[Any], ok: Tensor, logs: dict[str, Any], before: list[Tensor]
 ) -> dict[str, Any]:
     """Return the logs of a step if it counts, else the previous logs."""
-    with compat.PassScope({id(v): value for v, value in zip(variables, before, strict=True)}):
+    with PassScope({id(v): value for v, value in zip(variables, before, strict=True)}):
         old = model.get_metrics_result()
     return {
         name: ops.where(ok, value, old[name]) if name in old else value

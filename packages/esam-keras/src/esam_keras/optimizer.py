@@ -25,6 +25,7 @@ from esam_keras import compat
 from esam_keras.bases import BaseAttribute, Setting, refuse_other_arguments, resolve_base
 from esam_keras.directions import Earlier, check_moment, earlier_direction
 from esam_keras.handover import require_step
+from esam_keras.scope import PassScope
 from esam_keras.warning import warn_user
 
 __all__ = ["ESAM", "find_esam"]
@@ -243,7 +244,7 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         values = [v.value if isinstance(v, keras.Variable) else v for v in optimizer_variables]
         state = {id(v): value for v, value in zip(self.variables, values, strict=True)}
         if self._earlier:
-            with compat.PassScope(state.copy()):
+            with PassScope(state.copy()):
                 changed = self._earlier.after(grads, compat.known_variables(self))
             state.update({id(v): value for v, value in changed})
         trainable, base = self.base_optimizer.stateless_apply(

@@ -21,6 +21,7 @@ from esam_keras.plan import Drawn, Plan, Planner
 from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stored, prepare
 from esam_keras.report import KerasReport
 from esam_keras.routes import check_row_counts
+from esam_keras.scope import PassScope
 from esam_keras.units import unit_records
 from esam_keras.warning import warn_user
 
@@ -45,6 +46,7 @@ class Training:
         self.esam = esam
         self.backend: Backend = current_backend()
         self._prepared: Prepared | None = None
+        self.has_run = False
         #: The count at which earlier steps are known to provide a direction.
         self._directed_at: int | None = None
 
@@ -84,9 +86,11 @@ class Training:
             return
         if state is None:  # otherwise `fit` has built the model, and cleared the variables
             build(model, data, own_train_step=own)
+        self.has_run = False
         self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
+        self._refuse_unfrozen()
         if not model.trainable_variables:
             warn_user("The model has no trainable weights: nothing is trained.")
         with self.backend.checks_context(model):
@@ -99,6 +103,22 @@ class Training:
                 own_train_step=own,
                 context=functools.partial(self.backend.checks_context, model),
             )
+
+    def _refuse_unfrozen(self) -> None:
+        """Raise if the model trains variables for which the optimizer was not built.
+
+        Raises:
+            ESAMRuntimeError: it does.
+        """
+        known = {id(v) for v in compat.known_variables(self.esam)}
+        for variable in self.model.trainable_variables:
+            if id(variable) not in known:
+                raise ESAMRuntimeError(
+                    "The model must be compiled again, with a new optimizer, after freezing or "
+                    "unfreezing layers: the optimizer knows only the weights that were trainable "
+                    "when it was built. Received: a step that would train "
+                    f"{variable.path}."
+                )
 
     def _planner(self) -> Planner:
         """Return the planner for the model's trainable variables."""
@@ -155,7 +175,7 @@ class Training:
             if state is not None:
                 optimizer = zip(self.model.optimizer.variables, state[2], strict=True)
                 values = {id(v): value for v, value in optimizer}
-            with compat.PassScope(values):
+            with PassScope(values):
                 if not bool(self.esam.has_direction()):
                     return False
         self._directed_at = count + 1

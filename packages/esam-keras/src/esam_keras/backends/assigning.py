@@ -41,8 +41,9 @@ class AssigningBackend(Backend):
         batch = keras.utils.unpack_x_y_sample_weight(arguments[0])
         variables = Variables.of(model)
         entry = State(*([self.value(v) for v in group] for group in variables))
-        with self.whole_step(model, variables) as unknown:
+        with self.whole_step(training, variables) as unknown:
             outcome = self._passes(training, plan, inputs, batch, variables, entry, unknown)
+            training.has_run = True
             left = outcome.left
             before = [self.value(v) for v in esam.log_variables]
             gamma = esam.config.select.gamma
@@ -132,7 +133,7 @@ class AssigningBackend(Backend):
 
     @abstractmethod
     def whole_step(
-        self, model: keras.Model, variables: Variables
+        self, training: ModelTraining, variables: Variables
     ) -> AbstractContextManager[Unknown]:
         """Return the context of a step; its value handles state that Keras does not know."""
 

@@ -11,6 +11,7 @@ from esam_keras.optimizer import ESAM
 from esam_keras.perturbation import Perturbation
 from esam_keras.plan import Drawn, Plan
 from esam_keras.prepared import Prepared
+from esam_keras.scope import PassScope
 
 __all__ = ["Backend", "Cut", "ModelTraining", "Unknown", "refuse_distribution"]
 
@@ -26,6 +27,8 @@ class ModelTraining(Protocol):
 
     model: keras.Model
     esam: ESAM
+    #: Whether a step has run since the last call of `prepare` that checked the model.
+    has_run: bool
 
     @property
     def prepared(self) -> Prepared: ...
@@ -58,6 +61,9 @@ class Unknown:
         """
         return nullcontext()
 
+    def check_loss(self, loss: Tensor) -> None:
+        """Raise if the loss of a pass depends on trained weights, not on their values in it."""
+
     def keep_random_state(self) -> None:
         """Set the generators to their state after the pass that records."""
 
@@ -74,6 +80,9 @@ class Backend(Protocol):
     #: Whether values that a forward assigns to trained variables, and to variables that the model
     #: does not list, are kept after it.
     keeps_assigned: bool
+
+    #: The scope of a pass.
+    pass_scope: type[PassScope] = PassScope
 
     # -- inside a step -----------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from esam_keras.metrics import log_sums, logs_if, metrics_after
 from esam_keras.passes import loss_scale
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
+from esam_keras.scope import PassScope
 from esam_keras.step import Ascended, Outcome, Step
 
 __all__ = ["BACKEND", "JaxBackend", "compiled_steps"]
@@ -239,7 +240,7 @@ def _step_of(training: ModelTraining, plan: Plan, inputs: Any, state: Any, data:
     optimizer = model.optimizer
     values = zip(optimizer.variables, optimizer_variables, strict=True)
     variables = Variables.of(model)
-    with compat.PassScope({id(v): value for v, value in values}):
+    with PassScope({id(v): value for v, value in values}):
         scale = loss_scale(optimizer)
         earlier: Sequence[Tensor | None] = ()
         if plan.ascent.of == "earlier":

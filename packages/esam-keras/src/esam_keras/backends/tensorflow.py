@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import keras
@@ -12,6 +12,11 @@ from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, ModelTraining, Unknown, refuse_distribution
+from esam_keras.backends.tensorflow_scope import (
+    TensorFlowScope,
+    refuse_checkpointed,
+    refuse_reads,
+)
 from esam_keras.evaluation import Variables
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
@@ -26,6 +31,8 @@ class TensorFlowBackend(AssigningBackend):
     """Keras on TensorFlow; see `esam_keras.backends.base.Backend`."""
 
     perturb = staticmethod(perturb)
+
+    pass_scope = TensorFlowScope
 
     def gradients(
         self,
@@ -72,9 +79,9 @@ class TensorFlowBackend(AssigningBackend):
         return tf.convert_to_tensor(variable.value)
 
     def whole_step(
-        self, model: keras.Model, variables: Variables
+        self, training: ModelTraining, variables: Variables
     ) -> AbstractContextManager[Unknown]:
-        return nullcontext(_Uncompiled(model))
+        return nullcontext(_Uncompiled(training.model, variables.trainable))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
@@ -102,6 +109,7 @@ class TensorFlowBackend(AssigningBackend):
             if isinstance(layer.call, tf.types.experimental.GenericFunction):
                 _refuse_compiled(layer, "call")
             _refuse_raw_variables(layer)
+            refuse_checkpointed(layer)
 
     def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
         return nullcontext()  # on symbolic tensors
@@ -147,13 +155,19 @@ class TensorFlowBackend(AssigningBackend):
 
 
 class _Uncompiled(Unknown):
-    """Refuses methods compiled by `tf.function` in passes; Keras knows all state."""
+    """Refuses what is compiled by `tf.function` in passes; Keras knows all state."""
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(self, model: keras.Model, trained: Sequence[Any]) -> None:
         self._model = model
+        self._own = {id(v.value): v for v in trained}  # outside a pass: the `tf.Variable`s
 
-    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[Any]:
-        return compat.replace_methods(_compiled_methods(self._model))
+    @contextmanager
+    def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
+        with (
+            refuse_reads(self._own),
+            compat.replace_methods(_compiled_methods(self._model)),
+        ):
+            yield
 
 
 def _compiled_methods(model: Any) -> list[tuple[Any, str, Callable[..., NoReturn]]]:

@@ -116,9 +116,13 @@ class TorchBackend(AssigningBackend):
         return variable.value.detach()
 
     @contextmanager
-    def whole_step(self, model: keras.Model, variables: Variables) -> Iterator[UnknownState]:
+    def whole_step(self, training: ModelTraining, variables: Variables) -> Iterator[UnknownState]:
         """Let the passes use copies of the buffers; restore the generators after an error."""
-        unknown = UnknownState(model, variables.non_trainable)
+        unknown = UnknownState(
+            training.model,
+            untrained=variables.non_trainable,
+            trained=() if training.has_run else variables.trainable,
+        )
         try:
             unknown.use_copies()
             yield unknown

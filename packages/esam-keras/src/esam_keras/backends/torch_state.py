@@ -47,22 +47,22 @@ class _ParameterPlace(NamedTuple):
     """The place of a parameter that is a variable of Keras.
 
     Args:
-        parameters: the parameters of a module, by name.
-        name: the name of this one.
+        holder: a dictionary or list of a module with parameters, such as an LSTM's list of weights.
+        key: the key or index of this one.
         variable: the variable.
     """
 
-    parameters: dict[str, Any]
-    name: str
+    holder: Any
+    key: Any
     variable: Any
 
     def get(self) -> torch.Tensor:
         """Return the tensor that the module has as its parameter."""
-        return self.parameters[self.name]
+        return self.holder[self.key]
 
     def set(self, tensor: torch.Tensor) -> None:
         """Give the module a tensor as its parameter."""
-        self.parameters[self.name] = tensor
+        self.holder[self.key] = tensor
 
 
 class UnknownState(Unknown):
@@ -73,14 +73,18 @@ class UnknownState(Unknown):
     Args:
         model: any model.
         untrained: its variables that no pass may write to in place.
+        trained: its variables that no loss may use themselves, if that is checked.
     """
 
-    def __init__(self, model: keras.Model, untrained: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, model: keras.Model, untrained: Sequence[Any] = (), trained: Sequence[Any] = ()
+    ) -> None:
         layers = compat.flat_layers(model)
         wrappers = torch_wrappers(layers)
         self._parameters = _places_of_parameters(wrappers)
         self._places = _places_of_buffers(layers)
         self._buffers = self._read()
+        self._trained = {id(compat.torch_parameter(v)): v for v in trained}
         self._untrained = [(v, compat.torch_parameter(v)) for v in untrained]
         self._writes = [compat.torch_writes(tensor) for _, tensor in self._untrained]
         self._generators = _generators()
@@ -147,6 +151,19 @@ class UnknownState(Unknown):
             if records:
                 self._random_after, self._buffers_after = self._random_state(), self._read()
 
+    def check_loss(self, loss: torch.Tensor) -> None:
+        for leaf in _leaves(loss) if self._trained else ():
+            variable = self._trained.get(id(leaf))
+            if variable is not None:
+                keys = [place.key for place in self._parameters if place.variable is variable]
+                raise ESAMRuntimeError(
+                    "A call must read trained weights where Keras or their torch module keeps them "
+                    "(`layer.kernel`, `module.weight`): references elsewhere, such as in a tuple "
+                    "or another object, are the weights themselves instead of the perturbed "
+                    "values, and would not be trained. Received: a loss that depends on a "
+                    f"reference to {variable.path}{f' ({keys[0]!r})' if keys else ''}."
+                )
+
     def _refuse_writes(self) -> None:
         """Raise if a pass has written in place to an untrained weight, as each pass would."""
         for (variable, tensor), before in zip(self._untrained, self._writes, strict=True):
@@ -212,12 +229,25 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _places_of_parameters(wrappers: Sequence[Any]) -> list[_ParameterPlace]:
     """Return the places of the parameters of wrapped modules that are variables of Keras."""
-    variables = {compat.torch_parameter(v): v for layer in wrappers for v in layer.variables}
+    variables = {id(compat.torch_parameter(v)): v for layer in wrappers for v in layer.variables}
     modules = {module for layer in wrappers for module in layer.module.modules()}
     return [
-        _ParameterPlace(parameters, name, variables[parameter])
+        _ParameterPlace(holder, key, variables[id(held)])
         for module in modules
-        for parameters in [compat.torch_parameters(module)]
-        for name, parameter in parameters.items()
-        if parameter in variables
+        for holder in vars(module).values()
+        if isinstance(holder, dict | list)
+        for key, held in (holder.items() if isinstance(holder, dict) else enumerate(holder))
+        if id(held) in variables
     ]
+
+
+def _leaves(loss: torch.Tensor) -> Iterator[Any]:
+    """Yield the tensors that the gradient of a loss flows to."""
+    left, seen = [loss.grad_fn], set[Any]()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left.extend(following for following, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                yield node.variable

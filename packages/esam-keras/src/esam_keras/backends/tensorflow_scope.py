@@ -1,0 +1,134 @@
+"""The scope of a pass on TensorFlow: it refuses reads that lose the gradient, and lost assignments.
+
+In a pass, weights have tensors as values. A function with its own gradient (`tf.custom_gradient`,
+`keras.remat`) returns gradients for its arguments and for `tf.Variable`s only; a `tf.function` of
+the user keeps the values of the pass in which it is traced, or the variables themselves.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import tensorflow as tf
+
+from esam_core import ESAMRuntimeError
+from esam_keras import compat
+from esam_keras.scope import PassScope
+
+__all__ = ["TensorFlowScope", "refuse_checkpointed", "refuse_reads"]
+
+Tensor = Any
+
+#: The graphs of branches and of loops' bodies; other graphs inside a pass are of functions.
+PARTS = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
+
+
+class TensorFlowScope(PassScope):
+    """A `PassScope` that is aware of the function in which a variable is used.
+
+    Args:
+        values: as for `PassScope`.
+        assigned: as for `PassScope`.
+    """
+
+    def __init__(
+        self,
+        values: dict[int, Tensor],
+        assigned: Callable[[Any, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(values, assigned)
+        self._graph = _current_graph()
+
+    def get_current_value(self, variable: Any) -> Tensor:
+        """Return a variable's value; raise if the gradient would not flow back to it."""
+        found = super().get_current_value(variable)
+        if found is not None and variable.trainable:
+            if _is_running(compat.custom_gradient_code()):
+                _refuse_own_gradient(f"a function that reads {variable.path}")
+            if self._is_in_function() and not _is_running(_vectorized_code()):
+                _refuse_function(variable)
+        return found
+
+    def add_update(self, update: tuple[Any, Tensor]) -> None:
+        """Record a value assigned to a variable; raise if it exists only in a part of the pass."""
+        if _current_graph() is not self._graph:
+            raise ESAMRuntimeError(
+                "On TensorFlow, a compiled step cannot keep what is assigned to a variable, or "
+                "drawn from a seed generator, inside a branch, a loop or a `tf.function`, such as "
+                "the functions of `ops.cond` and `ops.fori_loop`. Assign or draw outside of it, or "
+                "compile the model with `run_eagerly=True`. Received: an assignment to "
+                f"{update[0].path}."
+            )
+        super().add_update(update)
+
+    def _is_in_function(self) -> bool:
+        """Return whether a `tf.function` that was called in the pass is being traced."""
+        graph = _current_graph()
+        while graph is not None and graph is not self._graph:
+            if type(graph).__name__ not in PARTS:
+                return True
+            graph = graph.outer_graph
+        return False
+
+
+@contextmanager
+def refuse_reads(own: dict[int, Any]) -> Iterator[None]:
+    """Raise after a pass that has read trained weights themselves, not their values in the pass.
+
+    Args:
+        own: the trained weights by the ids of their `tf.Variable`s.
+    """
+    with tf.GradientTape() as tape:
+        yield
+    for read in tape.watched_variables():
+        if id(read) in own:
+            _refuse_function(own[id(read)])
+
+
+def refuse_checkpointed(layer: Any) -> None:
+    """Raise if a layer's calls are checkpointed by a `keras.RematScope`."""
+    if compat.is_checkpointed(layer):
+        _refuse_own_gradient(f"layer {layer.name!r}, made in a `keras.RematScope`")
+
+
+def _current_graph() -> Any:
+    """Return the graph that is being traced; uncompiled, a graph that stays the same."""
+    return tf.compat.v1.get_default_graph()
+
+
+@functools.cache
+def _vectorized_code() -> frozenset[Any]:
+    """Return the code of `tf.vectorized_map`, which traces its function anew in each call."""
+    return frozenset([inspect.unwrap(tf.vectorized_map).__code__])
+
+
+def _is_running(code: frozenset[Any]) -> bool:
+    """Return whether one of these pieces of code has led to the current call."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _refuse_own_gradient(received: str) -> NoReturn:
+    """Raise: a function with its own gradient returns none for the values of a pass."""
+    raise ESAMRuntimeError(
+        "On TensorFlow, trained weights must not be read inside `keras.remat`, `keras.RematScope`, "
+        "`tf.recompute_grad` or `tf.custom_gradient`: these return no gradient for the perturbed "
+        "values. Call the layers without it, make the weights arguments of the function with its "
+        f"own gradient, or checkpoint on JAX or torch. Received: {received}."
+    )
+
+
+def _refuse_function(variable: Any) -> NoReturn:
+    """Raise: a function compiled by `tf.function` does not see the values of each pass."""
+    raise ESAMRuntimeError(
+        "ESAM does not work with trained weights that are read inside a function compiled by "
+        "`tf.function`, or not through Keras: it would not see the perturbed values of each pass. "
+        "Remove the decorator: `fit` compiles the whole step. Received: a function that reads "
+        f"{variable.path}."
+    )
