@@ -4,7 +4,6 @@ Keras has no public interface for them. Each has its own test, which fails by na
 of Keras lacks it.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,6 @@ __all__ = [
     "build_from",
     "clip_gradients",
     "compiled_losses",
-    "custom_gradient_code",
     "direct_layers",
     "distribution_strategy",
     "ema_variables",
@@ -336,15 +334,6 @@ def is_checkpointed(layer: Any) -> bool:
     if scope is None or scope.mode != "list_of_layers":
         return scope is not None and scope.mode == "full"
     return layer.name in scope.layer_names
-
-
-@functools.cache
-def custom_gradient_code() -> frozenset[Any]:
-    """Return the code that calls a function with `tf.custom_gradient` or `tf.recompute_grad`."""
-    from tensorflow.python.ops import custom_gradient
-
-    callers = (custom_gradient._graph_mode_decorator, custom_gradient._eager_mode_decorator)
-    return frozenset(caller.__code__ for caller in callers)
 
 
 def reads_optionals(model: keras.Model) -> bool:

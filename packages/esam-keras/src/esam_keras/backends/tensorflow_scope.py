@@ -1,12 +1,10 @@
 """The scope of a pass on TensorFlow: it refuses reads that lose the gradient, and lost assignments.
 
-In a pass, weights have tensors as values. A function with its own gradient (`tf.custom_gradient`,
-`keras.remat`) returns gradients for its arguments and for `tf.Variable`s only; a `tf.function` of
-the user keeps the values of the pass in which it is traced, or the variables themselves.
+In a pass, weights have tensors as values. A checkpointed layer returns gradients for its arguments
+and for `tf.Variable`s only; a `tf.function` of the user keeps the values of the pass in which it is
+traced, or the variables themselves.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -44,11 +42,8 @@ class TensorFlowScope(PassScope):
     def get_current_value(self, variable: Any) -> Tensor:
         """Return a variable's value; raise if the gradient would not flow back to it."""
         found = super().get_current_value(variable)
-        if found is not None and variable.trainable:
-            if _is_running(compat.custom_gradient_code()):
-                _refuse_own_gradient(f"a function that reads {variable.path}")
-            if self._is_in_function() and not _is_running(_vectorized_code()):
-                _refuse_function(variable)
+        if found is not None and variable.trainable and self._is_in_function():
+            _refuse_function(variable)
         return found
 
     def add_update(self, update: tuple[Any, Tensor]) -> None:
@@ -90,7 +85,11 @@ def refuse_reads(own: dict[int, Any]) -> Iterator[None]:
 def refuse_checkpointed(layer: Any) -> None:
     """Raise if a layer's calls are checkpointed by a `keras.RematScope`."""
     if compat.is_checkpointed(layer):
-        _refuse_own_gradient(f"layer {layer.name!r}, made in a `keras.RematScope`")
+        raise ESAMRuntimeError(
+            "On TensorFlow, layers must not be checkpointed: a checkpoint returns no gradient of "
+            "the perturbed weights. Make the layers outside the scope, or checkpoint on JAX or "
+            f"torch. Received: layer {layer.name!r}, made in a `keras.RematScope`."
+        )
 
 
 def _current_graph() -> Any:
@@ -98,37 +97,12 @@ def _current_graph() -> Any:
     return tf.compat.v1.get_default_graph()
 
 
-@functools.cache
-def _vectorized_code() -> frozenset[Any]:
-    """Return the code of `tf.vectorized_map`, which traces its function anew in each call."""
-    return frozenset([inspect.unwrap(tf.vectorized_map).__code__])
-
-
-def _is_running(code: frozenset[Any]) -> bool:
-    """Return whether one of these pieces of code has led to the current call."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code in code:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _refuse_own_gradient(received: str) -> NoReturn:
-    """Raise: a function with its own gradient returns none for the values of a pass."""
-    raise ESAMRuntimeError(
-        "On TensorFlow, trained weights must not be read inside `keras.remat`, `keras.RematScope`, "
-        "`tf.recompute_grad` or `tf.custom_gradient`: these return no gradient for the perturbed "
-        "values. Call the layers without it, make the weights arguments of the function with its "
-        f"own gradient, or checkpoint on JAX or torch. Received: {received}."
-    )
-
-
 def _refuse_function(variable: Any) -> NoReturn:
     """Raise: a function compiled by `tf.function` does not see the values of each pass."""
     raise ESAMRuntimeError(
         "ESAM does not work with trained weights that are read inside a function compiled by "
         "`tf.function`, or not through Keras: it would not see the perturbed values of each pass. "
-        "Remove the decorator: `fit` compiles the whole step. Received: a function that reads "
+        "Remove the decorator: `fit` compiles the whole step. (With run_eagerly or "
+        "jit_compile, `tf.vectorized_map` compiles its function too.) Received: a function that reads "
         f"{variable.path}."
     )
