@@ -103,6 +103,6 @@ def _refuse_function(variable: Any) -> NoReturn:
         "ESAM does not work with trained weights that are read inside a function compiled by "
         "`tf.function`, or not through Keras: it would not see the perturbed values of each pass. "
         "Remove the decorator: `fit` compiles the whole step. (With run_eagerly or "
-        "jit_compile, `tf.vectorized_map` compiles its function too.) Received: a function that reads "
-        f"{variable.path}."
+        "jit_compile, `tf.vectorized_map` compiles its function too.) Received: a function that "
+        f"reads {variable.path}."
     )
