@@ -107,7 +107,7 @@ TABLES = (
         ),
     ),
     Table(
-        *("twice the compute", STUDY, "## When it pays", ("epochs | batch", "over SGD's best")),
+        *("twice the compute", STUDY, "## When it pays", ("epochs | batch", "| accuracy, %", "over SGD's best")),
         *("small", _SINGLE),
     ),
     Table(
@@ -117,6 +117,10 @@ TABLES = (
             Columns({3: "accuracy", 4: "sgd"}, budget=20, cell=1),
             Columns({6: "accuracy", 7: "sgd"}, budget=10, cell=5),
         ),
+    ),
+    Table(
+        *("wrong labels, twice", STUDY, "## When it pays", ("accuracy with wrong labels",)),
+        *("noisy", _SINGLE),
     ),
     Table("text", STUDY, "## When it pays", ("over AdamW",), "text", _SINGLE),
 )
