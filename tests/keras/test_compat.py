@@ -219,6 +219,26 @@ def test_private_names_of_tensorflow(model):
     assert compat.distribution_strategy(model) is None
     assert compat.is_sparse(tf.sparse.from_dense([[1.0, 0.0]]))
     assert isinstance(compat.reads_optionals(model), bool)
+    variable = keras.Variable(2.0)
+    given = []
+
+    @tf.custom_gradient
+    def doubled(x):
+        compat.tell_read(variable)
+
+        def gradient(upstream, variables):
+            given.extend(variables)
+            return upstream, [upstream for _ in variables]
+
+        return x * 2.0, gradient
+
+    x = tf.constant(1.0)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = doubled(x)
+    assert [v is variable.value for v in tape.watched_variables()] == [True]
+    tape.gradient(y, x)
+    assert [v is variable.value for v in given] == [True]
     layer = model.layers[0]
     layer.own = tf.Variable(1.0)
 

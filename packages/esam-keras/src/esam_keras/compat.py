@@ -49,6 +49,7 @@ __all__ = [
     "set_keras_mask",
     "takes_training",
     "teach_monitors",
+    "tell_read",
     "torch_buffers",
     "torch_parameter",
     "torch_writes",
@@ -334,6 +335,16 @@ def is_checkpointed(layer: Any) -> bool:
     if scope is None or scope.mode != "list_of_layers":
         return scope is not None and scope.mode == "full"
     return layer.name in scope.layer_names
+
+
+def tell_read(variable: Any) -> None:
+    """Tell TensorFlow's functions with their own gradient that they read a variable.
+
+    In a scope they read a value instead. Now they read the variable too, to differentiate by it.
+    """
+    from tensorflow.python import pywrap_tfe
+
+    pywrap_tfe.TFE_Py_VariableWatcherVariableAccessed(variable._value)
 
 
 def reads_optionals(model: keras.Model) -> bool:

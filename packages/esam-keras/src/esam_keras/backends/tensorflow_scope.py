@@ -1,8 +1,8 @@
 """The scope of a pass on TensorFlow: it refuses reads that lose the gradient, and lost assignments.
 
-In a pass, weights have tensors as values. A checkpointed layer returns gradients for its arguments
-and for `tf.Variable`s only; a `tf.function` of the user keeps the values of the pass in which it is
-traced, or the variables themselves.
+In a pass, weights have tensors as values. A function with its own gradient (`tf.custom_gradient`,
+`keras.remat`) returns gradients for its arguments and for `tf.Variable`s only; a `tf.function` of
+the user keeps the values of the pass in which it is traced, or the variables themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,10 +40,12 @@ class TensorFlowScope(PassScope):
         self._graph = _current_graph()
 
     def get_current_value(self, variable: Any) -> Tensor:
-        """Return a variable's value; raise if the gradient would not flow back to it."""
+        """Return a variable's value; raise if it would be kept for other passes."""
         found = super().get_current_value(variable)
-        if found is not None and variable.trainable and self._is_in_function():
-            _refuse_function(variable)
+        if found is not None and variable.trainable:
+            compat.tell_read(variable)
+            if self._is_in_function():
+                _refuse_read(variable)
         return found
 
     def add_update(self, update: tuple[Any, Tensor]) -> None:
@@ -62,7 +64,7 @@ class TensorFlowScope(PassScope):
         """Return whether a `tf.function` that was called in the pass is being traced."""
         graph = _current_graph()
         while graph is not None and graph is not self._graph:
-            if type(graph).__name__ not in PARTS:
+            if type(graph).__name__ not in PARTS and not _is_of_vectorized_map(graph):
                 return True
             graph = graph.outer_graph
         return False
@@ -79,16 +81,16 @@ def refuse_reads(own: dict[int, Any]) -> Iterator[None]:
         yield
     for read in tape.watched_variables():
         if id(read) in own:
-            _refuse_function(own[id(read)])
+            _refuse_read(own[id(read)])
 
 
 def refuse_checkpointed(layer: Any) -> None:
     """Raise if a layer's calls are checkpointed by a `keras.RematScope`."""
     if compat.is_checkpointed(layer):
         raise ESAMRuntimeError(
-            "On TensorFlow, layers must not be checkpointed: a checkpoint returns no gradient of "
-            "the perturbed weights. Make the layers outside the scope, or checkpoint on JAX or "
-            f"torch. Received: layer {layer.name!r}, made in a `keras.RematScope`."
+            "On TensorFlow, layers must not be made in a `keras.RematScope`: checkpointed layers "
+            "get no gradient for the perturbed values. Make them without it, or train on JAX or "
+            f"torch. Received: layer {layer.name!r}."
         )
 
 
@@ -97,12 +99,18 @@ def _current_graph() -> Any:
     return tf.compat.v1.get_default_graph()
 
 
-def _refuse_function(variable: Any) -> NoReturn:
-    """Raise: a function compiled by `tf.function` does not see the values of each pass."""
+def _is_of_vectorized_map(graph: Any) -> bool:
+    """Return whether `tf.vectorized_map` is tracing a graph, as it does anew in each call."""
+    return graph.name == "f" and "loop_body" in graph.get_name_scope().split("/")
+
+
+def _refuse_read(variable: Any) -> NoReturn:
+    """Raise: a trained weight is read where the values of a pass have no effect or no gradient."""
     raise ESAMRuntimeError(
-        "ESAM does not work with trained weights that are read inside a function compiled by "
-        "`tf.function`, or not through Keras: it would not see the perturbed values of each pass. "
-        "Remove the decorator: `fit` compiles the whole step. (With run_eagerly or "
-        "jit_compile, `tf.vectorized_map` compiles its function too.) Received: a function that "
-        f"reads {variable.path}."
+        "On TensorFlow, trained weights must not be read inside a `tf.function` of your own, "
+        "`keras.remat`, `tf.recompute_grad` or `tf.custom_gradient`: these do not see the "
+        "perturbed values, or return no gradient for them. Call the layers without it (`fit` "
+        "compiles the whole step), make the weights arguments of the function with its own "
+        "gradient, or checkpoint on JAX or torch. Received: a function that reads "
+        f"{variable.path}."
     )

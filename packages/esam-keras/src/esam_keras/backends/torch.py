@@ -55,7 +55,7 @@ class TorchBackend(AssigningBackend):
         return found[: len(leaves)], None if rest is None else _detach(rest, variables, leaves)
 
     def without_gradient(self, value: Tensor) -> Tensor:
-        return value.detach()
+        return value.detach() if value.requires_grad else value
 
     def dense(self, gradient: Tensor) -> Tensor:
         return gradient.to_dense() if gradient.is_sparse else gradient
