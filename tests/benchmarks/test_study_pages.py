@@ -107,7 +107,12 @@ TABLES = (
         ),
     ),
     Table(
-        *("twice the compute", STUDY, "## When it pays", ("epochs | batch", "| accuracy, %", "over SGD's best")),
+        *(
+            "twice the compute",
+            STUDY,
+            "## When it pays",
+            ("epochs | batch", "| accuracy, %", "over SGD's best"),
+        ),
         *("small", _SINGLE),
     ),
     Table(
