@@ -4,35 +4,14 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tests.keras.scene import (
-    Oracle,
-    close,
-    cross_entropy,
-    data,
-    mlp,
-    rows,
-    same,
-    trainable,
-    weights,
-)
+from tests.keras.directed import X, Y, esam
+from tests.keras.scene import Oracle, close, cross_entropy, mlp, rows, same, trainable, weights
 
 from esam_core import ESAMValueError
 from esam_core.directions import climbing_indices
-from esam_keras import (
-    ESAM,
-    Everything,
-    Momentum,
-    Part,
-    Previous,
-    Proportional,
-    Random,
-    RandomSuffix,
-    Suffix,
-    TopLoss,
-)
+from esam_keras import Momentum, Part, Previous, Proportional, Random, RandomSuffix, Suffix, TopLoss
 from esam_keras.training import Training
 
-X, Y = data(12)
 BACKEND = keras.backend.backend()
 optimizers = keras.optimizers
 
@@ -40,11 +19,6 @@ optimizers = keras.optimizers
 def fewer_on_jax(names, *on_jax):
     """Return some of the names on JAX, where compiling is slow, else all."""
     return [name for name in names if BACKEND != "jax" or name in on_jax]
-
-
-def esam(base=None, **settings):
-    settings = {"rho": 0.3, "perturb": Everything(), "gamma": 1.0, **settings}
-    return ESAM(base or optimizers.SGD(0.1), **settings)
 
 
 def arrays(tensors):

@@ -7,22 +7,18 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from tests.keras.odd import X, Y, esam
 from tests.keras.scene import close, cross_entropy, data, mlp, same, trainable
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_keras import ESAM, Bernoulli, Everything, Suffix
 
 BACKEND = keras.backend.backend()
-X, Y = data(20)
 
 
 def fit(model, optimizer, loss=None, **options):
     model.compile(optimizer, cross_entropy() if loss is None else loss, **options)
     return model.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
-
-
-def esam(**settings):
-    return ESAM(keras.optimizers.SGD(0.1), **{"rho": 0.1, "seed": 3, **settings})
 
 
 class UnusedLayer(keras.Model):

@@ -4,16 +4,11 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from tests.keras.scene import close, cross_entropy, data, same, trainable
+from tests.keras.odd import X, Y, esam
+from tests.keras.scene import close, cross_entropy, same, trainable
 
 from esam_core import ESAMValueError
 from esam_keras import ESAM, Everything, Part, Previous, Random, TopLoss
-
-X, Y = data(20)
-
-
-def esam(**settings):
-    return ESAM(keras.optimizers.SGD(0.1), **{"rho": 0.1, "seed": 3, **settings})
 
 
 def test_an_output_without_a_row_per_sample():

@@ -3,29 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from tests.keras.scene import (
-    cross_entropy,
-    data,
-    mlp,
-    same,
-    weights,
-)
+from tests.keras.directed import X, Y, esam
+from tests.keras.scene import cross_entropy, mlp, same, weights
 
 from esam_core import ESAMRuntimeError, ESAMValueError
-from esam_keras import (
-    ESAM,
-    Everything,
-    Part,
-    Previous,
-    TopLoss,
-)
-
-X, Y = data(12)
-
-
-def esam(**settings):
-    settings = {"rho": 0.3, "perturb": Everything(), "gamma": 1.0, **settings}
-    return ESAM(keras.optimizers.SGD(0.1), **settings)
+from esam_keras import Part, Previous, TopLoss
 
 
 def refused(model, optimizer, batch, match, loss=None):

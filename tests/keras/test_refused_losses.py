@@ -3,13 +3,7 @@
 import keras
 import pytest
 from keras import ops
-from tests.keras.scene import (
-    Oracle,
-    close,
-    cross_entropy,
-    mlp,
-    trainable,
-)
+from tests.keras.scene import Oracle, close, cross_entropy, mlp, trainable
 from tests.keras.stepping import ONE_HOT, OwnComputeLoss, X, Y, refusal, step
 
 

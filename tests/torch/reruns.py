@@ -3,9 +3,7 @@
 import torch
 from tests.torch.scene import batch, losses_of
 
-from esam_torch import (
-    ESAM,
-)
+from esam_torch import ESAM
 
 
 def run(optimizer, steps, b=8, losses=None):

@@ -9,14 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from esam_core import ESAMError
-from esam_torch import (
-    Batch,
-    Bernoulli,
-    Everything,
-    Only,
-    Part,
-    Previous,
-)
+from esam_torch import Batch, Bernoulli, Everything, Only, Part, Previous
 
 
 class Checkpointed(nn.Module):

@@ -16,14 +16,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
-from esam_torch import (
-    Bernoulli,
-    Everything,
-    RandomSuffix,
-    Suffix,
-    TopIncrease,
-    TopLoss,
-)
+from esam_torch import Bernoulli, Everything, RandomSuffix, Suffix, TopIncrease, TopLoss
 from esam_torch.compat import COMPILED_MODELS_SEE_REQUIRES_GRAD
 
 # A warning of torch: a compiled block reads `.grad` of its inputs, which are not leaves.

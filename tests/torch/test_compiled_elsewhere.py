@@ -10,17 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 from esam_core import ESAMRuntimeError
-from esam_torch import (
-    ESAM,
-    Batch,
-    Bernoulli,
-    Only,
-    Part,
-    Previous,
-    Proportional,
-    Suffix,
-    compiling,
-)
+from esam_torch import ESAM, Batch, Bernoulli, Only, Part, Previous, Proportional, Suffix, compiling
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

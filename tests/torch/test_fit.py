@@ -15,13 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from esam_core import ESAMTypeError
-from esam_torch import (
-    ESAM,
-    SideBySide,
-    accuracy,
-    evaluate,
-    fit,
-)
+from esam_torch import ESAM, SideBySide, accuracy, evaluate, fit
 from esam_torch.fitting import ranks
 from esam_torch.fitting.data import move_batch
 

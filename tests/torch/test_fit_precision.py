@@ -13,17 +13,7 @@ from tests.torch.fitted import (
 )
 from torch.nn import functional as F
 
-from esam_torch import (
-    ESAM,
-    All,
-    Momentum,
-    Part,
-    Previous,
-    TopIncrease,
-    TopLoss,
-    accuracy,
-    fit,
-)
+from esam_torch import ESAM, All, Momentum, Part, Previous, TopIncrease, TopLoss, accuracy, fit
 
 
 @pytest.mark.parametrize("kind", ["sgd", "esam", "suffix-part"])
@@ -103,28 +93,10 @@ def test_an_overflow_skips_update_and_scheduler():
     for a, b in zip(model.parameters(), before, strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="`precision` must be"):
-        fit(
-            model,
-            optimizer,
-            model_losses,
-            [],
-            epochs=1,
-            scaler=scaler,
-            device="cpu",
-            progress=False,
-        )
+        fit(model, optimizer, model_losses, [], scaler=scaler, **QUIETLY)
     optimizer = ESAM(base, model, on_nonfinite="skip")
     with pytest.raises(ValueError, match="`on_nonfinite` must be"):
-        fit(
-            model,
-            optimizer,
-            model_losses,
-            [],
-            epochs=1,
-            precision="fp16",
-            device="cpu",
-            progress=False,
-        )
+        fit(model, optimizer, model_losses, [], precision="fp16", **QUIETLY)
 
 
 def test_losses_of_skipped_steps_are_left_out_of_the_means():

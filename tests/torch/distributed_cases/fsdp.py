@@ -17,14 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from launch import main
 
 from esam_core import NonFiniteError
-from esam_torch import (
-    ESAM,
-    All,
-    Bernoulli,
-    Everything,
-    Suffix,
-    fit,
-)
+from esam_torch import ESAM, All, Bernoulli, Everything, Suffix, fit
 
 WORLD = 2
 RHO = 0.1

@@ -18,13 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from fsdp import batch_of, losses_of, same, sgd, sharded, weights
 from launch import main
 
-from esam_torch import (
-    ESAM,
-    DistributedState,
-    Previous,
-    RandomSuffix,
-    TopLoss,
-)
+from esam_torch import ESAM, DistributedState, Previous, RandomSuffix, TopLoss
 
 
 def go_on(model, optimizer, steps):

@@ -9,22 +9,16 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["without_fast_path", "without_graphs"]
-
-
-@contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Do not use the faster path inside the context."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+__all__ = ["without_graphs"]
 
 
 @contextlib.contextmanager
 def without_graphs() -> Iterator[None]:
     """Compute no gradients, and the same values, inside the context."""
-    with torch.no_grad(), without_fast_path():
-        yield
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from esam_torch.compat import HOOKS, LIGHTNINGS_HOOK, MODULE_ATTRIBUTES
-from esam_torch.values import Place, State
+from esam_torch.values import Place, PlaceKey, State, key_of, places_without
 from esam_torch.wrappers import bare_model
 from esam_torch.written import Writes
 
@@ -31,7 +31,7 @@ class Attributes:
     def __init__(self, model: nn.Module, writes: Writes) -> None:
         self._modules = list(bare_model(model).modules())
         self._writes = writes
-        self._known: dict[tuple[int, str], Place] = {}
+        self._known: dict[PlaceKey, Place] = {}
 
     def keep(self, *, watched: bool) -> "KeptAttributes":
         """Return the attributes as they are now; all of them if the step is watched."""
@@ -51,7 +51,7 @@ class Attributes:
     def learn(self, changed: list[Place]) -> list[Place]:
         """Record places that have changed, and return those that no forward writes."""
         found = [place for place in changed if not self._writes.writes(place)]
-        self._known.update({(id(names), name): (names, name) for names, name in found})
+        self._known.update({key_of(place): place for place in found})
         return found
 
 
@@ -68,9 +68,7 @@ class KeptAttributes:
         """Return a context with the attributes as they were."""
         changed = self._state.find_changes()
         if self._watched:
-            before = {(id(names), name) for names, name in self._places}
-            now = self._attributes.places(watched=True)
-            changed += [(names, name) for names, name in now if (id(names), name) not in before]
+            changed += places_without(self._attributes.places(watched=True), self._places)
         changed = self._attributes.learn(changed)
         return self._restoring(changed) if changed else contextlib.nullcontext()
 

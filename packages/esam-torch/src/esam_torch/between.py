@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from esam_torch.batch import Batch
 from esam_torch.guards import Modes, Settings
-from esam_torch.inputs import Unwritten
+from esam_torch.inputs import Unwritten, read_only
 from esam_torch.losses import LossFunction
 from esam_torch.task import Task
 from esam_torch.variables import Variables
@@ -27,6 +27,14 @@ class Between:
         self._losses = losses
         self._batch = batch
         self._settings = Settings(task.layout.devices)
+
+    def read_only(self, *, watched: bool) -> LossFunction:
+        """Return `losses` for the passes of the step, which must not change the batch repeatedly.
+
+        Args:
+            watched: whether everything is checked in this step.
+        """
+        return read_only(self._losses, self._batch, watched=watched)
 
     def note(self, *, watched: bool) -> None:
         """Note what the first pass has found; called once, after it.

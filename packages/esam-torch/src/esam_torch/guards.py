@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esam_torch.attention import without_fast_path
 from esam_torch.compat import BATCH_NORM, clone_all, uncounted_writes
 from esam_torch.devices import on_device
 from esam_torch.sharded import local
@@ -151,6 +150,8 @@ class Modes:
 class Pruning:
     """Switches off the gradients of parameters, and attention's fast path, for some passes.
 
+    `esam_torch.attention` says why the path is switched off.
+
     Attributes:
         parameters: those whose gradients are switched off now.
     """
@@ -167,8 +168,8 @@ class Pruning:
                 if parameter.requires_grad:  # the user may have frozen it since an earlier pass
                     self.parameters.append(parameter)
                     parameter.requires_grad_(False)
-            with without_fast_path():
-                yield
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
         finally:
             self.end()
 

@@ -25,7 +25,6 @@ from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
 from esam_torch.guards import Pruning, RandomState, Weights, running_statistics
-from esam_torch.inputs import read_only
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
@@ -49,9 +48,7 @@ class Step:
     def __init__(self, task: Task, losses: LossFunction, batch: Batch) -> None:
         self.task = task
         self._batch = task.samples.own(batch)
-        bare = task.samples.bare(self._batch)
-        self._given = losses, bare
-        self._between = Between(task, losses, bare)
+        self._between = Between(task, losses, task.samples.bare(self._batch))
         self._weights: Weights | None = None
         self._comparable = False
         self._disagreement: str | None = None
@@ -74,7 +71,7 @@ class Step:
             layout.shards.reshard()  # the base optimizer has changed the weights since
         self._random = RandomState(layout.devices)
         self._first = layout.writes.before_forward()
-        self._losses = read_only(*self._given, watched=self._first.watched)
+        self._losses = self._between.read_only(watched=self._first.watched)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
         self._mean = self._first_pass()

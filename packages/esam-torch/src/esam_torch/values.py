@@ -11,12 +11,27 @@ from torch import Tensor, nn
 from esam_torch.kinds import kinds_of
 
 __all__ = [
-    *("MISSING", "Place", "State", "can_be_written", "copy_values", "is_expanded", "is_half"),
-    *("is_plain", "tensors_in", "widened"),
+    *("MISSING", "Place", "PlaceKey", "State", "can_be_written", "copy_values", "is_expanded"),
+    *("is_half", "is_plain", "key_of", "places_without", "tensors_in", "widened"),
 ]
 
 #: The place of a value: a dictionary of a module, and a name in it.
 Place = tuple[dict[str, Any], str]
+
+#: What identifies a place.
+PlaceKey = tuple[int, str]
+
+
+def key_of(place: Place) -> PlaceKey:
+    """Return a key that identifies a place."""
+    return id(place[0]), place[1]
+
+
+def places_without(places: Iterable[Place], known: Iterable[Place]) -> list[Place]:
+    """Return the places that are not among the known ones."""
+    keys = {key_of(place) for place in known}
+    return [place for place in places if key_of(place) not in keys]
+
 
 #: Represents the value of a name that does not exist.
 MISSING = object()

@@ -12,7 +12,16 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from esam_torch.compat import MODULE_ATTRIBUTES, NORM_LAYERS, buffers_by_name, count_writes
 from esam_torch.guards import HostRandomState
-from esam_torch.values import Place, State, is_plain, parts_of, tensors_in
+from esam_torch.values import (
+    Place,
+    PlaceKey,
+    State,
+    is_plain,
+    key_of,
+    parts_of,
+    places_without,
+    tensors_in,
+)
 from esam_torch.wrappers import bare_model
 
 __all__ = ["Forward", "Kept", "Writes"]
@@ -23,8 +32,6 @@ _WATCHED_STEPS = 3
 
 #: Bytes that may be copied to find writes, if the trained weights are smaller.
 _ALLOWANCE = 2**20
-
-_Key = tuple[int, str]
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,8 @@ class Writes:
         self._weights = weights
         self._steps = 0
         self._seen_training = False
-        self._places: dict[_Key, Place] = {}
-        self._values: set[_Key] = set()  # the places whose tensors are written in place
+        self._places: dict[PlaceKey, Place] = {}
+        self._values: set[PlaceKey] = set()  # the places whose tensors are written in place
         self._parameters: dict[int, _Candidate] = {}
         self._idle: list[_Candidate] = []
         self._norms = [
@@ -138,7 +145,7 @@ class Writes:
             for name in buffers_by_name(module)
         ]
         places = self._places.values()
-        in_place = _tensors(p for p in places if _key(p) in self._values)
+        in_place = _tensors(p for p in places if key_of(p) in self._values)
         weights = self._parameters.values()
         state = State if start is None else start.part
         return Kept(
@@ -154,13 +161,13 @@ class Writes:
 
     def learn(self, places: Iterable[Place], written: Iterable[_Candidate]) -> None:
         """Record places whose objects were replaced, and tensors written in place."""
-        self._places.update({_key(place): place for place in places})
+        self._places.update({key_of(place): place for place in places})
         for candidate in written:
             if candidate.place is None:
                 self._parameters[id(candidate.tensor)] = candidate
             else:
-                self._places[_key(candidate.place)] = candidate.place
-                self._values.add(_key(candidate.place))
+                self._places[key_of(candidate.place)] = candidate.place
+                self._values.add(key_of(candidate.place))
 
     def learn_versions(self, versions: Sequence[int]) -> list[Tensor]:
         """Record and return the tensors written since the given version counters."""
@@ -174,7 +181,7 @@ class Writes:
 
     def writes(self, place: Place) -> bool:
         """Return whether a forward has been seen to write to a place."""
-        return _key(place) in self._places
+        return key_of(place) in self._places
 
     def find_graphs(self) -> None:
         """Find whether the last forward, with all gradients, has left graphs in attributes."""
@@ -190,7 +197,7 @@ class Writes:
             if c.steady
             and not c.trained
             and id(c.tensor) not in self._parameters
-            and (c.place is None or _key(c.place) not in self._values)
+            and (c.place is None or key_of(c.place) not in self._values)
         ]
 
     def find_statistics(self) -> None:
@@ -201,7 +208,7 @@ class Writes:
         inside = {id(m) for those in lists for m in those.modules()}
         for module in modules:
             own = [(buffers_by_name(module), name) for name in buffers_by_name(module)]
-            written = [place for place in own if _key(place) in self._places]
+            written = [place for place in own if key_of(place) in self._places]
             known = module in self.statistics_layers or id(module) in inside
             if not known and _keeps_statistics(module, written):
                 self.statistics_layers.append(module)
@@ -228,8 +235,7 @@ class Writes:
 
     def new_places(self, known: Iterable[Place]) -> list[Place]:
         """Return new places: names that a forward has created."""
-        keys = {_key(place) for place in known}
-        return [place for place in self.candidates()[0] if _key(place) not in keys]
+        return places_without(self.candidates()[0], known)
 
 
 class _Watch:
@@ -347,11 +353,6 @@ class Forward:
             self._start.restore()
         if random is not None:
             random.restore()
-
-
-def _key(place: Place) -> _Key:
-    """Return a key that identifies a place."""
-    return id(place[0]), place[1]
 
 
 def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:

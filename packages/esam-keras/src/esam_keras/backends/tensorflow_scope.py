@@ -20,7 +20,7 @@ __all__ = ["TensorFlowScope", "refuse_checkpointed", "refuse_reads"]
 Tensor = Any
 
 #: The graphs of branches and of loops' bodies; other graphs inside a pass are of functions.
-PARTS = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
+_PARTS = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
 
 
 class TensorFlowScope(PassScope):
@@ -64,7 +64,7 @@ class TensorFlowScope(PassScope):
         """Return whether a `tf.function` that was called in the pass is being traced."""
         graph = _current_graph()
         while graph is not None and graph is not self._graph:
-            if type(graph).__name__ not in PARTS and not _is_of_vectorized_map(graph):
+            if type(graph).__name__ not in _PARTS and not _is_of_vectorized_map(graph):
                 return True
             graph = graph.outer_graph
         return False
