@@ -49,8 +49,8 @@ class Reading(enum.Enum):
 
 def refuse_used_up(x: Any, path: str) -> None:
     """Raise if a value gives each pass other values: an iterator or a random generator."""
-    if isinstance(x, Iterator | torch.Generator):
-        instead = "a list" if isinstance(x, Iterator) else "none, and use torch's global generator"
+    if isinstance(x, Iterator | torch.Generator | np.random.Generator):
+        instead = "a list" if isinstance(x, Iterator) else "none, and use the global generator"
         raise ESAMTypeError(
             f"`{path}` can be read only once, but `losses` is called several times. Pass "
             f"{instead}. Received: {type(x).__name__}."
