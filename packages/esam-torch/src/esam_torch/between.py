@@ -49,7 +49,7 @@ class Between:
         again, weights = self._task.calls_again, layout.tensors if layout.shards is None else ()
         self._read = Unwritten(self._batch, weights, again=again, watched=watched)
         self._frozen = layout.writes.versions() if again else {}
-        self._variables = Variables(self._losses) if again else None
+        self._variables = Variables(self._losses, watched=watched) if again else None
 
     def check(self) -> None:
         """Raise if something has changed that the later passes would read again.

@@ -31,6 +31,12 @@ _KINDS = {"GLOBAL": _GLOBAL, "NAME": _GLOBAL, "DEREF": _LOCAL}
 #: Values of these types are compared by value: computing a number again gives another object.
 _VALUES = (bool, int, float, complex, str, bytes, np.generic, torch.device)
 
+#: Iterators of these types are for logs and counts.
+_HARMLESS = (io.IOBase, itertools.count)
+
+#: The attributes of objects of these types are no variables.
+_MODULES = (nn.Module, ModuleType)
+
 
 class Variables:
     """The variables that `losses` reads after the first pass of a step.
@@ -40,16 +46,17 @@ class Variables:
 
     Args:
         losses: the user's function.
+        watched: whether to look for iterators and random generators.
 
     Raises:
         ESAMTypeError: one of them is an iterator or a random generator.
     """
 
-    def __init__(self, losses: Any) -> None:
+    def __init__(self, losses: Any, *, watched: bool) -> None:
         self._function, self._owner = function_in(losses)
         self._before = self._values()
-        for name, (value, _) in self._before.items():
-            if not isinstance(value, io.IOBase | itertools.count):
+        for name, (value, _) in self._before.items() if watched else ():
+            if not isinstance(value, _HARMLESS):
                 refuse_used_up(value, name)
 
     def check(self) -> None:
@@ -75,15 +82,12 @@ class Variables:
         if self._function is None:
             return {}
         scopes = _scopes(self._function, self._owner)
-        read, assigned = _variables(self._function.__code__)
+        read, _ = _variables(self._function.__code__)
         found = {}
-        for kind, path in read:
-            if any((kind, path[:n]) in assigned for n in range(1, len(path) + 1)):
-                continue
+        for kind, path, name in read:
             value = _resolve(scopes[kind], path)
             if value is not MISSING:
-                writes = count_writes(value) if isinstance(value, Tensor) else 0
-                found[".".join(path)] = value, writes
+                found[name] = value, count_writes(value) if isinstance(value, Tensor) else 0
         return found
 
 
@@ -119,10 +123,10 @@ class _Local:
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value of a variable, or a default if it has none."""
+        if name in self._bound:
+            return self._bound[name]
         try:
-            return self._cells[name].cell_contents
-        except KeyError:
-            return self._bound.get(name, default)
+            return self._cells[name].cell_contents if name in self._cells else default
         except ValueError:  # it has no value yet, or has been deleted
             return default
 
@@ -149,7 +153,7 @@ def _resolve(scope: Any, path: _Path) -> Any:
 
 def _attributes(x: Any) -> Any:
     """Return the attributes of an object, a mapping; None for modules, of Python or of torch."""
-    return None if isinstance(x, nn.Module | ModuleType) else attribute(x, "__dict__")
+    return None if isinstance(x, _MODULES) else attribute(x, "__dict__")
 
 
 def _same(before: Any, after: Any) -> bool:
@@ -162,7 +166,21 @@ def _same(before: Any, after: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _variables(code: CodeType) -> tuple[tuple[_Variable, ...], frozenset[_Variable]]:
+def _variables(code: CodeType) -> tuple[list[tuple[str, _Path, str]], list[_Variable]]:
+    """Return the variables and attributes that code only reads, and those that it assigns.
+
+    The former are returned with their names, such as "self.args.by".
+    """
+    read, assigned = _uses(code)
+    only = [
+        (kind, path, ".".join(path))
+        for kind, path in read
+        if not any((kind, path[:n]) in assigned for n in range(1, len(path) + 1))
+    ]
+    return only, list(assigned)
+
+
+def _uses(code: CodeType) -> tuple[dict[_Variable, None], dict[_Variable, None]]:
     """Return the variables and attributes that code reads, and those that it assigns."""
     read: dict[_Variable, None] = {}
     assigned: dict[_Variable, None] = {}
@@ -188,9 +206,9 @@ def _variables(code: CodeType) -> tuple[tuple[_Variable, ...], frozenset[_Variab
         path, copied = () if stored else path, False
     for inner in code.co_consts:
         if isinstance(inner, CodeType):  # a function or a comprehension within it
-            for found, kept in zip(_variables(inner), (read, assigned), strict=True):
+            for found, kept in zip(_uses(inner), (read, assigned), strict=True):
                 kept.update((v, None) for v in found if _is_around(v, inner))
-    return tuple(read), frozenset(assigned)
+    return read, assigned
 
 
 def _is_around(variable: _Variable, code: CodeType) -> bool:
