@@ -124,6 +124,54 @@ def test_changes_after_the_loss_concern_no_pass_and_remain(change, settings):
     }
 
 
+class Swapped(nn.Module):
+    """A model whose head and mask are replaced for each task."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(72, 6)
+        self.heads = nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 3)})
+        self.head = self.heads["a"]
+        self.register_buffer("mask", torch.ones(6))
+
+    def choose(self, task):
+        self.head = self.heads[task]
+        self.mask = torch.arange(6.0) if task == "b" else torch.ones(6)
+        return self
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x)) * self.mask)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_submodule_and_a_buffer_per_loss_and_one_backward_for_the_sum(settings):
+    model, twin = Swapped(), Swapped()
+    optimizer, other = (
+        ESAM(sgd(m), m, **{"rho": 0.1, "perturb": Everything(), **settings}) for m in (model, twin)
+    )
+
+    def losses(x, y):
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def of_task(x, y, task):
+        return F.cross_entropy(twin.choose(task)(x), y, reduction="none")
+
+    for _ in range(6):
+        total = twins_total = 0.0
+        for task in "ab":
+            model.choose(task)
+            total = total + optimizer.loss(losses, X, Y)
+            twins_total = twins_total + other.loss(of_task, X, Y, task)
+        given = model.mask
+        total.backward()
+        twins_total.backward()
+        assert model.head is model.heads["b"] and model.mask is given
+        same_gradients(model, twin)
+        optimizer.step()
+        other.step()
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_context_around_the_loss_only(settings):
     """As with PEFT's `disable_adapter()`."""

@@ -297,6 +297,13 @@ def test_the_attributes_that_contain_hooks():
     assert compat.HOOKS < compat.MODULE_ATTRIBUTES and "training" in compat.MODULE_ATTRIBUTES
 
 
+def test_submodules():
+    model, other = torch.nn.Sequential(torch.nn.Linear(1, 1)), torch.nn.Identity()
+    model[0] = other
+    assert vars(model)[compat.SUBMODULES] == {"0": other}
+    assert compat.SUBMODULES in compat.MODULE_ATTRIBUTES
+
+
 def test_lightnings_modules_note_which_hook_is_running():
     lightning = pytest.importorskip("lightning")
     assert compat.LIGHTNINGS_HOOK in vars(lightning.LightningModule())

@@ -36,15 +36,14 @@ PASSES = {"ascent": 1, "selection": 2, "descent": 3}
 
 def once(function, error, *, call=1, after=True):
     """Return the function with an error raised before or after one of its calls."""
-    calls = 0
+    calls = []  # a number would be the same in each pass
 
     def wrapped(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call and not after:
+        calls.append(None)
+        if len(calls) == call and not after:
             raise error
         result = function(*args, **kwargs)
-        if calls == call:
+        if len(calls) == call:
             raise error
         return result
 

@@ -197,3 +197,34 @@ def test_other_attributes_that_are_set_before_the_backward_remain():
     given.calls, given.new = 5, 6
     loss.backward()
     assert seen == [0, 0] and given.calls == 5 and given.new == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_attributes_with_tensors_may_be_set_before_the_backward(kind):
+    """An object that keeps its loss, or a property that is computed when it is first read."""
+    model, twin, (x, y) = net(dropout=0.0), net(dropout=0.0), batch()
+    given = KINDS[kind](x, y)
+    given.loss = make(model).loss(reading(model, lambda b: hasattr(b, "loss") and 1 / 0), given)
+    given.mask = y > 0
+    given.loss.backward()
+    make(twin).loss(losses_of(twin), x, y).backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert given.loss.shape == () and torch.equal(given.mask, y > 0)
+
+
+@pytest.mark.parametrize("build", [lambda x: x, lambda x: {"x": [x]}, lambda x: Sample(x, 0)])
+def test_an_array_that_is_written_to_before_the_backward_is_refused(build):
+    """A buffer for observations that an environment fills again."""
+    model, (x, y) = net(dropout=0.0), batch()
+    array = x.numpy().copy()
+
+    def losses(given, y):
+        given = given["x"][0] if isinstance(given, dict) else getattr(given, "x", given)
+        return F.cross_entropy(model(torch.tensor(given)), y, reduction="none")
+
+    loss = make(model).loss(losses, build(array), y)
+    array *= 2.0
+    with pytest.raises(ESAMRuntimeError, match=r"The batch must not change.*an array"):
+        loss.backward()
+    assert all(p.grad is None for p in model.parameters())

@@ -3,6 +3,7 @@
 import operator
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from tests.torch.batches import Holder, SharedStore, packed, table
@@ -85,7 +86,7 @@ def test_a_batch_without_marks_is_not_changed():
     assert type(args[3]) is type(found) and all(map(operator.is_, args[3], found))
 
 
-@pytest.mark.parametrize("value", [iter("ab"), torch.Generator()])
+@pytest.mark.parametrize("value", [iter("ab"), torch.Generator(), np.random.default_rng()])
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_a_value_that_a_pass_uses_up_is_refused(value, gamma):
     net = nn.Linear(1, 1)

@@ -79,7 +79,9 @@ def test_methods_and_objects():
             return x
 
     assert code_of(Task().losses) is code_of(Task().losses) is Task.losses.__code__
-    assert code_of(Task()) is Task
+    assert code_of(Task()) is Task.__call__.__code__
+    assert code_of(torch.nn.Identity()) is torch.nn.Identity.forward.__code__
+    assert code_of(len) is type(len)
 
     def wrapping_itself(x):
         return x

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from esam_core import ESAMRuntimeError
 from esam_torch import ESAM, Everything, Part, Previous
 from esam_torch.written import Writes
 
@@ -300,3 +301,50 @@ def test_all_passes_draw_the_same_numbers_on_the_host(options):
     fail = False
     step()
     assert set(drawn) == {(numpy.random(), numpy.normal(), python.random())}
+
+
+@pytest.mark.parametrize("step", [0, 4])  # also if it does not check everything
+@pytest.mark.parametrize("name", ["teacher.weight", "center"])
+def test_frozen_weights_and_buffers_that_are_written_before_the_backward_are_refused(name, step):
+    """An average that is updated between the loss and its backward."""
+    model = nn.ModuleDict({"student": nn.Linear(4, 3), "teacher": nn.Linear(4, 3)})
+    model.register_buffer("center", torch.zeros(3))
+    model.teacher.requires_grad_(False)
+    base = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    optimizer, (x, _) = ESAM(base, model, perturb=Everything(), gamma=1.0), *batches(1)
+
+    def losses(x):
+        return (model.student(x) - model.teacher(x) + model.center).square().mean(1)
+
+    value = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
+    for _ in range(step):
+        optimizer.step(losses, x)
+        value.data.mul_(0.9)  # after the step, as usual
+        value.mul_(0.9)
+    optimizer.zero_grad()
+    loss = optimizer.loss(losses, x)
+    value.add_(1.0)
+    with pytest.raises(ESAMRuntimeError, match=r"The model must not change between.*frozen"):
+        loss.backward()
+    assert optimizer.count == step and all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_weights_that_the_forward_of_another_loss_writes():
+    """Two losses, and one backward: a forward averages, which is no change of the user's."""
+
+    class Averaging(Base):
+        def shift(self, x, h):
+            with torch.no_grad():
+                self.head.bias.lerp_(torch.ones(3), 0.1)
+            return 0.0 * h
+
+    torch.manual_seed(0)
+    model = Averaging()
+    model.head.bias.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ESAM(torch.optim.SGD(trained, lr=0.1), model, perturb=Everything(), gamma=1.0)
+    for x, y in batches(6):
+        loss = optimizer.loss(losses_of(model), x, y) + optimizer.loss(losses_of(model), x, y)
+        loss.backward()
+        optimizer.step()
+    assert optimizer.count == 12

@@ -1,11 +1,17 @@
-"""Plain attributes and hooks of modules, which the user may change between the passes of a step."""
+"""Attributes, buffers, submodules and hooks, which the user may replace between a step's passes."""
 
 import contextlib
 from collections.abc import Iterator
 
 from torch import nn
 
-from esam_torch.compat import HOOKS, LIGHTNINGS_HOOK, MODULE_ATTRIBUTES
+from esam_torch.compat import (
+    HOOKS,
+    LIGHTNINGS_HOOK,
+    MODULE_ATTRIBUTES,
+    SUBMODULES,
+    buffers_by_name,
+)
 from esam_torch.values import Place, PlaceKey, State, key_of, places_without
 from esam_torch.wrappers import bare_model
 from esam_torch.written import Writes
@@ -13,14 +19,14 @@ from esam_torch.written import Writes
 __all__ = ["Attributes", "KeptAttributes"]
 
 #: Attributes that are not the user's.
-_OTHERS = MODULE_ATTRIBUTES - HOOKS | {LIGHTNINGS_HOOK}
+_OTHERS = MODULE_ATTRIBUTES - HOOKS - {SUBMODULES} | {LIGHTNINGS_HOOK}
 
 
 class Attributes:
     """Finds which attributes of modules change between a loss and its backward.
 
     In the steps in which `Writes` checks everything, all are compared: the attributes that are not
-    parameters, buffers or submodules, with the contents of containers. The other steps compare only
+    parameters, with the contents of containers. The other steps compare only
     those that have been seen to change.
 
     Args:
@@ -42,9 +48,10 @@ class Attributes:
         if not watched:
             return list(self._known.values())
         return [
-            (vars(module), name)
+            (names, name)
             for module in self._modules
-            for name in vars(module)
+            for names in (vars(module), buffers_by_name(module))
+            for name in names
             if name not in _OTHERS
         ]
 

@@ -3,9 +3,10 @@
 import contextlib
 from collections.abc import Iterator
 
+from esam_core import ESAMRuntimeError
 from esam_torch.batch import Batch
 from esam_torch.guards import Modes, Settings
-from esam_torch.inputs import Unwritten, read_only
+from esam_torch.inputs import Unwritten, changed, read_only
 from esam_torch.losses import LossFunction
 from esam_torch.task import Task
 from esam_torch.variables import Variables
@@ -46,16 +47,19 @@ class Between:
         self._attributes = layout.attributes.keep(watched=watched)
         self._modes = Modes(layout.modules)
         again, weights = self._task.calls_again, layout.tensors if layout.shards is None else ()
-        self._read = Unwritten(self._batch, weights, again=again)
-        self._variables = Variables(self._losses) if again else None
+        self._read = Unwritten(self._batch, weights, again=again, watched=watched)
+        self._frozen = layout.writes.versions() if again else {}
+        self._variables = Variables(self._losses, watched=watched) if again else None
 
     def check(self) -> None:
         """Raise if something has changed that the later passes would read again.
 
         Raises:
-            ESAMRuntimeError: the batch, the weights or variables of `losses` have changed.
+            ESAMRuntimeError: the batch, weights, buffers or variables of `losses` have changed.
         """
         self._read.check()
+        if self._frozen and self._task.layout.writes.written_since(self._frozen):
+            raise ESAMRuntimeError(changed("model", "written frozen weights or buffers"))
         if self._variables is not None:
             self._variables.check()
 

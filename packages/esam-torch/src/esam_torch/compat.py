@@ -28,6 +28,7 @@ __all__ = [
     "MODULE_ATTRIBUTES",
     "NORM_LAYERS",
     "RECURRENT_KERNELS",
+    "SUBMODULES",
     "active_replicas",
     "buffers_by_name",
     "call_untraced",
@@ -63,6 +64,9 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 #: Those of them that contain the hooks of its forward and of its backward.
 HOOKS = frozenset(n for n in MODULE_ATTRIBUTES if n.startswith(("_forward_", "_backward_")))
+
+#: The attribute that contains a module's submodules, by name. They can be replaced by others.
+SUBMODULES = "_modules"
 
 #: The attribute in which Lightning's modules note which hook is running, which decides what may be
 #: logged.

@@ -24,14 +24,14 @@ from esam_torch.losses import LossFunction
 from esam_torch.objects import Objects, arrays_of
 from esam_torch.values import can_be_written
 
-__all__ = ["Unwritten", "call_apart", "read_only"]
+__all__ = ["Unwritten", "call_apart", "changed", "read_only"]
 
 
 def read_only(losses: LossFunction, batch: Batch, *, watched: bool) -> LossFunction:
     """Return `losses` for the passes of one step, which must not change the batch repeatedly.
 
     Writing the same values again is allowed, such as `labels[labels < 0] = 0`. Each pass reads the
-    attributes of objects as the first one did.
+    attributes of objects as the first one did, and the variables that `losses` assigns.
 
     Args:
         losses: the user's function.
@@ -49,7 +49,7 @@ def read_only(losses: LossFunction, batch: Batch, *, watched: bool) -> LossFunct
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal objects
         if objects is None:
-            objects = Objects(batch)
+            objects = Objects(batch, losses)
             return call_and_compare(*args, **kwargs)
         with objects.rewinding():
             return call_and_compare(*args, **kwargs)
@@ -94,11 +94,15 @@ class Unwritten:
         batch: arguments of `losses`.
         weights: the trained weights.
         again: whether passes follow that read the batch; if not, only the graph reads its tensors.
+        watched: whether NumPy arrays are compared too. They count no writes.
     """
 
-    def __init__(self, batch: Batch, weights: Sequence[Tensor], *, again: bool) -> None:
+    def __init__(
+        self, batch: Batch, weights: Sequence[Tensor], *, again: bool, watched: bool
+    ) -> None:
         self._batch = batch if again else None
         self._inputs = _tensors_of(batch)
+        self._images = [(a, a.tobytes()) for a in _arrays_of(batch)] if again and watched else []
         self._weights = weights
         self._writes = self._count()
 
@@ -114,15 +118,28 @@ class Unwritten:
         """
         # Not all containers can be copied, such as queues.
         found = self._inputs if self._batch is None else _tensors_of(self._batch)
-        if len(found) != len(self._inputs) or any(map(operator.is_not, found, self._inputs)):
-            raise ESAMRuntimeError(_changed("batch", "a batch with other tensors"))
+        if not self._are_inputs(found) and not self._are_inputs(self._without_new(found)):
+            raise ESAMRuntimeError(changed("batch", "a batch with other tensors"))
+        if any(array.tobytes() != image for array, image in self._images):
+            raise ESAMRuntimeError(changed("batch", "an array that was written to in place"))
         now = self._count()
         for name, before, after in zip(("batch", "weights"), self._writes, now, strict=True):
             if before != after:
-                raise ESAMRuntimeError(_changed(name, f"{name} that were written to in place"))
+                raise ESAMRuntimeError(changed(name, f"{name} that were written to in place"))
+
+    def _are_inputs(self, found: Sequence[Tensor]) -> bool:
+        """Return whether these are the batch's tensors."""
+        return len(found) == len(self._inputs) and all(map(operator.is_, found, self._inputs))
+
+    def _without_new(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """Return tensors without those in new attributes of objects, which no pass finds."""
+        known = {id(t) for t in self._inputs}
+        objects = own_objects_inside(self._batch)
+        new = {id(t) for x in objects for t in tensors_inside(x)} - known
+        return [t for t in found if id(t) not in new]
 
 
-def _changed(name: str, received: str) -> str:
+def changed(name: str, received: str) -> str:
     """Return the error message for what has changed between a loss and its backward."""
     return (
         f"The {name} must not change between optimizer.loss(...) and the backward of this loss, "
@@ -168,5 +185,5 @@ def call_apart(losses: LossFunction, batch: Batch) -> Any:
 
     with torch.no_grad():
         args, kwargs = map_values(batch, copy_values, strict=False)
-    with Objects(batch).undoing():
+    with Objects(batch, losses).undoing():
         return losses(*args, **kwargs)

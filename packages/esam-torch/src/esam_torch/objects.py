@@ -1,4 +1,4 @@
-"""Objects of the user's own classes in a batch, whose attributes a pass may set."""
+"""What a pass may set: attributes of the user's objects in a batch, and variables of `losses`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ import numpy as np
 from esam_torch.batch import Batch
 from esam_torch.containers import own_objects_inside, tensors_inside
 from esam_torch.values import Place, State, is_plain
+from esam_torch.variables import assigned_places
 
 __all__ = ["Objects", "arrays_of"]
 
@@ -17,24 +18,26 @@ class Objects:
     """The attributes of a batch's objects when a step begins, which each of its passes reads.
 
     Such objects cannot be copied in general, so their attributes are set. After a step they are as
-    after its first pass.
+    after its first pass. The same holds for variables that `losses` assigns itself.
 
     Args:
         batch: arguments of `losses`.
+        losses: the user's function.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, losses: Any) -> None:
         args, kwargs = batch
         self._objects = list(own_objects_inside((*args, *kwargs.values())))
+        self._assigned = assigned_places(losses)
         self._start = State(self._places(), ())
 
     def rewinding(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the attributes are as at the beginning."""
-        return self._rewinding() if self._objects else contextlib.nullcontext()
+        return self._rewinding() if self._objects or self._assigned else contextlib.nullcontext()
 
     def undoing(self) -> contextlib.AbstractContextManager[None]:
         """Return a context whose changes of attributes, and of tensors in them, are undone."""
-        return self._undoing() if self._objects else contextlib.nullcontext()
+        return self._undoing() if self._objects or self._assigned else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _rewinding(self) -> Iterator[None]:
@@ -58,9 +61,9 @@ class Objects:
                 array[...] = copy
 
     def _places(self) -> list[Place]:
-        """Return the places of all attributes that the objects have now."""
+        """Return the places of all attributes that the objects have now, and of the variables."""
         own: list[dict[str, Any]] = [vars(x) for x in self._objects]
-        return [(names, name) for names in own for name in names]
+        return [*((names, name) for names in own for name in names), *self._assigned]
 
     def _set(self, state: State) -> None:
         """Restore a state of the attributes, without those that were not there."""

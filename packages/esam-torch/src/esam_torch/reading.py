@@ -37,6 +37,9 @@ _PLAIN = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
 )
 
+#: Types whose objects give other values each time.
+_USED_UP = (Iterator, torch.Generator, np.random.Generator)
+
 
 class Reading(enum.Enum):
     """One way to read a value."""
@@ -49,8 +52,8 @@ class Reading(enum.Enum):
 
 def refuse_used_up(x: Any, path: str) -> None:
     """Raise if a value gives each pass other values: an iterator or a random generator."""
-    if isinstance(x, Iterator | torch.Generator):
-        instead = "a list" if isinstance(x, Iterator) else "none, and use torch's global generator"
+    if isinstance(x, _USED_UP):
+        instead = "a list" if isinstance(x, Iterator) else "none, and use the global generator"
         raise ESAMTypeError(
             f"`{path}` can be read only once, but `losses` is called several times. Pass "
             f"{instead}. Received: {type(x).__name__}."

@@ -4,7 +4,7 @@ A step runs several forwards, but written state must be as after the first one. 
 what the forwards of a model write; from then on only these values are copied.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from esam_torch.wrappers import bare_model
 
 __all__ = ["Forward", "Kept", "Writes"]
 
-#: The number of first steps in which everything is checked; later, if the step number is a power of
-#: 2.
+#: Everything is checked in this many first steps, and in later ones whose number is a power of 2.
 _WATCHED_STEPS = 3
 
 #: Bytes that may be copied to find writes, if the trained weights are smaller.
@@ -155,9 +154,9 @@ class Writes:
             (random or HostRandomState()) if self.draws else None,
         )
 
-    def versions(self) -> list[int]:
-        """Return the version counters of values that have not been seen to change."""
-        return [count_writes(c.tensor) for c in self._idle]
+    def versions(self) -> dict[int, int]:
+        """Return the version counters, by id, of values that no forward has been seen to write."""
+        return {id(c.tensor): count_writes(c.tensor) for c in self._idle}
 
     def learn(self, places: Iterable[Place], written: Iterable[_Candidate]) -> None:
         """Record places whose objects were replaced, and tensors written in place."""
@@ -169,10 +168,14 @@ class Writes:
                 self._places[key_of(candidate.place)] = candidate.place
                 self._values.add(key_of(candidate.place))
 
-    def learn_versions(self, versions: Sequence[int]) -> list[Tensor]:
+    def written_since(self, versions: Mapping[int, int]) -> list[_Candidate]:
+        """Return what has been written since the given version counters."""
+        rows = ((c, count_writes(c.tensor)) for c in self._idle)
+        return [c for c, n in rows if versions.get(id(c.tensor), n) != n]
+
+    def learn_versions(self, versions: Mapping[int, int]) -> list[Tensor]:
         """Record and return the tensors written since the given version counters."""
-        rows = zip(self._idle, versions, strict=True)
-        found = [c for c, version in rows if count_writes(c.tensor) != version]
+        found = self.written_since(versions)
         if found:
             self.late = True
             self.learn([], found)
@@ -285,10 +288,8 @@ class _Watch:
         }
         self._writes.draws |= self.random.has_moved()
         copied = self.state.tensors()
-        self._writes.late |= any(
-            id(c.tensor) in written and id(c.tensor) not in copied and not c.trained
-            for c in self._candidates
-        )
+        late = written - copied
+        self._writes.late |= any(id(c.tensor) in late and not c.trained for c in self._candidates)
         if self._by_value:
             written |= {id(t) for t in self.state.unlike(without=written)}
         changed = [*self.state.find_changes(), *self._writes.new_places(self._places)]
@@ -320,7 +321,7 @@ class Forward:
         self._writes = writes
         self._watch = watch
         self._start = writes.keep() if watch is None else None
-        self._versions = writes.versions() if watch is None else []
+        self._versions = writes.versions() if watch is None else {}
         self._late: State | None = None
         self._noted = False
 

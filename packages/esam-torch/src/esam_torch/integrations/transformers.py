@@ -59,7 +59,7 @@ class ESAMTrainer(Trainer):
     ) -> None:
         self._esam = _checked(esam)
         self._token_weighted = token_weighted
-        self._checked = False
+        self._unchecked = [True]  # a list, because attributes are the same in each pass of a step
         self._needs_outputs = True
         self._means = RunningMeans(("sharpness",))  # since it was last logged
         self._reported: StepReport | None = None
@@ -198,9 +198,9 @@ class ESAMTrainer(Trainer):
     def _own_losses(self, model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Tensor:
         """Return Trainer's own loss per sample, (b,). Options are those of `RowLosses`."""
         labels = labels_of(inputs, self.label_names)
-        rows = RowLosses(labels, **options, checking=not self._checked)
+        rows = RowLosses(labels, **options, checking=bool(self._unchecked))
         losses = losses_by_row(lambda rows: self._mean_loss(model, inputs, rows), rows, model)
-        self._checked = True
+        self._unchecked.clear()
         return losses
 
     def _mean_loss(
