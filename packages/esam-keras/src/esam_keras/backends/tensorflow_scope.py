@@ -38,15 +38,24 @@ class TensorFlowScope(PassScope):
     ) -> None:
         super().__init__(values, assigned)
         self._graph = _current_graph()
+        self._changed: set[int] = set()
 
     def get_current_value(self, variable: Any) -> Tensor:
-        """Return a variable's value; raise if it would be kept for other passes."""
+        """Return a variable's value, or None for the variable itself.
+
+        A function keeps the values that it reads while it is traced, so it must read variables. A
+        variable has its value in the pass if it is neither trained nor assigned.
+        """
         found = super().get_current_value(variable)
-        if found is not None and variable.trainable:
+        if found is None:
+            return None
+        if variable.trainable:
             compat.tell_read(variable)
-            if self._is_in_function():
-                _refuse_read(variable)
-        return found
+        if not self._is_in_function():
+            return found
+        if variable.trainable or id(variable) in self._changed:
+            _refuse_read(variable)
+        return None
 
     def add_update(self, update: tuple[Any, Tensor]) -> None:
         """Record a value assigned to a variable; raise if it exists only in a part of the pass."""
@@ -58,6 +67,7 @@ class TensorFlowScope(PassScope):
                 "compile the model with `run_eagerly=True`. Received: an assignment to "
                 f"{update[0].path}."
             )
+        self._changed.add(id(update[0]))
         super().add_update(update)
 
     def _is_in_function(self) -> bool:
@@ -105,12 +115,12 @@ def _is_of_vectorized_map(graph: Any) -> bool:
 
 
 def _refuse_read(variable: Any) -> NoReturn:
-    """Raise: a trained weight is read where the values of a pass have no effect or no gradient."""
+    """Raise: a weight is read where the values of a pass have no effect or no gradient."""
     raise ESAMRuntimeError(
-        "On TensorFlow, trained weights must not be read inside a `tf.function` of your own, "
-        "`keras.remat`, `tf.recompute_grad` or `tf.custom_gradient`: these do not see the "
-        "perturbed values, or return no gradient for them. Call the layers without it (`fit` "
-        "compiles the whole step), make the weights arguments of the function with its own "
-        "gradient, or checkpoint on JAX or torch. Received: a function that reads "
-        f"{variable.path}."
+        "On TensorFlow, trained weights, and weights that the call has assigned, must not be read "
+        "inside a `tf.function` of your own, `keras.remat`, `tf.recompute_grad` or "
+        "`tf.custom_gradient`: these do not see the values of a pass, or return no gradient for "
+        "them. Call the layers without it (`fit` compiles the whole step), make the weights "
+        "arguments of the function with its own gradient, or checkpoint on JAX or torch. "
+        f"Received: a function that reads {variable.path}."
     )
