@@ -277,3 +277,15 @@ def test_private_names_of_jax(model):
     assert len(shardings[0]) == len(model.trainable_variables)
     compat.hold_jax_state(model, {"trainable_variables": []})
     assert model._jax_state == {"trainable_variables": []}
+
+
+@pytest.mark.backends("tensorflow")
+def test_autograph_leaves_our_errors():
+    import tensorflow as tf
+
+    @tf.function(autograph=True)
+    def fails():
+        raise compat.GraphError("in a function")
+
+    with pytest.raises(compat.GraphError, match=r"^in a function$"):
+        fails()

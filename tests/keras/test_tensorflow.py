@@ -107,7 +107,7 @@ def test_a_compiled_function_of_a_frozen_layer_reads_the_weights_themselves(run_
         def call(self, x):
             return self.head(extract(self.frozen, x))
 
-    extract = tf.function(lambda layer, x: layer(x), autograph=False)
+    extract = tf.function(lambda layer, x: layer(x))
     model = Extracted()
     for _ in range(2):
         model.compile(ESAM("sgd"), cross_entropy(), run_eagerly=run_eagerly)
@@ -121,7 +121,9 @@ def test_a_compiled_function_of_a_frozen_layer_reads_the_weights_themselves(run_
 def test_a_function_that_reads_what_the_call_has_assigned_is_refused(run_eagerly):
     import tensorflow as tf
 
-    compiled = tf.function(lambda layer, x: x - layer.mean, autograph=False)
+    @tf.function
+    def compiled(layer, x):
+        return x - layer.mean
 
     class Centered(keras.layers.Layer):
         def build(self, shape):
@@ -224,8 +226,10 @@ def test_a_function_that_is_first_traced_in_a_pass_is_refused(run_eagerly):
     """It would keep the values of this pass for the others."""
     import tensorflow as tf
 
-    # AutoGraph would raise an error of its own with the message of this one.
-    compiled = tf.function(lambda dense, x: dense(x), autograph=False)
+    @tf.function
+    def compiled(dense, x):
+        return dense(x)
+
     used = False
     model = inside(lambda dense, x: compiled(dense, x) if used else dense(x))
     model.compile(ESAM("sgd", beta=1.0), cross_entropy(), run_eagerly=run_eagerly)

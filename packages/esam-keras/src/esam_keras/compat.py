@@ -13,9 +13,12 @@ from keras import tree
 from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mask
 from keras.src.callbacks.monitor_callback import MonitorCallback
 
+from esam_core import ESAMRuntimeError
+
 __all__ = [
     "MOMENTS",
     "BaseAverages",
+    "GraphError",
     "accumulated_gradients",
     "added_losses_kept",
     "attributes",
@@ -317,6 +320,12 @@ def torch_parameter(variable: Any) -> Any:
 
 
 # -- backends --------------------------------------------------------------------------------------
+
+
+class GraphError(ESAMRuntimeError):
+    """An error inside a function of the user, which TensorFlow's AutoGraph leaves as it is."""
+
+    ag_pass_through = True
 
 
 def distribution_strategy(model: keras.Model) -> Any:

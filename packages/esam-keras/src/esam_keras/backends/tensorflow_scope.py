@@ -60,7 +60,7 @@ class TensorFlowScope(PassScope):
     def add_update(self, update: tuple[Any, Tensor]) -> None:
         """Record a value assigned to a variable; raise if it exists only in a part of the pass."""
         if _current_graph() is not self._graph:
-            raise ESAMRuntimeError(
+            raise compat.GraphError(
                 "On TensorFlow, a compiled step cannot keep what is assigned to a variable, or "
                 "drawn from a seed generator, inside a branch, a loop or a `tf.function`, such as "
                 "the functions of `ops.cond` and `ops.fori_loop`. Assign or draw outside of it, or "
@@ -116,7 +116,7 @@ def _is_of_vectorized_map(graph: Any) -> bool:
 
 def _refuse_read(variable: Any) -> NoReturn:
     """Raise: a weight is read where the values of a pass have no effect or no gradient."""
-    raise ESAMRuntimeError(
+    raise compat.GraphError(
         "On TensorFlow, trained weights, and weights that the call has assigned, must not be read "
         "inside a `tf.function` of your own, `keras.remat`, `tf.recompute_grad` or "
         "`tf.custom_gradient`: these do not see the values of a pass, or return no gradient for "
