@@ -36,6 +36,7 @@ __all__ = [
     "hold_jax_state",
     "inbound_tensors",
     "is_checkpointed",
+    "is_part",
     "is_sparse",
     "is_torch_batchnorm",
     "jax_shardings",
@@ -344,6 +345,13 @@ def is_checkpointed(layer: Any) -> bool:
     if scope is None or scope.mode != "list_of_layers":
         return scope is not None and scope.mode == "full"
     return layer.name in scope.layer_names
+
+
+def is_part(graph: Any) -> bool:
+    """Return whether a graph is of a branch, a loop or a `tf.vectorized_map`, not a function."""
+    parts = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
+    mapped = graph.name == "f" and "loop_body" in graph.get_name_scope().split("/")
+    return mapped or type(graph).__name__ in parts
 
 
 def tell_read(variable: Any) -> None:

@@ -19,9 +19,6 @@ __all__ = ["TensorFlowScope", "refuse_checkpointed", "refuse_reads"]
 
 Tensor = Any
 
-#: The graphs of branches and of loops' bodies; other graphs inside a pass are of functions.
-_PARTS = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
-
 
 class TensorFlowScope(PassScope):
     """A `PassScope` that is aware of the function in which a variable is used.
@@ -74,7 +71,7 @@ class TensorFlowScope(PassScope):
         """Return whether a `tf.function` that was called in the pass is being traced."""
         graph = _current_graph()
         while graph is not None and graph is not self._graph:
-            if type(graph).__name__ not in _PARTS and not _is_of_vectorized_map(graph):
+            if not compat.is_part(graph):
                 return True
             graph = graph.outer_graph
         return False
@@ -107,11 +104,6 @@ def refuse_checkpointed(layer: Any) -> None:
 def _current_graph() -> Any:
     """Return the graph that is being traced; uncompiled, a graph that stays the same."""
     return tf.compat.v1.get_default_graph()
-
-
-def _is_of_vectorized_map(graph: Any) -> bool:
-    """Return whether `tf.vectorized_map` is tracing a graph, as it does anew in each call."""
-    return graph.name == "f" and "loop_body" in graph.get_name_scope().split("/")
 
 
 def _refuse_read(variable: Any) -> NoReturn:
