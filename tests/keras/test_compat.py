@@ -277,3 +277,36 @@ def test_private_names_of_jax(model):
     assert len(shardings[0]) == len(model.trainable_variables)
     compat.hold_jax_state(model, {"trainable_variables": []})
     assert model._jax_state == {"trainable_variables": []}
+
+
+@pytest.mark.backends("tensorflow")
+def test_autograph_leaves_our_errors():
+    import tensorflow as tf
+
+    @tf.function(autograph=True)
+    def fails():
+        raise compat.GraphError("in a function")
+
+    with pytest.raises(compat.GraphError, match=r"^in a function$"):
+        fails()
+
+
+@pytest.mark.backends("tensorflow")
+def test_graphs_of_branches_loops_and_maps():
+    import tensorflow as tf
+
+    def seen(x):
+        found.append(compat.is_part(tf.compat.v1.get_default_graph()))
+        return x * 2.0
+
+    def run(x):
+        tf.cond(tf.reduce_sum(x) > 0.0, lambda: seen(x), lambda: x)
+        tf.while_loop(lambda x: tf.reduce_sum(seen(x)) < 9.0, lambda x: [seen(x)], [x])
+
+    found = []
+    tf.function(run, autograph=False)(tf.ones((2,)))
+    tf.vectorized_map(seen, tf.ones((2,)))
+    assert len(found) >= 4
+    assert all(found)
+    tf.function(seen, autograph=False)(tf.ones((2,)))
+    assert not found[-1]

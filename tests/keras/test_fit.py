@@ -281,3 +281,18 @@ def test_a_layer_unfrozen_after_compiling_is_refused(how):
     model.compile(ESAM("sgd"), cross_entropy())
     getattr(model, how)(X, Y)
     assert all(np.any(a != b) for a, b in zip(weights(model), before, strict=True))
+
+
+def test_a_base_optimizer_that_does_not_know_an_unfrozen_layer_is_refused():
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, name="first")])
+    model.add(keras.layers.BatchNormalization())
+    model.add(keras.layers.Dense(3))
+    model.layers[0].trainable = False
+    model.compile(ESAM("sgd"), cross_entropy())
+    model.train_on_batch(X, Y)
+    model.layers[0].trainable = True
+    model.compile(ESAM(model.optimizer.base_optimizer), cross_entropy())
+    before = weights(model)
+    with pytest.raises(ESAMRuntimeError, match=r"and base optimizer.*first/kernel"):
+        model.train_on_batch(X, Y)
+    same(weights(model), before)

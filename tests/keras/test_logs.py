@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 from tests.keras.scene import Oracle, close, cross_entropy, data, mlp, trainable, weights
 
-from esam_keras import ESAM, Between, Everything, RunningMeans, TopLoss
+from esam_keras import ESAM, Between, Everything, RunningMeans, TopLoss, train_step
 from esam_keras.report import KerasReport
 
 X, Y = data()
@@ -280,25 +280,39 @@ def test_a_step_that_is_skipped_has_no_metrics():
     assert (logs["loss"], logs["rate"]) == ([0.0], [0.0])
 
 
-@pytest.mark.backends("torch")  # a compiled step fails at tracing, before it
-def test_an_error_in_a_metric_comes_after_the_update():
+@pytest.mark.backends("tensorflow", "torch")
+@pytest.mark.parametrize("how", ["train_on_batch", "own loop"])
+@pytest.mark.parametrize("on_nonfinite", ["propagate", "skip"])
+def test_an_error_in_a_metric_comes_after_the_update(on_nonfinite, how):
+    """Uncompiled: a compiled step fails at tracing, before the update."""
+
+    def train():
+        if how == "own loop" and not isinstance(model.optimizer, keras.optimizers.SGD):
+            train_step(model, (ops.convert_to_tensor(X), ops.convert_to_tensor(Y)))
+        else:
+            model.train_on_batch(X, Y)
+
     def fails(y, y_pred):  # noqa: ARG001
         if failing:
             raise FloatingPointError("in the metric")
         return ops.mean(y_pred)
 
     found = []
-    for optimizer in ("sgd", ESAM("sgd", rho=0.0)):
+    for optimizer in ("sgd", ESAM("sgd", rho=0.0, on_nonfinite=on_nonfinite)):
         failing = False
         model = mlp()
         model.set_weights([np.full(w.shape, 0.1) for w in model.get_weights()])
-        model.compile(optimizer, cross_entropy(), metrics=[fails])
-        model.train_on_batch(X, Y)
+        model.compile(optimizer, cross_entropy(), metrics=[fails], run_eagerly=True)
+        train()
         failing = True
         with pytest.raises(FloatingPointError):
-            model.train_on_batch(X, Y)
+            train()
         found.append([*weights(model), int(model.optimizer.iterations)])
     close(*found, rtol=1e-6)
+    assert int(model.optimizer.count) == 2
+    failing = False
+    train()
+    assert int(model.optimizer.count) == 3
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,4 +1,4 @@
-"""What only TensorFlow has: methods compiled by `tf.function`, and its own variables."""
+"""What only TensorFlow has: code compiled by `tf.function`, and its own variables."""
 
 import keras
 import numpy as np
@@ -25,6 +25,9 @@ def with_helper(of_the_layer, used=True):
             if not of_the_layer:
                 self.project = tf.function(self.dense)
 
+        def build(self, shape):
+            self.dense.build(shape)
+
         def call(self, x):
             return self.project(x) if used else self.dense(x)
 
@@ -39,7 +42,7 @@ def test_a_compiled_method_that_a_pass_calls_is_refused(of_the_layer, run_eagerl
     model = with_helper(of_the_layer)
     model.compile(ESAM("sgd"), cross_entropy(), run_eagerly=run_eagerly)
     before = weights(model)
-    with pytest.raises(ESAMRuntimeError, match=r"`project` compiled by `tf\.function`.*'helped'"):
+    with pytest.raises(ESAMRuntimeError, match=r"(?s)inside a `tf\.function`.*helped/dense\w*/"):
         model.fit(X, Y, verbose=0)
     same(weights(model), before)
 
@@ -55,12 +58,92 @@ def test_a_compiled_method_that_no_pass_calls_stays(of_the_layer):
     assert of_the_layer or layer.project is compiled
 
 
-def test_a_compiled_method_of_a_frozen_layer_is_used():
-    model = with_helper(of_the_layer=True)
-    model.layers[0].trainable = False
-    model.compile(ESAM("sgd"), cross_entropy())
-    model.fit(X, Y, verbose=0)
-    assert len(model.optimizer.report.losses) == 12
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_compiled_code_that_reads_no_trained_weight_is_used(run_eagerly):
+    import tensorflow as tf
+
+    class Doubled(keras.layers.Layer):
+        @tf.function
+        def call(self, x):
+            return 2.0 * x
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.frozen = with_helper(of_the_layer=True).layers[0]
+            self.frozen.trainable = False
+            self.doubled = Doubled()
+            self.head = keras.layers.Dense(3)
+
+        @tf.function
+        def center(self, x):
+            return x - tf.reduce_mean(x)
+
+        def call(self, x):
+            return self.head(self.doubled(self.frozen(self.center(x))))
+
+    found = []
+    for optimizer in ("sgd", ESAM("sgd", rho=0.0, beta=1.0, gamma=1.0)):
+        keras.utils.set_random_seed(0)
+        model = Model()
+        model.compile(optimizer, cross_entropy(), run_eagerly=run_eagerly)
+        model.fit(X, Y, batch_size=5, shuffle=False, verbose=0)
+        found.append(weights(model))
+    close(*found, rtol=1e-6)
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_a_compiled_function_of_a_frozen_layer_reads_the_weights_themselves(run_eagerly):
+    """It is traced in a pass, for each new size of the batch, and then used in others."""
+    import tensorflow as tf
+
+    class Extracted(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.frozen = keras.layers.Dense(8, trainable=False)
+            self.frozen.build((None, 6))
+            self.head = keras.layers.Dense(3)
+
+        def call(self, x):
+            return self.head(extract(self.frozen, x))
+
+    extract = tf.function(lambda layer, x: layer(x))
+    model = Extracted()
+    for _ in range(2):
+        model.compile(ESAM("sgd"), cross_entropy(), run_eagerly=run_eagerly)
+        model.fit(X, Y, batch_size=5, verbose=0)  # of 5 and 2 samples, with parts of 3 and 1
+    model.frozen.set_weights([0.0 * w for w in model.frozen.get_weights()])
+    for b in (5, 3, 2, 1):
+        same(extract(model.frozen, tf.constant(X[:b])), np.zeros((b, 8)))
+
+
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_a_function_that_reads_what_the_call_has_assigned_is_refused(run_eagerly):
+    import tensorflow as tf
+
+    @tf.function
+    def compiled(layer, x):
+        return x - layer.mean
+
+    class Centered(keras.layers.Layer):
+        def build(self, shape):
+            self.mean = self.add_weight(shape=shape[1:], initializer="zeros", trainable=False)
+
+        def call(self, x):
+            if not used:
+                return x
+            self.mean.assign(ops.mean(x, axis=0))
+            return compiled(self, x)
+
+    used = False
+    model = keras.Sequential([keras.Input((6,)), Centered(name="centered"), keras.layers.Dense(3)])
+    model.compile(ESAM("sgd", beta=1.0), cross_entropy(), run_eagerly=run_eagerly)
+    model.train_on_batch(X, Y)
+    before = weights(model)
+    used = True
+    with pytest.raises(ESAMRuntimeError, match=r"that the call has assigned.*centered/variable"):
+        model.train_on_batch(X[:10], Y[:10])
+    same(weights(model), before)
 
 
 class Inside(keras.layers.Layer):
@@ -143,8 +226,10 @@ def test_a_function_that_is_first_traced_in_a_pass_is_refused(run_eagerly):
     """It would keep the values of this pass for the others."""
     import tensorflow as tf
 
-    # AutoGraph would raise an error of its own with the message of this one.
-    compiled = tf.function(lambda dense, x: dense(x), autograph=False)
+    @tf.function
+    def compiled(dense, x):
+        return dense(x)
+
     used = False
     model = inside(lambda dense, x: compiled(dense, x) if used else dense(x))
     model.compile(ESAM("sgd", beta=1.0), cross_entropy(), run_eagerly=run_eagerly)

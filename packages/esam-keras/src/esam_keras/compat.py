@@ -13,9 +13,12 @@ from keras import tree
 from keras.src.backend import compute_output_spec, get_keras_mask, set_keras_mask
 from keras.src.callbacks.monitor_callback import MonitorCallback
 
+from esam_core import ESAMRuntimeError
+
 __all__ = [
     "MOMENTS",
     "BaseAverages",
+    "GraphError",
     "accumulated_gradients",
     "added_losses_kept",
     "attributes",
@@ -33,6 +36,7 @@ __all__ = [
     "hold_jax_state",
     "inbound_tensors",
     "is_checkpointed",
+    "is_part",
     "is_sparse",
     "is_torch_batchnorm",
     "jax_shardings",
@@ -319,6 +323,12 @@ def torch_parameter(variable: Any) -> Any:
 # -- backends --------------------------------------------------------------------------------------
 
 
+class GraphError(ESAMRuntimeError):
+    """An error inside a function of the user, which TensorFlow's AutoGraph leaves as it is."""
+
+    ag_pass_through = True
+
+
 def distribution_strategy(model: keras.Model) -> Any:
     """Return the `tf.distribute` strategy in which a model was created, or None."""
     return model._distribute_strategy
@@ -335,6 +345,13 @@ def is_checkpointed(layer: Any) -> bool:
     if scope is None or scope.mode != "list_of_layers":
         return scope is not None and scope.mode == "full"
     return layer.name in scope.layer_names
+
+
+def is_part(graph: Any) -> bool:
+    """Return whether a graph is of a branch, a loop or a `tf.vectorized_map`, not a function."""
+    parts = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
+    mapped = graph.name == "f" and "loop_body" in graph.get_name_scope().split("/")
+    return mapped or type(graph).__name__ in parts
 
 
 def tell_read(variable: Any) -> None:

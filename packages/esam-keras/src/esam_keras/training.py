@@ -107,16 +107,21 @@ class Training:
     def _refuse_unfrozen(self) -> None:
         """Raise if the model trains variables for which the optimizer was not built.
 
+        The base optimizer may have been built before, for another ESAM.
+
         Raises:
             ESAMRuntimeError: it does.
         """
         known = {id(v) for v in compat.known_variables(self.esam)}
+        of_base = {id(v) for v in compat.known_variables(self.esam.base_optimizer)}
+        if of_base:  # an optimizer of your own may not know them
+            known &= of_base
         for variable in self.model.trainable_variables:
             if id(variable) not in known:
                 raise ESAMRuntimeError(
-                    "The model must be compiled again, with a new optimizer, after freezing or "
-                    "unfreezing layers: the optimizer knows only the weights that were trainable "
-                    "when it was built. Received: a step that would train "
+                    "The model must be compiled again, with a new optimizer and base optimizer, "
+                    "after freezing or unfreezing layers: they know only the weights that were "
+                    "trainable when they were built. Received: a step that would train "
                     f"{variable.path}."
                 )
 

@@ -1,9 +1,9 @@
 """TensorFlow: a `tf.function` for each plan."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -81,7 +81,7 @@ class TensorFlowBackend(AssigningBackend):
     def whole_step(
         self, training: ModelTraining, variables: Variables
     ) -> AbstractContextManager[Unknown]:
-        return nullcontext(_Uncompiled(training.model, variables.trainable))
+        return nullcontext(_Uncompiled(variables.trainable))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
@@ -106,8 +106,6 @@ class TensorFlowBackend(AssigningBackend):
             )
         refuse_distribution()
         for layer in compat.flat_layers(model):
-            if isinstance(layer.call, tf.types.experimental.GenericFunction):
-                _refuse_compiled(layer, "call")
             _refuse_raw_variables(layer)
             refuse_checkpointed(layer)
 
@@ -155,50 +153,13 @@ class TensorFlowBackend(AssigningBackend):
 
 
 class _Uncompiled(Unknown):
-    """Refuses what is compiled by `tf.function` in passes; Keras knows all state."""
+    """Refuses reads of trained weights by what is compiled before; Keras knows all state."""
 
-    def __init__(self, model: keras.Model, trained: Sequence[Any]) -> None:
-        self._model = model
+    def __init__(self, trained: Sequence[Any]) -> None:
         self._own = {id(v.value): v for v in trained}  # outside a pass: the `tf.Variable`s
 
-    @contextmanager
-    def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
-        with (
-            refuse_reads(self._own),
-            compat.replace_methods(_compiled_methods(self._model)),
-        ):
-            yield
-
-
-def _compiled_methods(model: Any) -> list[tuple[Any, str, Callable[..., NoReturn]]]:
-    """Return the methods compiled by `tf.function`, with functions that refuse them if called."""
-    return [
-        (layer, name, functools.partial(_refuse_compiled, layer, name))
-        for layer in compat.flat_layers(model)
-        if layer.trainable_variables  # others are never perturbed
-        for name in {*_compiled_names(layer.__class__), *_compiled_in(vars(layer))}
-    ]
-
-
-@functools.cache
-def _compiled_names(kind: type) -> set[str]:
-    """Return the names of a class's methods that are compiled by `tf.function`."""
-    return {name for owner in kind.__mro__ for name in _compiled_in(vars(owner))}
-
-
-def _compiled_in(methods: Mapping[str, Any]) -> list[str]:
-    """Return the names of the methods that are compiled by `tf.function`."""
-    kind = tf.types.experimental.GenericFunction
-    return [name for name, method in methods.items() if isinstance(method, kind)]
-
-
-def _refuse_compiled(layer: Any, name: str, *_: Any, **__: Any) -> NoReturn:
-    """Raise: a method compiled by `tf.function` does not see the values of a pass."""
-    raise ESAMRuntimeError(
-        f"ESAM does not work with a `{name}` compiled by `tf.function`: it reads the variables "
-        "themselves instead of the perturbed values, and would not be trained. Remove the "
-        f"decorator: `fit` compiles the whole step. Received: layer {layer.name!r}."
-    )
+    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[None]:
+        return refuse_reads(self._own)
 
 
 def _refuse_raw_variables(layer: Any) -> None:

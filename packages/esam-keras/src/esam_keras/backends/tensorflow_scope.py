@@ -19,9 +19,6 @@ __all__ = ["TensorFlowScope", "refuse_checkpointed", "refuse_reads"]
 
 Tensor = Any
 
-#: The graphs of branches and of loops' bodies; other graphs inside a pass are of functions.
-_PARTS = ("CondBranchFuncGraph", "WhileBodyFuncGraph", "WhileCondFuncGraph")
-
 
 class TensorFlowScope(PassScope):
     """A `PassScope` that is aware of the function in which a variable is used.
@@ -38,33 +35,43 @@ class TensorFlowScope(PassScope):
     ) -> None:
         super().__init__(values, assigned)
         self._graph = _current_graph()
+        self._changed: set[int] = set()
 
     def get_current_value(self, variable: Any) -> Tensor:
-        """Return a variable's value; raise if it would be kept for other passes."""
+        """Return a variable's value, or None for the variable itself.
+
+        A function keeps the values that it reads while it is traced, so it must read variables. A
+        variable has its value in the pass if it is neither trained nor assigned.
+        """
         found = super().get_current_value(variable)
-        if found is not None and variable.trainable:
+        if found is None:
+            return None
+        if variable.trainable:
             compat.tell_read(variable)
-            if self._is_in_function():
-                _refuse_read(variable)
-        return found
+        if not self._is_in_function():
+            return found
+        if variable.trainable or id(variable) in self._changed:
+            _refuse_read(variable)
+        return None
 
     def add_update(self, update: tuple[Any, Tensor]) -> None:
         """Record a value assigned to a variable; raise if it exists only in a part of the pass."""
         if _current_graph() is not self._graph:
-            raise ESAMRuntimeError(
+            raise compat.GraphError(
                 "On TensorFlow, a compiled step cannot keep what is assigned to a variable, or "
                 "drawn from a seed generator, inside a branch, a loop or a `tf.function`, such as "
                 "the functions of `ops.cond` and `ops.fori_loop`. Assign or draw outside of it, or "
                 "compile the model with `run_eagerly=True`. Received: an assignment to "
                 f"{update[0].path}."
             )
+        self._changed.add(id(update[0]))
         super().add_update(update)
 
     def _is_in_function(self) -> bool:
         """Return whether a `tf.function` that was called in the pass is being traced."""
         graph = _current_graph()
         while graph is not None and graph is not self._graph:
-            if type(graph).__name__ not in _PARTS and not _is_of_vectorized_map(graph):
+            if not compat.is_part(graph):
                 return True
             graph = graph.outer_graph
         return False
@@ -99,18 +106,13 @@ def _current_graph() -> Any:
     return tf.compat.v1.get_default_graph()
 
 
-def _is_of_vectorized_map(graph: Any) -> bool:
-    """Return whether `tf.vectorized_map` is tracing a graph, as it does anew in each call."""
-    return graph.name == "f" and "loop_body" in graph.get_name_scope().split("/")
-
-
 def _refuse_read(variable: Any) -> NoReturn:
-    """Raise: a trained weight is read where the values of a pass have no effect or no gradient."""
-    raise ESAMRuntimeError(
-        "On TensorFlow, trained weights must not be read inside a `tf.function` of your own, "
-        "`keras.remat`, `tf.recompute_grad` or `tf.custom_gradient`: these do not see the "
-        "perturbed values, or return no gradient for them. Call the layers without it (`fit` "
-        "compiles the whole step), make the weights arguments of the function with its own "
-        "gradient, or checkpoint on JAX or torch. Received: a function that reads "
-        f"{variable.path}."
+    """Raise: a weight is read where the values of a pass have no effect or no gradient."""
+    raise compat.GraphError(
+        "On TensorFlow, trained weights, and weights that the call has assigned, must not be read "
+        "inside a `tf.function` of your own, `keras.remat`, `tf.recompute_grad` or "
+        "`tf.custom_gradient`: these do not see the values of a pass, or return no gradient for "
+        "them. Call the layers without it (`fit` compiles the whole step), make the weights "
+        "arguments of the function with its own gradient, or checkpoint on JAX or torch. "
+        f"Received: a function that reads {variable.path}."
     )
