@@ -47,6 +47,7 @@ class Training:
         self.backend: Backend = current_backend()
         self._prepared: Prepared | None = None
         self.has_run = False
+        self.updated = False
         #: The count at which earlier steps are known to provide a direction.
         self._directed_at: int | None = None
 
@@ -208,6 +209,18 @@ class Training:
             return self.backend.step(self, plan, inputs, *arguments)
         with _under_way(_UnderWay(self, plan, inputs, first_axis(arguments[-1]))) as step:
             return self.model.train_step(*arguments), step.report
+
+    @contextmanager
+    def counting(self, count: int) -> Iterator[None]:
+        """Advance the count after a step, also after one that fails when it has made its update."""
+        self.updated = False
+        try:
+            yield
+        except BaseException:
+            if self.updated:
+                self.esam.count.assign(count + 1)
+            raise
+        self.esam.count.assign(count + 1)
 
     def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None:
         """Keep the report of a step; raise if it was not finite and `on_nonfinite="raise"`."""

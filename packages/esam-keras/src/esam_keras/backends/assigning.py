@@ -69,7 +69,7 @@ class AssigningBackend(Backend):
                     trained = StepVariables(variables.trainable)
                     self.apply(model.optimizer, outcome.gradients, trained)
                 if not self.is_tracing():  # else the metrics have been traced before any update
-                    esam.count.assign_add(1)
+                    training.updated = True
 
             ok = None if esam.config.on_nonfinite == "propagate" else self._is_finite(outcome)
             unknown.keep_random_state()

@@ -29,6 +29,8 @@ class ModelTraining(Protocol):
     esam: ESAM
     #: Whether a step has run since the last call of `prepare` that checked the model.
     has_run: bool
+    #: Whether the current step has made its update; not noted while a step is traced.
+    updated: bool
 
     @property
     def prepared(self) -> Prepared: ...
@@ -43,6 +45,8 @@ class ModelTraining(Protocol):
     def step(
         self, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Any] | None]: ...
+
+    def counting(self, count: int) -> AbstractContextManager[None]: ...
 
     def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None: ...
 

@@ -120,9 +120,9 @@ class TensorFlowBackend(AssigningBackend):
         training.prepare(data)
         count = int(training.esam.count.numpy())
         drawn = training.draw(count, data, compiled=False)
-        logs, report = self.step(training, drawn.plan, _to_native(drawn.inputs), data)
-        training.finish(count, drawn, report)
-        training.esam.count.assign(count + 1)
+        with training.counting(count):
+            logs, report = self.step(training, drawn.plan, _to_native(drawn.inputs), data)
+            training.finish(count, drawn, report)
         return logs
 
     def make_train_function(
@@ -142,9 +142,9 @@ class TensorFlowBackend(AssigningBackend):
                 drawn: Drawn = training.draw(count, data, compiled=compiled)
                 if drawn.plan not in functions:
                     functions[drawn.plan] = step_function(training, drawn.plan)
-                logs, report = functions[drawn.plan](_to_native(drawn.inputs), data)
-                training.finish(count, drawn, report)
-                training.esam.count.assign(count + 1)
+                with training.counting(count):
+                    logs, report = functions[drawn.plan](_to_native(drawn.inputs), data)
+                    training.finish(count, drawn, report)
             if logs is None:
                 raise StopIteration
             return logs

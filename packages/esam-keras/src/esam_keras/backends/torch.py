@@ -175,9 +175,9 @@ class TorchBackend(AssigningBackend):
         count = int(training.esam.count.value)
         drawn: Drawn = training.draw(count, data, compiled=False)
         inputs = {n: keras.ops.convert_to_tensor(value) for n, value in drawn.inputs.items()}
-        logs, report = make(drawn.plan, inputs, data)
-        training.finish(count, drawn, report)
-        training.esam.count.assign(count + 1)
+        with training.counting(count):
+            logs, report = make(drawn.plan, inputs, data)
+            training.finish(count, drawn, report)
         return logs
 
 
