@@ -127,7 +127,8 @@ TABLES = (
         *("wrong labels, twice", STUDY, "## When it pays", ("accuracy with wrong labels",)),
         *("noisy", _SINGLE),
     ),
-    Table("text", STUDY, "## When it pays", ("over AdamW",), "text", _SINGLE),
+    Table("text", STUDY, "## When it pays", ("over AdamW |",), "text", _SINGLE),
+    Table("text, twice", STUDY, "## When it pays", ("over AdamW's best",), "text", _SINGLE),
 )
 
 
