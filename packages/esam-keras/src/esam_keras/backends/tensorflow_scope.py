@@ -60,8 +60,8 @@ class TensorFlowScope(PassScope):
             raise compat.GraphError(
                 "On TensorFlow, a compiled step cannot keep what is assigned to a variable, or "
                 "drawn from a seed generator, inside a branch, a loop or a `tf.function`, such as "
-                "the functions of `ops.cond` and `ops.fori_loop`. Assign or draw outside of it, or, "
-                "for a branch or a loop, compile the model with `run_eagerly=True`. Received: an "
+                "the functions of `ops.cond` and `ops.fori_loop`. Assign or draw outside of it. "
+                "For a branch or a loop, `compile(..., run_eagerly=True)` helps too. Received: an "
                 f"assignment to {update[0].path}."
             )
         self._changed.add(id(update[0]))
