@@ -26,8 +26,8 @@ class Attributes:
     """Finds which attributes of modules change between a loss and its backward.
 
     In the steps in which `Writes` checks everything, all are compared: the attributes that are not
-    parameters, with the contents of containers. The other steps compare only
-    those that have been seen to change.
+    parameters, with the contents of containers. The other steps compare only those that have been
+    seen to change.
 
     Args:
         model: the model that `losses` calls; wrappers are unwrapped.

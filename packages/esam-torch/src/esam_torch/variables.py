@@ -53,7 +53,9 @@ class Variables:
     """
 
     def __init__(self, losses: Any, *, watched: bool) -> None:
-        self._function, self._owner = function_in(losses)
+        function, owner = function_in(losses)
+        self._read = [] if function is None else _variables(function.__code__)[0]
+        self._scopes = {} if function is None else _scopes(function, owner)
         self._before = self._values()
         for name, (value, _) in self._before.items() if watched else ():
             if not isinstance(value, _HARMLESS):
@@ -79,13 +81,9 @@ class Variables:
 
     def _values(self) -> dict[str, tuple[Any, int]]:
         """Return the variables' values and how often these were written to in place, by name."""
-        if self._function is None:
-            return {}
-        scopes = _scopes(self._function, self._owner)
-        read, _ = _variables(self._function.__code__)
         found = {}
-        for kind, path, name in read:
-            value = _resolve(scopes[kind], path)
+        for kind, path, name in self._read:
+            value = _resolve(self._scopes[kind], path)
             if value is not MISSING:
                 found[name] = value, count_writes(value) if isinstance(value, Tensor) else 0
         return found
