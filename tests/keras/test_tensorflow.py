@@ -117,6 +117,17 @@ def test_a_compiled_function_of_a_frozen_layer_reads_the_weights_themselves(run_
         same(extract(model.frozen, tf.constant(X[:b])), np.zeros((b, 8)))
 
 
+def refused_once_used(model, used, match, *, run_eagerly):
+    """Check that a step is refused after the model begins to use a function, as `used` tells it."""
+    model.compile(ESAM("sgd", beta=1.0), cross_entropy(), run_eagerly=run_eagerly)
+    model.train_on_batch(X, Y)
+    before = weights(model)
+    used.append(True)
+    with pytest.raises(ESAMRuntimeError, match=match):
+        model.train_on_batch(X[:10], Y[:10])
+    same(weights(model), before)
+
+
 @pytest.mark.parametrize("run_eagerly", [True, False])
 def test_a_function_that_reads_what_the_call_has_assigned_is_refused(run_eagerly):
     import tensorflow as tf
@@ -135,15 +146,11 @@ def test_a_function_that_reads_what_the_call_has_assigned_is_refused(run_eagerly
             self.mean.assign(ops.mean(x, axis=0))
             return compiled(self, x)
 
-    used = False
+    used = []
     model = keras.Sequential([keras.Input((6,)), Centered(name="centered"), keras.layers.Dense(3)])
-    model.compile(ESAM("sgd", beta=1.0), cross_entropy(), run_eagerly=run_eagerly)
-    model.train_on_batch(X, Y)
-    before = weights(model)
-    used = True
-    with pytest.raises(ESAMRuntimeError, match=r"that the call has assigned.*centered/variable"):
-        model.train_on_batch(X[:10], Y[:10])
-    same(weights(model), before)
+    refused_once_used(
+        model, used, r"that the call has assigned.*centered/variable", run_eagerly=run_eagerly
+    )
 
 
 class Inside(keras.layers.Layer):
@@ -230,15 +237,11 @@ def test_a_function_that_is_first_traced_in_a_pass_is_refused(run_eagerly):
     def compiled(dense, x):
         return dense(x)
 
-    used = False
+    used = []
     model = inside(lambda dense, x: compiled(dense, x) if used else dense(x))
-    model.compile(ESAM("sgd", beta=1.0), cross_entropy(), run_eagerly=run_eagerly)
-    model.train_on_batch(X, Y)
-    before = weights(model)
-    used = True
-    with pytest.raises(ESAMRuntimeError, match=r"inside a `tf\.function`.*inner/(kernel|bias)"):
-        model.train_on_batch(X[:10], Y[:10])
-    same(weights(model), before)
+    refused_once_used(
+        model, used, r"inside a `tf\.function`.*inner/(kernel|bias)", run_eagerly=run_eagerly
+    )
 
 
 @pytest.mark.parametrize("mode", ["full", "list_of_layers"])
