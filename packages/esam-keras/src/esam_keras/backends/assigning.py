@@ -4,6 +4,7 @@ The passes are a pure function of the state (see `esam_keras.passes`). Their res
 the variables after the last one, when only the metrics can still fail.
 """
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -88,6 +89,35 @@ class AssigningBackend(Backend):
             report = {**report, "ok": ok}
         self._run_if(ok, keep_metrics)
         return training.with_means(logs, sums), report
+
+    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
+        """Draw a step, run it uncompiled, count it, and return its logs."""
+        return self.run_counted(training, arguments[0], functools.partial(self.step, training))
+
+    def run_counted(
+        self,
+        training: ModelTraining,
+        data: Any,
+        step: Callable[[Plan, dict[str, Tensor], Any], tuple[dict[str, Any], Any]],
+        *,
+        compiled: bool = False,
+    ) -> dict[str, Any]:
+        """Draw a step, run it, count it, and return its logs.
+
+        Args:
+            training: ESAM's part of the model.
+            data: the batch.
+            step: takes the plan, its inputs and the batch; returns logs, and a report's arrays.
+            compiled: whether `step` is compiled for each plan.
+        """
+        training.prepare(data)
+        count = int(training.esam.count.numpy())
+        drawn = training.draw(count, data, compiled=compiled)
+        inputs = {name: ops.convert_to_tensor(value) for name, value in drawn.inputs.items()}
+        with training.counting(count):
+            logs, report = step(drawn.plan, inputs, data)
+            training.finish(count, drawn, report)
+        return logs
 
     def _passes(
         self,

@@ -20,7 +20,7 @@ from esam_keras.backends.tensorflow_scope import (
 from esam_keras.evaluation import Variables
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import perturb
-from esam_keras.plan import Drawn, Plan
+from esam_keras.plan import Plan
 
 __all__ = ["BACKEND", "TensorFlowBackend"]
 
@@ -115,16 +115,6 @@ class TensorFlowBackend(AssigningBackend):
     def is_tracing(self, *arguments: Any) -> bool:
         return tf.inside_function()
 
-    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
-        (data,) = arguments
-        training.prepare(data)
-        count = int(training.esam.count.numpy())
-        drawn = training.draw(count, data, compiled=False)
-        with training.counting(count):
-            logs, report = self.step(training, drawn.plan, _to_native(drawn.inputs), data)
-            training.finish(count, drawn, report)
-        return logs
-
     def make_train_function(
         self, training: ModelTraining
     ) -> Callable[[Iterator[Any]], dict[str, Any]]:
@@ -132,19 +122,17 @@ class TensorFlowBackend(AssigningBackend):
         compiled = not model.run_eagerly
         functions: dict[Plan, Callable[..., Any]] = {}
 
+        def step(plan: Plan, *arguments: Any) -> Any:
+            if plan not in functions:
+                functions[plan] = step_function(training, plan)
+            return functions[plan](*arguments)
+
         def train_function(iterator: Iterator[Any]) -> dict[str, Any]:
             logs = None
             for _, data in zip(range(model.steps_per_execution), iterator, strict=False):
                 if compat.reads_optionals(model):
                     data = _without_optionals(data)
-                training.prepare(data)
-                count = int(training.esam.count.numpy())
-                drawn: Drawn = training.draw(count, data, compiled=compiled)
-                if drawn.plan not in functions:
-                    functions[drawn.plan] = step_function(training, drawn.plan)
-                with training.counting(count):
-                    logs, report = functions[drawn.plan](_to_native(drawn.inputs), data)
-                    training.finish(count, drawn, report)
+                logs = self.run_counted(training, data, step, compiled=compiled)
             if logs is None:
                 raise StopIteration
             return logs
@@ -191,11 +179,6 @@ def step_function(training: ModelTraining, plan: Plan) -> Callable[[Any, Any], A
             step, autograph=False, reduce_retracing=True, jit_compile=model.jit_compile
         )
     return step
-
-
-def _to_native(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return inputs as tensors."""
-    return {name: tf.convert_to_tensor(value) for name, value in inputs.items()}
 
 
 def _without_optionals(data: Any) -> Any:

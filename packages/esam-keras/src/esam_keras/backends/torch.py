@@ -1,6 +1,5 @@
 """torch: eager, computing only the gradients that the mask needs."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -16,7 +15,6 @@ from esam_keras.backends.torch_state import UnknownState
 from esam_keras.evaluation import Variables
 from esam_keras.handover import StepVariables
 from esam_keras.perturbation import Perturbation, norm_weights, perturb, radius_per_norm
-from esam_keras.plan import Drawn
 
 __all__ = ["BACKEND", "TorchBackend"]
 
@@ -151,9 +149,6 @@ class TorchBackend(AssigningBackend):
     def is_tracing(self, *arguments: Any) -> bool:
         return torch.compiler.is_compiling()
 
-    def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
-        return self._run_counted(training, arguments[0], functools.partial(self.step, training))
-
     def make_train_function(self, training: ModelTraining) -> Callable[[Any], dict[str, Any]]:
         steps = training.model.steps_per_execution
         if steps > 1:
@@ -164,21 +159,9 @@ class TorchBackend(AssigningBackend):
 
         def train_function(data: Any) -> dict[str, Any]:
             (batch,) = data
-            logs: dict[str, Any] = self._run_counted(training, batch, training.step)
-            return logs
+            return self.run_counted(training, batch, training.step)
 
         return train_function
-
-    def _run_counted(self, training: ModelTraining, data: Any, make: Callable[..., Any]) -> Any:
-        """Draw a step, run it, and count it."""
-        training.prepare(data)
-        count = int(training.esam.count.value)
-        drawn: Drawn = training.draw(count, data, compiled=False)
-        inputs = {n: keras.ops.convert_to_tensor(value) for n, value in drawn.inputs.items()}
-        with training.counting(count):
-            logs, report = make(drawn.plan, inputs, data)
-            training.finish(count, drawn, report)
-        return logs
 
 
 def _copy(leaf: Any) -> Any:
