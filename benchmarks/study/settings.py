@@ -219,7 +219,7 @@ SETTINGS: dict[str, Setting] = {
             seeds=tuple(range(10)),
             starts=_starts(0.05) | {name: _grid(name) for name in ("sgd", "sam", "half-suffix")},
             restarts={10: {name: _CHOSEN_IN_SMALL[name] for name in CONTENDERS}},
-            everywhere=(*CONTENDERS, "esam", "sgd-ema"),
+            everywhere=tuple(METHODS),
             also=(("sgd", 40, _CHOSEN_IN_SMALL["sgd"][0]),),  # better on three seeds
         ),
         Setting(
