@@ -35,7 +35,7 @@ def make_optimizer(kind, model, lr=0.1):
     return ESAM(base, model, **(SUFFIX_PART if kind == "suffix-part" else {}))
 
 
-def run_fit(kind="esam", epochs=3, **options):
+def run_fit(kind="esam", epochs=3, losses=model_losses, **options):
     model = make_model()
     optimizer = make_optimizer(kind, model)
     options = {"progress": False, "device": "cpu", **options}
@@ -44,7 +44,7 @@ def run_fit(kind="esam", epochs=3, **options):
     loader = DataLoader(
         make_data(), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(1)
     )
-    return model, fit(model, optimizer, model_losses, loader, epochs=epochs, **options)
+    return model, fit(model, optimizer, losses, loader, epochs=epochs, **options)
 
 
 def make_batches(*bad, n=4):

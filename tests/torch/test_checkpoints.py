@@ -191,15 +191,19 @@ def test_a_state_that_cannot_be_loaded_changes_nothing():
     optimizer.backward(losses_of(model), *batch())
     optimizer.step()
     good = copy.deepcopy(optimizer.state_dict())
-    bad_states = {
-        "`rho` must be finite": {**good["esam"]["config"], "rho": -1.0},
-        "`name` must be one of": {**good["esam"]["config"], "perturb": {"name": "Nothing"}},
-        "`on_nonfinite` must be": {**good["esam"]["config"], "on_nonfinite": "ignore"},
+    config = good["esam"]["config"]
+    bad_entries = {
+        "`rho` must be finite": {"count": 3, "config": {**config, "rho": -1.0}},
+        "`name` must be one of": {"count": 3, "config": {**config, "perturb": {"name": "Nothing"}}},
+        "`on_nonfinite` must be": {"count": 3, "config": {**config, "on_nonfinite": "ignore"}},
+        r"written\. Received: \{'count': 3\}": {"count": 3},
+        r"written\. Received: \{'config'": {"config": config},
+        r"written\. Received: \[3\]": [3],
     }
     before = Snapshot(model, optimizer)
-    for match, config in bad_states.items():
+    for match, entry in bad_entries.items():
         state = copy.deepcopy(good)
-        state["esam"] = {"count": 3, "config": config}
+        state["esam"] = entry
         state["param_groups"][0]["lr"] = 0.5
         with pytest.raises(ESAMValueError, match=match):
             optimizer.load_state_dict(state)

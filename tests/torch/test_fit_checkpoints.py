@@ -157,18 +157,55 @@ def test_epochs_without_the_monitored_number_write_checkpoints(tmp_path, on_nonf
         assert best["row"] == history.last == history.best("train_loss", smallest=True)
 
 
-def test_a_kill_between_the_two_checkpoints_loses_neither(tmp_path, monkeypatch):
-    from esam_torch.fitting.checkpoints import Checkpoints
+@pytest.mark.parametrize("method", ["to_csv", "to_json", "best"])
+def test_a_kill_between_the_files_of_the_last_epoch_loses_none(method, tmp_path, monkeypatch):
+    run_fit(epochs=1, folder=tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(History, method, _killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_fit(epochs=2, folder=tmp_path, resume=True)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["row"]["epoch"] == 1
+    model, history = run_fit(epochs=2, folder=tmp_path, resume=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["row"] == history.last == history.best("train_loss", smallest=True)
+    assert torch.equal(best["model"]["0.weight"], model[0].weight)
+    assert History.from_json(tmp_path / "history.json").rows == history.rows
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("name", ["last.pt", "history.csv", "history.json"])
+def test_an_interrupted_write_keeps_the_old_file(name, tmp_path, monkeypatch):
+    """The new one is complete when it replaces the old one."""
+    run_fit(epochs=1, folder=tmp_path)
+    before = (tmp_path / name).read_bytes()
+    replace = Path.replace
+
+    def killed(path, target):
+        if target.name == name:
+            raise KeyboardInterrupt
+        return replace(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Checkpoints, "save_best", _killed)
+        patched.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_fit(epochs=1, folder=tmp_path)
-    assert (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
-    model, history = run_fit(epochs=1, folder=tmp_path, resume=True)
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert best["row"] == history.last
-    assert torch.equal(best["model"]["0.weight"], model[0].weight)
+            run_fit(epochs=2, folder=tmp_path, resume=True)
+    assert (tmp_path / name).read_bytes() == before
+    _, history = run_fit(epochs=2, folder=tmp_path, resume=True)
+    assert History.from_json(tmp_path / "history.json").rows == history.rows
+
+
+def test_a_new_run_does_not_resume_the_earlier_one_in_its_folder(tmp_path):
+    """Also if it is interrupted before its first checkpoint, and again."""
+    run_fit(epochs=2, folder=tmp_path)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_fit(epochs=2, folder=tmp_path, losses=_killed)
+        assert not FILES & {path.name for path in tmp_path.iterdir()}
+        assert (tmp_path / "last.pt.old").exists()  # until then, it is not lost
+    _, history = run_fit(epochs=1, folder=tmp_path, resume=True)
+    assert len(history) == 1
+    assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
 def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -177,7 +214,7 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     save = torch.save
 
     def half(state, file):
-        path = Path(getattr(file, "name", file))
+        path = Path(file)
         if not path.name.startswith("last"):
             return save(state, file)
         path.write_bytes(b"half a checkpoint")
@@ -192,8 +229,31 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert len(history) == 2
 
 
-def _killed(*_):
+def _killed(*_, **__):
     raise KeyboardInterrupt
+
+
+FILES = {"last.pt", "best.pt", "history.csv", "history.json"}
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        (b"", r"last\.pt, which cannot be read \(EOFError: "),
+        (b"half a checkpoint", r"last\.pt, which cannot be read \("),
+        ({"model": {}}, r"last\.pt, of an earlier version or of another program\."),
+        ([1], r"last\.pt, of an earlier version or of another program\."),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(written, words, tmp_path):
+    path = tmp_path / "last.pt"
+    if isinstance(written, bytes):
+        path.write_bytes(written)
+    else:
+        torch.save(written, path)
+    with pytest.raises(ValueError, match=words + ".*another `folder`, or resume=False"):
+        run_fit(epochs=1, folder=tmp_path, resume=True)
+    run_fit(epochs=1, folder=tmp_path)
 
 
 def test_invalid_monitors_are_refused_before_training(tmp_path):

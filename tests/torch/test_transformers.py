@@ -258,6 +258,25 @@ def test_trainer_resumes_from_its_checkpoint(transformers, tmp_path, options):
         assert torch.equal(a, b)
 
 
+def test_a_callback_changes_rho_of_a_resumed_run(transformers, tmp_path):
+    seen = []
+
+    class SetRho(transformers.TrainerCallback):
+        def on_train_begin(self, *_, optimizer=None, **__):
+            for group in optimizer.param_groups:
+                group["esam_rho"] = 0.1
+
+        def on_step_end(self, *_, optimizer=None, **__):
+            seen.append(float(optimizer.optimizer.report.perturbation_norm))
+
+    options = {"esam": {"rho": 0.4, "beta": 1.0}, "output_dir": str(tmp_path)}
+    new_trainer(transformers, save_strategy="epoch", **options).train()
+    resumed = new_trainer(transformers, save_strategy="no", **options)
+    resumed.add_callback(SetRho())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert seen and seen == pytest.approx([0.1] * len(seen), rel=1e-3)
+
+
 def test_several_gpus_in_one_process_are_refused(transformers, monkeypatch):
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
     with pytest.raises(ESAMValueError, match=r"one GPU per process.*Received: 2 GPUs"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from esam_core import ESAMConfig, Everything, Previous
+from esam_core import ESAMConfig, ESAMValueError, Everything, Previous
 from esam_core.config import component_to_dict
 from esam_torch.compat import saves_state_dict_hooks
 from esam_torch.directions import Memory
@@ -70,6 +70,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     options, replaced = [options_of(group) for group in run.base.param_groups], []
     if own is not None:  # check everything before changing anything
         parameters = parameters_of(run.model, run.base.param_groups)
+        _check_entry(own)
         config, memory = read_entry(own, config, parameters)
         count, budget, spent = int(own["count"]), own.get("budget"), own.get("spent", False)
         if "spent" not in own and budget is None:  # of an earlier version, which kept only unspent
@@ -90,7 +91,8 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
 _REPLACED = (
     "The checkpoint was written with other settings, which replace those given in code: {}. To "
     "continue with the checkpoint's, write them in the code too. To keep those in code, load the "
-    "checkpoint into the base optimizer: optimizer.base_optimizer.load_state_dict(...)."
+    "checkpoint into the base optimizer: optimizer.base_optimizer.load_state_dict(...). For rho, "
+    "it is enough to set `esam_rho` in the parameter groups afterwards."
 )
 
 _OPTIONS_TOO = (
@@ -129,6 +131,15 @@ def read_entry(
     memory = Memory()
     memory.load(own.get("direction", {}), parameters)
     return _load(own["config"], given), memory
+
+
+def _check_entry(own: Any) -> None:
+    """Raise if ESAM's entry of a state is not one that `state_of` writes."""
+    if not isinstance(own, Mapping) or not {"count", "config"} <= own.keys():
+        raise ESAMValueError(
+            'The entry "esam" of the state must be one that `ESAM.state_dict()` has written. '
+            f"Received: {own!r}."
+        )
 
 
 def _sharded(run: Run) -> bool:

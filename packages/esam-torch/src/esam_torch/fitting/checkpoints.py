@@ -3,10 +3,11 @@
 import math
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,11 @@ from esam_torch.wrappers import bare_model
 
 __all__ = ["Checkpoints", "Place"]
 
+#: The files in a run's folder.
+_LAST, _BEST, _CSV, _JSON = _FILES = ("last.pt", "best.pt", "history.csv", "history.json")
+
+_ANEW = "Use another `folder`, or resume=False, which overwrites this run."
+
 
 @dataclass
 class Place:
@@ -34,6 +40,8 @@ class Place:
             state the loader yields the same batches again.
         rate: the learning rate at the start of this epoch.
         data: what determines the batches of this epoch.
+        seconds: how long training has taken in this epoch.
+        samples: the number of this process's samples in this epoch.
     """
 
     epoch: int = 1
@@ -41,16 +49,18 @@ class Place:
     random: dict[str, Any] = field(default_factory=dict)
     rate: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    samples: int = 0
 
 
 class Checkpoints:
-    """Writes "last.pt" and "best.pt" to a folder, and reads the last one.
+    """Writes "last.pt", "best.pt" and the history to a folder, and reads the first.
 
     Args:
         folder: the folder of the checkpoints; None for no checkpoints.
         model: the trained model; wrappers are unwrapped.
         parts: other objects with a `state_dict`, by name: optimizer, scheduler, scaler.
-        loader: the training data.
+        loaders: the training data first; then the evaluation data, if there are any.
         device: the model's device.
         monitor: the column whose best value determines "best.pt". Epochs without this number are
             ignored.
@@ -62,7 +72,7 @@ class Checkpoints:
         folder: str | Path | None,
         model: nn.Module,
         parts: Mapping[str, Any],
-        loader: Any,
+        loaders: Sequence[Any],
         device: torch.device,
         monitor: str,
         *,
@@ -71,7 +81,7 @@ class Checkpoints:
         self._folder = None if folder is None else Path(folder)
         self._model = bare_model(model)
         self._parts = {name: part for name, part in parts.items() if part is not None}
-        self._loader = loader
+        self._loaders = loaders
         self._device = device
         self._monitor = monitor
         self._smallest = smallest
@@ -86,37 +96,52 @@ class Checkpoints:
 
     def random_state(self) -> dict[str, Any]:
         """Return the state of every random generator that data and training use."""
-        loaders = [generator.get_state() for generator in generators_of(self._loader)]
+        loaders = [generator.get_state() for generator in generators_of(self._loaders)]
         order = self._order.seed if self._order is not None else None
         return {**random_state(self._device), "loader": loaders, "order": order}
 
     @property
     def _order(self) -> SharedOrder | None:
         """Return the order of the samples that ranks share, or None."""
-        sampler = getattr(self._loader, "sampler", None)
+        sampler = getattr(self._loaders[0], "sampler", None)
         return sampler if isinstance(sampler, SharedOrder) else None
 
     def load_random_state(self, state: Mapping[str, Any]) -> None:
         """Restore the state of every generator."""
         load_random_state(state, self._device)
-        generators = generators_of(self._loader)
-        if len(generators) != len(state["loader"]):
-            raise ESAMValueError(
-                "`loader` must have as many generators as when the checkpoint was written. "
-                f"Received: {len(generators)}, not {len(state['loader'])}."
-            )
-        for generator, saved in zip(generators, state["loader"], strict=True):
+        for generator, saved in zip(generators_of(self._loaders), state["loader"], strict=True):
             generator.set_state(saved.cpu())
         if self._order is not None and state["order"] is not None:
             self._order.seed = state["order"]
 
     # -- files ------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Set aside the files of an earlier run in this folder until this run has saved its own.
+
+        Otherwise a run that is interrupted before its first checkpoint would resume the earlier.
+        """
+        for path, old in self._earlier():
+            if path.exists():
+                path.replace(old)
+
+    def _earlier(self) -> list[tuple[Path, Path]]:
+        """Return the paths of the files that rank 0 writes, and those of an earlier run's."""
+        if self._folder is None or world()[0] > 0:
+            return []
+        return [(self._folder / name, self._folder / (name + ".old")) for name in _FILES]
+
     def save(self, place: Place, means: Means) -> None:
-        """Write "last.pt" and the history. All ranks call this; only rank 0 writes."""
+        """Write "last.pt". All ranks call this; only rank 0 writes."""
         if self._folder is None:
             return
-        mine = {"start": place.random, "now": self.random_state(), "means": means.state_dict()}
+        mine = {
+            "start": place.random,
+            "now": self.random_state(),
+            "means": means.state_dict(),
+            "seconds": place.seconds,
+            "samples": place.samples,
+        }
         rank, size = world()
         ranks: list[Any] = [mine]
         if size > 1:
@@ -134,36 +159,47 @@ class Checkpoints:
                 "history": self.history.rows,
                 "ranks": ranks,
             }
-            self._write(state, "last.pt")
-            self.history.to_csv(self._folder / "history.csv")
-            self.history.to_json(self._folder / "history.json")
+            self._write(state, _LAST)
+            for _, old in self._earlier():
+                old.unlink(missing_ok=True)
 
     def save_after(self, epoch: int, means: Means) -> None:
-        """Save the state after an epoch, and the model if it is the best so far."""
+        """Save the state after an epoch, and its results."""
         self.save(Place(epoch + 1, 0, self.random_state()), means)
-        self.save_best()
+        self.save_results()
 
-    def save_best(self) -> None:
-        """Write "best.pt", with the model and its row, if the last epoch is the best so far."""
+    def save_results(self) -> None:
+        """Write the history, and "best.pt" if the last epoch is the best so far."""
         if self._folder is None or world()[0] > 0:
             return
+        with self._replacing(_CSV) as path:
+            self.history.to_csv(path)
+        with self._replacing(_JSON) as path:
+            self.history.to_json(path)
         rows = [row for row in self.history if not math.isnan(row.get(self._monitor, math.nan))]
         if not rows:
             return
         best = History(rows).best(self._monitor, smallest=self._smallest)
         if best is self.history.last:
-            self._write({"model": self._model.state_dict(), "row": self.history.last}, "best.pt")
+            self._write({"model": self._model.state_dict(), "row": self.history.last}, _BEST)
 
     def _write(self, state: Mapping[str, Any], name: str) -> None:
-        """Write a file atomically: a process killed meanwhile keeps the old file."""
-        if self._folder is None:
-            return
-        part = self._folder / (name + ".part")
-        with part.open("wb") as file:
-            torch.save(_plain(state), file)
-            file.flush()
+        """Write a state to a file of the folder."""
+        with self._replacing(name) as path:
+            torch.save(_plain(state), path)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        """Yield the path to write to instead of a file, which is replaced afterwards.
+
+        So a process that is killed meanwhile leaves the old file.
+        """
+        folder = cast(Path, self._folder)
+        part = folder / (name + ".part")
+        yield part
+        with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.replace(self._folder / name)
+        part.replace(folder / name)
 
     def load(self, means: Means) -> tuple[Place, dict[str, Any]] | None:
         """Load "last.pt" if it exists.
@@ -171,14 +207,9 @@ class Checkpoints:
         Returns:
             The position in the data and the random state there; None without a file.
         """
-        if self._folder is None or not (self._folder / "last.pt").exists():
+        if self._folder is None or not (self._folder / _LAST).exists():
             return None
-        state = torch.load(self._folder / "last.pt", map_location="cpu", weights_only=True)
-        if "settings" not in state:
-            raise ESAMValueError(
-                'The checkpoint "last.pt" must be of this version of esam. Received: one of an '
-                "earlier version. Use another `folder`, or resume=False, which overwrites this run."
-            )
+        state = _read(self._folder / _LAST)
         rank, size = world()
         if len(state["ranks"]) != size:
             raise ESAMValueError(
@@ -188,6 +219,13 @@ class Checkpoints:
         if self._settings and state["settings"]:
             check_settings(state["settings"], self._settings)
         self._settings = state["settings"]
+        mine = state["ranks"][rank]
+        wanted, found = len(mine["start"]["loader"]), len(generators_of(self._loaders))
+        if found != wanted:
+            raise ESAMValueError(
+                "`loader` and `eval_loader` must have as many generators as when the checkpoint "
+                f"was written, {wanted}. Received: {found}."
+            )
         missing = [name for name in self._parts if name not in state]
         if missing:
             raise ESAMValueError(
@@ -198,10 +236,35 @@ class Checkpoints:
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         self.history.rows[:] = state["history"]
-        mine = state["ranks"][rank]
         means.load_state_dict(mine["means"])
-        place = Place(state["epoch"], state["updates"], mine["start"], state["rate"], state["data"])
+        place = Place(
+            *(state["epoch"], state["updates"], mine["start"], state["rate"], state["data"]),
+            *(mine["seconds"], mine["samples"]),
+        )
         return place, mine["now"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the state in a checkpoint.
+
+    Raises:
+        ESAMValueError: it is damaged, or this version of `fit` has not written it.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises errors of many kinds
+        reason = (str(error).splitlines() or [""])[0]
+        raise ESAMValueError(
+            "The checkpoint to resume from must be a file that `fit` has written. Received: "
+            f"{path}, which cannot be read ({type(error).__name__}: {reason}). {_ANEW}"
+        ) from error
+    entries = state if isinstance(state, dict) else {}
+    if "settings" not in entries or "samples" not in entries["ranks"][0]:  # the newest entries
+        raise ESAMValueError(
+            "The checkpoint to resume from must be a file that this version of `fit` has written. "
+            f"Received: {path}, of an earlier version or of another program. {_ANEW}"
+        )
+    return entries
 
 
 def _plain(state: Any) -> Any:

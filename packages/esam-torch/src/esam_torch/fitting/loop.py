@@ -1,9 +1,9 @@
 """The loop over epochs and batches."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,11 @@ def fit(
             epoch. Default none.
         resume: whether to resume from "last.pt" if `folder` contains it, with the same settings of
             `optimizer` and `scheduler`. The final weights are bitwise identical to those of an
-            uninterrupted run, except if samples are random and drawn in a loader's
-            `persistent_workers`. Default False.
+            uninterrupted run, if the other arguments are the same and random numbers come from the
+            global generators of torch, Python and NumPy or from the loaders' own `generator`.
+            Other generators (of a data set, a sampler or a model), and those of a loader's
+            `persistent_workers`, are not saved. Default False: the files of an earlier run in
+            `folder` are renamed ("last.pt.old"), and deleted when this run writes "last.pt".
         monitor: the number whose best value determines "best.pt": a loss, a metric or a sharpness.
             Epochs without this number, or with NaN, are ignored. Default "eval_loss", or
             "train_loss" without `eval_loader`.
@@ -188,7 +191,8 @@ def fit(
         eval_loader = None if eval_loader is None else split(eval_loader, training=False)
         update = Update(called, optimizer, losses, place, precision, scaler, clip_norm, clip_value)
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        checkpoints = Checkpoints(folder, model, parts, loader, place, watched, smallest=smallest)
+        loaders = [loader] if eval_loader is None else [loader, eval_loader]
+        checkpoints = Checkpoints(folder, model, parts, loaders, place, watched, smallest=smallest)
         history = checkpoints.history
         each_batch = scheduler if scheduler_step == "batch" else None
         training = _Training(
@@ -201,9 +205,11 @@ def fit(
             save_every,
             Means(measured, place),
         )
+        if not resume:
+            checkpoints.begin()
         resumed = checkpoints.load(training.means) if resume else None
         if resumed is not None and not resumed[0].updates:
-            checkpoints.save_best()  # a kill may have come between the two files
+            checkpoints.save_results()  # a kill may have come between the files
         start, now = resumed if resumed is not None else (Place(), None)
         if now is not None:
             checkpoints.load_random_state(start.random)
@@ -212,7 +218,7 @@ def fit(
             _mode(called, optimizer, training=True)
             rate = start.rate if start.updates else _rate(optimizer)
             row = {"epoch": float(epoch), "learning_rate": rate}
-            row |= training.epoch(Place(epoch, start.updates, rate=rate, data=start.data), now)
+            row |= training.epoch(dataclasses.replace(start, epoch=epoch, rate=rate), now)
             start, now = Place(), None
             _mode(called, optimizer, training=False)
             broadcast_buffers(model)
@@ -241,7 +247,7 @@ def fit(
     return history
 
 
-@dataclass
+@dataclasses.dataclass
 class _Training:
     """The training part of the loop, epoch by epoch, without evaluation.
 
@@ -279,7 +285,7 @@ class _Training:
         random, data = self.checkpoints.random_state(), data_of(self.loader, self.accumulate)
         if done:
             check_data(start.data, data)
-        started, samples = time.perf_counter(), 0
+        started, samples = time.perf_counter() - start.seconds, start.samples
         self.shown.start(epoch, data["`len(loader)`"])
         number = 0
         for number, group in enumerate(groups_of(self.loader, self.accumulate), 1):
@@ -287,6 +293,7 @@ class _Training:
             if number <= done:
                 if number == done and now is not None:  # before the next batch is drawn
                     self.checkpoints.load_random_state(now)
+                    started = time.perf_counter() - start.seconds  # without skipping batches
                 continue
             batches = [arguments(move_batch(batch, self.update.device)) for batch in group]
             reports, stepped = self.update(batches)
@@ -298,7 +305,8 @@ class _Training:
                 samples += report.batch_size or 0
             self.shown.loss(reports[-1])
             if self.save_every is not None and number % self.save_every == 0:
-                place = Place(epoch, number, random, start.rate, data)
+                seconds = time.perf_counter() - started
+                place = Place(epoch, number, random, start.rate, data, seconds, samples)
                 self.checkpoints.save(place, self.means)
         if number == 0:
             raise ESAMValueError("`loader` must yield a batch in each epoch. Received: none.")

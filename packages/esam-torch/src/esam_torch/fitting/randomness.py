@@ -1,7 +1,7 @@
 """The random state of a training run: torch, Python, NumPy and the loader."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,10 @@ def load_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
 
 
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """Return the generators from which a loader draws its order, except the global ones."""
-    found = [getattr(part, "generator", None) for part in parts_of(loader)]
+def generators_of(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """Return the generators from which loaders draw their order, except the global ones."""
+    parts = (part for loader in loaders for part in parts_of(loader))
+    found = [getattr(part, "generator", None) for part in parts]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
