@@ -7,11 +7,13 @@ not catch would also go unnoticed in a backend. Plain SGD is one of them.
 from tests.core.mutants import (
     earlier,
     masks,
+    nonfinite,
     parts,
     passes,
     perturbation,
     selection,
     sessions,
+    single_weights,
     written,
 )
 from tests.core.mutants.registry import Mutant
@@ -21,6 +23,17 @@ __all__ = ["MUTANTS", "Mutant"]
 #: All mutants.
 MUTANTS: tuple[Mutant, ...] = tuple(
     mutant
-    for module in (masks, perturbation, selection, passes, written, parts, earlier, sessions)
+    for module in (
+        masks,
+        single_weights,
+        perturbation,
+        selection,
+        nonfinite,
+        passes,
+        written,
+        parts,
+        earlier,
+        sessions,
+    )
     for mutant in module.MUTANTS
 )

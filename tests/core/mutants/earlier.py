@@ -251,3 +251,13 @@ class SkippedStepTakesTheDirection(_OtherMemory):
             super().record_update(gradient)
             if not gradient:
                 self.previous = {}
+
+
+@MUTANTS.caught_by("check_loading_replaces_the_direction")
+class LoadingKeepsTheDirection(NumpySession):
+    """Loading a state without a direction keeps that of the session."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Replace the direction only by another one."""
+        kept = dict(self.esam.memory.previous) if self.esam else {}
+        super().load({**state, "direction": state["direction"] or kept})

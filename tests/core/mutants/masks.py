@@ -364,3 +364,11 @@ class OneUnitLeftAlone(Step):
             return mask
         last = len(mask.perturbed) - 1
         return mask.within(t != last for t in range(last + 1))
+
+
+@MUTANTS.caught_by("check_each_step_has_its_own_mask")
+class SeedOf32Bits(Step):
+    """Only the low 32 bits of the seed are used."""
+
+    def __init__(self, model: Any, config: Any, *others: Any) -> None:
+        super().__init__(model, replace(config, seed=config.seed % 2**32), *others)

@@ -1,5 +1,6 @@
 """Wrong parts of the batch, and wrong passes over them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from esam_core import directions
 from esam_core.draws import uniforms
 from esam_core.reference.network import Evaluation
 from esam_core.reference.step import Step, subset
-from esam_core.selectors import needs_losses, top_indices
+from esam_core.selectors import needs_losses, random_indices, top_indices
 from esam_core.units import Mask
 
 __all__ = ["MUTANTS"]
@@ -189,3 +190,37 @@ class PartOneStepLate(_OtherPart):
         ascend = self.config.ascend
         count = self.count + 1
         return directions.climbing_indices(ascend, b, seed=self.config.seed, count=count)
+
+
+class _OtherSize(Step):
+    """A part with another number of samples than ceil(share b)."""
+
+    def size(self, share: float, b: int) -> int:
+        """Return the wrong number."""
+        raise NotImplementedError
+
+    def ascent_indices(self, b: int) -> Array:
+        """Draw the wrong number of samples."""
+        ascend = self.config.ascend
+        if not isinstance(ascend, directions.Part):
+            return super().ascent_indices(b)
+        n = self.size(ascend.share, b)
+        return random_indices(b, n, seed=self.config.seed, count=self.count)
+
+
+@MUTANTS.caught_by("check_size_of_a_part")
+class PartRounded(_OtherSize):
+    """The part has round(share b) samples: 2 of 8 for .3."""
+
+    def size(self, share: float, b: int) -> int:
+        """Round to the nearest integer."""
+        return max(1, round(share * b))
+
+
+@MUTANTS.caught_by("check_size_of_a_part")
+class PartByFloatCeiling(_OtherSize):
+    """The part has the ceiling of a float product: 8 of 100 for .07."""
+
+    def size(self, share: float, b: int) -> int:
+        """Round up the float product."""
+        return math.ceil(share * b)

@@ -259,3 +259,13 @@ class EmptyMaskMakesNoStep(Step):
         """Return no gradient."""
         gradient, report = super().base_step(batch)
         return {name: 0.0 * g for name, g in gradient.items()}, report
+
+
+@MUTANTS.caught_by("check_the_batch_is_left_alone")
+class BatchCentred(Step):
+    """The inputs are centred in place."""
+
+    def backward(self, batch: Any) -> Any:
+        """Write to the batch."""
+        batch.inputs[...] -= batch.inputs.mean()
+        return super().backward(batch)

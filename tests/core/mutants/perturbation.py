@@ -272,3 +272,13 @@ class KernelsLeftAlone(Step):
     def apply_perturbation(self, epsilon: Sequence[Array]) -> None:
         """Move matrices and vectors only."""
         super().apply_perturbation([e if e.ndim <= 2 else 0 * e for e in epsilon])
+
+
+@MUTANTS.caught_by("check_groups_without_a_radius")
+class RadiusOfZeroInTheNorm(Step):
+    """A parameter with rho = 0 is in the mask, and so in the norm."""
+
+    def mask(self) -> Mask:
+        """Leave out only what perturb=False excludes."""
+        drawn = self.config.perturb.draw(self.model.units, seed=self.config.seed, count=self.count)
+        return drawn.within(self.perturb) if any(self.rho) else super().mask()

@@ -44,6 +44,43 @@ class KRoundedDown(_OtherK):
 
 
 @MUTANTS.caught_by("check_number_of_selected_samples")
+class KRounded(_OtherK):
+    """k = round(gamma b): 2 of 8 at gamma = .3."""
+
+    def k(self, b: int) -> int:
+        """Round to the nearest integer."""
+        return max(1, round(b * self.config.select.gamma))
+
+
+@MUTANTS.caught_by("check_number_of_samples_of_each_selector")
+class RandomKByFloatCeiling(Step):
+    """`Random` selects the ceiling of a float product: 8 of 100 at gamma = .07."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Draw the wrong number."""
+        right, select = super().selection(losses, perturbed_losses), self.config.select
+        if select.rule != "random":
+            return right
+        b = len(losses)
+        k = math.ceil(b * select.gamma)
+        drawn = selectors.random_indices(b, k, seed=self.config.seed, count=self.count)
+        return Selection(drawn, mean_weights(k), right.threshold)
+
+
+@MUTANTS.caught_by("check_number_of_samples_of_each_selector")
+class TopLossKRoundedDown(Step):
+    """`TopLoss` selects int(gamma b) samples: 2 of 8 at gamma = .3."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Leave out the last one."""
+        right, select = super().selection(losses, perturbed_losses), self.config.select
+        if select.rule != "top" or select.score != "loss":
+            return right
+        k = max(1, int(len(losses) * select.gamma))
+        return Selection(selectors.top_indices(losses, k), mean_weights(k), right.threshold)
+
+
+@MUTANTS.caught_by("check_number_of_selected_samples")
 class KByFloatCeiling(_OtherK):
     """k = ceil of a float product: 8 of 100 at gamma = .07."""
 

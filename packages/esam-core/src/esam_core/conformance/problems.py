@@ -185,6 +185,24 @@ def linear(size: int = 8) -> Problem:
     return Problem("linear", (head,), (batch,) * 4)
 
 
+def alike(size: int = 8) -> Problem:
+    """Return six linear layers that pass on their inputs, so that their gradients are equal."""
+    layers = tuple(Dense(f"layer{i}", np.eye(6), np.zeros(6)) for i in range(6))
+    inputs = np.tile([1.0, -1.0, 1.0, 1.0, -1.0, -1.0], (size, 1))
+    batch = Batch(inputs, np.zeros(size, dtype=np.int64))
+    return Problem("alike", (*layers, _dense("head", 6, 3, 1000)), (batch,) * 3)
+
+
+def peak() -> Problem:
+    """Return a layer at 0 whose loss of the last sample overflows with the radius of `PEAK_RHO`."""
+    batch = Batch(np.array([[0.0], [0.0], [0.0], [1e5]]), np.array([0, 1, 0, 1]))
+    return Problem("peak", (Dense("head", np.zeros((1, 2))),), (batch,))
+
+
+#: The radius of `peak` by dtype: the weights stay finite.
+PEAK_RHO = {"float32": 1e34, "float64": 1e304}
+
+
 def with_nan(batch: Batch, sample: int) -> Batch:
     """Return the batch with NaN as the inputs of one sample."""
     inputs = batch.inputs.copy()

@@ -75,8 +75,8 @@ def compare_observed(
         "losses": "losses",
         "perturbed_losses": "losses",
         "sample_weights": "sample weights",
-        "perturbation_norm": "norms",
         "gradient_norm": "norms",
+        "perturbation_norm": "norms",
     }
     for name, kind in kinds.items():
         if not shows(adapter, name):

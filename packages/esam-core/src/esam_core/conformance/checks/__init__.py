@@ -11,6 +11,7 @@ from esam_core.conformance.checks import (
     perturbation,
     restoring,
     selection,
+    single_weights,
     traces,
     updates,
     written,
@@ -25,6 +26,7 @@ CHECKS: dict[str, Check] = {
     for module in (
         limits,
         masks,
+        single_weights,
         perturbation,
         selection,
         passes,

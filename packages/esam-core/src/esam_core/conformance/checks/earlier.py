@@ -250,6 +250,28 @@ def check_direction_is_saved(adapter: Adapter) -> None:
                 )
 
 
+@check("ascend", "state")
+def check_loading_replaces_the_direction(adapter: Adapter) -> None:
+    """A session that has run can load the state before its first step, without a direction."""
+    problem = mlp()
+    run = Run(problem=problem, esam={"rho": 0.3, "beta": 1.0, "ascend": Previous()})
+    used, new = run.on(adapter), run.on(adapter)
+    start: Any = used.state()
+    for batch in problem.batches[:2]:
+        used.step(batch)
+    used.load(start)
+    for i, batch in enumerate(problem.batches[2:4]):
+        used.step(batch)
+        new.step(batch)
+        close_all(
+            f"step {i} after going back: weights",
+            used.weights(),
+            new.weights(),
+            kind="same",
+            dtype=adapter.dtypes[0],
+        )
+
+
 @check("ascend", "faults")
 def check_a_failed_step_keeps_the_direction(adapter: Adapter) -> None:
     """If a pass raises, the step can be repeated with the same direction."""
@@ -318,6 +340,7 @@ CHECKS = (
     check_rho_zero_with_any_direction,
     check_one_direction_an_update,
     check_direction_is_saved,
+    check_loading_replaces_the_direction,
     check_a_failed_step_keeps_the_direction,
     check_nonfinite_steps_with_any_direction,
 )

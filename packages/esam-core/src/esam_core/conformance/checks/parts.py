@@ -63,6 +63,16 @@ def check_climb_along_a_part(adapter: Adapter) -> None:
             close_all(f"{where}: weights", session.weights(), theta, kind="weights", dtype=dtype)
 
 
+@check("ascend")
+def check_size_of_a_part(adapter: Adapter) -> None:
+    """The part has max(1, ceil(share b)) samples exactly, despite rounding."""
+    for share, b, n in ((0.3, 8, 3), (0.01, 8, 1), (0.29, 100, 29), (0.07, 100, 7)):
+        esam = {"rho": 0.1, "beta": 1.0, "gamma": 1.0, "ascend": Part(share)}
+        shown = Run(problem=softmax(), esam=esam).on(adapter).step(softmax(b).batches[0])
+        found = b if shown.part is None else len(shown.part)
+        equal(f"Part({share}), b={b}: number of samples in the part", found, n)
+
+
 @check("ascend", "indices")
 def check_smaller_parts_lie_within_larger_ones(adapter: Adapter) -> None:
     """`Part(.25)` is a subset of `Part(.5)`, which has the samples of `Random(.5)`."""
@@ -226,6 +236,7 @@ def check_random_state_with_a_part(adapter: Adapter) -> None:
 
 CHECKS = (
     check_climb_along_a_part,
+    check_size_of_a_part,
     check_smaller_parts_lie_within_larger_ones,
     check_part_of_everything_is_the_batch,
     check_parts_with_every_selector,

@@ -210,6 +210,18 @@ def check_convolution(adapter: Adapter) -> None:
         follow(adapter, run, steps=3, dtype=dtype)
 
 
+@check()
+def check_the_batch_is_left_alone(adapter: Adapter) -> None:
+    """A step does not change the arrays of the batch."""
+    problem = mlp()
+    session = Run(problem=problem, esam={"rho": 0.3, "beta": 0.5, "gamma": 0.5}).on(adapter)
+    for i, batch in enumerate(problem.batches[:2]):
+        inputs, targets = batch.inputs.copy(), batch.targets.copy()
+        session.step(batch)
+        equal(f"step {i}: the inputs of the batch", batch.inputs, inputs)
+        equal(f"step {i}: the targets of the batch", batch.targets, targets)
+
+
 CHECKS = (
     check_running_statistics_are_updated_once,
     check_batch_statistics_are_those_of_each_pass,
@@ -220,5 +232,6 @@ CHECKS = (
     check_descent_on_some_samples_sees_the_same_noise,
     check_random_state_after_a_step,
     check_global_generators_are_left_alone,
+    check_the_batch_is_left_alone,
     check_convolution,
 )

@@ -126,6 +126,14 @@ def check_groups(adapter: Adapter) -> None:
     follow(adapter, run, steps=3)
 
 
+@check("groups")
+def check_groups_without_a_radius(adapter: Adapter) -> None:
+    """A parameter with rho = 0 of its own is not perturbed, and not in the norm."""
+    groups = {name: {"rho": 0.0} for name in ("first.bias", "second.weight", "second.bias")}
+    run = Run(problem=mlp(), esam={"rho": 0.2, "beta": 1.0, "gamma": 0.5}, groups=groups)
+    follow(adapter, run, steps=2)
+
+
 CHECKS = (
     check_radius,
     check_norm_is_that_of_the_masked_units,
@@ -134,4 +142,5 @@ CHECKS = (
     check_adaptive,
     check_zero_gradient,
     check_groups,
+    check_groups_without_a_radius,
 )

@@ -16,10 +16,10 @@ from esam_core.conformance.compare import (
     has_nonfinite,
     require,
 )
-from esam_core.conformance.problems import batchnorm, dropout, mlp, with_nan
+from esam_core.conformance.problems import PEAK_RHO, batchnorm, dropout, mlp, peak, with_nan
 from esam_core.conformance.trace import Run, compare_state, shows
-from esam_core.problem import Base, Dense, Problem
-from esam_core.selectors import Random, TopIncrease, random_indices
+from esam_core.problem import Base, Batch, Dense, Problem, Tanh
+from esam_core.selectors import Proportional, Random, TopIncrease, random_indices
 
 __all__ = ["CHECKS", "InjectedError", "make_failing_step"]
 
@@ -172,6 +172,39 @@ def check_nonfinite_values_propagate(adapter: Adapter) -> None:
             )
 
 
+@check()
+def check_overflows_propagate(adapter: Adapter) -> None:
+    """By default an overflow reaches every gradient, also where the losses before it are finite.
+
+    The gradient of one sample overflows, whose loss is finite; then the perturbed loss of one
+    sample, which is not drawn in each step.
+    """
+    for dtype in adapter.dtypes:
+        large = 1e25 if dtype == "float32" else 1e200  # its square overflows
+        head = np.array([[1.0, -1.0], [1.0, -1.0]]) * large
+        layers = (Dense("first", np.zeros((1, 2))), Tanh("tanh"), Dense("head", head))
+        steep = Batch(np.array([[1.0], [1.0], [1.0], [large]]), np.array([0, 1, 0, 1]))
+        run = Run(problem=Problem("steep", layers, (steep,)), esam={"beta": 1.0, "gamma": 0.5})
+        _require_nonfinite(f"{dtype}, an ascent gradient overflows", run.on(adapter, dtype), steep)
+        for seed in range(4):
+            esam = {
+                "rho": PEAK_RHO[dtype],
+                "beta": 1.0,
+                "select": Proportional(0.5, score="increase"),
+                "seed": seed,
+            }
+            session = Run(problem=peak(), esam=esam).on(adapter, dtype)
+            where = f"{dtype}, seed {seed}, a perturbed loss overflows"
+            _require_nonfinite(where, session, peak().batches[0])
+
+
+def _require_nonfinite(where: str, session: Session, batch: Batch) -> None:
+    """Run a step and require that no update is finite."""
+    session.step(batch)
+    spared = [name for name, bad in has_nonfinite(session.weights()).items() if not bad]
+    require(not spared, f"{where}, and the updates of {spared} are finite: it was hidden.")
+
+
 @check("backward")
 def check_nonfinite_values_leave_theta_alone(adapter: Adapter) -> None:
     """After a non-finite ascent theta is intact and the gradients are not finite."""
@@ -220,11 +253,29 @@ def check_nonfinite_steps_are_skipped(adapter: Adapter) -> None:
     _steps_beside_reference(adapter, esam, batchnorm())
 
 
+@check("backward")
+def check_a_skipped_backward_keeps_the_gradients(adapter: Adapter) -> None:
+    """`on_nonfinite="skip"`: the gradients of earlier micro-batches stay as they are."""
+    esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "skip"}
+    session = Run(problem=mlp(), esam=esam).on(adapter)
+    session.zero_gradients()
+    session.backward(mlp().batches[0])
+    before = session.gradients()
+    session.backward(with_nan(mlp().batches[1], 2))
+    equal_all("gradients after a skipped backward", session.gradients(), before)
+
+
 @check()
 def check_nonfinite_steps_raise(adapter: Adapter) -> None:
     """`on_nonfinite="raise"`: a FloatingPointError, and everything is restored."""
     esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "raise"}
     _steps_beside_reference(adapter, esam, batchnorm())
+    if shows(adapter, "dropout") and shows(adapter, "random"):
+        session = Run(problem=dropout(), esam=esam).on(adapter)
+        before = np.asarray(session.random_probe())
+        _raises_nonfinite(session, with_nan(dropout().batches[0], 2))
+        after = np.asarray(session.random_probe())
+        equal("random state after a step that raised", after, before)
 
 
 CHECKS = (
@@ -232,7 +283,9 @@ CHECKS = (
     check_a_failed_step_leaves_no_trace,
     check_overflow_at_the_peak,
     check_nonfinite_values_propagate,
+    check_overflows_propagate,
     check_nonfinite_values_leave_theta_alone,
     check_nonfinite_steps_are_skipped,
+    check_a_skipped_backward_keeps_the_gradients,
     check_nonfinite_steps_raise,
 )

@@ -5,7 +5,7 @@ import numpy as np
 from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, equal
-from esam_core.conformance.problems import mlp, numbers, softmax
+from esam_core.conformance.problems import PEAK_RHO, mlp, numbers, peak, softmax, with_nan
 from esam_core.conformance.trace import Run, follow, shows
 from esam_core.problem import Base, Batch, Dense, Problem
 from esam_core.selectors import (
@@ -49,6 +49,7 @@ def check_number_of_selected_samples(adapter: Adapter) -> None:
         (0.5, 7, 4),
         (0.5, 2, 1),
         (0.5, 1, 1),
+        (0.3, 8, 3),  # 2.4, which rounds to 2
         (0.29, 100, 29),  # int(100 * 0.29) is 28
         (0.07, 100, 7),  # ceil(0.07 * 100) is 8 in floats
         (0.99, 100, 99),
@@ -60,6 +61,29 @@ def check_number_of_selected_samples(adapter: Adapter) -> None:
             shown = session.step(softmax(b).batches[0])
             found = b if shown.indices is None else len(shown.indices)
             equal(f"gamma={gamma}, b={b}: number of selected samples", found, k)
+
+
+@check("indices")
+def check_number_of_samples_of_each_selector(adapter: Adapter) -> None:
+    """All selectors select k = ceil(gamma b) samples, despite rounding."""
+    for kind in (TopLoss, Random, Proportional):
+        for gamma, b, k in ((0.3, 8, 3), (0.07, 100, 7)):
+            esam = {"rho": 0.1, "beta": 1.0, "select": kind(gamma)}
+            shown = Run(problem=softmax(), esam=esam).on(adapter).step(softmax(b).batches[0])
+            found = b if shown.indices is None else len(shown.indices)
+            equal(f"{kind(gamma)}, b={b}: number of selected samples", found, k)
+
+
+@check("indices")
+def check_a_nan_is_the_largest_score(adapter: Adapter) -> None:
+    """A sample whose loss or increase is NaN is selected, like one that is infinite."""
+    run = Run(problem=mlp(), esam={"rho": 0.1, "beta": 1.0, "select": TopLoss(0.125)})
+    shown = run.on(adapter).step(with_nan(mlp().batches[0], 7))
+    equal("TopLoss, the loss of sample 7 is NaN: indices", shown.indices, [7])
+    rho = PEAK_RHO[adapter.dtypes[0]]
+    run = Run(problem=peak(), esam={"rho": rho, "beta": 1.0, "select": TopIncrease(0.25)})
+    shown = run.on(adapter).step(peak().batches[0])
+    equal("TopIncrease, the increase of sample 3 is not finite: indices", shown.indices, [3])
 
 
 @check("indices")
@@ -201,6 +225,8 @@ CHECKS = (
     check_largest_increases_are_selected,
     check_descent_is_on_the_selected_samples,
     check_number_of_selected_samples,
+    check_number_of_samples_of_each_selector,
+    check_a_nan_is_the_largest_score,
     check_ties_go_to_the_lower_index,
     check_larger_scores_precede_ties,
     check_batches_of_one_and_two,
