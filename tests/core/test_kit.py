@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from esam_core.conformance.compare import (
     has_nonfinite,
 )
 from esam_core.conformance.numpy_adapter import NumpyAdapter
-from esam_core.conformance.run import check_gaps, run_check, run_checks
+from esam_core.conformance.run import check_adapter, run_check, run_checks
 from esam_core.conformance.testing import conformance
 from esam_core.conformance.tolerances import TOLERANCES, tolerance
 from esam_core.conformance.trace import Run
@@ -166,11 +167,22 @@ class TestGaps:
 
     def test_unknown_gaps_are_refused(self):
         with pytest.raises(ESAMValueError, match="must name capabilities"):
-            check_gaps(self.with_gaps(colour="none"))
+            check_adapter(self.with_gaps(colour="none"))
 
     def test_gaps_need_reasons(self):
         with pytest.raises(ESAMValueError, match="must give a reason"):
-            check_gaps(self.with_gaps(faults=""))
+            check_adapter(self.with_gaps(faults=""))
+        adapter = NumpyAdapter()
+        adapter.gaps = ["faults"]
+        with pytest.raises(ESAMValueError, match=r"dictionary of reasons.*Received: \['faults'\]"):
+            check_adapter(adapter)
+
+    @pytest.mark.parametrize("dtypes", [(), "float32", ("bfloat16",), ["float32"]])
+    def test_unknown_dtypes_are_refused(self, dtypes):
+        adapter = NumpyAdapter()
+        adapter.dtypes = dtypes
+        with pytest.raises(ESAMValueError, match="`dtypes` must be a tuple of one or both of"):
+            list(run_checks(adapter))
 
 
 class TestRunner:
@@ -191,6 +203,15 @@ class TestRunner:
         output = capsys.readouterr().out
         assert "gap     check_a_failed_step_leaves_no_trace" in output
         assert "faults: compiled" in output
+
+    def test_a_method_that_is_missing_is_named(self):
+        class Incomplete(NumpyAdapter):
+            def session(self, *arguments, **others):
+                whole = super().session(*arguments, **others)
+                return SimpleNamespace(step=whole.step, weights=whole.weights)
+
+        result = run_check(Incomplete(), "check_backward_adds_the_descent_gradient")
+        assert result.reason.startswith("the session has no `zero_gradients`: implement it, or")
 
     def test_an_error_of_the_backend_is_a_failure_with_its_place(self):
         class Crashing(NumpyAdapter):

@@ -31,6 +31,9 @@ and shift), a running statistic "<layer's name>.mean" or "<layer's name>.varianc
 `Carry` "<layer's name>.state", for every framework. If a sampler needs blocks, the block of a
 parameter is its layer's name, and the blocks run in the order of `Problem.layers`.
 
+Units. The draws of a mask follow the order of the units: that of `Problem.layers`, in each layer
+the weight before the bias, without frozen parameters.
+
 A backend declares what it cannot show in `gaps`, with the reason: no check is skipped silently.
 """
 
@@ -125,8 +128,10 @@ class Session(Protocol):
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
         """Run one whole training step, including the update, like the backend's user.
 
-        Gradients of earlier steps are not used. Without ESAM (`esam=None`) this is one step of the
-        base optimizer on the mean loss; then only `Observed.losses` needs to be set.
+        Gradients of earlier steps are not used. After a `backward`, until `apply` or
+        `zero_gradients`, this raises a RuntimeError and changes nothing: it would drop gradients
+        that wait for an update. Without ESAM (`esam=None`) this is one step of the base optimizer
+        on the mean loss; then only `Observed.losses` needs to be set.
         """
         ...
 
@@ -163,7 +168,7 @@ class Session(Protocol):
         ...
 
     def load(self, state: Any) -> None:
-        """Load a state returned by another session with the same arguments."""
+        """Load a state returned by this or another session with the same arguments."""
         ...
 
     def random_probe(self) -> Array:

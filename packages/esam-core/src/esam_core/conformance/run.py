@@ -2,15 +2,18 @@
 
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from esam_core.conformance.adapter import CAPABILITIES, Adapter
+from esam_core.conformance.adapter import CAPABILITIES, Adapter, Session
 from esam_core.conformance.checks import CHECKS, missing
 from esam_core.conformance.compare import ConformanceError
 from esam_core.errors import ESAMValueError
 
-__all__ = ["Result", "check_gaps", "run_check", "run_checks"]
+__all__ = ["Result", "check_adapter", "run_check", "run_checks"]
+
+#: The dtypes of sessions.
+_DTYPES = ("float64", "float32")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,19 @@ class Result:
     error: Exception | None = None
 
 
-def check_gaps(adapter: Adapter) -> None:
-    """Raise for gaps that name neither a capability nor a check, or have no reason."""
+def check_adapter(adapter: Adapter) -> None:
+    """Raise for dtypes that are not known, and for gaps without a known name or a reason."""
+    dtypes = adapter.dtypes
+    if not isinstance(dtypes, tuple) or not dtypes or not set(dtypes) <= set(_DTYPES):
+        raise ESAMValueError(
+            f"`dtypes` must be a tuple of one or both of {', '.join(map(repr, _DTYPES))}. "
+            f"Received: {dtypes!r}."
+        )
+    if not isinstance(adapter.gaps, Mapping):
+        raise ESAMValueError(
+            "`gaps` must be a dictionary of reasons by capability or check. "
+            f"Received: {adapter.gaps!r}."
+        )
     for name, reason in adapter.gaps.items():
         if name not in CAPABILITIES and name not in CHECKS:
             raise ESAMValueError(
@@ -75,12 +89,17 @@ def _reason(error: Exception) -> str:
     """Return the message of a failure, with the place of an error that is not the kit's own."""
     if isinstance(error, ConformanceError):
         return str(error)
+    if isinstance(error, AttributeError) and error.name in vars(Session):
+        return (
+            f"the session has no `{error.name}`: implement it, or name the capability that needs "
+            "it in `gaps`."
+        )
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
 
 
 def run_checks(adapter: Adapter, names: Iterable[str] | None = None) -> Iterator[Result]:
     """Run checks, by default all of them, and yield their results."""
-    check_gaps(adapter)
+    check_adapter(adapter)
     for name in CHECKS if names is None else names:
         yield run_check(adapter, name)

@@ -4,7 +4,7 @@ from esam_core.conformance.testing import conformance
 
 @conformance(adapter)
 def test_conformance(run):
-    run()
+run()
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from typing import Any
 from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks import CHECKS
 from esam_core.conformance.compare import ConformanceError
-from esam_core.conformance.run import check_gaps, run_check
+from esam_core.conformance.run import check_adapter, run_check
 
 __all__ = ["conformance"]
 
@@ -42,6 +42,6 @@ def conformance(adapter: Adapter) -> Callable[[Any], Any]:
     """
     import pytest
 
-    check_gaps(adapter)
+    check_adapter(adapter)
     cases = [pytest.param(partial(_run, adapter, name), id=name) for name in CHECKS]
     return pytest.mark.parametrize("run", cases)
