@@ -242,6 +242,7 @@ FILES = {"last.pt", "best.pt", "history.csv", "history.json"}
         (b"", r"last\.pt, which cannot be read \(EOFError: "),
         (b"half a checkpoint", r"last\.pt, which cannot be read \("),
         ({"model": {}}, r"last\.pt, of an earlier version or of another program\."),
+        ({"settings": {}}, r"last\.pt, of an earlier version or of another program\."),
         ([1], r"last\.pt, of an earlier version or of another program\."),
     ],
 )
