@@ -70,7 +70,6 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     options, replaced = [options_of(group) for group in run.base.param_groups], []
     if own is not None:  # check everything before changing anything
         parameters = parameters_of(run.model, run.base.param_groups)
-        _check_entry(own)
         config, memory = read_entry(own, config, parameters)
         count, budget, spent = int(own["count"]), own.get("budget"), own.get("spent", False)
         if "spent" not in own and budget is None:  # of an earlier version, which kept only unspent
@@ -128,18 +127,14 @@ def read_entry(
     Raises:
         ESAMValueError: the entry is invalid, or belongs to another model.
     """
-    memory = Memory()
-    memory.load(own.get("direction", {}), parameters)
-    return _load(own["config"], given), memory
-
-
-def _check_entry(own: Any) -> None:
-    """Raise if ESAM's entry of a state is not one that `state_of` writes."""
     if not isinstance(own, Mapping) or not {"count", "config"} <= own.keys():
         raise ESAMValueError(
             'The entry "esam" of the state must be one that `ESAM.state_dict()` has written. '
             f"Received: {own!r}."
         )
+    memory = Memory()
+    memory.load(own.get("direction", {}), parameters)
+    return _load(own["config"], given), memory
 
 
 def _sharded(run: Run) -> bool:

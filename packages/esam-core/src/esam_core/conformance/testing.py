@@ -1,10 +1,14 @@
 """The kit as pytest tests: one decorator. The rest of the kit does not import pytest.
 
-from esam_core.conformance.testing import conformance
+A file of tests needs four lines::
 
-@conformance(adapter)
-def test_conformance(run):
-run()
+    from esam_core.conformance.testing import conformance
+
+    @conformance(adapter)
+    def test_conformance(run):
+        run()
+
+Here `adapter` is that of your backend.
 """
 
 from collections.abc import Callable

@@ -205,9 +205,11 @@ def fit(
             save_every,
             Means(measured, place),
         )
-        if not resume:
+        resumed = None
+        if resume:
+            resumed = checkpoints.load(training.means)
+        else:
             checkpoints.begin()
-        resumed = checkpoints.load(training.means) if resume else None
         if resumed is not None and not resumed[0].updates:
             checkpoints.save_results()  # a kill may have come between the files
         start, now = resumed if resumed is not None else (Place(), None)
@@ -285,7 +287,7 @@ class _Training:
         random, data = self.checkpoints.random_state(), data_of(self.loader, self.accumulate)
         if done:
             check_data(start.data, data)
-        started, samples = time.perf_counter() - start.seconds, start.samples
+        started, samples = time.perf_counter(), start.samples
         self.shown.start(epoch, data["`len(loader)`"])
         number = 0
         for number, group in enumerate(groups_of(self.loader, self.accumulate), 1):

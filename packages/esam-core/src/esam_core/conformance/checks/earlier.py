@@ -263,13 +263,7 @@ def check_loading_replaces_the_direction(adapter: Adapter) -> None:
     for i, batch in enumerate(problem.batches[2:4]):
         used.step(batch)
         new.step(batch)
-        close_all(
-            f"step {i} after going back: weights",
-            used.weights(),
-            new.weights(),
-            kind="same",
-            dtype=adapter.dtypes[0],
-        )
+        compare_state(f"step {i} after going back", used, new, adapter.dtypes[0], kind="same")
 
 
 @check("ascend", "faults")

@@ -11,6 +11,7 @@ from esam_core.conformance.problems import flat, mlp
 from esam_core.conformance.trace import Run, follow, shows
 from esam_core.perturbation import NORMS
 from esam_core.reference.network import Network
+from esam_core.reference.step import mean_weights
 from esam_core.samplers import Bernoulli, Suffix
 from esam_core.selectors import Proportional, Selector, TopIncrease
 
@@ -49,8 +50,8 @@ def check_norm_is_that_of_the_masked_units(adapter: Adapter) -> None:
     session = run.on(adapter)
     batch = problem.batches[0]
     shown = session.step(batch)
-    even = np.full(len(batch.targets), 1.0 / len(batch.targets))
-    gradient = Network(problem.layers).evaluate(batch).gradient(even)
+    evaluation = Network(problem.layers).evaluate(batch)
+    gradient = evaluation.gradient(mean_weights(len(batch.targets)))
     perturbed = shown.perturbed or ()
     require(
         0 < len(perturbed) < len(gradient),

@@ -158,12 +158,7 @@ def check_nonfinite_values_propagate(adapter: Adapter) -> None:
         session = Run(problem=mlp(), esam=esam).on(adapter)
         batch, sample = _bad_batch(0)
         shown = session.step(batch)
-        spared = [name for name, bad in has_nonfinite(session.weights()).items() if not bad]
-        require(
-            not spared,
-            f"{select}: sample {sample} is NaN, and the updates of {spared} are finite: the NaN "
-            "was hidden.",
-        )
+        _require_nonfinite(f"{select}: sample {sample} is NaN", session.weights())
         if shows(adapter, "perturbation_norm"):
             equal(
                 f"{select}: perturbation_norm of a non-finite ascent",
@@ -185,7 +180,9 @@ def check_overflows_propagate(adapter: Adapter) -> None:
         layers = (Dense("first", np.zeros((1, 2))), Tanh("tanh"), Dense("head", head))
         steep = Batch(np.array([[1.0], [1.0], [1.0], [large]]), np.array([0, 1, 0, 1]))
         run = Run(problem=Problem("steep", layers, (steep,)), esam={"beta": 1.0, "gamma": 0.5})
-        _require_nonfinite(f"{dtype}, an ascent gradient overflows", run.on(adapter, dtype), steep)
+        session = run.on(adapter, dtype)
+        session.step(steep)
+        _require_nonfinite(f"{dtype}: an ascent gradient overflows", session.weights())
         for seed in range(4):
             esam = {
                 "rho": PEAK_RHO[dtype],
@@ -194,15 +191,15 @@ def check_overflows_propagate(adapter: Adapter) -> None:
                 "seed": seed,
             }
             session = Run(problem=peak(), esam=esam).on(adapter, dtype)
-            where = f"{dtype}, seed {seed}, a perturbed loss overflows"
-            _require_nonfinite(where, session, peak().batches[0])
+            session.step(peak().batches[0])
+            where = f"{dtype}, seed {seed}: a perturbed loss overflows"
+            _require_nonfinite(where, session.weights())
 
 
-def _require_nonfinite(where: str, session: Session, batch: Batch) -> None:
-    """Run a step and require that no update is finite."""
-    session.step(batch)
-    spared = [name for name, bad in has_nonfinite(session.weights()).items() if not bad]
-    require(not spared, f"{where}, and the updates of {spared} are finite: it was hidden.")
+def _require_nonfinite(where: str, arrays: Mapping[str, Any]) -> None:
+    """Require that no array, of gradients or updated weights, is finite."""
+    spared = [name for name, bad in has_nonfinite(arrays).items() if not bad]
+    require(not spared, f"{where}, and {spared} are finite: it was hidden.")
 
 
 @check("backward")
@@ -213,8 +210,7 @@ def check_nonfinite_values_leave_theta_alone(adapter: Adapter) -> None:
     session.zero_gradients()
     session.backward(_bad_batch(0)[0])
     equal_all("weights after a non-finite backward", session.weights(), before)
-    spared = [name for name, bad in has_nonfinite(session.gradients()).items() if not bad]
-    require(not spared, f"gradients: {spared} are finite after a NaN loss.")
+    _require_nonfinite("gradients after a loss that is NaN", session.gradients())
 
 
 def _steps_beside_reference(adapter: Adapter, esam: Mapping[str, Any], problem: Problem) -> None:

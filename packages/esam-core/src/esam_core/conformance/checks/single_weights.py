@@ -18,6 +18,7 @@ from esam_core.conformance.problems import alike, dropout, linear, mlp
 from esam_core.conformance.trace import Run
 from esam_core.problem import Base, Batch, Dropout, Problem
 from esam_core.reference.network import Network
+from esam_core.reference.step import mean_weights
 from esam_core.samplers import Bernoulli
 
 __all__ = ["CHECKS"]
@@ -61,8 +62,8 @@ def _wide() -> Problem:
 def _gradient(problem: Problem) -> dict[str, Array]:
     """Return the gradient of the problem's first batch by name."""
     batch = problem.batches[0]
-    even = np.full(len(batch.targets), 1.0 / len(batch.targets))
-    return dict(Network(problem.layers).evaluate(batch).gradient(even))
+    evaluation = Network(problem.layers).evaluate(batch)
+    return dict(evaluation.gradient(mean_weights(len(batch.targets))))
 
 
 def _length(session: Session, batch: Batch) -> float:
@@ -89,6 +90,16 @@ def _require_mean(what: str, shares: Array, deviation: float) -> None:
     )
 
 
+def _require_independent(shares: Array, deviation: float, otherwise: str) -> None:
+    """Require that the shares vary as if each weight is drawn independently, or less."""
+    found = float(np.std(shares))
+    require(
+        found < 1.5 * deviation,
+        f"the perturbed share of ||g||^2 has a standard deviation of {found:.3f}, and "
+        f"{deviation:.3f} if each weight is drawn independently: {otherwise}.",
+    )
+
+
 def _squares(arrays: Mapping[str, Array]) -> Array:
     """Return the squares of all elements of arrays."""
     return np.concatenate([a.ravel() ** 2 for a in arrays.values()])
@@ -101,17 +112,12 @@ def check_masks_of_single_weights(adapter: Adapter) -> None:
     batch, gradient = problem.batches[0], _gradient(problem)
     shares, deviation = _shares(_run(problem).on(adapter), batch, _squares(gradient))
     _require_mean("||g||^2", shares, deviation)
-    found = float(np.std(shares))
     require(
-        found > deviation / 2,
+        float(np.std(shares)) > deviation / 2,
         "the perturbed share of ||g||^2 hardly varies: the mask is not drawn in each step.",
     )
-    # That of whole rows or tensors is more than twice as large.
-    require(
-        found < 1.5 * deviation,
-        f"the perturbed share of ||g||^2 has a standard deviation of {found:.3f}, and "
-        f"{deviation:.3f} if each weight is drawn independently: rows or tensors are drawn.",
-    )
+    # The deviation is more than twice as large for whole rows or tensors.
+    _require_independent(shares, deviation, "rows or tensors are drawn")
     for seed in (0, 1):
         session = _run(problem, seed=seed).on(adapter)
         lengths = np.array([_length(session, batch) for _ in range(3)])
@@ -131,13 +137,8 @@ def check_tensors_draw_their_own_single_weights(adapter: Adapter) -> None:
     gradient = _gradient(problem)
     shares, deviation = _shares(_run(problem).on(adapter), problem.batches[0], _squares(gradient))
     _require_mean("||g||^2", shares, deviation)
-    found = float(np.std(shares))
-    # With the same draws for all tensors it is more than twice as large.
-    require(
-        found < 1.5 * deviation,
-        f"the perturbed share of ||g||^2 has a standard deviation of {found:.3f}, and "
-        f"{deviation:.3f} if each weight is drawn independently: tensors share their draws.",
-    )
+    # The deviation is more than twice as large with the same draws for all tensors.
+    _require_independent(shares, deviation, "tensors share their draws")
 
 
 @check("perturbation_norm", "weight_masks")
