@@ -1,9 +1,9 @@
 """The host time of a step: `python -m benchmarks host`.
 
 The networks have many tiny layers, whose kernels take almost no time. The measurement is therefore
-of Python and the dispatch of operations, which a GPU waits for. It is processor time, in
-interleaved rounds, relative to a step of SGD, for ESAM, for the same steps written by hand, and for
-another library's SAM.
+of Python and the dispatch of operations, which a GPU waits for. It is processor time on a CPU and
+wall time on a GPU, in interleaved rounds, relative to a step of SGD, for ESAM, for the same steps
+written by hand, and for another library's SAM.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
-from benchmarks.timing import time_interleaved
+from benchmarks.timing import ON_A_GPU, several, time_interleaved
 from esam_torch import ESAM, Everything, Only, Part, Proportional, Suffix
 
 __all__ = ["STEPS", "Scene", "main", "operations"]
@@ -35,17 +35,20 @@ class Scene:
 
     Args:
         tensors: the number of parameter tensors, two per layer.
+        device: the device of network and batch.
     """
 
     tensors: int
+    device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         layers = [nn.Linear(WIDTH, WIDTH) for _ in range(self.tensors // 2)]
-        self.model = nn.Sequential(*layers)
+        self.model = nn.Sequential(*layers).to(self.device)
         # As on a GPU, where torch by default updates all tensors in one call.
         self.base = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, foreach=True)
-        self.batch = torch.randn(BATCH, WIDTH), torch.arange(BATCH) % WIDTH
+        inputs, targets = torch.randn(BATCH, WIDTH), torch.arange(BATCH) % WIDTH
+        self.batch = inputs.to(self.device), targets.to(self.device)
 
     def losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return one loss per sample."""
@@ -172,7 +175,7 @@ def part_by_hand(scene: Scene) -> Step:
     def step() -> None:
         scene.base.zero_grad()
         inputs, targets = scene.batch
-        part = torch.randperm(BATCH)[: BATCH // 4]
+        part = torch.randperm(BATCH, device=scene.device)[: BATCH // 4]
         values = _losses_of(scene, inputs[part], targets[part], idle)
         copies = _climb(torch.autograd.grad(values.mean(), late), late)
         scene.losses(inputs, targets).mean().backward()
@@ -258,16 +261,17 @@ def operations(step: Step, *, warmup: int = 4) -> int:
     return counter.count
 
 
-def measure(tensors: int, repeats: int) -> list[dict[str, Any]]:
+def measure(tensors: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Return a row for each kind of step on a network with this many tensors."""
-    steps = {name: make(Scene(tensors)) for name, make in STEPS.items()}
+    steps = {name: make(Scene(tensors, device)) for name, make in STEPS.items()}
     counts = {name: operations(step) for name, step in steps.items()}
+    on_cpu = device.type == "cpu"
     _, ratios = time_interleaved(
-        steps,
+        steps if on_cpu else {name: several(step, ON_A_GPU) for name, step in steps.items()},
         repeats=repeats,
         warmup=3,
-        device=torch.device("cpu"),
-        clock=time.process_time,
+        device=device,
+        clock=time.process_time if on_cpu else time.perf_counter,
     )
     return [
         {
@@ -294,15 +298,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tensors", type=count_number, nargs="+", default=[60, 240, 960])
     parser.add_argument("--repeats", type=count_number, default=31, help="rounds")
     parser.add_argument("--threads", type=count_number, default=1, help="of the CPU (1)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="(cpu)")
     parser.add_argument("--out", type=Path, help="output folder (default: benchmarks/results/host)")
     parser.add_argument("--quick", action="store_true", help="a short network, two rounds")
     options = parser.parse_args(arguments)
     root = Path("benchmarks/out" if options.quick else "benchmarks/results")
-    out = options.out or root / "host"
+    on_cpu = options.device.type == "cpu"
+    out = options.out or root / ("host" if on_cpu else f"host-{options.device.type}")
     if options.quick:
         options.tensors, options.repeats = [8], 2
     torch.set_num_threads(options.threads)
-    rows = [row for tensors in options.tensors for row in measure(tensors, options.repeats)]
+    rows = [
+        row
+        for tensors in options.tensors
+        for row in measure(tensors, options.repeats, options.device)
+    ]
     shown = [
         [
             row["step"],
@@ -314,7 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         for row in rows
     ]
-    title = "The host time of a step: processor time with tiny kernels, and operations"
+    clock = "processor time" if on_cpu else f"wall time on {options.device.type}"
+    title = f"The host time of a step: {clock} with tiny kernels, and operations"
     write_tables(out, "host", title, COLUMNS, shown)
     write_json(out / "host.json", {"rows": rows, **provenance()})
 

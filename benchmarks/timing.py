@@ -9,9 +9,23 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "peak_memory", "time_interleaved"]
+__all__ = ["ON_A_GPU", "Timing", "peak_memory", "several", "time_interleaved"]
 
 Step = Callable[[], object]
+
+#: Steps of one measurement on a GPU: the host queues the next steps while the GPU runs, as it does
+#: in training.
+ON_A_GPU = 10
+
+
+def several(step: Step, count: int) -> Step:
+    """Return a function that runs a step several times."""
+
+    def steps() -> None:
+        for _ in range(count):
+            step()
+
+    return steps
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,10 @@ class Timing:
     low: float
     high: float
     repeats: int
+
+    def over(self, count: int) -> "Timing":
+        """Return the times of one of `count` equal steps."""
+        return Timing(self.median / count, self.low / count, self.high / count, self.repeats)
 
 
 def time_interleaved(

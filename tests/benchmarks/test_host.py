@@ -59,7 +59,7 @@ def test_a_step_of_suffix_with_part_is_that_written_by_hand(monkeypatch):
     )
     parts = [climbing_indices(Part(0.25), BATCH, seed=0, count=count) for count in range(3)]
     drawn = iter(parts)
-    monkeypatch.setattr(torch, "randperm", lambda _: torch.from_numpy(next(drawn)))
+    monkeypatch.setattr(torch, "randperm", lambda _, device: torch.from_numpy(next(drawn)))
     step = STEPS["Suffix with Part by hand"](by_hand)
     for each in (by_hand, scene):
         each.base.param_groups[0]["lr"] = 0.1
