@@ -8,7 +8,9 @@ import torch
 from tests.torch.scene import batch, losses_of, net, sgd
 from torch.nn import functional as F
 
+import esam_torch.run
 from esam_torch import ESAM, Suffix
+from esam_torch.notices import recurrent_dropout_warning
 
 
 def line():
@@ -102,3 +104,50 @@ def test_of_a_closure_at_its_own_line(caught):
 
     optimizer.step(closure)
     check(caught, "rounded away", lines[0])
+
+
+class Tagger(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.recurrent = torch.nn.GRU(4, 8, batch_first=True, **options)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+GPU = [torch.device("cuda", 0)]
+
+
+def test_dropout_of_recurrent_layers_on_a_gpu(caught, monkeypatch):
+    """cuDNN has its own random state; the test only pretends that the model is on a GPU."""
+    monkeypatch.setattr(
+        esam_torch.run,
+        "recurrent_dropout_warning",
+        lambda model, devices: recurrent_dropout_warning(model, GPU),
+    )
+    model = Tagger(num_layers=2, dropout=0.5)
+    optimizer = ESAM(sgd(model), model)
+    data = torch.randn(6, 5, 4), torch.arange(6) % 3
+    where = line() + 1
+    optimizer.loss(losses_of(model), *data).backward()
+    optimizer.step()
+    check(caught, "dropout inside recurrent differs between the passes", where)
+    optimizer.step(losses_of(model), *data)
+    assert len([w for w in caught if "recurrent" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "cudnn"),
+    [
+        ({"num_layers": 2, "dropout": 0.5}, [torch.device("cpu")], True),
+        ({"num_layers": 2, "dropout": 0.5}, GPU, False),
+        ({"num_layers": 2}, GPU, True),
+        ({}, GPU, True),
+    ],
+)
+def test_other_recurrent_layers(options, devices, cudnn, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
+    model = Tagger(**options)
+    assert recurrent_dropout_warning(model, devices) is None
+    assert recurrent_dropout_warning(Tagger(num_layers=2, dropout=0.5).eval(), GPU) is None

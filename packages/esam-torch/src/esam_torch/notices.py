@@ -1,6 +1,11 @@
 """Warnings raised within a step, kept until the user's next call."""
 
-__all__ = ["Notices", "rounding_warning"]
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+__all__ = ["Notices", "recurrent_dropout_warning", "rounding_warning"]
 
 
 class Notices:
@@ -24,6 +29,40 @@ class Notices:
         """Return and remove the texts added since the last call."""
         waiting, self._waiting = self._waiting, []
         return waiting
+
+
+def recurrent_dropout_warning(model: nn.Module, devices: Iterable[torch.device]) -> str | None:
+    """Return a warning if recurrent layers drop units on a GPU; None if there are none.
+
+    There, cuDNN draws their dropout from a random state of its own, which torch cannot restore.
+
+    Args:
+        model: the model.
+        devices: the devices that it runs on.
+
+    Example:
+        >>> model = nn.LSTM(8, 8, num_layers=2, dropout=0.5)
+        >>> print(recurrent_dropout_warning(model, [torch.device("cpu")]))
+        None
+    """
+    if not torch.backends.cudnn.enabled or all(device.type != "cuda" for device in devices):
+        return None
+    names = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RNNBase)
+        and module.training
+        and module.dropout > 0.0
+        and module.num_layers > 1
+    ]
+    if not names:
+        return None
+    return (
+        f"On a GPU, the dropout inside {', '.join(names)} differs between the passes of a step, "
+        "because cuDNN keeps its random state, which torch cannot restore. So part of the measured "
+        "sharpness is noise. Use layers with num_layers=1 and nn.Dropout between them, or set "
+        "torch.backends.cudnn.enabled = False."
+    )
 
 
 def rounding_warning(share: float) -> str | None:

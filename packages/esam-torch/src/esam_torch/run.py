@@ -36,7 +36,7 @@ from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
 from esam_torch.notes import CLOSURE, LATE
-from esam_torch.notices import Notices, rounding_warning
+from esam_torch.notices import Notices, recurrent_dropout_warning, rounding_warning
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
 from esam_torch.step import Step
@@ -369,6 +369,8 @@ class Run:
         )
         if layout.blocks is not None and layout.blocks.warning is not None:
             self.notices.add("early", layout.blocks.warning)
+        if (noisy := recurrent_dropout_warning(self.model, layout.devices)) is not None:
+            self.notices.add("recurrent", noisy)
         return layout
 
     def __getstate__(self) -> dict[str, Any]:
