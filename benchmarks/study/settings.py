@@ -163,7 +163,9 @@ class Setting:
 
     def stage(self, method: str, budget: int) -> tuple[int, ...]:
         """Return a key that sorts points by importance: contenders and the main budget first."""
-        return (method not in CONTENDERS, budget != self.main, budget)
+        away = budget != self.main
+        last = away and method not in (*CONTENDERS, "esam", "sgd-ema")  # they decide nothing
+        return (method not in CONTENDERS, last, away, budget)
 
     def epochs(self, method: str, budget: int) -> int:
         """Return the epochs that a budget buys for a method."""

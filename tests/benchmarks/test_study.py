@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,12 @@ def test_reported_runs_start_with_the_contenders_and_are_ordered_by_seed() -> No
     assert [(run.method, run.epochs, run.seed) for run in runs] == expected
 
 
+def test_points_that_decide_nothing_come_last() -> None:
+    points = SETTINGS["small"].points()
+    rest = [name for name in METHODS if name not in (*CONTENDERS, "esam", "sgd-ema")]
+    assert points[-len(rest) * 2 :] == [(name, budget) for budget in (10, 40) for name in rest]
+
+
 def test_tuned_methods_are_compared_before_the_others_are_tuned() -> None:
     runs = make_plan(QUICK, _tune_all(("sgd", "sam"))).runs
     count = 2 * len(QUICK.seeds)
@@ -126,9 +132,17 @@ def test_two_processes_execute_each_run_once(tmp_path: Path) -> None:
     assert len({key_of(record) for record in records}) == 6
 
 
-def test_a_killed_workers_run_is_resumed_bit_for_bit(
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, as in the worker's process: the number of threads changes the rounding."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_workers_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     setting = dataclasses.replace(
         QUICK, shared={**QUICK.shared, "images": 600}, budgets=(12,), main=12
     )
