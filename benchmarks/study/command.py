@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("settings", nargs="*", default=list(SETTINGS), metavar="SETTING")
+    on_cpu = [name for name, setting in SETTINGS.items() if setting.shared["device"] == "cpu"]
+    add("settings", nargs="*", default=on_cpu, metavar="SETTING", help="(default: those on a CPU)")
     add("--jobs", type=count_number, default=1, help="number of processes (default: 1)")
     add("--threads", type=count_number, default=1, help="CPU threads per process (default: 1)")
     add("--runs", type=count_number, help="most runs per process (default: all)")

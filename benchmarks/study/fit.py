@@ -39,7 +39,7 @@ class Fit(Probe):
     def observe(self, epoch: int, report: Any) -> None:
         """Note which samples a step selected."""
         if report is not None and report.indices is not None:
-            self._descents.append(report.indices.cpu())
+            self._descents.append(report.indices)
 
     def measure(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
         """Return the accuracies, in percent, after the last epoch."""
@@ -72,7 +72,7 @@ class Fit(Probe):
         for i, chosen in enumerate(self._descents):
             seen = order[i * size : (i + 1) * size]
             out = torch.ones(len(seen), dtype=torch.int64)
-            out[chosen] = 0
+            out[chosen.cpu()] = 0
             self._left_out[seen] += out
         self._descents.clear()
 

@@ -289,6 +289,32 @@ SETTINGS: dict[str, Setting] = {
             restarts={budget: {"sgd": _CHOSEN_IN_SMALL["sgd"]} for budget in (30, 60)},
             methods=(*CONTENDERS, "esam"),
         ),
+        Setting(
+            name="full",
+            title="all of CIFAR-100, ResNet-18, nothing tuned",
+            words="All of CIFAR-100, ResNet-18, nothing tuned",
+            shared={
+                "data": "cifar100",
+                "model": "resnet18",
+                "device": "cuda",
+                "bf16": True,
+                "channels_last": True,
+            },
+            main=50,
+            budgets=(50, 100, 200),
+            tuning_seeds=(),
+            seeds=(0, 1, 2),
+            starts={
+                "sgd": (Cell(128, 0.05),),
+                "sam": (Cell(128, 0.05, 0.05),),
+                "suffix-part": (Cell(128, 0.05, 0.2),),
+                "esam": (Cell(128, 0.05, 0.05),),
+                "sgd-ema": (Cell(128, 0.05, 0.005),),
+            },
+            methods=(*CONTENDERS, "esam", "sgd-ema"),
+            everywhere=(*CONTENDERS, "esam", "sgd-ema"),
+            costs={"suffix-part": 1.161, "esam": 1.7},
+        ),
     )
 }
 

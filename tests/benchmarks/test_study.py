@@ -273,6 +273,15 @@ def test_an_unknown_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "SETTING must be one of small, fresh, noisy" in capsys.readouterr().err
 
 
+def test_a_setting_for_a_gpu_is_not_run_unless_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.main(["--plan", "--out", str(tmp_path)])
+    assert "full:" not in capsys.readouterr().out
+    command.main(["full", "--plan", "--out", str(tmp_path)])
+    assert "full: 45 runs can be made now" in capsys.readouterr().out
+
+
 def test_the_plan_is_shown_without_running_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
