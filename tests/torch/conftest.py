@@ -1,6 +1,11 @@
-"""Fixtures that several files use."""
+"""Fixtures that several files use, and exact float32 on a GPU."""
+
+import os
 
 import pytest
+
+# The libraries read it when they start. TF32 has 10 bits, which is not what the tests compare.
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 
 @pytest.fixture

@@ -4,19 +4,15 @@ import pytest
 import torch
 from tests.torch.scene import batch
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-devices = pytest.mark.parametrize("device", DEVICES)
+def cuda(*values):
+    """Return parameters of a test: "cuda" and these values."""
+    return pytest.param("cuda", *values, marks=[pytest.mark.gpu, needs_cuda])
+
+
+devices = pytest.mark.parametrize("device", ["cpu", cuda()])
 
 
 def on(device, b=8, seed=1):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func, nop
 from tests.torch import reruns
+from tests.torch.devices import needs_cuda
 from tests.torch.reruns import make, run
 from tests.torch.scene import batch, losses_of, net, same
 from torch import nn
@@ -286,8 +287,6 @@ def test_losses_that_the_next_pass_overwrites(select):
 
 
 # -- CUDA --------------------------------------------------------------------------------------
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from tests.torch.devices import needs_cuda
 
 import esam_torch.conformance
 from esam_core.conformance.testing import conformance
@@ -17,7 +17,7 @@ def test_cpu(run):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @conformance(TorchAdapter("cuda"))
 def test_cuda(run):
     run()

@@ -8,6 +8,7 @@ import contextlib
 
 import pytest
 import torch
+from tests.torch.devices import needs_cuda
 from tests.torch.scene import batch, losses_of, net, sgd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,9 +151,6 @@ def test_a_batch_on_the_host_for_a_model_on_the_device():
         with pytest.raises(NotImplementedError):  # meta tensors have no data; only the call matters
             esam_torch.devices.on_device(torch.ones(2, device="meta"), torch.device("cpu"))
     assert moved == [True, False]
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @contextlib.contextmanager
