@@ -9,7 +9,7 @@ from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.numpy_adapter import NumpyAdapter
 from esam_core.problem import Base, Batch, Problem
 
-__all__ = ["SGD", "Run", "compare_observed", "compare_state", "follow", "shows"]
+__all__ = ["SGD", "Run", "compare_observed", "compare_state", "follow", "same_state", "shows"]
 
 #: The base optimizer of most checks: a wrong momentum buffer is visible in the second step.
 SGD = Base("sgd", lr=0.1, momentum=0.9)
@@ -105,6 +105,20 @@ def compare_state(
     close_all(
         f"{where}: buffers", actual.buffers(), expected.buffers(), kind="buffers", dtype=dtype
     )
+
+
+def same_state(where: str, actual: Session, expected: Session, dtype: str) -> None:
+    """Require that two sessions of a backend have the same weights and written states.
+
+    Args:
+        where: the start of the message of a failure.
+        actual: one session.
+        expected: the other.
+        dtype: the dtype of both.
+    """
+    for what in ("weights", "buffers"):
+        found, wanted = getattr(actual, what)(), getattr(expected, what)()
+        close_all(f"{where}: {what}", found, wanted, kind="same", dtype=dtype)
 
 
 def follow(

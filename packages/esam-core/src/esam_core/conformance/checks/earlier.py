@@ -10,7 +10,7 @@ from esam_core.conformance.checks.registry import check
 from esam_core.conformance.checks.restoring import InjectedError, make_failing_step
 from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.problems import batchnorm, linear, mlp, softmax, with_nan
-from esam_core.conformance.trace import SGD, Run, compare_state, follow, shows
+from esam_core.conformance.trace import SGD, Run, compare_state, follow, same_state, shows
 from esam_core.directions import Batch, Direction, Momentum, Part, Previous
 from esam_core.problem import Base
 from esam_core.reference.network import Network
@@ -38,14 +38,9 @@ def check_first_step_is_a_base_step(adapter: Adapter) -> None:
             equal(f"{ascend}, first step: samples per pass", shown.passes, (8,))
         if shows(adapter, "perturbation_norm"):
             equal(f"{ascend}, first step: perturbation_norm", shown.perturbation_norm, 0.0)
-        for what in ("weights", "buffers"):
-            close_all(
-                f"{ascend}, first step: {what} against the base optimizer's",
-                getattr(ours, what)(),
-                getattr(base, what)(),
-                kind="same",
-                dtype=adapter.dtypes[0],
-            )
+        same_state(
+            f"{ascend}, first step, against the base optimizer's", ours, base, adapter.dtypes[0]
+        )
 
 
 @check("ascend")
@@ -100,13 +95,7 @@ def check_previous_is_sam_where_the_gradient_is_constant(adapter: Adapter) -> No
             network.parameters[name][...] = theta
         losses = network.evaluate(batch).losses
         shown, wanted = ours.step(batch), sam.step(batch)
-        close_all(
-            f"step {i}: weights against SAM's",
-            ours.weights(),
-            sam.weights(),
-            kind="same",
-            dtype=dtype,
-        )
+        same_state(f"step {i}, against SAM's", ours, sam, dtype)
         if i == 0:
             continue
         length = float(wanted.gradient_norm or 0.0)
@@ -183,14 +172,9 @@ def check_rho_zero_with_any_direction(adapter: Adapter) -> None:
             base.step(batch)
             if shows(adapter, "passes"):
                 equal(f"{ascend}, step {i}: samples per pass", shown.passes, (8,))
-            for what in ("weights", "buffers"):
-                close_all(
-                    f"{ascend}, step {i}: {what} against the base optimizer's",
-                    getattr(ours, what)(),
-                    getattr(base, what)(),
-                    kind="same",
-                    dtype=adapter.dtypes[0],
-                )
+            same_state(
+                f"{ascend}, step {i}, against the base optimizer's", ours, base, adapter.dtypes[0]
+            )
 
 
 @check("ascend", "backward")
@@ -240,14 +224,7 @@ def check_direction_is_saved(adapter: Adapter) -> None:
         for i, batch in enumerate(problem.batches[2:4]):
             second.step(batch)
             whole.step(batch)
-            for what in ("weights", "buffers"):
-                close_all(
-                    f"{ascend}, step {i} after resuming: {what}",
-                    getattr(second, what)(),
-                    getattr(whole, what)(),
-                    kind="same",
-                    dtype=adapter.dtypes[0],
-                )
+            same_state(f"{ascend}, step {i} after resuming", second, whole, adapter.dtypes[0])
 
 
 @check("ascend", "state")
@@ -263,7 +240,7 @@ def check_loading_replaces_the_direction(adapter: Adapter) -> None:
     for i, batch in enumerate(problem.batches[2:4]):
         used.step(batch)
         new.step(batch)
-        compare_state(f"step {i} after going back", used, new, adapter.dtypes[0], kind="same")
+        same_state(f"step {i} after going back", used, new, adapter.dtypes[0])
 
 
 @check("ascend", "faults")
@@ -287,14 +264,9 @@ def check_a_failed_step_keeps_the_direction(adapter: Adapter) -> None:
                 make_failing_step(adapter, failing, fault, batch, where)
             failing.step(batch)
             smooth.step(batch)
-            for what in ("weights", "buffers"):
-                close_all(
-                    f"{ascend}, step {i} repeated after failures: {what}",
-                    getattr(failing, what)(),
-                    getattr(smooth, what)(),
-                    kind="same",
-                    dtype=adapter.dtypes[0],
-                )
+            same_state(
+                f"{ascend}, step {i} repeated after failures", failing, smooth, adapter.dtypes[0]
+            )
 
 
 @check("ascend")

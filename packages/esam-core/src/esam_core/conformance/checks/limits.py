@@ -6,7 +6,7 @@ from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.problems import batchnorm, mlp
-from esam_core.conformance.trace import SGD, Run, shows
+from esam_core.conformance.trace import SGD, Run, same_state, shows
 from esam_core.problem import Base
 from esam_core.reference.network import Network
 from esam_core.schedules import Between
@@ -33,20 +33,7 @@ def _is_base(adapter: Adapter, esam: dict[str, object]) -> None:
                 equal(f"{where}: {name}", getattr(shown, name), None)
         if shows(adapter, "perturbation_norm"):
             equal(f"{where}: perturbation_norm", shown.perturbation_norm, 0.0)
-        close_all(
-            f"{where}: weights against the base optimizer's",
-            ours.weights(),
-            base.weights(),
-            kind="same",
-            dtype=dtype,
-        )
-        close_all(
-            f"{where}: buffers against the base optimizer's",
-            ours.buffers(),
-            base.buffers(),
-            kind="same",
-            dtype=dtype,
-        )
+        same_state(f"{where}, against the base optimizer's", ours, base, dtype)
 
 
 @check()

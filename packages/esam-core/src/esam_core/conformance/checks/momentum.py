@@ -6,7 +6,7 @@ from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close_all, require
 from esam_core.conformance.problems import mlp, softmax
-from esam_core.conformance.trace import Run, follow
+from esam_core.conformance.trace import Run, follow, same_state
 from esam_core.directions import Momentum, Previous
 from esam_core.problem import Base
 from esam_core.reference.network import Network
@@ -74,12 +74,11 @@ def check_momentum_without_a_past_is_previous(adapter: Adapter) -> None:
         for i, batch in enumerate(problem.batches[:4]):
             one.step(batch)
             other.step(batch)
-            close_all(
-                f"sign {sign}, step {i}: weights with Momentum against Previous",
-                one.weights(),
-                other.weights(),
-                kind="same",
-                dtype=adapter.dtypes[0],
+            same_state(
+                f"sign {sign}, step {i}, with Momentum against Previous",
+                one,
+                other,
+                adapter.dtypes[0],
             )
 
 

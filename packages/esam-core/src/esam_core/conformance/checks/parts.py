@@ -8,7 +8,7 @@ from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, close_all, equal, equal_all, require
 from esam_core.conformance.problems import batchnorm, dropout, mlp, softmax
-from esam_core.conformance.trace import Run, follow
+from esam_core.conformance.trace import Run, follow, same_state
 from esam_core.directions import Batch, Momentum, Part, Previous
 from esam_core.problem import Base, BatchNorm, Dense
 from esam_core.reference.network import Network
@@ -107,14 +107,12 @@ def check_part_of_everything_is_the_batch(adapter: Adapter) -> None:
             shown = part.step(small)
             whole.step(small)
             equal(f"step {i}: part", shown.part, None)
-            for what in ("weights", "buffers"):
-                close_all(
-                    f"{problem.name}, step {i}: {what} with Part(1.0) against Batch()",
-                    getattr(part, what)(),
-                    getattr(whole, what)(),
-                    kind="same",
-                    dtype=adapter.dtypes[0],
-                )
+            same_state(
+                f"{problem.name}, step {i}, with Part(1.0) against Batch()",
+                part,
+                whole,
+                adapter.dtypes[0],
+            )
 
 
 @check("ascend")

@@ -10,14 +10,13 @@ from esam_core.conformance.adapter import Adapter, Fault, Session
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import (
     ConformanceError,
-    close_all,
     equal,
     equal_all,
     has_nonfinite,
     require,
 )
 from esam_core.conformance.problems import PEAK_RHO, batchnorm, dropout, mlp, peak, with_nan
-from esam_core.conformance.trace import Run, compare_state, shows
+from esam_core.conformance.trace import Run, compare_state, same_state, shows
 from esam_core.problem import Base, Batch, Dense, Problem, Tanh
 from esam_core.selectors import Proportional, Random, TopIncrease, random_indices
 
@@ -80,13 +79,7 @@ def check_a_failed_step_leaves_no_trace(adapter: Adapter) -> None:
             shown, wanted = failing.step(batch), smooth.step(batch)
             if shows(adapter, "perturbed"):
                 equal(f"step {i} repeated: perturbed", shown.perturbed, wanted.perturbed)
-            close_all(
-                f"step {i} repeated after failures: weights",
-                failing.weights(),
-                smooth.weights(),
-                kind="same",
-                dtype=adapter.dtypes[0],
-            )
+            same_state(f"step {i} repeated after failures", failing, smooth, adapter.dtypes[0])
 
 
 def make_failing_step(

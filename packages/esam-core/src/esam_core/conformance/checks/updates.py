@@ -6,7 +6,7 @@ from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close_all, equal, equal_all, require
 from esam_core.conformance.problems import batchnorm, mlp
-from esam_core.conformance.trace import Run, compare_state, follow, shows
+from esam_core.conformance.trace import Run, compare_state, follow, same_state, shows
 from esam_core.problem import Base
 
 __all__ = ["CHECKS"]
@@ -102,14 +102,7 @@ def check_resuming(adapter: Adapter) -> None:
         shown, wanted = second.step(batch), whole.step(batch)
         if shows(adapter, "perturbed"):
             equal(f"step {i} after resuming: perturbed", shown.perturbed, wanted.perturbed)
-        for what in ("weights", "buffers"):
-            close_all(
-                f"step {i} after resuming: {what}",
-                getattr(second, what)(),
-                getattr(whole, what)(),
-                kind="same",
-                dtype=adapter.dtypes[0],
-            )
+        same_state(f"step {i} after resuming", second, whole, adapter.dtypes[0])
 
 
 CHECKS = (
