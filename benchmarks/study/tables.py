@@ -35,8 +35,7 @@ _RULES = """A method *counts* at budget {} if it is above {} best and SAM's best
 compute: both intervals are above 0, and both p values, corrected by Holm's procedure, are below .05
 (rule 1 of `docs/study-protocol.md`). To be recommended, it must count in `small` and in `fresh`,
 and the interval of its difference from the base optimizer's best must not be entirely below 0 at
-any budget of `small`, `wide`, `noisy` or `text` (rule 2). *Interim*: runs that can change it are
-missing."""
+any budget of `small`, `wide`, `noisy` or `text` (rule 2). Answers with "(interim)" can change."""
 
 
 _RECOMPUTED = """The change of the final accuracy if `torch.optim.swa_utils.update_bn` recomputes
