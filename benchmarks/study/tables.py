@@ -35,7 +35,7 @@ _RULES = """A method *counts* at budget {} if it is above {} best and SAM's best
 compute: both intervals are above 0, and both p values, corrected by Holm's procedure, are below .05
 (rule 1 of `docs/study-protocol.md`). To be recommended, it must count in `small` and in `fresh`,
 and the interval of its difference from the base optimizer's best must not be entirely below 0 at
-any budget of `small`, `wide`, `noisy` or `text` (rule 2). Answers with "(interim)" can change."""
+any budget of `small`, `wide`, `noisy` or `text` (rule 2)."""
 
 
 _RECOMPUTED = """The change of the final accuracy if `torch.optim.swa_utils.update_bn` recomputes
@@ -178,6 +178,8 @@ def _rules_parts(setting: Setting, points: Sequence[Point]) -> list[str]:
     columns = ("method", f"counts at {setting.main}")
     columns += tuple(f"from {base} best at {budget}" for budget in setting.budgets)
     explanation = _RULES.format(setting.main, base)
+    if any("(interim)" in cell for row in rows for cell in row):
+        explanation += ' Answers with "(interim)" can change.'
     averaged = _from_averaged_weights(setting, points, by_budget[setting.main])
     return ["## By the rule", explanation, markdown(columns, rows), *averaged]
 
