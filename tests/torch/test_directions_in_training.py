@@ -22,6 +22,7 @@ from esam_torch import (
     Previous,
     Suffix,
     TopIncrease,
+    directions,
 )
 
 # -- statistics, noise, random numbers ------------------------------------------------------------
@@ -263,6 +264,15 @@ def test_checkpoints_without_a_direction_load():
         fresh.load_state_dict(state)
     assert fresh.config.ascend == Batch()
     fresh.step(same_losses, *batch())
+
+
+def test_a_direction_follows_its_model():
+    """To another device, whose gradients are not copied to the place of the old ones."""
+    here, there = torch.ones(2), torch.ones(2, device="meta")
+    assert directions._copy({"w": there}, {"w": here})["w"].device.type == "meta"
+    assert directions._shard(here, there).device.type == "meta"
+    again = torch.zeros(2)
+    assert directions._copy({"w": here}, {"w": again})["w"] is again
 
 
 def test_previous_keeps_one_copy_of_perturbable_gradients():

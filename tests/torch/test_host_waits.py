@@ -5,6 +5,7 @@ would wait for one raises an error; CPU tensors then represent those of the devi
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from esam_torch import (
     TopIncrease,
     TopLoss,
 )
+from esam_torch.devices import copies_ahead, widest
+from esam_torch.fitting.measures import Means, Seen
 
 #: Operations that return a value to the host, or whose result's size depends on values.
 WAITS = {
@@ -151,6 +154,39 @@ def test_a_batch_on_the_host_for_a_model_on_the_device():
         with pytest.raises(NotImplementedError):  # meta tensors have no data; only the call matters
             esam_torch.devices.on_device(torch.ones(2, device="meta"), torch.device("cpu"))
     assert moved == [True, False]
+
+
+def test_numbers_of_reports_are_summed_on_the_host(monkeypatch):
+    """A number that is copied to the device would be waited for."""
+    model, optimizer = make("paper")
+    losses = losses_of(model)
+    means = Means({}, torch.device("cpu"))
+    data = batch()
+
+    def seen(x, y):
+        values = losses(x, y)
+        return values, Seen(values.detach(), None, (x, y))
+
+    reports = [optimizer.backward(seen, *data) for _ in range(2)]
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, None)
+    for report in reports:
+        means.add_step(report)
+    found = means.result()
+    assert found["sample_share"] == 0.5
+    assert found["weight_share"] == sum(report.weight_share for report in reports) / 2
+
+
+def test_copies_ahead_and_wide_numbers(monkeypatch):
+    """MPS must not copy memory that the host may free, and has no float64, as some of Intel's."""
+    kinds = {kind: torch.device(kind) for kind in ("cpu", "cuda", "mps", "xpu")}
+    assert [kind for kind, d in kinds.items() if copies_ahead(d)] == ["cuda", "xpu"]
+    for wide in (True, False):
+        monkeypatch.setattr(
+            torch.xpu, "get_device_properties", lambda _, wide=wide: SimpleNamespace(has_fp64=wide)
+        )
+        found = {kind for kind, d in kinds.items() if widest(d) == torch.float64}
+        assert found == {"cpu", "cuda"} | ({"xpu"} if wide else set())
 
 
 @contextlib.contextmanager

@@ -189,6 +189,24 @@ def test_weights_of_classes_with_soft_labels(transformers):  # noqa: ARG001 need
         F.cross_entropy(logits, hard, weights)
 
 
+def test_indices_of_labels_are_moved_to_the_cpu(transformers):  # noqa: ARG001
+    """Where their rows are; also in tuples, as in labels[rows, columns]."""
+    from esam_torch.integrations.row_losses import RowLosses
+
+    class Index(torch.Tensor):
+        moved = 0
+
+        def cpu(self):
+            Index.moved += 1
+            return self.as_subclass(torch.Tensor)
+
+    labels, places = torch.arange(6).view(2, 3), torch.tensor([0, 1])
+    with RowLosses([labels]):
+        for index in (places.as_subclass(Index), (places.as_subclass(Index),) * 2):
+            assert labels[index].shape in ((2, 3), (2,))
+    assert Index.moved == 3
+
+
 @pytest.mark.parametrize(
     ("error", "first", "later"),
     [(RuntimeError, 2, 1), (torch.OutOfMemoryError, 1, 1)],

@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+import esam_torch.selection
 from esam_core import Proportional, Random, TopIncrease, TopLoss, selectors
 from esam_core.perturbation import NORMS, perturbation_norm, perturbations
 from esam_torch.perturbation import perturb
-from esam_torch.selection import inclusion_probabilities, select, systematic_indices, top_indices
+from esam_torch.selection import (
+    inclusion_probabilities,
+    select,
+    systematic_indices,
+    top_indices,
+)
 from esam_torch.targets import Targets
 
 # -- selection ---------------------------------------------------------------------------------
@@ -48,8 +54,14 @@ def test_top_indices(kind, dtype):
             assert found.tolist() == selectors.top_indices(scores, k).tolist()
 
 
+#: Whether sums are those of integers, as on CUDA if torch must be deterministic.
+integers = pytest.mark.parametrize("integers", [False, True])
+
+
+@integers
 @pytest.mark.parametrize("kind", KINDS)
-def test_inclusion_probabilities(kind):
+def test_inclusion_probabilities(kind, integers, monkeypatch):
+    monkeypatch.setattr(esam_torch.selection, "adds_in_integers", lambda _: integers)
     rng = np.random.default_rng(1)
     for b in (1, 2, 3, 8, 17, 64):
         for k in sorted({1, (b + 1) // 2, b - 1 or 1, b}):
@@ -62,7 +74,9 @@ def test_inclusion_probabilities(kind):
                 np.testing.assert_allclose(found.sum(), k, rtol=1e-12)
 
 
-def test_systematic_indices():
+@integers
+def test_systematic_indices(integers, monkeypatch):
+    monkeypatch.setattr(esam_torch.selection, "adds_in_integers", lambda _: integers)
     rng = np.random.default_rng(2)
     for _ in range(300):
         b = int(rng.integers(1, 40))

@@ -1,7 +1,8 @@
 """Between a loss and its backward: what the later passes of a step must find as the first did."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from esam_core import ESAMRuntimeError
 from esam_torch.batch import Batch
@@ -65,7 +66,13 @@ class Between:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Use the settings, modes and attributes of the first pass inside the context."""
-        attributes = self._attributes.restoring()
-        with self._settings.restoring(), self._modes.restoring(), attributes:
+        """Use the modes and attributes of the first pass inside the context."""
+        with self._modes.restoring(), self._attributes.restoring():
             yield
+
+    def call(self, losses: LossFunction, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call `losses` with the settings of the first pass, and return its result.
+
+        Backward passes have the settings of the user's own: torch advises against autocast there.
+        """
+        return self._settings.call(losses, *args, **kwargs)

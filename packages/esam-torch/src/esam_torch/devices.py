@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["devices_of", "on_device", "on_host"]
+__all__ = ["copies_ahead", "default_device", "devices_of", "on_device", "on_host", "widest"]
+
+with torch.device("meta"):
+    #: Whether torch names the default device of a `with torch.device(...)`; torch 2.6 does not.
+    _NAMES_DEFAULT = torch.get_default_device().type == "meta"
+
+
+def default_device() -> torch.device:
+    """Return the device on which torch creates tensors if none is given."""
+    return torch.get_default_device() if _NAMES_DEFAULT else torch.empty(0).device
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
@@ -20,11 +29,26 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; the host waits only if it is itself the destination.
+def copies_ahead(device: torch.device) -> bool:
+    """Return whether the host can go on before its copy to a device has finished.
 
-    Without waiting, a copy *to* the host could be read before it has arrived.
+    A copy *to* the host could be read before it has arrived. To MPS, memory of the host that is
+    freed or written too early could be copied.
     """
+    return device.type not in ("cpu", "mps")
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting where that is safe."""
     if tensor.device == device:
         return tensor
-    return tensor.to(device, non_blocking=not on_host(device))
+    return tensor.to(device, non_blocking=copies_ahead(device))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 if the device has no float64."""
+    if device.type == "xpu":
+        whole = bool(torch.xpu.get_device_properties(device).has_fp64)
+    else:
+        whole = device.type != "mps"
+    return torch.float64 if whole else torch.float32

@@ -186,7 +186,7 @@ def _copy(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[st
     sources: list[Tensor] = []
     for name, g in gradients.items():
         place = old.get(name)
-        if g.is_sparse or place is None or (place.shape, place.dtype) != (g.shape, g.dtype):
+        if g.is_sparse or place is None or not _alike(place, g):
             copies[name] = g.to_dense() if g.is_sparse else g.clone()
         else:
             copies[name] = place
@@ -195,6 +195,11 @@ def _copy(gradients: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[st
     if places:
         torch._foreach_copy_(places, sources)
     return copies
+
+
+def _alike(place: Tensor, g: Tensor) -> bool:
+    """Return whether a gradient can be copied to the place of an earlier one."""
+    return (place.shape, place.dtype, place.device) == (g.shape, g.dtype, g.device)
 
 
 def _fitting(direction: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -207,7 +212,7 @@ def _shard(direction: Tensor | None, parameter: Tensor) -> Tensor:
     if direction is None:
         return torch.zeros_like(local(parameter.detach()))
     shard = local(direction)
-    return shard if shard.dtype == parameter.dtype else shard.to(parameter.dtype)
+    return shard.to(parameter.device, parameter.dtype)  # the model may have moved
 
 
 def _moment(state: Mapping[str, Any], parameter: Tensor, base: torch.optim.Optimizer) -> Any:

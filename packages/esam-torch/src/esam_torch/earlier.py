@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
 from esam_torch.agreement import disagreement
+from esam_torch.devices import on_device
 from esam_torch.finiteness import flaw_in, nan_if_flawed
 from esam_torch.guards import RandomState, Weights
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
@@ -60,7 +61,7 @@ class EarlierStep(Step):
                     self._random.restore()
                     self._after = self._without_a_graph(b)
                     self._first.note()
-                    flaw = flaw + flaw_in(self._after)
+                    flaw = on_device(flaw, self._after.device) + flaw_in(self._after)
                 self._selected_samples = select(
                     config.select,
                     b,
@@ -80,7 +81,7 @@ class EarlierStep(Step):
             self._written.restore()
             left.restore()
         # Non-finite values must reach the gradient, even if all selected samples are finite.
-        return nan_if_flawed(total, flaw)
+        return nan_if_flawed(total, on_device(flaw, total.device))
 
     def _direction(self) -> Ascent:
         """Return epsilon, computed from the direction of earlier steps."""

@@ -5,9 +5,11 @@ the device.
 """
 
 import contextlib
+import contextvars
 import pickle
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_torch.compat import BATCH_NORM, clone_all, uncounted_writes
-from esam_torch.devices import on_device
+from esam_torch.devices import default_device, on_device
 from esam_torch.sharded import local
 from esam_torch.targets import Targets
 from esam_torch.values import is_half
@@ -71,9 +73,10 @@ class HostRandomState:
 
 
 class Settings:
-    """Settings of a thread: autocast, and the current device of each kind.
+    """Settings of a thread: autocast, default and current devices, and context variables.
 
-    On an accelerator, a backward runs in its own thread, which has its own settings.
+    On an accelerator, a backward runs in its own thread, which has its own settings. On each device
+    torch switches off the default device during a backward.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -84,11 +87,21 @@ class Settings:
             for kind in kinds
         ]
         self._cached = torch.is_autocast_cache_enabled()
+        self._default = default_device()
+        self._thread, self._context = threading.get_ident(), contextvars.copy_context()
 
-    def restoring(self) -> contextlib.AbstractContextManager[None]:
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with the saved settings, and return its result."""
+        with self._restoring_if_changed():
+            if threading.get_ident() == self._thread:
+                return function(*args, **kwargs)
+            return self._context.run(function, *args, **kwargs)
+
+    def _restoring_if_changed(self) -> contextlib.AbstractContextManager[None]:
         """Return a context with the saved settings."""
         off = not any(e or torch.is_autocast_enabled(k) for k, e, _ in self._settings)
         same = all(module.current_device() == index for module, index in self._current)
+        same = same and default_device() == self._default
         return contextlib.nullcontext() if off and same else self._restoring()
 
     @contextlib.contextmanager
@@ -97,6 +110,8 @@ class Settings:
         with contextlib.ExitStack() as stack:
             for module, index in self._current:
                 stack.enter_context(module.device(index))
+            if default_device() != self._default:
+                stack.enter_context(self._default)
             for kind, enabled, dtype in self._settings:
                 if (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) != (
                     enabled,

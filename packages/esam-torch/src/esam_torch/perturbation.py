@@ -85,7 +85,7 @@ def perturb(
             masked = total_norms(_norms(directions, targets.kinds, device), targets.spread)
         masked_norm = torch.linalg.vector_norm(masked)
         if norm == "estimated":
-            scales = torch.tensor(targets.scales, dtype=masked.dtype)
+            scales = torch.tensor(targets.scales, dtype=masked.dtype, device="cpu")
             length = torch.linalg.vector_norm(masked * on_device(scales.sqrt(), device))
         elif norm == "full":
             rest = _stretch(idle, targets.idle, targets.idle_adaptive)
@@ -119,7 +119,7 @@ def perturb(
         elif targets.factor is not None:
             size = masked_norm * common
         else:
-            factors = torch.tensor(targets.factors, dtype=masked.dtype)
+            factors = torch.tensor(targets.factors, dtype=masked.dtype, device="cpu")
             size = torch.linalg.vector_norm(masked * on_device(factors, device)) * common
         if not on_host(device):
             for some in targets.by_kind(perturbations):

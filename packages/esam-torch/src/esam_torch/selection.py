@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esam_core import selectors
-from esam_torch.devices import on_device
+from esam_torch.devices import on_device, widest
 
 __all__ = ["Selected", "select"]
 
@@ -30,6 +30,32 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return torch.sort(order[:k]).values
 
 
+def adds_in_integers(values: Tensor) -> bool:
+    """Return whether sums must be those of integers.
+
+    On CUDA, `cumsum` of floats is not deterministic, and raises an error if torch must be.
+    """
+    return values.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def in_integers(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (n,) numbers >= 0, not all 0, as whole multiples of a unit, and this power of two.
+
+    The multiples are rounded. Their sum is below 2**53, so sums of them are exact in any order.
+    """
+    total = values.sum()
+    unit = torch.ldexp(torch.ones_like(total), torch.frexp(total).exponent - 53)
+    return (values / unit).round(), unit
+
+
+def running_sums(values: Tensor) -> Tensor:
+    """Return the sums of the first 1, 2, ... of (n,) numbers >= 0, not all 0."""
+    if not adds_in_integers(values):
+        return values.cumsum(0)
+    multiples, unit = in_integers(values)
+    return multiples.to(torch.int64).cumsum(0).to(values.dtype) * unit
+
+
 def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
     """Return (b,) probabilities proportional to score plus floor, at most 1, that sum to k.
 
@@ -39,13 +65,16 @@ def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
     most 1 is used.
     """
     # In float64 if the device supports it: sums of probabilities are compared with integers.
-    wide = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
+    wide = scores.to(widest(scores.device))
     clipped = wide.clamp_min(0.0)
     mean = clipped.mean()
     usable = (mean > 0.0) & (mean < torch.inf)
     q = torch.where(usable, clipped + floor * mean, 1.0)
+    if adds_in_integers(q):
+        multiples, unit = in_integers(q)
+        q = multiples * unit  # rounded as in the sums that it is compared with
     ascending = torch.sort(q).values
-    sums = ascending.cumsum(0)
+    sums = running_sums(ascending)
     left = torch.arange(k - len(q) + 1, k + 1, device=q.device, dtype=q.dtype)
     last = (left * ascending <= sums).sum(0, keepdim=True) - 1  # the uncertain ones are the first m
     share = left.gather(0, last) / sums.gather(0, last)  # indexing would wait
@@ -54,7 +83,7 @@ def inclusion_probabilities(scores: Tensor, k: int, floor: float) -> Tensor:
 
 def systematic_indices(pi: Tensor, k: int, offset: float) -> Tensor:
     """Return k ascending indices, i with probability pi_i: the intervals that contain a point."""
-    ends = pi.cumsum(0)
+    ends = running_sums(pi)
     points = offset + torch.arange(k, device=pi.device, dtype=pi.dtype)
     # A point that rounding places after the last interval belongs to the last sample, once.
     last = torch.arange(len(pi) - k, len(pi), device=pi.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_torch.compat import fsdp_parameter_groups
+from esam_torch.devices import on_device, widest
 
 __all__ = [
     "Shards",
@@ -96,8 +97,8 @@ def total_norms(norms: Tensor, spread: Spread) -> Tensor:
     There is one reduction for all parameters that are sharded over the same ranks.
     """
     for groups, found in spread.items():
-        index = torch.tensor(found, device=norms.device)
-        squares = norms.index_select(0, index).double().square()
+        index = on_device(torch.tensor(found, device="cpu"), norms.device)
+        squares = norms.index_select(0, index).to(widest(norms.device)).square()
         for group in groups:
             torch.distributed.all_reduce(squares, group=group)
         norms = norms.index_copy(0, index, squares.sqrt().to(norms.dtype))

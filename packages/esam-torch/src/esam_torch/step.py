@@ -300,7 +300,7 @@ class Step:
         args, kwargs = batch
         # An autocast context around the step caches casts: of other weights, or without a graph.
         torch.clear_autocast_cache()
-        found, closure = self._losses(*args, **kwargs), not (args or kwargs)
+        found, closure = self._between.call(self._losses, args, kwargs), not (args or kwargs)
         values, outputs = per_sample(found, expected=expected, closure=closure)
         outputs = detach_tree(outputs)  # otherwise a kept report would keep the graph
         if whole and torch.is_grad_enabled() and not values.requires_grad:

@@ -72,10 +72,13 @@ class Variables:
             after, writes_now = now.get(name, (MISSING, 0))
             if writes == writes_now and _same(before, after):
                 continue
+            received = f"another value of `{name}`"
+            if after is MISSING:  # a threading.local, or it was deleted
+                received = f"no `{name}` in the backward, which on a GPU runs in another thread"
             raise ESAMRuntimeError(
                 "The variables that `losses` reads must not change between optimizer.loss(...) and "
-                "the backward of this loss, which calls `losses` again. Received: another value of "
-                f"`{name}`. Pass it as an argument of `losses`, as in optimizer.loss(losses, ..., "
+                f"the backward of this loss, which calls `losses` again. Received: {received}. "
+                f"Pass it as an argument of `losses`, as in optimizer.loss(losses, ..., "
                 f"{name.split('.')[-1]}={name}), or call the backward before it changes."
             )
 

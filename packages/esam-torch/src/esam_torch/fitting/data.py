@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from esam_torch.containers import INSIDE, is_container, is_tensor_collection, map_values
+from esam_torch.devices import copies_ahead
 from esam_torch.lookups import attribute
 from esam_torch.marks import Rows, Whole
 
@@ -34,7 +35,7 @@ def move_batch(batch: Any, device: torch.device) -> Any:
         if isinstance(x, Rows | Whole):
             return type(x)(move_batch(x.value, device))
         if isinstance(x, Tensor):
-            return x.to(device, non_blocking=True)
+            return x.to(device, non_blocking=copies_ahead(device))
         if is_container(x) and not is_tensor_collection(x):
             return INSIDE
         # Also batches of other libraries: a PackedSequence, graphs of PyG and DGL.

@@ -78,7 +78,8 @@ def check_metrics(metrics: Any) -> dict[str, Metric]:
 class Means:
     """Means of losses and metrics over samples, and of report fields over steps.
 
-    Sums stay on the device until `result` is called, so that no batch waits for it.
+    Sums of tensors stay on the device, and those of Python numbers on the host, until `result` is
+    called, so that no batch waits for the device.
 
     Args:
         metrics: functions of (outputs, *batch) that return one number per sample, by name.
@@ -89,12 +90,16 @@ class Means:
         self._metrics = metrics
         self._device = device
         self._sums: dict[str, Tensor] = {}
+        self._numbers: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def _add(self, name: str, total: Any, count: int) -> None:
         """Add a sum over `count` values."""
-        total = torch.as_tensor(total, dtype=torch.float32, device=self._device)
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        if isinstance(total, Tensor):
+            total = total.to(self._device, torch.float32)
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        else:
+            self._numbers[name] = self._numbers.get(name, 0.0) + float(total)
         self._counts[name] = self._counts.get(name, 0) + count
 
     def update(self, losses: Tensor, seen: Seen) -> None:
@@ -130,7 +135,7 @@ class Means:
         """Return the means, over all ranks if `everywhere`. This synchronises with the device."""
         # All names in one order: another rank may have measured fewer, or none.
         names = ("loss", *self._metrics, *REPORTED)
-        sums = [float(self._sums.get(name, 0.0)) for name in names]
+        sums = [float(self._sums.get(name, 0.0)) + self._numbers.get(name, 0.0) for name in names]
         counts = [float(self._counts.get(name, 0)) for name in names]
         if everywhere:
             sums, counts = sum_over_ranks(sums, self._device), sum_over_ranks(counts, self._device)
@@ -143,15 +148,19 @@ class Means:
     def reset(self) -> None:
         """Reset all sums."""
         self._sums.clear()
+        self._numbers.clear()
         self._counts.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, for a checkpoint."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        # On the host: ranks exchange them, and must not use each other's GPUs.
+        sums = {name: total.cpu() for name, total in self._sums.items()}
+        return {"sums": sums, "numbers": dict(self._numbers), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load saved sums."""
         self._sums = {name: total.to(self._device) for name, total in state["sums"].items()}
+        self._numbers = dict(state["numbers"])
         self._counts = dict(state["counts"])
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.devices import widest
 from esam_torch.sharded import Shards
 
 __all__ = [
@@ -49,9 +50,10 @@ def join_processes(device: torch.device) -> torch.device:
     share it, because ranks that leave and join again can miss each other.
     """
     dist = torch.distributed
-    if device.type != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        torch.get_device_module(device).set_device(device)
+    if device.type != "cpu" and "LOCAL_RANK" in os.environ:
+        if device.index is None:
+            device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.get_device_module(device).set_device(device)  # NCCL uses it for Python objects
     alone = not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1
     if not alone and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -182,8 +184,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     """Return the sums of numbers over all ranks."""
     if world()[1] == 1:
         return list(values)
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    total = torch.tensor(values, dtype=wide, device=device)
+    total = torch.tensor(values, dtype=widest(device), device=device)
     torch.distributed.all_reduce(total)
     found: list[float] = total.tolist()
     return found

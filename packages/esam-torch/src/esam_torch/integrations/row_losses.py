@@ -98,7 +98,11 @@ class RowLosses(TorchFunctionMode):
         # id is reused.
         self._followed: dict[int, tuple[Tensor, Tensor]] = {}
         for x in tensors:
-            rows = torch.arange(self.samples).view(-1, *[1] * (x.dim() - 1)).expand(x.shape)
+            rows = (
+                torch.arange(self.samples, device="cpu")
+                .view(-1, *[1] * (x.dim() - 1))
+                .expand(x.shape)
+            )
             self._followed[id(x)] = (x, rows)
 
     def __torch_function__(
@@ -131,7 +135,7 @@ class RowLosses(TorchFunctionMode):
     def _rows(self, x: Any) -> Tensor:
         """Return the rows of a tensor's elements."""
         found = self._followed.get(id(x))
-        return torch.full(x.shape, _NO_SAMPLE) if found is None else found[1]
+        return torch.full(x.shape, _NO_SAMPLE, device="cpu") if found is None else found[1]
 
     def _rows_of_result(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -152,8 +156,8 @@ class RowLosses(TorchFunctionMode):
         elif name in _MOVES and self._follows(args[0]):
             # Rows do not have the labels' strides, which only views need.
             function = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(name, function)
-            others = [x.cpu() if isinstance(x, Tensor) else x for x in args[1:]]
-            kwargs = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+            others = [_on_cpu(x) for x in args[1:]]
+            kwargs = {k: _on_cpu(x) for k, x in kwargs.items()}
             found = function(self._rows(args[0]), *others, **kwargs)
         else:
             return ()
@@ -267,7 +271,7 @@ class RowLosses(TorchFunctionMode):
         b, values, rows = self.samples, values.reshape(-1), rows.reshape(-1)
         if len(rows) % b == 0:
             blocks = rows.view(b, -1)
-            in_order = (blocks == torch.arange(b)[:, None]) | (blocks == _NO_SAMPLE)
+            in_order = (blocks == torch.arange(b, device="cpu")[:, None]) | (blocks == _NO_SAMPLE)
             if bool(in_order.all()):
                 return values.view(b, -1).sum(1)
         # Elements that belong to no sample are padding: row b is dropped.
@@ -293,7 +297,7 @@ def _split_sequences(values: Tensor, _: Tensor, options: Any, reduction: str) ->
     if reduction == "mean":
         lengths = torch.as_tensor(options["target_lengths"], device=values.device)
         values = values / lengths.clamp_min(1)
-    return values, values.new_ones(()), torch.arange(len(values))
+    return values, values.new_ones(()), torch.arange(len(values), device="cpu")
 
 
 _SPLIT: dict[Any, Callable[..., Parts]] = {
@@ -302,3 +306,11 @@ _SPLIT: dict[Any, Callable[..., Parts]] = {
     F.nll_loss: _split_classes,
     F.ctc_loss: _split_sequences,
 }
+
+
+def _on_cpu(x: Any) -> Any:
+    """Return an argument with its tensors on the CPU, where the rows are; also in index tuples."""
+    if isinstance(x, tuple | list):
+        moved = [_on_cpu(item) for item in x]
+        return tuple(moved) if isinstance(x, tuple) else moved
+    return x.cpu() if isinstance(x, Tensor) else x
