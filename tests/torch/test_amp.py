@@ -393,6 +393,7 @@ def test_the_current_device_is_that_of_the_forward(monkeypatch):
 
     monkeypatch.setattr(torch, "get_device_module", lambda kind: Fake)
     settings = Settings([torch.device("cuda", 0), torch.device("cpu")])
+    settings.note()
     current[0] = 0  # in the other thread
     settings.call(lambda: used.append(current[0]))
     assert used == [1] and current == [0]

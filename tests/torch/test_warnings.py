@@ -8,9 +8,7 @@ import torch
 from tests.torch.scene import batch, losses_of, net, sgd
 from torch.nn import functional as F
 
-import esam_torch.run
-from esam_torch import ESAM, Suffix
-from esam_torch.notices import recurrent_dropout_warning
+from esam_torch import ESAM, Suffix, notices
 
 
 def line():
@@ -116,16 +114,15 @@ class Tagger(torch.nn.Module):
         return self.head(self.recurrent(x)[0][:, -1])
 
 
-GPU = [torch.device("cuda", 0)]
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Pretend that all modules are on a GPU."""
+    monkeypatch.setattr(notices, "device_type", lambda module: "cuda")
 
 
-def test_dropout_of_recurrent_layers_on_a_gpu(caught, monkeypatch):
-    """cuDNN has its own random state; the test only pretends that the model is on a GPU."""
-    monkeypatch.setattr(
-        esam_torch.run,
-        "recurrent_dropout_warning",
-        lambda model, devices: recurrent_dropout_warning(model, GPU),
-    )
+@pytest.mark.usefixtures("on_a_gpu")
+def test_dropout_of_recurrent_layers_on_a_gpu(caught):
+    """cuDNN has its own random state."""
     model = Tagger(num_layers=2, dropout=0.5)
     optimizer = ESAM(sgd(model), model)
     data = torch.randn(6, 5, 4), torch.arange(6) % 3
@@ -137,17 +134,20 @@ def test_dropout_of_recurrent_layers_on_a_gpu(caught, monkeypatch):
     assert len([w for w in caught if "recurrent" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "devices", "cudnn"),
-    [
-        ({"num_layers": 2, "dropout": 0.5}, [torch.device("cpu")], True),
-        ({"num_layers": 2, "dropout": 0.5}, GPU, False),
-        ({"num_layers": 2}, GPU, True),
-        ({}, GPU, True),
-    ],
-)
-def test_other_recurrent_layers(options, devices, cudnn, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
-    model = Tagger(**options)
-    assert recurrent_dropout_warning(model, devices) is None
-    assert recurrent_dropout_warning(Tagger(num_layers=2, dropout=0.5).eval(), GPU) is None
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("options", [{"num_layers": 2}, {}])
+def test_recurrent_layers_without_dropout(options):
+    assert notices.recurrent_dropout_warning(Tagger(**options)) is None
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_recurrent_layers_whose_dropout_is_off_or_not_cudnns(monkeypatch):
+    model = Tagger(num_layers=2, dropout=0.5)
+    assert notices.recurrent_dropout_warning(model) is not None
+    assert notices.recurrent_dropout_warning(model.eval()) is None
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    assert notices.recurrent_dropout_warning(model.train()) is None
+
+
+def test_recurrent_layers_on_a_cpu():
+    assert notices.recurrent_dropout_warning(Tagger(num_layers=2, dropout=0.5)) is None

@@ -110,7 +110,10 @@ class Samples:
             raise ESAMValueError(_no_samples_message(reader))
         if reader.learned:  # a new kind of batch: find errors before the descent pass
             reader = Reader(b, {**self._readings, **reader.learned})
-            _each(batch, functools.partial(_take_value, reader, Index(torch.tensor([0, 1]))))
+            _each(
+                batch,
+                functools.partial(_take_value, reader, Index(torch.tensor([0, 1], device="cpu"))),
+            )
             self._readings = {**self._readings, **reader.before}
 
     def size(self, batch: Batch) -> int | None:

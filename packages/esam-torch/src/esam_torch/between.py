@@ -45,6 +45,7 @@ class Between:
             watched: whether everything is checked in this step.
         """
         layout = self._task.layout
+        self._settings.note()
         self._attributes = layout.attributes.keep(watched=watched)
         self._modes = Modes(layout.modules)
         again, weights = self._task.calls_again, layout.tensors if layout.shards is None else ()
@@ -73,6 +74,6 @@ class Between:
     def call(self, losses: LossFunction, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call `losses` with the settings of the first pass, and return its result.
 
-        Backward passes have the settings of the user's own: torch advises against autocast there.
+        Only `losses`: torch advises against autocast in backward passes.
         """
         return self._settings.call(losses, *args, **kwargs)

@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copies_ahead", "default_device", "devices_of", "on_device", "on_host", "widest"]
+from esam_torch.compat import DEFAULT_DEVICE_IS_KNOWN
 
-with torch.device("meta"):
-    #: Whether torch names the default device of a `with torch.device(...)`; torch 2.6 does not.
-    _NAMES_DEFAULT = torch.get_default_device().type == "meta"
+__all__ = ["copies_ahead", "default_device", "devices_of", "on_device", "on_host", "widest"]
 
 
 def default_device() -> torch.device:
     """Return the device on which torch creates tensors if none is given."""
-    return torch.get_default_device() if _NAMES_DEFAULT else torch.empty(0).device
+    return torch.get_default_device() if DEFAULT_DEVICE_IS_KNOWN else torch.empty(0).device
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

@@ -8,7 +8,6 @@ import contextlib
 import contextvars
 import pickle
 import random
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from esam_torch.values import is_half
 
 __all__ = [
     *("HostRandomState", "Modes", "Pruning", "RandomState", "Settings", "Weights"),
-    *("running_statistics", "statistics_layers"),
+    *("running_statistics", "statistics_layers", "without_autocast"),
 ]
 
 
@@ -88,14 +87,21 @@ class Settings:
         ]
         self._cached = torch.is_autocast_cache_enabled()
         self._default = default_device()
-        self._thread, self._context = threading.get_ident(), contextvars.copy_context()
+        self._context: contextvars.Context | None = None
 
-    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function with the saved settings, and return its result."""
+    def note(self) -> None:
+        """Note the context variables, which the first pass may have set."""
+        self._context = contextvars.copy_context()
+
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function with the saved settings, and return its result.
+
+        Before `note`, the settings are still those of the caller.
+        """
+        if self._context is None:
+            return function(*args, **kwargs)
         with self._restoring_if_changed():
-            if threading.get_ident() == self._thread:
-                return function(*args, **kwargs)
-            return self._context.run(function, *args, **kwargs)
+            return self._context.copy().run(function, *args, **kwargs)
 
     def _restoring_if_changed(self) -> contextlib.AbstractContextManager[None]:
         """Return a context with the saved settings."""
@@ -123,6 +129,16 @@ class Settings:
                         )
                     )
             yield
+
+
+@contextlib.contextmanager
+def without_autocast(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Switch autocast off inside the context, as torch advises for a backward."""
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", *(device.type for device in devices)}:
+            if kind != "meta" and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _module_of(kind: str) -> Any:

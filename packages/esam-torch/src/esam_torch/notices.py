@@ -1,7 +1,5 @@
 """Warnings raised within a step, kept until the user's next call."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -31,21 +29,16 @@ class Notices:
         return waiting
 
 
-def recurrent_dropout_warning(model: nn.Module, devices: Iterable[torch.device]) -> str | None:
+def recurrent_dropout_warning(model: nn.Module) -> str | None:
     """Return a warning if recurrent layers drop units on a GPU; None if there are none.
 
     There, cuDNN draws their dropout from a random state of its own, which torch cannot restore.
 
-    Args:
-        model: the model.
-        devices: the devices that it runs on.
-
     Example:
-        >>> model = nn.LSTM(8, 8, num_layers=2, dropout=0.5)
-        >>> print(recurrent_dropout_warning(model, [torch.device("cpu")]))
+        >>> print(recurrent_dropout_warning(nn.LSTM(8, 8, num_layers=2, dropout=0.5)))
         None
     """
-    if not torch.backends.cudnn.enabled or all(device.type != "cuda" for device in devices):
+    if not torch.backends.cudnn.enabled:
         return None
     names = [
         name or type(module).__name__
@@ -54,6 +47,7 @@ def recurrent_dropout_warning(model: nn.Module, devices: Iterable[torch.device])
         and module.training
         and module.dropout > 0.0
         and module.num_layers > 1
+        and device_type(module) == "cuda"
     ]
     if not names:
         return None
@@ -63,6 +57,11 @@ def recurrent_dropout_warning(model: nn.Module, devices: Iterable[torch.device])
         "sharpness is noise. Use layers with num_layers=1 and nn.Dropout between them, or set "
         "torch.backends.cudnn.enabled = False."
     )
+
+
+def device_type(module: nn.Module) -> str:
+    """Return the type of the device of a module's first parameter."""
+    return next(module.parameters()).device.type
 
 
 def rounding_warning(share: float) -> str | None:

@@ -31,6 +31,7 @@ from esam_torch.counting import SampleCounter
 from esam_torch.directions import Climb, Memory, find_climb
 from esam_torch.earlier import EarlierStep
 from esam_torch.groups import check_groups
+from esam_torch.guards import without_autocast
 from esam_torch.inputs import call_apart
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
@@ -201,7 +202,8 @@ class Run:
             step: Step | None = None
             try:
                 step, loss = self._begun(losses, batch, before_descent)
-                torch.autograd.backward(loss)
+                with without_autocast(step.task.layout.devices):
+                    torch.autograd.backward(loss)
             except BaseException:
                 if step and self.count == count:  # an interrupt may come between the two halves
                     step.undo()
@@ -369,7 +371,7 @@ class Run:
         )
         if layout.blocks is not None and layout.blocks.warning is not None:
             self.notices.add("early", layout.blocks.warning)
-        if (noisy := recurrent_dropout_warning(self.model, layout.devices)) is not None:
+        if (noisy := recurrent_dropout_warning(self.model)) is not None:
             self.notices.add("recurrent", noisy)
         return layout
 

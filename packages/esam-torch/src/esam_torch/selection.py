@@ -41,7 +41,8 @@ def adds_in_integers(values: Tensor) -> bool:
 def in_integers(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return (n,) numbers >= 0, not all 0, as whole multiples of a unit, and this power of two.
 
-    The multiples are rounded. Their sum is below 2**53, so sums of them are exact in any order.
+    The multiples are rounded. Their sum is about 2**53 at most: sums of them do not depend on the
+    order.
     """
     total = values.sum()
     unit = torch.ldexp(torch.ones_like(total), torch.frexp(total).exponent - 53)

@@ -74,11 +74,11 @@ class Variables:
                 continue
             received = f"another value of `{name}`"
             if after is MISSING:  # a threading.local, or it was deleted
-                received = f"no `{name}` in the backward, which on a GPU runs in another thread"
+                received = f"no `{name}` any more (a threading.local has none in a GPU's backward)"
             raise ESAMRuntimeError(
                 "The variables that `losses` reads must not change between optimizer.loss(...) and "
                 f"the backward of this loss, which calls `losses` again. Received: {received}. "
-                f"Pass it as an argument of `losses`, as in optimizer.loss(losses, ..., "
+                "Pass it as an argument of `losses`, as in optimizer.loss(losses, ..., "
                 f"{name.split('.')[-1]}={name}), or call the backward before it changes."
             )
 

@@ -259,7 +259,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}, which cannot be read ({type(error).__name__}: {reason}). {_ANEW}"
         ) from error
     entries = state if isinstance(state, dict) else {}
-    if "samples" not in (entries.get("ranks") or [{}])[0]:  # its newest entry
+    if "samples" not in (entries.get("ranks") or [{}])[0]:  # which earlier ones lack
         raise ESAMValueError(
             "The checkpoint to resume from must be a file that this version of `fit` has written. "
             f"Received: {path}, of an earlier version or of another program. {_ANEW}"

@@ -53,7 +53,9 @@ def join_processes(device: torch.device) -> torch.device:
     if device.type != "cpu" and "LOCAL_RANK" in os.environ:
         if device.index is None:
             device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        torch.get_device_module(device).set_device(device)  # NCCL uses it for Python objects
+        module = torch.get_device_module(device)
+        if hasattr(module, "set_device"):  # NCCL uses it for Python objects
+            module.set_device(device)
     alone = not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) == 1
     if not alone and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
