@@ -10,7 +10,10 @@ import pytest
 from tests.keras.scene import close, cross_entropy, data, mlp, trainable
 
 from esam_core import ESAMRuntimeError
-from esam_keras import ESAM, Part, Previous, Proportional, Suffix, TopIncrease
+from esam_keras import ESAM, Part, Previous, Proportional, Suffix, TopIncrease, TopLoss
+
+if keras.backend.backend() == "jax":
+    from esam_keras.backends import jax as jax_backend
 
 BACKEND = keras.backend.backend()
 X, Y = data(16)
@@ -103,6 +106,46 @@ def test_the_batch_is_split_over_the_devices(two_devices):
 
     fitted(two_devices, build=build, select=TopIncrease(1.0))
     assert {sharding.shard_shape((8, 6)) for sharding in shapes} == {(4, 6)}
+
+
+@pytest.mark.backends("jax")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 1.0, "gamma": 1.0, "ascend": Part(0.5)},
+        {"beta": 1.0, "gamma": 1.0, "ascend": Part(0.3)},  # 3 rows, for 2 devices
+        {"beta": 1.0, "select": TopLoss(0.5)},
+    ],
+    ids=repr,
+)
+def test_passes_on_some_samples_are_split_too(settings, two_devices, monkeypatch):
+    """The work of a device is half of that of one alone."""
+    work = []
+    compiled_steps = jax_backend.compiled_steps
+
+    def counting(training):
+        step, parts = compiled_steps(training)
+
+        def run(*arguments):
+            found = step.lower(*arguments).compile().cost_analysis()
+            work.append((found[0] if isinstance(found, list) else found)["flops"])
+            return step(*arguments)
+
+        return run, parts
+
+    monkeypatch.setattr(jax_backend, "compiled_steps", counting)
+
+    def wide():
+        layers = [keras.layers.Dense(64, name=name) for name in ("a", "b", "c")]
+        return keras.Sequential([keras.Input((6,)), *layers])
+
+    alone, _, _ = fitted(build=wide, **settings)
+    one = work.copy()
+    work.clear()
+    together, _, _ = fitted(two_devices, build=wide, **settings)
+    close(trainable(together), trainable(alone), rtol=1e-4, atol=1e-5)
+    assert len(work) == len(one) > 0
+    assert max(work) < 0.65 * max(one)
 
 
 @pytest.mark.backends("jax")

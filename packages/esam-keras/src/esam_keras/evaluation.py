@@ -143,7 +143,7 @@ class Evaluator:
             records: as for `evaluate`.
         """
         with self.one_pass(state, cut=cut, running=running, records=records) as scope:
-            run = self._forward(rows(self.batch[0], indices), running=running)
+            run = self._forward(self._inputs(indices), running=running)
             check_added_losses(scope.losses)
             whole = fill or fill_by_repeating(
                 indices, batch_size(self.batch[0]), self.backend.without_gradient
@@ -161,8 +161,12 @@ class Evaluator:
             trainable=[self.backend.without_gradient(value) for value in state.trainable]
         )
         with compat.added_losses_kept(self.model), self.one_pass(still, running=running):
-            run = self._forward(rows(self.batch[0], indices), running=running)
+            run = self._forward(self._inputs(indices), running=running)
         return tree.map_structure(self._still, run), compat.masks_of(run)
+
+    def _inputs(self, indices: Tensor) -> Any:
+        """Return the inputs of some samples."""
+        return self.backend.split(rows(self.batch[0], indices))
 
     def _with_rows(self, run: Any, indices: Tensor) -> list[bool]:
         """Return which of the predictions for some samples have one row for each of them."""

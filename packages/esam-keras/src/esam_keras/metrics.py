@@ -1,6 +1,6 @@
 """The logs: loss and metrics of the samples that a step sees first, and ESAM's means."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -83,7 +83,8 @@ def log_sums(before: list[Tensor], report: dict[str, Tensor], gamma: float, b: A
     return [total, number, share + kept, steps + 1.0]
 
 
-def log_means(sums: list[Tensor]) -> dict[str, Tensor]:
-    """Return the means from the sums; NaN if no step had a value."""
+def log_means(sums: list[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the named means from the sums; NaN if no step had a value."""
     total, number, share, steps = sums
-    return {"sharpness": total / number, "sample_share": share / steps}
+    parts = {"sharpness": (total, number), "sample_share": (share, steps)}
+    return {name: parts[name][0] / parts[name][1] for name in names}

@@ -23,6 +23,7 @@ from esam_core.perturbation import Norm
 from esam_core.validation import flag
 from esam_keras import compat
 from esam_keras.bases import BaseAttribute, Setting, refuse_other_arguments, resolve_base
+from esam_keras.devices import on_the_host
 from esam_keras.directions import Earlier, check_moment, earlier_direction
 from esam_keras.handover import require_step
 from esam_keras.scope import PassScope
@@ -151,7 +152,7 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         flag("logs", logs)
         if isinstance(config.ascend, Momentum):
             check_moment(base)
-        with _on_the_host():
+        with on_the_host():
             # The learning rate is the base optimizer's; a function prevents Keras from creating a
             # variable.
             super().__init__(learning_rate=lambda: base.learning_rate, name=name)
@@ -368,11 +369,3 @@ def find_esam(optimizer: Any) -> ESAM | None:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer if isinstance(optimizer, ESAM) else None
-
-
-def _on_the_host() -> Any:
-    """Return the scope for creating the counter, where reading it does not wait for a device."""
-    if keras.backend.backend() == "jax":
-        # On JAX the counter is part of the state, which jit requires on one device.
-        return keras.name_scope("esam")
-    return keras.device("cpu:0" if keras.backend.backend() == "tensorflow" else "cpu")

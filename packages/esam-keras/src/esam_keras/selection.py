@@ -72,7 +72,8 @@ def _equal_weights(k: int | Tensor, dtype: Any) -> Tensor:
 
 def _top(scores: Tensor, k: int | Tensor) -> Tensor:
     """Return the indices of the k largest scores, ascending; ties go to the lower index."""
-    ranked = ops.where(ops.isnan(scores), ops.full_like(scores, float("inf")), scores)
+    infinite = float("inf")
+    ranked = ops.nan_to_num(scores, nan=infinite, posinf=infinite, neginf=-infinite)
     order = ops.argsort(-ranked)[:k]  # stable on every backend
     return ops.sort(ops.cast(order, "int32"))
 

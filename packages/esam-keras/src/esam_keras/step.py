@@ -6,6 +6,7 @@ The phases are those of the table in the documentation; their passes are in `esa
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
+import keras
 from keras import ops
 
 from esam_keras.evaluation import Evaluated, batch_size
@@ -176,7 +177,8 @@ class Step(Passes):
                 finite = ops.logical_and(finite, ops.all(ops.isfinite(perturbed)))
             selected = select(self.config.select, climb.losses, perturbed, self.inputs, b)
         # Non-finite values must reach the gradient, even if all selected samples are finite.
-        poison = ops.where(finite, 1.0, float("nan"))
+        # As the root of -1, because a NaN among the constants would alarm those who debug NaNs.
+        poison = ops.sqrt(2.0 * ops.cast(finite, keras.config.floatx()) - 1.0)
         descent = self.descent(climb.climbed, climb.at_theta, selected, poison)
         if descent.losses is not None:
             report["perturbed_losses"] = descent.losses

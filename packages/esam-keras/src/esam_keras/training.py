@@ -14,6 +14,7 @@ from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFinite
 from esam_core.directions import check_statistics, kept_units
 from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
+from esam_keras.devices import on_the_host
 from esam_keras.methods import has_own
 from esam_keras.metrics import log_means
 from esam_keras.optimizer import ESAM
@@ -218,9 +219,13 @@ class Training:
             yield
         except BaseException:
             if self.updated:
-                self.esam.count.assign(count + 1)
+                self._set_count(count + 1)
             raise
-        self.esam.count.assign(count + 1)
+        self._set_count(count + 1)
+
+    def _set_count(self, count: int) -> None:
+        with on_the_host():
+            self.esam.count.assign(count)
 
     def finish(self, count: int, drawn: Drawn, report: dict[str, Any] | None) -> None:
         """Keep the report of a step; raise if it was not finite and `on_nonfinite="raise"`."""
@@ -270,14 +275,13 @@ class Training:
 
     def with_means(self, logs: dict[str, Any], sums: list[Tensor]) -> dict[str, Any]:
         """Return the logs together with the means."""
-        means = log_means(sums)
         for name in self.own_logs:
             if name in logs:
                 raise ESAMValueError(
                     f"A metric must not be called {name!r}, which is one of ESAM's logs. Rename "
                     "it, or turn off ESAM's logs: ESAM(..., logs=False)."
                 )
-        return {**logs, **{name: means[name] for name in self.own_logs}}
+        return {**logs, **log_means(sums, self.own_logs)}
 
 
 # -- the user's own train_step ----------------------------------------------------------------

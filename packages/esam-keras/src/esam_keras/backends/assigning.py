@@ -8,6 +8,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -39,7 +40,7 @@ class AssigningBackend(Backend):
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a step and return its logs and its report's arrays."""
         model, esam = training.model, training.esam
-        batch = keras.utils.unpack_x_y_sample_weight(arguments[0])
+        batch = keras.utils.unpack_x_y_sample_weight(self.on_device(arguments[0]))
         variables = Variables.of(model)
         entry = State(*([self.value(v) for v in group] for group in variables))
         with self.whole_step(training, variables) as unknown:
@@ -90,6 +91,10 @@ class AssigningBackend(Backend):
         self._run_if(ok, keep_metrics)
         return training.with_means(logs, sums), report
 
+    def on_device(self, data: Any) -> Any:
+        """Return a batch on the device of the model, so that no pass has to copy it."""
+        return data
+
     def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         """Draw a step, run it uncompiled, count it, and return its logs."""
         return self.run_counted(training, arguments[0], functools.partial(self.step, training))
@@ -114,8 +119,9 @@ class AssigningBackend(Backend):
         count = int(training.esam.count.numpy())
         drawn = training.draw(count, data, compiled=compiled)
         inputs = {name: ops.convert_to_tensor(value) for name, value in drawn.inputs.items()}
+        drawn = replace(drawn, inputs=inputs)
         with training.counting(count):
-            logs, report = step(drawn.plan, inputs, data)
+            logs, report = step(drawn.plan, drawn.inputs, data)
             training.finish(count, drawn, report)
         return logs
 

@@ -136,6 +136,10 @@ class Backend(Protocol):
         """Return a batch's inputs for one pass: copies if a layer may write to them."""
         ...
 
+    def split(self, x: Any) -> Any:
+        """Return the inputs of a pass on some samples, split over the devices as a batch is."""
+        return x
+
     # -- a step of a model -------------------------------------------------------------------------
 
     def refuse(self, model: keras.Model) -> None:

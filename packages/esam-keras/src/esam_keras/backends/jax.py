@@ -10,6 +10,7 @@ after it is compiled once, with the mask as an input.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -81,6 +82,18 @@ class JaxBackend(Backend):
     def inputs_of_pass(self, x: Any) -> Any:
         return x  # tensors are not written to
 
+    def split(self, x: Any) -> Any:
+        # Otherwise the compiler computes all taken rows on every device.
+        distribution = keras.distribution.distribution()
+        if distribution is None:
+            return x
+
+        def constrained(leaf: Tensor) -> Tensor:
+            layout = distribution.get_data_layout(leaf.shape).backend_layout
+            return jax.lax.with_sharding_constraint(leaf, layout)
+
+        return jax.tree_util.tree_map(constrained, x)
+
     # -- a step of a model -------------------------------------------------------------------------
 
     def refuse(self, model: keras.Model) -> None:
@@ -114,7 +127,8 @@ class JaxBackend(Backend):
         training.prepare(data, state)
         count = int(state[2][_places(training)[0]])
         drawn = training.draw(count, data, compiled=False, state=state)
-        found, report = self.step(training, drawn.plan, _to_native(drawn.inputs), state, data)
+        drawn = replace(drawn, inputs=_to_native(drawn.inputs))
+        found, report = self.step(training, drawn.plan, drawn.inputs, state, data)
         training.finish(count, drawn, report)
         return found
 
@@ -129,7 +143,7 @@ class JaxBackend(Backend):
             step, parts = compiled_steps(training)
 
         def one_step(drawn: Drawn, state: Any, data: Any) -> Any:
-            plan, inputs = drawn.plan, _to_native(drawn.inputs)
+            plan, inputs = drawn.plan, drawn.inputs
             if parts is None or not plan.active or not training.prepared.planner.masks_are_many:
                 return step(plan, inputs, state, data)
             rest = drawn.with_mask_as_input()
@@ -153,6 +167,7 @@ class JaxBackend(Backend):
                     place = _places(training)[0]
                     count = counter.read(state[2][place])
                     drawn = training.draw(count, data, compiled=compiled, state=state)
+                    drawn = replace(drawn, inputs=_to_native(drawn.inputs))
                     (logs, state), report = one_step(drawn, state, data)
                     training.finish(count, drawn, report)
                     counter.add(state[2][place])
@@ -320,8 +335,8 @@ def _places(training: ModelTraining) -> list[int]:
 
 
 def _to_native(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return inputs as JAX arrays."""
-    return {name: jnp.asarray(value) for name, value in inputs.items()}
+    """Return inputs as JAX arrays; the transfer is explicit, which `jax.transfer_guard` allows."""
+    return {name: jax.device_put(value) for name, value in inputs.items()}
 
 
 class _Counter:

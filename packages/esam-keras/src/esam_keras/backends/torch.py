@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from keras import ops
 
 from esam_core import ESAMConfig, ESAMValueError
 from esam_keras.backends.assigning import AssigningBackend
@@ -105,6 +106,12 @@ class TorchBackend(AssigningBackend):
         device = like[0].device
         generator = torch.Generator(device).manual_seed((high << 32) | low)
         return [torch.rand(t.shape, generator=generator, device=device) < beta for t in like]
+
+    def on_device(self, data: Any) -> Any:
+        def moved(leaf: Any) -> Any:
+            return ops.convert_to_tensor(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        return keras.tree.map_structure(moved, data)
 
     def inputs_of_pass(self, x: Any) -> Any:
         """Return copies: Keras's own RandomBrightness writes to its input."""
