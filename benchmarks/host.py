@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
-from benchmarks.timing import ON_A_GPU, several, time_interleaved
+from benchmarks.timing import time_interleaved
 from esam_torch import ESAM, Everything, Only, Part, Proportional, Suffix
 
 __all__ = ["STEPS", "Scene", "main", "operations"]
@@ -267,7 +267,7 @@ def measure(tensors: int, repeats: int, device: torch.device) -> list[dict[str, 
     counts = {name: operations(step) for name, step in steps.items()}
     on_cpu = device.type == "cpu"
     _, ratios = time_interleaved(
-        steps if on_cpu else {name: several(step, ON_A_GPU) for name, step in steps.items()},
+        steps,
         repeats=repeats,
         warmup=3,
         device=device,

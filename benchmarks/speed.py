@@ -23,7 +23,7 @@ from benchmarks.machine import provenance
 from benchmarks.methods import METHODS, Method, Schedule, make_stepper, parse_method
 from benchmarks.models import MODELS, build
 from benchmarks.report import write_json, write_tables
-from benchmarks.timing import ON_A_GPU, Timing, peak_memory, several, time_interleaved
+from benchmarks.timing import Timing, peak_memory, time_interleaved
 
 __all__ = ["BARS", "flops_bars", "main", "measure_model"]
 
@@ -163,9 +163,8 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
     for m, step in steps.items():
         step()  # finds blocks and creates optimizer state
         memory[m] = peak_memory(step, device)
-    count = 1 if device.type == "cpu" else ON_A_GPU
     times, ratios = time_interleaved(
-        {m: several(step, count) for m, step in steps.items()},
+        steps,
         repeats=options.repeats,
         warmup=options.warmup,
         device=device,
@@ -177,7 +176,7 @@ def measure_model(name: str, options: argparse.Namespace) -> list[dict[str, Any]
     for m, method in methods.items():
         share = method.schedule.share(10_000)
         flops = share * sum(counted[m]) / len(counted[m]) / base_flops + 1 - share
-        taken = _mix(times[m], times["sgd"], share).over(count)
+        taken = _mix(times[m], times["sgd"], share)
         ratio = _mix(ratios[m], ratios["sgd"], share)
         records.append(
             {

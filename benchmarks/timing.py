@@ -9,23 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ON_A_GPU", "Timing", "peak_memory", "several", "time_interleaved"]
+__all__ = ["Timing", "peak_memory", "time_interleaved"]
 
 Step = Callable[[], object]
 
-#: Steps of one measurement on a GPU: the host queues the next steps while the GPU runs, as it does
+#: Steps of one measurement on CUDA: the host queues the next steps while the GPU runs, as it does
 #: in training.
-ON_A_GPU = 10
-
-
-def several(step: Step, count: int) -> Step:
-    """Return a function that runs a step several times."""
-
-    def steps() -> None:
-        for _ in range(count):
-            step()
-
-    return steps
+_STEPS_ON_CUDA = 10
 
 
 @dataclass(frozen=True)
@@ -44,10 +34,6 @@ class Timing:
     high: float
     repeats: int
 
-    def over(self, count: int) -> "Timing":
-        """Return the times of one of `count` equal steps."""
-        return Timing(self.median / count, self.low / count, self.high / count, self.repeats)
-
 
 def time_interleaved(
     steps: Mapping[str, Step],
@@ -64,7 +50,8 @@ def time_interleaved(
         steps: the steps by name; the others are compared with the first.
         repeats: measured rounds.
         warmup: warm-up rounds before them.
-        device: the device to wait for before and after each step.
+        device: the device to wait for before and after each measurement: of one step, on CUDA of
+            ten.
         clock: returns seconds; `time.process_time` excludes other work on the machine.
         tell: called with a message for each round.
 
@@ -73,14 +60,17 @@ def time_interleaved(
         with other work, their median varies less than a ratio of medians.
     """
 
+    count = _STEPS_ON_CUDA if device.type == "cuda" else 1
+
     def seconds(step: Step) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = clock()
-        step()
+        for _ in range(count):
+            step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return clock() - start
+        return (clock() - start) / count
 
     taken: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)

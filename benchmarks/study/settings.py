@@ -32,6 +32,9 @@ STRENGTHS: dict[str, str] = {
 #: The methods of the two frontiers, and the one that is compared with them at every budget.
 CONTENDERS = ("sgd", "sam", "suffix-part")
 
+#: The contenders, the paper's method and the control that costs nothing.
+COMPARED = (*CONTENDERS, "esam", "sgd-ema")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -164,7 +167,7 @@ class Setting:
     def stage(self, method: str, budget: int) -> tuple[int, ...]:
         """Return a key that sorts points by importance: contenders and the main budget first."""
         away = budget != self.main
-        last = away and method not in (*CONTENDERS, "esam", "sgd-ema")  # they decide nothing
+        last = away and method not in COMPARED  # they decide nothing
         return (method not in CONTENDERS, last, away, budget)
 
     def epochs(self, method: str, budget: int) -> int:
@@ -251,7 +254,7 @@ SETTINGS: dict[str, Setting] = {
             seeds=tuple(range(8)),
             starts=_CHOSEN_IN_SMALL,
             restarts={10: _CHOSEN_AT_10},
-            methods=(*CONTENDERS, "esam", "sgd-ema"),
+            methods=COMPARED,
         ),
         Setting(
             name="text",
@@ -271,7 +274,7 @@ SETTINGS: dict[str, Setting] = {
             tuning_seeds=(100, 101),
             seeds=(0, 1, 2, 3, 4),
             starts=_starts(0.001),
-            methods=(*CONTENDERS, "esam", "sgd-ema"),
+            methods=COMPARED,
             base="AdamW",
             costs={"suffix-part": 1.133, "esam": 1.727},
         ),
@@ -311,8 +314,8 @@ SETTINGS: dict[str, Setting] = {
                 "esam": (Cell(128, 0.05, 0.05),),
                 "sgd-ema": (Cell(128, 0.05, 0.005),),
             },
-            methods=(*CONTENDERS, "esam", "sgd-ema"),
-            everywhere=(*CONTENDERS, "esam", "sgd-ema"),
+            methods=COMPARED,
+            everywhere=COMPARED,
             costs={"suffix-part": 1.161, "esam": 1.7},
         ),
     )
