@@ -27,7 +27,7 @@ __all__ = ["LiveBytes", "Meter", "main", "measure"]
 
 DEFAULT = (
     *("sgd", "peer-sam", "sam", "asam", "esam", "suffix-sds", "last-sds", "last-loss"),
-    *("part", "previous", "momentum"),
+    *("suffix-part", "part", "previous", "momentum"),
 )
 
 COLUMNS = (
