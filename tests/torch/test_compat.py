@@ -205,6 +205,16 @@ def test_the_running_replicas_are_found():
     assert found == [model, None]
 
 
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.filterwarnings("ignore:DTensor random operators")  # of torch 2.6
+def test_a_tensor_that_every_rank_has_is_distributed():
+    from torch.distributed.tensor import Shard
+
+    mesh, whole = dist.device_mesh.init_device_mesh("cpu", (1,)), torch.arange(3.0)
+    found = compat.distribute(whole, mesh, [Shard(0)])
+    assert found.placements == (Shard(0),) and torch.equal(found.to_local(), whole)
+
+
 @pytest.mark.skipif(not SHARDS_ON_CPUS, reason="this torch does not shard on CPUs")
 @pytest.mark.usefixtures("one_rank")
 def test_parameter_groups_of_sharded_modules():
@@ -217,9 +227,14 @@ def test_parameter_groups_of_sharded_modules():
     for module in (model, model[0]):
         (group,) = compat.fsdp_parameter_groups(module)
         assert group.reduce_grads
+        assert compat.fsdp_process_groups(group) == [mesh.get_group()]
     model.set_requires_gradient_sync(False)
     (group,) = compat.fsdp_parameter_groups(model[0])
     assert not group.reduce_grads
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
+    (group,) = compat.fsdp_parameter_groups(fully_shard(nn.Linear(2, 2), mesh=mesh))
+    wanted = {mesh.get_group("replicas"), mesh.get_group("shards")}
+    assert set(compat.fsdp_process_groups(group)) == wanted
 
 
 @pytest.mark.parametrize("accumulating", [False, True])

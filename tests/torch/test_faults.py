@@ -12,6 +12,7 @@ from esam_core import Proportional
 from esam_torch import ESAM, Everything, Part, Previous, Suffix
 from esam_torch.batch import Samples
 from esam_torch.guards import Weights
+from esam_torch.task import Task
 from esam_torch.written import Forward, Writes
 
 
@@ -114,7 +115,7 @@ STAGES = {
     "perturbation": (esam_torch.step, "perturb"),
     "copying": (Weights, "__init__"),
     "climbing": (Weights, "add"),
-    "selection": (esam_torch.step, "select"),
+    "selection": (Task, "select"),
     "taking samples": (Samples, "take"),
     "restoring": (Weights, "restore"),
     "report": (esam_torch.step, "StepReport"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from esam_core import ESAMRuntimeError
 from esam_torch.compat import without_hooks
 from esam_torch.notes import own_backward
-from esam_torch.sharded import local
+from esam_torch.sharded import local, shard_of
 
 __all__ = ["ascent_gradients", "gradients_of", "graph_leaves", "graph_nodes"]
 
@@ -62,7 +62,7 @@ def ascent_gradients(
         ESAMRuntimeError: the loss was computed through a reentrant checkpoint.
     """
     if every is None and not loss.requires_grad:  # it depends on no perturbed weight
-        return [torch.zeros_like(tensor) for tensor in tensors]
+        return [torch.zeros_like(local(tensor.detach())) for tensor in tensors]
     found = gradients_of(loss, tensors, scale, every=every)
     gradients = []
     for tensor, gradient in zip(tensors, found, strict=True):
@@ -70,7 +70,7 @@ def ascent_gradients(
             _refuse_reentrant(loss)
             gradient = torch.zeros_like(tensor)
         gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
-    return gradients if every is None else [local(g) for g in gradients]
+    return [shard_of(g, t) for g, t in zip(gradients, tensors, strict=True)]
 
 
 def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:

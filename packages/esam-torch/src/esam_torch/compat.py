@@ -39,7 +39,9 @@ __all__ = [
     "count_all_writes",
     "count_compiled_frames",
     "count_writes",
+    "distribute",
     "fsdp_parameter_groups",
+    "fsdp_process_groups",
     "is_compiled_function",
     "original_name",
     "parametrizations_are_cached",
@@ -238,12 +240,28 @@ def parametrizations_are_cached() -> bool:
     return parametrize._cache_enabled > 0
 
 
+def distribute(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Return a tensor that every rank has as a DTensor. Nothing is sent, except by torch 2.6."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+    return distribute_tensor(whole, mesh, placements)
+
+
 def fsdp_parameter_groups(module: Any) -> list[Any]:
     """Return FSDP2's parameter groups of a module; where they are depends on torch's version."""
     state = module._get_fsdp_state()
     several = getattr(state, "_fsdp_param_groups", None)
     groups = list(several) if several is not None else [getattr(state, "_fsdp_param_group", None)]
     return [group for group in groups if group is not None]
+
+
+def fsdp_process_groups(group: Any) -> list[Any]:
+    """Return the process groups over which one of FSDP2's parameter groups is distributed."""
+    mesh = group.mesh_info
+    names = ("shard_process_group", "replicate_process_group")
+    return [getattr(mesh, name) for name in names if getattr(mesh, name, None) is not None]
 
 
 def saves_state_dict_hooks(optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:

@@ -12,7 +12,7 @@ from esam_core import ESAMConfig, ESAMTypeError, ESAMValueError, Momentum, Part,
 from esam_core.directions import check_saved_direction, climbing_indices, kept_units
 from esam_torch.bases import SideBySide
 from esam_torch.inspection import Layout, Parameter
-from esam_torch.sharded import local
+from esam_torch.sharded import local, placed_like, shard_of
 from esam_torch.targets import Options, Targets
 
 __all__ = ["Climb", "Memory", "check_moment", "find_climb"]
@@ -116,10 +116,9 @@ class Memory:
         if all(tensor.grad is None for tensor in layout.tensors):
             return
         rows = zip(layout.parameters, self._kept_of(layout, config), strict=True)
-        given = {p.unit.name: p.tensor.grad for p, kept in rows if kept}
-        self.gradients = _copy(
-            {name: g.detach() for name, g in given.items() if g is not None}, self.gradients
-        )
+        given = {p.unit.name: (p.tensor.grad, p.tensor) for p, kept in rows if kept}
+        placed = {n: placed_like(g.detach(), p) for n, (g, p) in given.items() if g is not None}
+        self.gradients = _copy(placed, self.gradients)
 
     def _kept_of(self, layout: Layout, config: ESAMConfig) -> tuple[bool, ...]:
         """Return, for each parameter, whether its gradient is kept; computed once per layout."""
@@ -211,7 +210,7 @@ def _shard(direction: Tensor | None, parameter: Tensor) -> Tensor:
     """Return this rank's part of a direction, or zeros if there is none."""
     if direction is None:
         return torch.zeros_like(local(parameter.detach()))
-    shard = local(direction)
+    shard = shard_of(direction, parameter)
     return shard.to(parameter.device, parameter.dtype)  # the model may have moved
 
 

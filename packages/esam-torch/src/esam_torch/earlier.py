@@ -17,7 +17,7 @@ from esam_torch.devices import on_device
 from esam_torch.finiteness import flaw_in, nan_if_flawed
 from esam_torch.guards import RandomState, Weights
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
-from esam_torch.selection import Selected, select
+from esam_torch.selection import Selected
 from esam_torch.step import Step
 from esam_torch.task import StepResult
 from esam_torch.values import widened
@@ -62,14 +62,7 @@ class EarlierStep(Step):
                     self._after = self._without_a_graph(b)
                     self._first.note()
                     flaw = on_device(flaw, self._after.device) + flaw_in(self._after)
-                self._selected_samples = select(
-                    config.select,
-                    b,
-                    self._losses_at_theta(),
-                    self._after,
-                    seed=config.seed,
-                    count=task.count,
-                )
+                self._selected_samples = task.select(b, self._losses_at_theta(), self._after)
             self._random.restore()
             total, self._values, self._outputs = self._descent_loss(self._selected_samples)
             if self._comparable and self._selected_samples and self._after is not None:
@@ -108,8 +101,7 @@ class EarlierStep(Step):
     @contextlib.contextmanager
     def _at_the_peak(self) -> Iterator[Weights]:
         """Move the weights to theta + epsilon inside the context."""
-        sharded = self.task.layout.shards is not None
-        self._weights = weights = Weights(self.task.targets, sharded)
+        self._weights = weights = Weights(self.task.targets)
         try:
             weights.add(self._ascent_found.perturbations)
             self._refresh_weights()

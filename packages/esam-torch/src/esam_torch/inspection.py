@@ -20,7 +20,7 @@ from esam_torch.devices import devices_of
 from esam_torch.guards import RandomState
 from esam_torch.notes import ASKS, KEPT, WITHOUT_A_GRAPH, note_errors
 from esam_torch.registrations import registered_modules
-from esam_torch.sharded import Shards, reshard
+from esam_torch.sharded import Shards, mesh_groups, reshard
 from esam_torch.synchronisation import without_reduction
 from esam_torch.targets import Options, Targets, find_targets
 from esam_torch.wrappers import bare_model
@@ -123,6 +123,17 @@ class Layout:
     def gathered(self) -> Sequence[Tensor] | None:
         """Return all parameters with a gradient if the model is sharded, else None."""
         return None if self.shards is None else self.trained()
+
+    @functools.cached_property
+    def groups_sharing_a_batch(self) -> list[Any]:
+        """The process groups over which layers are split (tensor parallelism), not the batch."""
+        groups = dict.fromkeys(g for tensor in self.tensors for g in mesh_groups(tensor))
+        if not groups or self.shards is None:
+            return list(groups)
+        # Equal meshes may have other groups of the same ranks.
+        ranks = torch.distributed.get_process_group_ranks
+        of_batches = [ranks(group) for group in self.shards.groups()]
+        return [group for group in groups if ranks(group) not in of_batches]
 
     def targets(self, mask: Mask, defaults: Options) -> Targets:
         """Return the targets of a mask under the current options of the groups."""

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from esam_core import ESAMTypeError, ESAMValueError
+from esam_torch.sharded import is_sharded
 from esam_torch.values import widened
 
 __all__ = ["LossFunction", "check_losses", "per_sample"]
@@ -44,6 +45,8 @@ def per_sample(
     if not isinstance(losses, Tensor):
         hint = _CLOSURE if closure and isinstance(losses, float) else _type_hint(losses)
         raise ESAMTypeError(f"`losses` must {_HINT}{hint} Received: {type(losses).__name__}.")
+    if is_sharded(losses):
+        losses = losses.full_tensor()  # type: ignore[attr-defined]
     if losses.dim() != 1:
         raise ESAMValueError(
             f"`losses` must be of shape (b,): {_shape_advice(losses, closure)} "

@@ -1,7 +1,8 @@
-"""Models whose weights are sharded over ranks, by FSDP2's `fully_shard`.
+"""Models whose weights are sharded over ranks, by FSDP2's `fully_shard` or tensor parallelism.
 
 All ranks share one theta, so there is one epsilon, from the global gradient. Each rank perturbs its
-own shards, with a norm that is summed over all ranks. Selection is per rank.
+own shards, with a norm that is summed over all ranks. With FSDP2, selection is per rank. With
+tensor parallelism (`parallelize_module`), ranks share the batch too, and select the same samples.
 
 FSDP2 has two requirements. The gradients of its parameters exist only in `.grad`, after a backward
 that reduces them. And a forward reads gathered copies of the weights, which must be dropped
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
-from esam_torch.compat import fsdp_parameter_groups
+from esam_torch.compat import distribute, fsdp_parameter_groups, fsdp_process_groups
 from esam_torch.devices import on_device, widest
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "local",
     "local_part",
     "mesh_groups",
+    "placed_like",
     "reshard",
+    "shard_of",
     "spread_of",
     "total_norms",
 ]
@@ -47,17 +50,33 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return a gradient that is distributed over the ranks as its parameter is.
+
+    With tensor parallelism, a gradient may be one term of a sum over the ranks, for example.
+    """
+    if not is_sharded(gradient):
+        return gradient
+    found: Any = gradient
+    placements = parameter.placements  # type: ignore[attr-defined]
+    if found.placements == placements:
+        return gradient
+    with torch.no_grad():
+        placed: Tensor = found.redistribute(placements=placements)
+    return placed
+
+
+def shard_of(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a gradient that corresponds to this rank's shard of its parameter."""
+    return local(placed_like(gradient, parameter))
+
+
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part of an unsharded tensor that corresponds to this rank's shard of `like`."""
     if not is_sharded(like):
         return whole
-    from torch.distributed.tensor import distribute_tensor
-
     sharded: Any = like
-    # src_data_rank=None: every rank has the whole tensor, and nothing is sent.
-    return local(
-        distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
-    )
+    return local(distribute(whole, sharded.device_mesh, sharded.placements))
 
 
 def mesh_groups(tensor: Tensor, *, shards_only: bool = False) -> list[Any]:
@@ -152,6 +171,11 @@ class Shards:
         """Return the shards of a model, or None if nothing is sharded."""
         modules = _fsdp_modules(model)
         return cls(modules) if modules else None
+
+    def groups(self) -> list[Any]:
+        """Return the process groups over which `fully_shard` distributes weights and batches."""
+        found = [g for module in self._modules for g in fsdp_parameter_groups(module)]
+        return list(dict.fromkeys(group for g in found for group in fsdp_process_groups(g)))
 
     def reshard(self) -> None:
         """Drop the gathered weights: the next forward gathers them from the shards."""

@@ -29,7 +29,7 @@ from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
-from esam_torch.selection import Selected, select
+from esam_torch.selection import Selected
 from esam_torch.task import StepResult, Task
 from esam_torch.written import Kept
 
@@ -175,7 +175,7 @@ class Step:
             self._random.restore()
             before = self._score_all(before, task.climb.part)
             flaw = flaw + flaw_in(before)
-        self._weights = weights = Weights(task.targets, task.layout.shards is not None)
+        self._weights = weights = Weights(task.targets)
         after: Tensor | None = None
         selected: Selected | None = None
         rounded: Tensor | None = None
@@ -190,8 +190,7 @@ class Step:
                     self._random.restore()
                     after = self._without_a_graph(b)
                     flaw = flaw + flaw_in(after)
-                config, seed = task.config.select, task.config.seed
-                selected = select(config, b, before, after, seed=seed, count=task.count)
+                selected = task.select(b, before, after)
             self._random.restore()
             gradients = self._descent(selected, flaw, scale, inputs, after)
             self._written.restore()  # before the weights, which a forward may write too

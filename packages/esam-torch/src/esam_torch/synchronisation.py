@@ -10,10 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from esam_core import ESAMRuntimeError
 from esam_torch.compat import active_replicas
+from esam_torch.selection import Selected
 from esam_torch.sharded import mesh_groups
 from esam_torch.wrappers import bare_model, replicas_of
 
-__all__ = ["Ranks", "without_reduction"]
+__all__ = ["Ranks", "agree_on_samples", "without_reduction"]
 
 
 def without_reduction(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -127,6 +128,26 @@ class Ranks:
         for group in groups:
             torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MIN, group=group)
         return bool(shared)
+
+
+def agree_on_samples(own: Selected, groups: Sequence[Any]) -> Selected:
+    """Return the samples that the first rank of each group has selected.
+
+    Ranks that share a batch compute the same losses. But these may differ in the last digit, and
+    different samples in one pass would be a wrong pass.
+
+    Args:
+        own: this rank's selection.
+        groups: process groups whose ranks share a batch.
+    """
+    if not groups:
+        return own
+    indices, weights = own.indices.contiguous(), own.weights.contiguous()
+    for group in groups:
+        first = torch.distributed.get_global_rank(group, 0)
+        torch.distributed.broadcast(indices, first, group=group)
+        torch.distributed.broadcast(weights, first, group=group)
+    return Selected(indices, weights)
 
 
 #: In how many steps to look for a wrapper that was created after ESAM.

@@ -12,7 +12,8 @@ from esam_torch.batch import Samples
 from esam_torch.directions import Climb
 from esam_torch.guards import statistics_layers
 from esam_torch.inspection import Layout
-from esam_torch.synchronisation import Ranks
+from esam_torch.selection import Selected, select
+from esam_torch.synchronisation import Ranks, agree_on_samples
 from esam_torch.targets import Targets
 
 __all__ = ["StepResult", "Task"]
@@ -103,6 +104,18 @@ class Task:
         if not (self.prune and self.perturbs and self.targets.idle):
             return False
         return self.config.norm != "full" and self.layout.shards is None
+
+    def select(self, b: int, losses: Tensor, perturbed_losses: Tensor | None) -> Selected:
+        """Return the samples of the descent pass, if these are not all of the b samples.
+
+        Args:
+            b: the number of samples.
+            losses: (b,) losses at theta; of any length if the selector does not use them.
+            perturbed_losses: (b,) losses at theta + epsilon, or None if they are not needed.
+        """
+        selector, seed = self.config.select, self.config.seed
+        own = select(selector, b, losses, perturbed_losses, seed=seed, count=self.count)
+        return agree_on_samples(own, self.layout.groups_sharing_a_batch)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.devices import widest
-from esam_torch.sharded import Shards
+from esam_torch.sharded import Shards, is_sharded
 
 __all__ = [
     "SharedOrder",
@@ -74,10 +74,10 @@ def _leave() -> None:
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model, wrapped in DistributedDataParallel if there are other ranks."""
-    if Shards.of(model) is not None:
+    if Shards.of(model) is not None or any(map(is_sharded, model.parameters())):
         raise ESAMTypeError(
-            "`model` must not be sharded: fit trains replicas. With fully_shard, write the loop "
-            "around optimizer.step(losses, ...)."
+            "`model` must not be sharded: fit trains replicas. With fully_shard or tensor "
+            "parallelism, write the loop around optimizer.step(losses, ...)."
         )
     if world()[1] == 1 or isinstance(model, nn.parallel.DistributedDataParallel):
         return model
