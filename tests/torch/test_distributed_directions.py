@@ -64,3 +64,10 @@ def test_sharded_weights_have_one_perturbation(results, source):
 def test_a_run_saved_by_distributed_checkpoint_resumes_bit_for_bit(results, source, kind):
     for found in value(results, "checkpoints"):
         assert found[f"{source}, {kind}"] == {"same": True, "count": 6}
+
+
+def test_the_base_optimizers_state_may_be_distributed_unless_a_step_needs_it(results):
+    for found in value(results, "distributed_moments"):
+        assert found["part"] and found["previous"]
+        assert "needs the first moments of all parameters" in found["momentum"]
+        assert "Received: ZeroRedundancyOptimizer" in found["momentum"]

@@ -20,18 +20,23 @@ __all__ = ["Climb", "Memory", "check_moment", "find_climb"]
 #: The names that optimizers use for their first moment.
 _MOMENTS = ("momentum_buffer", "exp_avg")
 
+#: Optimizers that keep only a part of the first moments on each rank, by class name.
+_OF_A_PART = ("ZeroRedundancyOptimizer", "OSS", "DistributedFusedAdam")
+
 #: torch's optimizers without one. RMSprop's buffer has gradients that are already divided.
 _WITHOUT = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "RMSprop", "Rprop")
 
 
 def check_moment(base: torch.optim.Optimizer) -> None:
-    """Raise if a base optimizer is known to have no first moment, which `Momentum` needs.
+    """Raise if a base optimizer is known to lack first moments, which `Momentum` needs.
 
     Raises:
-        ESAMValueError: it has none; the message names the optimizer.
+        ESAMValueError: it has none, or only some on each rank; the message names the optimizer.
     """
     for optimizer in base.optimizers if isinstance(base, SideBySide) else (base,):
         name = type(optimizer).__name__
+        if any(parent.__name__ in _OF_A_PART for parent in type(optimizer).__mro__):
+            raise ESAMValueError(_SOME_MOMENTS + f" Received: {name}.")
         if isinstance(optimizer, torch.optim.SGD):
             if all(group["momentum"] for group in optimizer.param_groups):
                 continue
@@ -44,6 +49,12 @@ def check_moment(base: torch.optim.Optimizer) -> None:
 _NO_MOMENT = (
     "`ascend=Momentum()` needs a base optimizer with a first moment, such as SGD with momentum > 0 "
     "or Adam. `ascend=Previous()` needs none."
+)
+
+
+_SOME_MOMENTS = (
+    "`ascend=Momentum()` needs the first moments of all parameters on every rank, but this base "
+    "optimizer distributes them. `ascend=Previous()` needs none."
 )
 
 
