@@ -270,7 +270,7 @@ def test_a_direction_follows_its_model():
     """To another device, whose gradients are not copied to the place of the old ones."""
     here, there = torch.ones(2), torch.ones(2, device="meta")
     assert directions._copy({"w": there}, {"w": here})["w"].device.type == "meta"
-    assert directions._shard(here, there).device.type == "meta"
+    assert directions._shards([here], [there])[0].device.type == "meta"
     again = torch.zeros(2)
     assert directions._copy({"w": here}, {"w": again})["w"] is again
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from esam_core import ESAMRuntimeError
 from esam_torch.compat import without_hooks
 from esam_torch.notes import own_backward
-from esam_torch.sharded import local, shard_of
+from esam_torch.sharded import local, shards_of
 
 __all__ = ["ascent_gradients", "gradients_of", "graph_leaves", "graph_nodes"]
 
@@ -70,7 +70,7 @@ def ascent_gradients(
             _refuse_reentrant(loss)
             gradient = torch.zeros_like(tensor)
         gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
-    return [shard_of(g, t) for g, t in zip(gradients, tensors, strict=True)]
+    return shards_of(gradients, tensors)
 
 
 def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:

@@ -12,7 +12,7 @@ from esam_core import ESAMConfig, ESAMTypeError, ESAMValueError, Momentum, Part,
 from esam_core.directions import check_saved_direction, climbing_indices, kept_units
 from esam_torch.bases import SideBySide
 from esam_torch.inspection import Layout, Parameter
-from esam_torch.sharded import local, placed_like, shard_of
+from esam_torch.sharded import local, placed_like, shards_of
 from esam_torch.targets import Options, Targets
 
 __all__ = ["Climb", "Memory", "check_moment", "find_climb"]
@@ -185,7 +185,7 @@ class Memory:
             ]
         if all(direction is None for direction in found[:perturbed]):
             return None
-        shards = [_shard(direction, tensor) for direction, tensor in zip(found, of, strict=True)]
+        shards = _shards(found, of)
         return list(torch._foreach_neg(shards)) if ascend.sign < 0 else shards
 
 
@@ -217,12 +217,12 @@ def _fitting(direction: Tensor | None, parameter: Tensor) -> Tensor | None:
     return direction if direction is not None and direction.shape == parameter.shape else None
 
 
-def _shard(direction: Tensor | None, parameter: Tensor) -> Tensor:
-    """Return this rank's part of a direction, or zeros if there is none."""
-    if direction is None:
-        return torch.zeros_like(local(parameter.detach()))
-    shard = shard_of(direction, parameter)
-    return shard.to(parameter.device, parameter.dtype)  # the model may have moved
+def _shards(found: Sequence[Tensor | None], of: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's parts of the parameters' directions, with zeros for those without one."""
+    pairs = zip(found, of, strict=True)
+    whole = [torch.zeros_like(p.detach()) if d is None else d for d, p in pairs]
+    # The model may have moved since.
+    return [s.to(p.device, p.dtype) for s, p in zip(shards_of(whole, of), of, strict=True)]
 
 
 def _moment(state: Mapping[str, Any], parameter: Tensor, base: torch.optim.Optimizer) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esam_torch.compat import BATCH_NORM, clone_all, uncounted_writes
 from esam_torch.devices import default_device, on_device
-from esam_torch.sharded import is_sharded, local
+from esam_torch.sharded import weight_shards
 from esam_torch.targets import Targets
 from esam_torch.values import is_half
 
@@ -221,7 +221,7 @@ class Weights:
     """
 
     def __init__(self, targets: Targets) -> None:
-        self._weights = [local(p.data) if is_sharded(p) else p for p in targets.tensors]
+        self._weights = weight_shards(targets.tensors)
         self._by_kind = targets.by_kind  # what one kernel can write
         self._copies = [clone_all(weights) for weights in self._by_kind(self._weights)]
 

@@ -10,7 +10,7 @@ that reduces them. And a forward reads gathered copies of the weights, which mus
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,17 @@ from esam_torch.devices import on_device, widest
 __all__ = [
     "Shards",
     "Spread",
+    "any_sharded",
     "is_sharded",
     "local",
     "local_part",
     "mesh_groups",
     "placed_like",
     "reshard",
-    "shard_of",
+    "shards_of",
     "spread_of",
     "total_norms",
+    "weight_shards",
 ]
 
 
@@ -39,6 +41,12 @@ def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor, without importing their module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any of several tensors is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -66,9 +74,19 @@ def placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
     return placed
 
 
-def shard_of(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a gradient that corresponds to this rank's shard of its parameter."""
-    return local(placed_like(gradient, parameter))
+def shards_of(gradients: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of gradients that correspond to this rank's shards of their parameters."""
+    if not any_sharded(gradients):
+        return gradients
+    pairs = zip(gradients, parameters, strict=True)
+    return [local(placed_like(gradient, parameter)) for gradient, parameter in pairs]
+
+
+def weight_shards(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's shards of parameters (the same memory), and the unsharded ones."""
+    if not any_sharded(parameters):
+        return list(parameters)
+    return [local(p.data) if is_sharded(p) else p for p in parameters]
 
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
