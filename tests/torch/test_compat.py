@@ -228,6 +228,11 @@ def test_parameter_groups_of_sharded_modules():
         (group,) = compat.fsdp_parameter_groups(module)
         assert group.reduce_grads
         assert compat.fsdp_process_groups(group) == [mesh.get_group()]
+        assert compat.fsdp_gathered(group) == []
+        assert compat.fsdp_reshards(group)
+    model(torch.ones(1, 2))
+    (group,) = compat.fsdp_parameter_groups(model[0])
+    assert [t.shape for t in compat.fsdp_gathered(group)] == [(2, 2), (2,)]
     model.set_requires_gradient_sync(False)
     (group,) = compat.fsdp_parameter_groups(model[0])
     assert not group.reduce_grads

@@ -68,3 +68,22 @@ def test_distributed_batches_and_fit_are_refused(results):
 
 def test_all_ranks_must_agree_that_a_step_is_finite(results):
     assert all(found == [True, False] for found in value(results, "agreement"))
+
+
+def test_distributed_buffers_change_once_in_a_step(results):
+    for found in value(results, "buffers"):
+        for gap, calls, kept in found:
+            assert gap < 1e-6 and calls == 3.0 and kept
+
+
+def test_frozen_layers_are_split_too(results):
+    first, second, third, fourth = value(results, "frozen_layers")
+    assert len(first) == 4 and first == second and third == fourth
+
+
+def test_a_saved_direction_fits_other_layouts(results):
+    assert max(max(found) for found in value(results, "other_layouts")) < 1e-6
+
+
+def test_model_and_optimizer_can_be_copied(results):
+    assert all(value(results, "copies"))

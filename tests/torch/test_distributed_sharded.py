@@ -94,6 +94,17 @@ def test_torchs_own_functions_keep_esams_entry(checkpoints, kind):
         assert kept == [0, [{"esam_rho": 0.7}, {}]]
 
 
+@pytest.mark.parametrize("options", ["sam", "top increase"])
+def test_leaves_outside_the_model_get_the_descent_gradient(results, options):
+    for found in value(results, "leaves_outside_the_model"):
+        distance, size, hooks = found[options]
+        assert distance < 1e-5 < size and hooks == 4
+
+
+def test_layers_drop_their_gathered_weights_after_each_forward(results):
+    assert all(len(found) >= 18 and all(found) for found in value(results, "gathered_weights"))
+
+
 def test_a_nonfinite_loss_on_one_rank_affects_both(results):
     first, second = value(results, "nonfinite")
     assert first == second

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from launch import main
 
 from esam_core import NonFiniteError
-from esam_torch import ESAM, All, Bernoulli, Everything, Suffix, fit
+from esam_torch import ESAM, All, Bernoulli, Everything, Part, Previous, Suffix, TopIncrease, fit
 
 WORLD = 2
 RHO = 0.1
@@ -233,6 +233,47 @@ def case_outside_the_optimizer():
                 [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in net.parameters()]
             )
         found[name] = gap(*gradients)
+    return found
+
+
+def case_gathered_weights():
+    """Whether layers have dropped their gathered weights after the forward of each pass."""
+    found = []
+    for options in ({}, {"ascend": Part(0.5)}, {"ascend": Previous()}):
+        model = sharded()
+        optimizer = ESAM(sgd(model), model, gamma=0.5, perturb=Everything(), **options)
+
+        def losses(x, y, model=model):
+            values = losses_of(model)(x, y)
+            layers = (model.middle[0], model.last)
+            found.append(all(hasattr(layer.weight, "placements") for layer in layers))
+            return values
+
+        for step in range(2):
+            optimizer.step(losses, *batch_of(dist.get_rank(), step))
+    return found
+
+
+def case_leaves_outside_the_model():
+    """Inputs with a gradient, and a learned temperature, with the same batch on both ranks."""
+    found = {}
+    for name in ("sam", "top increase"):
+        gradients, hooked = [], []
+        for net in (sharded(), plain()):
+            select = All() if name == "sam" else TopIncrease(0.5)
+            optimizer = ESAM(sgd(net), net, rho=RHO, perturb=Everything(), select=select)
+            inputs, targets = batch_of(0, 0)
+            inputs.requires_grad_(True)
+            temperature = torch.tensor(0.7, requires_grad=True)
+            temperature.register_hook(hooked.append)
+
+            def losses(x, y, net=net, temperature=temperature):
+                return F.cross_entropy(net(x) / temperature, y, reduction="none")
+
+            for _ in range(2):  # existing gradients are added to
+                optimizer.loss(losses, inputs, targets).backward()
+            gradients.append([inputs.grad, temperature.grad])
+        found[name] = [gap(*gradients), float(gradients[0][1].abs()), len(hooked)]
     return found
 
 

@@ -1,5 +1,7 @@
 """Cases for four ranks, two by two: data parallel by tensor parallel; see launch.py."""
 
+import contextlib
+import copy
 import os
 import sys
 import tempfile
@@ -253,6 +255,114 @@ def case_refusals():
     except TypeError as error:
         found.append(str(error))
     return [*found, all(map(torch.equal, before, shards(model)))]
+
+
+class Averaging(nn.Linear):
+    """Writes to its buffers in each forward, and reads one of them."""
+
+    def __init__(self):
+        super().__init__(8, 12)
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("average", torch.zeros(8))
+
+    def forward(self, x):
+        self.calls += 1
+        self.average.lerp_(x.detach().mean((0, 1)), 0.1)
+        return super().forward(x - self.average)
+
+
+def case_buffers():
+    """Buffers of a split layer are distributed too, and change once in a step."""
+    found = []
+    for selector in (All(), TopIncrease(0.5)):
+        pair = plain(), plain()
+        for model in pair:
+            torch.manual_seed(0)
+            model.blocks[0].up = Averaging()
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(pair[0].blocks[0], mesh()["layers"], plan)
+        for model in pair:
+            optimizer = ESAM(sgd(model), model, rho=RHO, beta=1.0, select=selector)
+            for step in range(3):
+                optimizer.step(losses_of(model), *batch_of(step))
+        layer = pair[0].blocks[0].up
+        before = [b.to_local().clone() for b in layer.buffers()]
+        calls = []
+
+        def fails(x, y, model=pair[0], calls=calls):
+            calls.append(losses_of(model)(x, y))
+            if len(calls) == 2:
+                raise RuntimeError("in the second pass")
+            return calls[-1]
+
+        model = pair[0]
+        with contextlib.suppress(RuntimeError):
+            ESAM(sgd(model), model, rho=RHO, beta=1.0, select=selector).step(fails, *batch_of(0))
+        after = [b.to_local() for b in layer.buffers()]
+        kept = len(calls) == 2 and all(map(torch.equal, before, after))
+        found.append([gap(*pair), float(after[0]), kept])
+    return found
+
+
+def case_frozen_layers():
+    """Split layers that are frozen and not in the optimizer, with other trained weights."""
+    model = parallel("columns and rows")
+    for block in model.blocks:
+        block.up.requires_grad_(False)
+        block.down.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    noise = torch.rand(8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    base = torch.optim.SGD(trained, lr=0.1)
+    optimizer = ESAM(base, model, rho=RHO, beta=1.0, gamma=0.5)
+    plain_losses = losses_of(model)
+    inputs, targets = batch_of(0)
+    optimizer.step(
+        lambda x, y, i: plain_losses(x, y) * (1 + noise[i]), inputs, targets, torch.arange(8)
+    )
+    return optimizer.report.indices.tolist()
+
+
+def case_other_layouts():
+    """The direction of `Previous()` is loaded from one process, and by one process."""
+    found = []
+    for here, there in ((parallel, lambda _: plain()), (lambda _: plain(), parallel)):
+        models = [make("columns and rows") for make in (here, there)]
+        optimizers = [
+            ESAM(sgd(m), m, rho=RHO, beta=1.0, gamma=1.0, ascend=Previous()) for m in models
+        ]
+        for step in range(2):
+            optimizers[0].step(losses_of(models[0]), *batch_of(step))
+        for mine, other in zip(models[1].parameters(), models[0].parameters(), strict=True):
+            whole = getattr(other, "full_tensor", other.detach)()
+            part = (
+                distribute_tensor(whole, mine.device_mesh, mine.placements)
+                if (hasattr(mine, "placements"))
+                else whole
+            )
+            mine.data.copy_(part.detach())
+        entry = optimizers[0].state_dict()["esam"]
+        state = {**optimizers[1].state_dict(), "esam": entry}
+        optimizers[1].load_state_dict(state)
+        directions = []
+        for optimizer, model in zip(optimizers, models, strict=True):
+            optimizer.zero_grad()
+            optimizer.backward(losses_of(model), *batch_of(2))
+            gradients = [getattr(p.grad, "full_tensor", p.grad.clone)() for p in model.parameters()]
+            directions.append(gradients)
+        found.append(max(float((a - b).abs().max()) for a, b in zip(*directions, strict=True)))
+    return found
+
+
+def case_copies():
+    """A copy of model and optimizer goes on as the original does."""
+    model = parallel("columns and rows")
+    optimizer = ESAM(sgd(model), model, rho=RHO, beta=0.6, ascend=Previous())
+    optimizer.step(losses_of(model), *batch_of(0))
+    twin, other = copy.deepcopy((model, optimizer))
+    for step in range(1, 3):
+        optimizer.step(losses_of(model), *batch_of(step))
+        other.step(losses_of(twin), *batch_of(step))
+    return all(map(torch.equal, shards(model), shards(twin)))
 
 
 def case_agreement():

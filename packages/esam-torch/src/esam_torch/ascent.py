@@ -25,8 +25,8 @@ def gradients_of(
         loss: 0-d.
         tensors: the tensors to compute gradients for.
         scale: 0-d, the initial gradient of the backward.
-        every: None or, for a sharded model, all parameters with a gradient. FSDP2 computes
-            gradients only in a whole backward, reduced over the ranks and in `.grad`.
+        every: None or, for a sharded model, all leaves of the loss. FSDP2 computes gradients only
+            in a whole backward, reduced over the ranks and in `.grad`.
     """
     if every is None:
         with without_hooks(tensors), own_backward():

@@ -40,8 +40,10 @@ __all__ = [
     "count_compiled_frames",
     "count_writes",
     "distribute",
+    "fsdp_gathered",
     "fsdp_parameter_groups",
     "fsdp_process_groups",
+    "fsdp_reshards",
     "is_compiled_function",
     "original_name",
     "parametrizations_are_cached",
@@ -249,12 +251,23 @@ def distribute(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
     return distribute_tensor(whole, mesh, placements)
 
 
+def fsdp_gathered(group: Any) -> list[Tensor]:
+    """Return the gathered weights of one of FSDP2's parameter groups; none before they exist."""
+    names = "_unsharded_param"
+    return [getattr(p, names) for p in group.fsdp_params if hasattr(p, names)]
+
+
 def fsdp_parameter_groups(module: Any) -> list[Any]:
     """Return FSDP2's parameter groups of a module; where they are depends on torch's version."""
     state = module._get_fsdp_state()
     several = getattr(state, "_fsdp_param_groups", None)
     groups = list(several) if several is not None else [getattr(state, "_fsdp_param_group", None)]
     return [group for group in groups if group is not None]
+
+
+def fsdp_reshards(group: Any) -> bool:
+    """Return whether one of FSDP2's parameter groups drops gathered weights after a forward."""
+    return group.post_forward_mesh_info is not None
 
 
 def fsdp_process_groups(group: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from esam_core import ESAMConfig, ESAMTypeError, ESAMValueError, Momentum, Part,
 from esam_core.directions import check_saved_direction, climbing_indices, kept_units
 from esam_torch.bases import SideBySide
 from esam_torch.inspection import Layout, Parameter
-from esam_torch.sharded import local, placed_like, shards_of
+from esam_torch.sharded import distributed_like, local, placed_like, shards_of
 from esam_torch.targets import Options, Targets
 
 __all__ = ["Climb", "Memory", "check_moment", "find_climb"]
@@ -153,9 +153,15 @@ class Memory:
         shapes = {name: tuple(t.shape) for name, t in tensors.items()}
         check_saved_direction({name: tuple(g.shape) for name, g in saved.items()}, shapes)
         self.gradients = {
-            name: g.to(device=tensors[name].device, dtype=tensors[name].dtype, copy=True)
+            name: distributed_like(g, tensors[name]).to(
+                device=tensors[name].device, dtype=tensors[name].dtype, copy=True
+            )
             for name, g in saved.items()
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy: the layout of a model is found again for its copy.
+        return {**self.__dict__, "_of": None, "_key": None, "_kept": ()}
 
     def direction(
         self,

@@ -116,18 +116,23 @@ class Layout:
         """The names of the optimizer's parameters, by id."""
         return {id(p.tensor): p.unit.name for p in self.parameters}
 
+    @property
+    def everything(self) -> Sequence[Tensor]:
+        """All parameters, in the optimizer or not."""
+        return (*self.tensors, *self.others)
+
     def trained(self) -> list[Tensor]:
         """Return all parameters that have a gradient now, in the optimizer or not."""
-        return [p for p in (*self.tensors, *self.others) if p.requires_grad]
+        return [p for p in self.everything if p.requires_grad]
 
-    def gathered(self) -> Sequence[Tensor] | None:
-        """Return all parameters with a gradient if the model is sharded, else None."""
-        return None if self.shards is None else self.trained()
+    def if_sharded(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Return the leaves of a loss if FSDP2 shards the model, else None."""
+        return None if self.shards is None else leaves
 
     @functools.cached_property
     def groups_sharing_a_batch(self) -> list[Any]:
         """The process groups over which layers are split (tensor parallelism), not the batch."""
-        groups = dict.fromkeys(g for tensor in self.tensors for g in mesh_groups(tensor))
+        groups = dict.fromkeys(g for tensor in self.everything for g in mesh_groups(tensor))
         if not groups or self.shards is None:
             return list(groups)
         # Equal meshes may have other groups of the same ranks.

@@ -386,9 +386,9 @@ class Run:
 
 def _strangers(mean: Tensor, leaves: list[Tensor], layout: Layout) -> list[Tensor]:
     """Return the leaves of the loss that belong to neither the model nor the batch."""
-    if layout.shards is not None:  # a sharded model's graph ends in gathered weights
-        return []
     known = layout.ids.union(map(id, leaves)) if leaves else layout.ids
+    if layout.shards is not None:
+        known = known.union(map(id, layout.shards.gathered()))
     return [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]
 
 

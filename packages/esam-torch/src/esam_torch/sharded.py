@@ -9,21 +9,29 @@ that reduces them. And a forward reads gathered copies of the weights, which mus
 (`reshard`) when the shards change, because a forward without a graph keeps the root's copies.
 """
 
+import contextlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMRuntimeError, ESAMTypeError
-from esam_torch.compat import distribute, fsdp_parameter_groups, fsdp_process_groups
+from esam_torch.compat import (
+    distribute,
+    fsdp_gathered,
+    fsdp_parameter_groups,
+    fsdp_process_groups,
+    fsdp_reshards,
+)
 from esam_torch.devices import on_device, widest
 
 __all__ = [
     "Shards",
     "Spread",
     "any_sharded",
+    "distributed_like",
     "is_sharded",
     "local",
     "local_part",
@@ -72,6 +80,17 @@ def placed_like(gradient: Tensor, parameter: Tensor) -> Tensor:
     with torch.no_grad():
         placed: Tensor = found.redistribute(placements=placements)
     return placed
+
+
+def distributed_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return a tensor, such as one that was saved, distributed over the ranks as a parameter is."""
+    if is_sharded(whole) and not is_sharded(parameter):
+        gathered: Tensor = whole.full_tensor()  # type: ignore[attr-defined]
+        return gathered
+    if is_sharded(parameter) and not is_sharded(whole):
+        sharded: Any = parameter
+        return distribute(whole.to(parameter.device), sharded.device_mesh, sharded.placements)
+    return placed_like(whole, parameter)
 
 
 def shards_of(gradients: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -190,10 +209,29 @@ class Shards:
         modules = _fsdp_modules(model)
         return cls(modules) if modules else None
 
+    def gathered(self) -> list[Tensor]:
+        """Return the gathered weights, in which the graphs of sharded models end."""
+        found = [g for module in self._modules for g in fsdp_parameter_groups(module)]
+        return [tensor for group in found for tensor in fsdp_gathered(group)]
+
     def groups(self) -> list[Any]:
         """Return the process groups over which `fully_shard` distributes weights and batches."""
         found = [g for module in self._modules for g in fsdp_parameter_groups(module)]
         return list(dict.fromkeys(group for g in found for group in fsdp_process_groups(g)))
+
+    @contextlib.contextmanager
+    def resharding(self) -> Iterator[None]:
+        """Drop each module's gathered weights after its forward, inside the context.
+
+        FSDP2 does so itself, but not within a backward, where most of a step's forwards run.
+        """
+        modules = [m for m in self._modules if all(map(fsdp_reshards, fsdp_parameter_groups(m)))]
+        handles = [m.register_forward_hook(lambda m, *_: m.reshard()) for m in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def reshard(self) -> None:
         """Drop the gathered weights: the next forward gathers them from the shards."""

@@ -166,7 +166,7 @@ class Step:
         others_drew = not task.records_at_theta and self._after_part.has_moved()
         b, k = self._b, self._selected
         with self._climbing():
-            ascent = self._ascent(scale)
+            ascent = self._ascent(scale, inputs)
         # A clone: if a compiled model replays CUDA graphs, the next pass overwrites the losses.
         before = self._values.detach().clone()
         del self._values, self._mean
@@ -202,7 +202,7 @@ class Step:
         report = self._report(before, after, selected, ascent)
         return StepResult(gradients, report, rounded, self._disagreement)
 
-    def _ascent(self, scale: Tensor) -> Ascent:
+    def _ascent(self, scale: Tensor, inputs: Sequence[Tensor]) -> Ascent:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
         task, targets = self.task, self.task.targets
         # With "full", for all trained parameters, perturbable or not.
@@ -211,7 +211,7 @@ class Step:
         if task.layout.shards is not None:
             # Ranks share one epsilon, so a non-finite loss on one rank must affect all.
             loss = nan_if_flawed(loss, flaw_in(self._values))
-        found = ascent_gradients(loss, wanted, scale, every=self.task.layout.gathered())
+        found = ascent_gradients(loss, wanted, scale, every=task.layout.if_sharded(inputs))
         return perturb(
             found,
             targets,
@@ -299,7 +299,9 @@ class Step:
         args, kwargs = batch
         # An autocast context around the step caches casts: of other weights, or without a graph.
         torch.clear_autocast_cache()
-        found, closure = self._between.call(self._losses, args, kwargs), not (args or kwargs)
+        shards, closure = self.task.layout.shards, not (args or kwargs)
+        with contextlib.nullcontext() if shards is None else shards.resharding():
+            found = self._between.call(self._losses, args, kwargs)
         values, outputs = per_sample(found, expected=expected, closure=closure)
         outputs = detach_tree(outputs)  # otherwise a kept report would keep the graph
         if whole and torch.is_grad_enabled() and not values.requires_grad:
@@ -347,7 +349,7 @@ class Step:
         """Return the gradients of the inputs."""
         if not total.requires_grad and self.task.layout.shards is None:
             return [torch.zeros_like(x) if id(x) in self._reached else None for x in inputs]
-        return gradients_of(total, inputs, scale, every=self.task.layout.gathered())
+        return gradients_of(total, inputs, scale, every=self.task.layout.if_sharded(inputs))
 
     def _refresh_weights(self) -> None:
         """Let sharded models gather the weights again, and autocast cast them again."""
@@ -359,7 +361,7 @@ class Step:
         """Return the result; skip it or raise if it is not finite, depending on `on_nonfinite`."""
         task = self.task
         if task.config.on_nonfinite == "propagate" or task.ranks.agree(
-            all_finite(result.gradients), task.layout.tensors
+            all_finite(result.gradients), task.layout.everything
         ):
             return result
         if task.config.on_nonfinite == "raise":

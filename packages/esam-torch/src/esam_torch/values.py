@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from esam_torch.kinds import kinds_of
+from esam_torch.sharded import is_sharded, local
 
 __all__ = [
-    *("MISSING", "Place", "PlaceKey", "State", "can_be_written", "copy_values", "is_expanded"),
-    *("is_half", "is_plain", "key_of", "places_without", "tensors_in", "widened"),
+    *("MISSING", "Place", "PlaceKey", "State", "can_be_written", "copy_values", "data_of"),
+    *("is_expanded", "is_half", "is_plain", "key_of", "places_without", "tensors_in", "widened"),
 ]
 
 #: The place of a value: a dictionary of a module, and a name in it.
@@ -74,14 +75,20 @@ def is_expanded(tensor: Tensor) -> bool:
 def is_plain(value: Any) -> bool:
     """Return whether a value is a dense tensor of torch's own class, whose values can be copied.
 
-    Nothing can write to a tensor whose elements share memory.
+    A DTensor is, whose values are those of this rank's shard. Nothing can write to a tensor whose
+    elements share memory.
     """
     return (
-        type(value) in (Tensor, nn.Parameter)
+        (type(value) in (Tensor, nn.Parameter) or is_sharded(value))
         and value.layout == torch.strided
         and not value.is_inference()
         and not is_expanded(value)
     )
+
+
+def data_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's values without a graph, in the same memory; of a DTensor, its shard's."""
+    return local(tensor.data)
 
 
 def can_be_written(value: Any) -> bool:
@@ -166,7 +173,7 @@ class State:
     def __init__(self, places: Iterable[Place], tensors: Iterable[Tensor]) -> None:
         self._contents = [(*p, _Contents(p[0].get(p[1], MISSING))) for p in places]
         self._tensors = list({id(t): t for t in tensors}.values())
-        values = [t.data for t in self._tensors]
+        values = [data_of(t) for t in self._tensors]
         self._copies = [torch.empty_like(v) for v in values]
         copy_values(self._copies, values)
 
@@ -180,9 +187,9 @@ class State:
             else:
                 names.pop(name, None)
         for tensor, copy in zip(self._tensors, self._copies, strict=True):
-            if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
+            if data_of(tensor).shape != copy.shape or tensor.dtype != copy.dtype:
                 tensor.data = torch.empty_like(copy)
-        copy_values([t.data for t in self._tensors], self._copies)
+        copy_values([data_of(t) for t in self._tensors], self._copies)
 
     def find_changes(self) -> list[Place]:
         """Return the places whose objects were replaced."""
@@ -202,7 +209,7 @@ class State:
                 rows.setdefault(tensor.device, []).append((tensor, copy))
         found: list[Tensor] = []
         for pairs in rows.values():
-            flags = torch.stack([(t.data != copy).any() for t, copy in pairs]).tolist()
+            flags = torch.stack([(data_of(t) != copy).any() for t, copy in pairs]).tolist()
             found += [t for (t, _), flag in zip(pairs, flags, strict=True) if flag]
         return found
 
@@ -223,7 +230,7 @@ class State:
         for tensor in tensors:
             copy = copies.get(id(tensor))
             found._tensors.append(tensor)
-            found._copies.append(tensor.data.clone() if copy is None else copy)
+            found._copies.append(data_of(tensor).clone() if copy is None else copy)
         return found
 
     def join(self, *others: "State") -> "State":

@@ -16,6 +16,7 @@ from esam_torch.values import (
     Place,
     PlaceKey,
     State,
+    data_of,
     is_plain,
     key_of,
     parts_of,
@@ -364,7 +365,7 @@ def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return a mark that changes if a tensor is written in place or its `.data` is replaced."""
-    return count_writes(tensor), tensor.data_ptr()
+    return count_writes(tensor), data_of(tensor).data_ptr()
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
