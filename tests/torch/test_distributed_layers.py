@@ -22,7 +22,7 @@ KINDS = ["columns and rows", "sequences", *(["with FSDP2"] if SHARDS_ON_CPUS els
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
-    return launch(CASES / "tensor_parallel.py", folder, processes=4, timeout=240)
+    return launch(CASES / "tensor_parallel.py", folder, processes=4, timeout=600)
 
 
 @pytest.mark.parametrize("kind", KINDS)

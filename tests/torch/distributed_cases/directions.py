@@ -139,6 +139,27 @@ def sharded_by_hand(model, step, ascend, before):
     return found
 
 
+def case_distributed_moments():
+    """A base optimizer that keeps the momenta of half of the parameters on each rank."""
+    rank, found = dist.get_rank(), {}
+    for name, ascend in SOURCES.items():
+        weights = []
+        for base in (torch.optim.SGD, ZeroRedundancyOptimizer):
+            model = DistributedDataParallel(model_of())
+            options = {} if base is torch.optim.SGD else {"optimizer_class": torch.optim.SGD}
+            momentum = base(model.parameters(), lr=0.1, momentum=0.9, **options)
+            try:
+                optimizer = ESAM(momentum, model, rho=0.2, perturb=Everything(), ascend=ascend)
+            except ValueError as error:
+                weights.append(str(error))
+                continue
+            for step in range(4):
+                optimizer.step(losses_of(model), *batch_of(rank, step))
+            weights.append(bits(model))
+        found[name] = weights[1] if name == "momentum" else weights[0] == weights[1]
+    return found
+
+
 def case_sharded():
     """FSDP2: one perturbation on all ranks, from the global direction."""
     rank, found = dist.get_rank(), {}
@@ -200,27 +221,6 @@ def case_checkpoints():
                 "same": fsdp.same(fsdp.weights(twin), fsdp.weights(model)),
                 "count": other.count,
             }
-    return found
-
-
-def case_distributed_moments():
-    """A base optimizer that keeps the momenta of half of the parameters on each rank."""
-    rank, found = dist.get_rank(), {}
-    for name, ascend in SOURCES.items():
-        weights = []
-        for base in (torch.optim.SGD, ZeroRedundancyOptimizer):
-            model = DistributedDataParallel(model_of())
-            options = {} if base is torch.optim.SGD else {"optimizer_class": torch.optim.SGD}
-            momentum = base(model.parameters(), lr=0.1, momentum=0.9, **options)
-            try:
-                optimizer = ESAM(momentum, model, rho=0.2, perturb=Everything(), ascend=ascend)
-            except ValueError as error:
-                weights.append(str(error))
-                continue
-            for step in range(4):
-                optimizer.step(losses_of(model), *batch_of(rank, step))
-            weights.append(bits(model))
-        found[name] = weights[1] if name == "momentum" else weights[0] == weights[1]
     return found
 
 
