@@ -253,8 +253,7 @@ def distribute(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
 
 def fsdp_gathered(group: Any) -> list[Tensor]:
     """Return the gathered weights of one of FSDP2's parameter groups; none before they exist."""
-    names = "_unsharded_param"
-    return [getattr(p, names) for p in group.fsdp_params if hasattr(p, names)]
+    return [p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
 
 
 def fsdp_parameter_groups(module: Any) -> list[Any]:

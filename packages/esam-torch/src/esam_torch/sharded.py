@@ -110,10 +110,7 @@ def weight_shards(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def local_part(whole: Tensor, like: Tensor) -> Tensor:
     """Return the part of an unsharded tensor that corresponds to this rank's shard of `like`."""
-    if not is_sharded(like):
-        return whole
-    sharded: Any = like
-    return local(distribute(whole, sharded.device_mesh, sharded.placements))
+    return local(distributed_like(whole, like))
 
 
 def mesh_groups(tensor: Tensor, *, shards_only: bool = False) -> list[Any]:
@@ -193,15 +190,12 @@ class Shards:
 
     def check_reducing(self) -> None:
         """Raise if gradients are not reduced: epsilon is computed from the global gradient."""
-        for module in self._modules:
-            for group in fsdp_parameter_groups(module):
-                if not getattr(group, "reduce_grads", True):
-                    raise ESAMRuntimeError(
-                        "With fully_shard, a step must reduce gradients: epsilon is computed from "
-                        "the global gradient. Received: a module with "
-                        "set_requires_gradient_sync(False). Accumulate without it: reduced "
-                        "gradients also add up in `.grad`."
-                    )
+        if not all(getattr(group, "reduce_grads", True) for group in self._parameter_groups()):
+            raise ESAMRuntimeError(
+                "With fully_shard, a step must reduce gradients: epsilon is computed from the "
+                "global gradient. Received: a module with set_requires_gradient_sync(False). "
+                "Accumulate without it: reduced gradients also add up in `.grad`."
+            )
 
     @classmethod
     def of(cls, model: nn.Module) -> "Shards | None":
@@ -211,13 +205,16 @@ class Shards:
 
     def gathered(self) -> list[Tensor]:
         """Return the gathered weights, in which the graphs of sharded models end."""
-        found = [g for module in self._modules for g in fsdp_parameter_groups(module)]
-        return [tensor for group in found for tensor in fsdp_gathered(group)]
+        return [tensor for group in self._parameter_groups() for tensor in fsdp_gathered(group)]
 
     def groups(self) -> list[Any]:
         """Return the process groups over which `fully_shard` distributes weights and batches."""
-        found = [g for module in self._modules for g in fsdp_parameter_groups(module)]
+        found = self._parameter_groups()
         return list(dict.fromkeys(group for g in found for group in fsdp_process_groups(g)))
+
+    def _parameter_groups(self) -> list[Any]:
+        """Return FSDP2's parameter groups of all modules."""
+        return [group for module in self._modules for group in fsdp_parameter_groups(module)]
 
     @contextlib.contextmanager
     def resharding(self) -> Iterator[None]:
