@@ -124,3 +124,20 @@ def test_a_lazy_module_that_has_not_been_called():
         ESAM(base, model)
     model(torch.ones(2, 4))
     ESAM(base, model)
+
+
+def test_a_model_that_collects_per_sample_gradients():
+    # As Opacus's GradSampleModule marks the parameters of its model.
+    model = net()
+    model.head.weight.grad_sample = None
+    with pytest.raises(ESAMTypeError, match=r"must not collect per-sample.*head.weight with"):
+        ESAM(sgd(model), model)
+
+
+def test_a_model_that_collects_them_later():
+    model, optimizer = make()
+    before = Snapshot(model)
+    model.head.weight.grad_sample = None
+    with pytest.raises(ESAMTypeError, match=r"must not collect per-sample.*head.weight with"):
+        optimizer.loss(losses_of(model), *batch())
+    before.check()

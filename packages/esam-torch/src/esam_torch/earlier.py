@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
+from esam_core.selectors import subset_size
 from esam_torch.agreement import disagreement
 from esam_torch.devices import on_device
 from esam_torch.finiteness import flaw_in, nan_if_flawed
@@ -44,8 +44,7 @@ class EarlierStep(Step):
     def _first_pass(self) -> Tensor:
         """Run all passes up to the forward of the descent pass, and return its loss."""
         task, b = self.task, self.task.climb.batch_size
-        config = task.config
-        if b is not None and needs_losses(config.select, b):
+        if b is not None and task.scores(b):
             with self._watching():
                 self._before = self._without_a_graph(b)
             self._first.note()
@@ -55,14 +54,17 @@ class EarlierStep(Step):
         with self._at_the_peak() as weights:
             if task.watch_rounding:
                 self._rounded = weights.share_rounded_away(ascent.perturbations)
-            if b is not None and subset_size(config.select.gamma, b) < b:
-                task.samples.check(self._batch, b)
-                if needs_perturbed_losses(config.select, b):
+            if b is not None:
+                leaves_out = subset_size(task.config.select.gamma, b) < b
+                if leaves_out:
+                    task.samples.check(self._batch, b)
+                if task.scores_perturbed(b):
                     self._random.restore()
                     self._after = self._without_a_graph(b)
                     self._first.note()
                     flaw = on_device(flaw, self._after.device) + flaw_in(self._after)
-                self._selected_samples = task.select(b, self._losses_at_theta(), self._after)
+                if leaves_out:
+                    self._selected_samples = task.select(b, self._losses_at_theta(), self._after)
             self._random.restore()
             total, self._values, self._outputs = self._descent_loss(self._selected_samples)
             if self._comparable and self._selected_samples and self._after is not None:

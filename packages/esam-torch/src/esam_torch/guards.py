@@ -23,7 +23,7 @@ from esam_torch.values import is_half
 
 __all__ = [
     *("HostRandomState", "Modes", "Pruning", "RandomState", "Settings", "Weights"),
-    *("running_statistics", "statistics_layers", "without_autocast"),
+    *("running_statistics", "shares_statistics", "statistics_layers", "without_autocast"),
 ]
 
 
@@ -283,12 +283,12 @@ def statistics_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [
         module
         for module in modules
-        if isinstance(module, BATCH_NORM) and module.training and not _is_synchronised(module)
+        if isinstance(module, BATCH_NORM) and module.training and not shares_statistics(module)
     ]
 
 
-def _is_synchronised(layer: nn.Module) -> bool:
-    """Return whether a BatchNorm layer shares its statistics with other ranks."""
+def shares_statistics(layer: nn.Module) -> bool:
+    """Return whether a layer is a BatchNorm layer that shares its statistics with other ranks."""
     return (
         isinstance(layer, nn.SyncBatchNorm)
         and torch.distributed.is_initialized()

@@ -187,7 +187,9 @@ def parameters_of(
         blocks: the model's blocks, if they have been found.
 
     Raises:
-        ESAMValueError: the optimizer has a parameter that does not belong to the model.
+        ESAMValueError: the optimizer has a parameter that does not belong to the model, or one that
+            does not exist yet.
+        ESAMTypeError: `model` is not a module, or its parameters collect per-sample gradients.
     """
     if not isinstance(model, nn.Module):
         raise ESAMTypeError(
@@ -203,11 +205,7 @@ def parameters_of(
             group = group_of.pop(id(tensor), None)  # a tied parameter counts at its first place
             if group is not None:
                 name = original_name(f"{prefix}.{leaf}" if prefix else leaf)
-                if isinstance(tensor, UninitializedParameter):
-                    raise ESAMValueError(
-                        "All weights of `model` must exist: call it once on a batch before ESAM is "
-                        f"created. Received: {name} of a lazy module that has not been called."
-                    )
+                _check_trainable(name, tensor)
                 place = 0 if blocks is None else blocks.block_of[id(tensor)]
                 unit = Unit(
                     name,
@@ -230,6 +228,22 @@ def parameters_of(
             "optimizer was created, by `.to(...)` or a wrapper, create the optimizer again."
         )
     return found
+
+
+def _check_trainable(name: str, parameter: Tensor) -> None:
+    """Raise if a step cannot train a parameter."""
+    if isinstance(parameter, UninitializedParameter):
+        raise ESAMValueError(
+            "All weights of `model` must exist: call it once on a batch before ESAM is created. "
+            f"Received: {name} of a lazy module that has not been called."
+        )
+    if hasattr(parameter, "grad_sample"):  # set by Opacus's GradSampleModule
+        raise ESAMTypeError(
+            "`model` must not collect per-sample gradients, as Opacus's GradSampleModule does: "
+            "those of all passes of a step, at theta and at theta + epsilon, would be used "
+            "together. Differentially private training is not supported. Received: "
+            f"{name} with `grad_sample`."
+        )
 
 
 @contextlib.contextmanager

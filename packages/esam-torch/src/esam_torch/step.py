@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from esam_core import ESAMValueError, Momentum, NonFiniteError, Previous, StepReport
-from esam_core.selectors import needs_losses, needs_perturbed_losses, subset_size
+from esam_core.selectors import subset_size
 from esam_torch.agreement import buffer_versions, comparable, disagreement
 from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.attention import without_graphs
@@ -171,7 +171,7 @@ class Step:
         before = self._values.detach().clone()
         del self._values, self._mean
         flaw = ascent.flaw
-        if task.climb.part is not None and needs_losses(task.config.select, b):
+        if task.scores_the_rest(b):
             self._random.restore()
             before = self._score_all(before, task.climb.part)
             flaw = flaw + flaw_in(before)
@@ -185,11 +185,11 @@ class Step:
             if task.watch_rounding:
                 rounded = weights.share_rounded_away(ascent.perturbations)
             ascent.perturbations.clear()  # epsilon is in the weights; its memory is not needed
+            if task.scores_perturbed(b):
+                self._random.restore()
+                after = self._without_a_graph(b)
+                flaw = flaw + flaw_in(after)
             if k < b:
-                if needs_perturbed_losses(task.config.select, b):
-                    self._random.restore()
-                    after = self._without_a_graph(b)
-                    flaw = flaw + flaw_in(after)
                 selected = task.select(b, before, after)
             self._random.restore()
             gradients = self._descent(selected, flaw, scale, inputs, after)
@@ -222,9 +222,12 @@ class Step:
             weight_masks=draw_weight_masks(task.mask, targets.tensors),
         )
 
-    def _score_all(self, losses: Tensor, part: Tensor) -> Tensor:
-        """Return the (b,) losses at theta; only those of the part have a graph."""
+    def _score_all(self, losses: Tensor, part: Tensor | None) -> Tensor:
+        """Return the (b,) losses at theta, after a forward of the samples outside the part."""
         b = self._b
+        if part is None:  # there are none, but the other ranks wait for this one
+            self._without_a_graph(b)
+            return losses
         rest = part.new_ones(b, dtype=torch.bool).index_fill_(0, part, False).nonzero().flatten()
         places = on_device(torch.cat([part, rest]).argsort(), losses.device)
         return torch.cat([losses, self._without_a_graph(b, rest)]).index_select(0, places)
@@ -234,9 +237,8 @@ class Step:
         self._first.rewind()
         without = note_errors(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
         with without_graphs(), self.task.ranks.apart(), without:
-            if indices is not None:
-                return self._forward_of(indices)[0].clone()
-            return self._forward_all(b)[0].clone()
+            found = self._forward_all(b) if indices is None else self._forward_of(indices)
+            return found[0].clone()
 
     def _descent(
         self,

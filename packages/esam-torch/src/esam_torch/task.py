@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from esam_core import ESAMConfig, ESAMValueError, Mask, StepReport
+from esam_core import ESAMConfig, ESAMValueError, Mask, Part, StepReport
 from esam_core.directions import check_statistics, records_at_theta
+from esam_core.selectors import needs_losses
 from esam_torch.batch import Samples
 from esam_torch.directions import Climb
-from esam_torch.guards import statistics_layers
+from esam_torch.guards import shares_statistics, statistics_layers
 from esam_torch.inspection import Layout
 from esam_torch.selection import Selected, select
 from esam_torch.synchronisation import Ranks, agree_on_samples
@@ -86,6 +87,8 @@ class Task:
         b, config = self.climb.batch_size, self.config
         if b is None:
             return self.climb.direction is None
+        if self.climb.direction is not None:
+            return self.scores(b)
         return records_at_theta(config.ascend, config.select, b)
 
     @property
@@ -104,6 +107,35 @@ class Task:
         if not (self.prune and self.perturbs and self.targets.idle):
             return False
         return self.config.norm != "full" and self.layout.shards is None
+
+    # -- which passes run -------------------------------------------------------------------------
+
+    def scores(self, b: int) -> bool:
+        """Return whether the losses of all b samples at theta are computed, for the selection."""
+        return needs_losses(self.config.select, b) or self._others_score
+
+    def scores_the_rest(self, b: int) -> bool:
+        """Return whether a pass computes losses at theta of the samples outside the part."""
+        if self.climb.part is not None:
+            return self.scores(b)
+        ascend = self.config.ascend
+        return isinstance(ascend, Part) and ascend.share < 1.0 and self._others_score
+
+    def scores_perturbed(self, b: int) -> bool:
+        """Return whether the selection pass runs, with all b samples at theta + epsilon."""
+        return self.config.select.score == "increase" and self.scores(b)
+
+    @functools.cached_property
+    def _others_score(self) -> bool:
+        """Whether ranks with larger batches may score samples, and wait for this rank meanwhile.
+
+        They wait in each forward if weights are sharded or batch statistics are shared. A rank
+        whose own batch is too small for a selection must then run the same passes.
+        """
+        selector = self.config.select
+        if selector.score is None or selector.gamma == 1.0:
+            return False
+        return self.layout.shards is not None or any(map(shares_statistics, self._modules))
 
     def select(self, b: int, losses: Tensor, perturbed_losses: Tensor | None) -> Selected:
         """Return the samples of the descent pass, if these are not all of the b samples.
