@@ -130,3 +130,11 @@ def test_replicated_shards_and_other_precisions(results):
     for found in value(results, "meshes_and_precision"):
         assert max(found["replicas"], found["both"], found["kept"]) < 1e-5
         assert 0 < found["bfloat16"] < 0.05 and found["loss"] == found["loss"]
+
+
+def test_checkpointed_and_compiled_layers_are_trained_as_plain_ones(tmp_path):
+    for found in value(launch(CASES / "fsdp_layers.py", tmp_path), "layers"):
+        assert len(found) == 8
+        for name, (same, told) in found.items():
+            assert same, name
+            assert told == [], name

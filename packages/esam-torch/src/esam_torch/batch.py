@@ -23,7 +23,7 @@ from esam_torch.functions import code_of
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading, length_of, refuse_used_up
 
-__all__ = ["Batch", "Samples"]
+__all__ = ["Batch", "Samples", "row_counts"]
 
 #: The arguments of `losses`: positional and keyword arguments.
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -222,6 +222,19 @@ def _each(
         tuple(new(x, f"batch[{i}]") for i, x in enumerate(args)),
         {name: new(x, name) for name, x in kwargs.items()},
     )
+
+
+def row_counts(batch: Batch) -> set[int]:
+    """Return the lengths of the tensors in a batch that may have one row per sample."""
+    found: set[int] = set()
+
+    def visit(x: Any, _: str) -> Any:
+        if isinstance(x, Tensor) and x.dim():
+            found.add(len(x))
+        return x if isinstance(x, Tensor | Whole) else INSIDE
+
+    _each(batch, visit, endless=True)
+    return found
 
 
 def _is_plain(batch: Batch) -> bool:

@@ -1,11 +1,12 @@
-"""The number of samples in a batch, if it must be known before the first pass."""
+"""The number of samples in a batch: before the first pass, and whether it can be right."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from esam_torch.batch import Batch, Samples
+from esam_core import ESAMConfig, Part
+from esam_torch.batch import Batch, Samples, row_counts
 from esam_torch.inputs import call_apart
 from esam_torch.inspection import Layout, without_side_effects
 from esam_torch.losses import LossFunction, per_sample
@@ -53,6 +54,26 @@ class SampleCounter:
             samples.check(batch, len(values))
         return len(values)
 
+    def look_at_one_loss(self, config: ESAMConfig, batch: Batch) -> None:
+        """Note a warning if a step has one loss, but its batch seems to have several samples.
+
+        Args:
+            config: the hyperparameters.
+            batch: the arguments of `losses`.
+        """
+        settings = [f"gamma={config.select.gamma:g}"] if config.select.gamma < 1.0 else []
+        if isinstance(config.ascend, Part) and config.ascend.share < 1.0:
+            settings.append(f"ascend={config.ascend!r}")
+        rows = row_counts(batch)
+        if settings and rows and min(rows) > 1:
+            self._note("one", _ONE.format(min(rows), " and ".join(settings)))
+
+
+_ONE = (
+    "`losses` returned one loss for a batch whose tensors have at least {} rows. So steps use all "
+    "samples, and {} saves nothing. Return one loss per sample. If the loss exists only for the "
+    "whole batch, use gamma=1.0, without ascend=Part(...)."
+)
 
 _COUNTED = (
     "A step whose ascent pass does not use the whole batch needs the number of samples before its "

@@ -15,6 +15,11 @@ LossFunction = Callable[..., Any]
 
 _HINT = 'return one loss per sample, as F.cross_entropy(..., reduction="none") does.'
 
+_OF_THE_BATCH = (
+    " If the loss exists only for the whole batch, return it for each of the b samples, "
+    "loss.expand(b), and use gamma=1.0."
+)
+
 _CLOSURE = (
     " A closure that computes the loss of the whole batch becomes two lines: "
     'losses = lambda inputs, targets: F.cross_entropy(model(inputs), targets, reduction="none"), '
@@ -68,7 +73,7 @@ def per_sample(
 def _shape_advice(losses: Tensor, closure: bool) -> str:
     """Return advice for losses of a shape other than (b,)."""
     if losses.dim() == 0:
-        return _HINT + (_CLOSURE if closure else "")
+        return _HINT + (_CLOSURE if closure else _OF_THE_BATCH)
     if losses.dim() == 2 and losses.shape[0] == losses.shape[1] > 1:
         return (
             "give outputs of shape (b, 1) and targets of shape (b,) the same shape with "

@@ -157,6 +157,8 @@ class Run:
             self._compilation.check(pruned=task.prunes and bool(task.targets.idle))
             if task.layout.writes.late:
                 self.notices.add("late", LATE)
+            if step.batch_size == 1 and task.perturbs:
+                self.counter.look_at_one_loss(self.config, batch)
             return step, self._seam(step, mean, leaves)
         except BaseException:
             step.undo()
@@ -324,8 +326,8 @@ class Run:
 
     def _prunes(self, losses: LossFunction, layout: Layout, targets: Targets) -> bool:
         """Return whether the ascent pass builds its graph only for the perturbed weights."""
-        if not targets.idle:
-            return True
+        if not targets.idle or layout.shards is not None:  # FSDP2 computes all gradients
+            return not targets.idle
         why = layout.why_all_gradients()
         if why is not None:
             self.notices.add(why, why)

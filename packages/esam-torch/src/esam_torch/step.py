@@ -83,6 +83,11 @@ class Step:
         """The mean loss at theta, without its graph."""
         return self._mean.detach()
 
+    @property
+    def batch_size(self) -> int:
+        """The number of samples in the batch, after the first pass."""
+        return len(self._values) if self._expected is None else self._expected
+
     def finish(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Run the rest of the step, and return its gradient.
 
@@ -127,12 +132,12 @@ class Step:
         self._first.note()
         if task.perturbs and not task.records_at_theta:
             self._first.undo()  # keep what the descent pass writes
-        self._expected = self._b
+        self._expected = self.batch_size
         # A base step instead of one with an earlier direction. The latter needs the samples before
         # its first pass; here they are known anyway.
         first = isinstance(task.config.ascend, Previous | Momentum)
-        if (task.perturbs or first) and self._selected < self._b:
-            task.samples.check(self._batch, self._b)
+        if (task.perturbs or first) and self._selected < self.batch_size:
+            task.samples.check(self._batch, self.batch_size)
         return self._values.mean()
 
     def _forward_of(self, indices: Tensor) -> tuple[Tensor, Any]:
@@ -141,7 +146,7 @@ class Step:
         A single sample of a larger batch has no batch statistics: BatchNorm then uses the running
         statistics.
         """
-        samples, k, b = self.task.samples, len(indices), self._b
+        samples, k, b = self.task.samples, len(indices), self.batch_size
         with contextlib.ExitStack() as stack:
             if k == 1:
                 stack.enter_context(running_statistics(self.task.statistics_layers))
@@ -164,7 +169,7 @@ class Step:
         task, random = self.task, RandomState(self.task.layout.devices)
         self._written = task.layout.writes.keep()  # after the pass at theta
         others_drew = not task.records_at_theta and self._after_part.has_moved()
-        b, k = self._b, self._selected
+        b, k = self.batch_size, self._selected
         with self._climbing():
             ascent = self._ascent(scale, inputs)
         # A clone: if a compiled model replays CUDA graphs, the next pass overwrites the losses.
@@ -224,7 +229,7 @@ class Step:
 
     def _score_all(self, losses: Tensor, part: Tensor | None) -> Tensor:
         """Return the (b,) losses at theta, after a forward of the samples outside the part."""
-        b = self._b
+        b = self.batch_size
         if part is None:  # there are none, but the other ranks wait for this one
             self._without_a_graph(b)
             return losses
@@ -281,7 +286,7 @@ class Step:
     def _first_losses(self) -> Tensor:
         """Return the losses of the whole batch with their graph, as in a first pass."""
         self._first.rewind()
-        return self._forward_all(self._b, whole=True)[0]
+        return self._forward_all(self.batch_size, whole=True)[0]
 
     def _forward_all(self, expected: int | None, *, whole: bool = False) -> tuple[Tensor, Any]:
         """Run `_forward` on the whole batch."""
@@ -312,15 +317,10 @@ class Step:
 
     # -- what the passes need ---------------------------------------------------------------------
 
-    @property
-    def _b(self) -> int:
-        """The number of samples in the batch."""
-        return len(self._values) if self._expected is None else self._expected
-
     @functools.cached_property
     def _selected(self) -> int:
         """The number of samples in the descent pass."""
-        return subset_size(self.task.config.select.gamma, self._b)
+        return subset_size(self.task.config.select.gamma, self.batch_size)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
@@ -393,8 +393,8 @@ class Step:
             gradient_norm=None if ascent is None else ascent.gradient_norm,
             perturbed=self.task.targets.names,
             weight_share=self.task.targets.weight_share,
-            sample_share=1.0 if selected is None else len(selected.indices) / self._b,
+            sample_share=1.0 if selected is None else len(selected.indices) / self.batch_size,
             outputs=self._outputs,
             part=None if ascent is None else self.task.climb.part,
-            batch_size=self._b,
+            batch_size=self.batch_size,
         )

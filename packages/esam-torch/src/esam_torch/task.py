@@ -106,7 +106,7 @@ class Task:
         """Whether the ascent pass computes only the gradients of perturbed parameters."""
         if not (self.prune and self.perturbs and self.targets.idle):
             return False
-        return self.config.norm != "full" and self.layout.shards is None
+        return self.config.norm != "full"
 
     # -- which passes run -------------------------------------------------------------------------
 
