@@ -342,3 +342,10 @@ def test_the_default_device():
             assert default_device().type == found
         finally:
             torch.set_default_device(None)
+
+
+def test_registered_parameters():
+    layer = nn.Linear(2, 3, bias=False)
+    (places, name, found), _ = compat.registered_parameters([layer])  # and the missing bias
+    layer.weight = nn.Parameter(torch.zeros(3, 2))
+    assert places[name] is layer.weight is not found

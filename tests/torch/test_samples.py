@@ -1,6 +1,7 @@
 """Selecting samples from batches, in a step and by the user's own function; and outputs."""
 
 import operator
+import random
 from typing import NamedTuple
 
 import numpy as np
@@ -86,7 +87,13 @@ def test_a_batch_without_marks_is_not_changed():
     assert type(args[3]) is type(found) and all(map(operator.is_, args[3], found))
 
 
-@pytest.mark.parametrize("value", [iter("ab"), torch.Generator(), np.random.default_rng()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(iter("ab"), torch.Generator(), np.random.default_rng()),
+        *(np.random.RandomState(0), random.Random(0)),
+    ],
+)
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
 def test_a_value_that_a_pass_uses_up_is_refused(value, gamma):
     net = nn.Linear(1, 1)

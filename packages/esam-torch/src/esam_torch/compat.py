@@ -47,6 +47,7 @@ __all__ = [
     "is_compiled_function",
     "original_name",
     "parametrizations_are_cached",
+    "registered_parameters",
     "saves_state_dict_hooks",
     "uncounted_writes",
     "without_global_step_hooks",
@@ -254,6 +255,13 @@ def distribute(whole: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
 def fsdp_gathered(group: Any) -> list[Tensor]:
     """Return the gathered weights of one of FSDP2's parameter groups; none before they exist."""
     return [p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
+
+
+def registered_parameters(
+    modules: Iterable[nn.Module],
+) -> list[tuple[dict[str, Any], str, Any]]:
+    """Return where modules keep their parameters: a dictionary, the name in it and the value."""
+    return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
 
 
 def fsdp_parameter_groups(module: Any) -> list[Any]:

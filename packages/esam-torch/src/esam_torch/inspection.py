@@ -15,7 +15,7 @@ from esam_core import ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_torch.ascent import graph_leaves
 from esam_torch.attributes import Attributes
 from esam_torch.blocks import Blocks, find_blocks
-from esam_torch.compat import original_name
+from esam_torch.compat import original_name, registered_parameters
 from esam_torch.devices import devices_of
 from esam_torch.guards import RandomState
 from esam_torch.notes import ASKS, KEPT, WITHOUT_A_GRAPH, note_errors
@@ -81,10 +81,14 @@ class Layout:
     device: torch.device | None = field(init=False)
     _targets: dict[Any, Targets] = field(default_factory=dict, init=False, repr=False)
     _registered: int = field(default_factory=registered_modules, init=False, repr=False)
+    _places: Sequence[tuple[dict[str, Any], str, Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", [p.tensor for p in self.parameters])
         object.__setattr__(self, "units", tuple(p.unit for p in self.parameters))
+        # FSDP2 replaces the parameters of a sharded model in each forward.
+        places = () if self.shards is not None else registered_parameters(self.modules)
+        object.__setattr__(self, "_places", places)
         object.__setattr__(self, "ids", frozenset(map(id, (*self.tensors, *self.others))))
         object.__setattr__(self, "device", self.tensors[0].device if self.tensors else None)
 
@@ -102,6 +106,8 @@ class Layout:
             if list(model.modules()) != self.modules:
                 return False
             object.__setattr__(self, "_registered", registered_modules())
+        if any(registered.get(name) is not old for registered, name, old in self._places):
+            return False  # as after load_state_dict(..., assign=True)
         if self.tensors and self.tensors[0].device != self.device:  # a model moves as a whole
             return False
         return len(groups) == len(self.groups) and all(

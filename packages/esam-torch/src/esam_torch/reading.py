@@ -7,6 +7,7 @@ had another size; without those it is an error.
 
 import enum
 import functools
+import random
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -38,7 +39,10 @@ _PLAIN = (
 )
 
 #: Types whose objects give other values each time.
-_USED_UP = (Iterator, torch.Generator, np.random.Generator)
+_USED_UP = (
+    *(Iterator, torch.Generator, random.Random),
+    *(np.random.Generator, np.random.RandomState),
+)
 
 
 class Reading(enum.Enum):

@@ -105,11 +105,21 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
 
 def parts_of(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
     """Yield a value itself or, if it is a container, its contents."""
-    if depth and isinstance(value, _CONTAINERS):
+    if depth and isinstance(value, _CONTAINERS) and _can_be_read(value):
         for part in value.values() if isinstance(value, dict) else value:
             yield from parts_of(part, depth - 1)
     else:
         yield value
+
+
+def _can_be_read(value: Any) -> bool:
+    """Return whether a container has a length and contents: classes may forbid both (e3nn's)."""
+    if type(value) in _CONTAINERS or not isinstance(value, _CONTAINERS):
+        return True
+    try:
+        return len(value) == sum(1 for _ in (value.items() if isinstance(value, dict) else value))
+    except Exception:
+        return False
 
 
 class _Contents:
@@ -118,6 +128,8 @@ class _Contents:
     def __init__(self, value: Any, depth: int = _DEPTH) -> None:
         self._value = value
         self._parts: Any = None
+        if not _can_be_read(value):
+            return
         if depth and isinstance(value, list | tuple | deque):
             self._parts = [_Contents(part, depth - 1) for part in value]
         elif depth and isinstance(value, dict):
