@@ -260,8 +260,12 @@ def fsdp_gathered(group: Any) -> list[Tensor]:
 def registered_parameters(
     modules: Iterable[nn.Module],
 ) -> list[tuple[dict[str, Any], str, Any]]:
-    """Return where modules keep their parameters: a dictionary, the name in it and the value."""
-    return [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+    """Return where modules keep their parameters: a dictionary, the name in it and the value.
+
+    Scripted modules keep them elsewhere.
+    """
+    places = [m._parameters for m in modules if isinstance(m._parameters, dict)]
+    return [(registered, name, p) for registered in places for name, p in registered.items()]
 
 
 def fsdp_parameter_groups(module: Any) -> list[Any]:
