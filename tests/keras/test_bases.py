@@ -274,3 +274,17 @@ def test_hyperparameters_can_be_read_but_not_assigned(name):
     assert getattr(esam, name) == values[name]
     with pytest.raises(ESAMRuntimeError, match=f"ESAM.optimizer.base_optimizer, {name}="):
         setattr(esam, name, 0.375)
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov"])
+def test_hyperparameters_of_the_base_are_set_there(name):
+    optimizer = ESAM(keras.optimizers.SGD(0.1, momentum=0.9), rho=0.0)
+    with pytest.raises(
+        ESAMRuntimeError, match=rf"`{name}` is a hyperparameter of the base .*base_optimizer.{name}"
+    ):
+        setattr(optimizer, name, 0.5)
+    optimizer.base_optimizer.momentum = 0.5
+    optimizer.weight_decay = 0.25
+    optimizer.note = "anything else"
+    assert optimizer.base_optimizer.momentum == 0.5
+    assert optimizer.base_optimizer.weight_decay == 0.25

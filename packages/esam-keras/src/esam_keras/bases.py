@@ -9,7 +9,10 @@ import keras
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError
 
-__all__ = ["BaseAttribute", "Setting", "refuse_other_arguments", "resolve_base"]
+__all__ = [
+    *("BaseAttribute", "Setting", "refuse_attributes_of_the_base"),
+    *("refuse_other_arguments", "resolve_base"),
+]
 
 
 class BaseAttribute:
@@ -58,6 +61,18 @@ class Setting:
             "the model again, with the same base optimizer if its state is to be kept: "
             f"ESAM(optimizer.base_optimizer, {self.name}={value!r}, ...). "
             f"Received: {self.name}={value!r}."
+        )
+
+
+def refuse_attributes_of_the_base(optimizer: Any, name: str, value: Any) -> None:
+    """Raise if an attribute is a hyperparameter of only the base optimizer, such as momentum."""
+    base = vars(optimizer).get("base_optimizer")
+    if base is None or name in vars(optimizer) or hasattr(type(optimizer), name):
+        return
+    if name in vars(base) and name in base.get_config():
+        raise ESAMRuntimeError(
+            f"`{name}` is a hyperparameter of the base optimizer, not of ESAM: set "
+            f"optimizer.base_optimizer.{name} = {value!r}. Received: {name}={value!r}."
         )
 
 

@@ -22,7 +22,13 @@ from esam_core.directions import check_saved_direction
 from esam_core.perturbation import Norm
 from esam_core.validation import flag
 from esam_keras import compat
-from esam_keras.bases import BaseAttribute, Setting, refuse_other_arguments, resolve_base
+from esam_keras.bases import (
+    BaseAttribute,
+    Setting,
+    refuse_attributes_of_the_base,
+    refuse_other_arguments,
+    resolve_base,
+)
 from esam_keras.devices import on_the_host
 from esam_keras.directions import Earlier, check_moment, earlier_direction
 from esam_keras.handover import require_step
@@ -170,6 +176,10 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         self._earlier: Earlier | None = None
 
     # -- the base optimizer's attributes -----------------------------------------------------------
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_attributes_of_the_base(self, name, value)
+        super().__setattr__(name, value)
 
     @property
     def learning_rate(self) -> Any:

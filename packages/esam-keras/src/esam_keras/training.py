@@ -121,10 +121,10 @@ class Training:
         for variable in self.model.trainable_variables:
             if id(variable) not in known:
                 raise ESAMRuntimeError(
-                    "The model must be compiled again, with a new optimizer and base optimizer, "
-                    "after freezing or unfreezing layers: they know only the weights that were "
-                    "trainable when they were built. Received: a step that would train "
-                    f"{variable.path}."
+                    "The model must be compiled again, with a new optimizer and base optimizer: "
+                    "they know only the weights that were trainable when they were built. Do so "
+                    "for another model, and after unfreezing layers. Received: a step that would "
+                    f"train {variable.path}."
                 )
 
     def _planner(self) -> Planner:
