@@ -1,7 +1,6 @@
 """Cases for two ranks under FSDP2's fully_shard; see launch.py."""
 
 import contextlib
-import math
 import os
 import sys
 
@@ -14,10 +13,22 @@ from torch.nn import functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+from equations import step_by_hand
 from launch import main
 
 from esam_core import NonFiniteError
-from esam_torch import ESAM, All, Bernoulli, Everything, Part, Previous, Suffix, TopIncrease, fit
+from esam_torch import (
+    ESAM,
+    All,
+    Batch,
+    Bernoulli,
+    Everything,
+    Part,
+    Previous,
+    Suffix,
+    TopIncrease,
+    fit,
+)
 
 WORLD = 2
 RHO = 0.1
@@ -121,38 +132,6 @@ def case_like_one_process():
     return found
 
 
-def by_hand(model, step, size, perturbed):
-    """Return the gradient of a step and each rank's selected samples, from the equations."""
-    losses, names = losses_of(model), [name for name, _ in model.named_parameters()]
-    parameters = list(model.parameters())
-
-    def mean_gradient(parts):
-        rows = [torch.autograd.grad(part, parameters) for part in parts]
-        return [sum(column) / WORLD for column in zip(*rows, strict=True)]
-
-    batches = [batch_of(rank, step, size[rank]) for rank in range(WORLD)]
-    before = [losses(*batch).detach() for batch in batches]
-    gradient = mean_gradient([losses(*batch).mean() for batch in batches])
-    hit = [name in perturbed for name in names]
-    norm = math.sqrt(sum(float(g.square().sum()) for g, m in zip(gradient, hit, strict=True) if m))
-    theta = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter, g, m in zip(parameters, gradient, hit, strict=True):
-            parameter.add_(g, alpha=m * RHO / 0.6 / norm)
-    after = [losses(*batch) for batch in batches]
-    selected = [
-        sorted((a - b).topk(math.ceil(0.5 * len(a))).indices.tolist())
-        for a, b in zip(after, before, strict=True)
-    ]
-    descent = mean_gradient(
-        [losses(x[i], y[i]).mean() for (x, y), i in zip(batches, selected, strict=True)]
-    )
-    with torch.no_grad():
-        for parameter, old in zip(parameters, theta, strict=True):
-            parameter.copy_(old)
-    return descent, selected
-
-
 def case_selection_on_each_rank():
     """With gamma = 0.5 and different batch sizes: one epsilon, and one selection per rank."""
     rank, size, found = dist.get_rank(), (8, 5), []
@@ -161,7 +140,14 @@ def case_selection_on_each_rank():
     base = sgd(twin)
     for step in range(5):
         report = optimizer.step(losses_of(model), *batch_of(rank, step, size[rank]))
-        gradient, selected = by_hand(twin, step, size, report.perturbed)
+        batches = [batch_of(r, step, size[r]) for r in range(WORLD)]
+        gradient, selected = step_by_hand(
+            *(twin, losses_of(twin), batches),
+            ascend=Batch(),
+            select=TopIncrease(0.5),
+            radius=RHO / 0.6,
+            perturbed=report.perturbed,
+        )
         for parameter, g in zip(twin.parameters(), gradient, strict=True):
             parameter.grad = g
         base.step()

@@ -10,11 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
+from equations import step_by_hand
 from fsdp import RHO, batch_of, gap, losses_of, plain, sgd, sharded, weights
 from launch import SHARDS_ON_CPUS, main
 
-from esam_core.directions import climbing_indices
-from esam_core.selectors import subset_size
 from esam_torch import ESAM, Batch, Everything, Part, Previous, TopIncrease, TopLoss
 
 STEPS = 3
@@ -32,44 +31,6 @@ SETTINGS = {
 }
 
 
-def mean_gradient(losses, parameters):
-    """Return the mean over the ranks of the gradients of their mean losses."""
-    rows = [torch.autograd.grad(values.mean(), parameters) for values in losses]
-    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-
-
-def by_hand(model, step, ascend, select, sizes, previous):
-    """Return the gradient of a step on the batches of all ranks, from the equations."""
-    losses, parameters = losses_of(model), list(model.parameters())
-    batches = [batch_of(rank, step, size) for rank, size in enumerate(sizes)]
-    before = [losses(*batch) for batch in batches]
-    if isinstance(ascend, Previous):
-        gradient = previous
-    elif isinstance(ascend, Part):
-        parts = [climbing_indices(ascend, size, seed=0, count=step) for size in sizes]
-        chosen = [values[i] for values, i in zip(before, parts, strict=True)]
-        gradient = mean_gradient(chosen, parameters)
-    else:
-        gradient = mean_gradient(before, parameters)
-    if gradient is None:  # a base step
-        return mean_gradient([losses(*batch) for batch in batches], parameters)
-    norm = sum(g.square().sum() for g in gradient).sqrt()
-    theta = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter, g in zip(parameters, gradient, strict=True):
-            parameter.add_(g, alpha=RHO / float(norm))
-    selected = []
-    for batch, old in zip(batches, before, strict=True):
-        values = losses(*batch)
-        scores = old if select.score == "loss" else values - old
-        selected.append(values[scores.topk(subset_size(select.gamma, len(values))).indices])
-    descent = mean_gradient(selected, parameters)
-    with torch.no_grad():
-        for parameter, old in zip(parameters, theta, strict=True):
-            parameter.copy_(old)
-    return descent
-
-
 def case_sharded():
     """The same weights as from the equations, whichever passes a rank needs for its own batch."""
     if not SHARDS_ON_CPUS:
@@ -85,7 +46,15 @@ def case_sharded():
             now = sizes if step else (8, 8)
             batch = batch_of(dist.get_rank(), step, now[dist.get_rank()])
             optimizer.step(losses_of(model), *batch)
-            previous = by_hand(twin, step, ascend, select, now, previous)
+            batches = [batch_of(r, step, size) for r, size in enumerate(now)]
+            previous, _ = step_by_hand(
+                *(twin, losses_of(twin), batches),
+                ascend=ascend,
+                select=select,
+                radius=RHO,
+                count=step,
+                previous=previous,
+            )
             for parameter, g in zip(twin.parameters(), previous, strict=True):
                 parameter.grad = g
             base.step()

@@ -64,8 +64,8 @@ class SampleCounter:
         settings = [f"gamma={config.select.gamma:g}"] if config.select.gamma < 1.0 else []
         if isinstance(config.ascend, Part) and config.ascend.share < 1.0:
             settings.append(f"ascend={config.ascend!r}")
-        rows = row_counts(batch)
-        if settings and rows and min(rows) > 1:
+        rows = row_counts(batch) if settings else ()
+        if rows and min(rows) > 1:
             self._note("one", _ONE.format(min(rows), " and ".join(settings)))
 
 
