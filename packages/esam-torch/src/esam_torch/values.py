@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esam_torch.generators import set_state, state_of
 from esam_torch.kinds import kinds_of
 from esam_torch.sharded import is_sharded, local
 
@@ -123,11 +124,12 @@ def _can_be_read(value: Any) -> bool:
 
 
 class _Contents:
-    """An object and, if it is a mutable container, its contents."""
+    """An object and, if it is a mutable container, its contents; of a generator, its state."""
 
     def __init__(self, value: Any, depth: int = _DEPTH) -> None:
         self._value = value
         self._parts: Any = None
+        self._random = state_of(value)
         if not _can_be_read(value):
             return
         if depth and isinstance(value, list | tuple | deque):
@@ -139,7 +141,7 @@ class _Contents:
 
     def is_in(self, value: Any) -> bool:
         """Return whether a value is the same object, with the same objects in it."""
-        if value is not self._value:
+        if value is not self._value or state_of(value) != self._random:
             return False
         if self._parts is None or isinstance(value, set):
             return self._parts is None or bool(self._parts == value)
@@ -152,6 +154,8 @@ class _Contents:
     def put_back(self) -> Any:
         """Return the object, with its contents restored."""
         value, parts = self._value, self._parts
+        if self._random is not None:
+            set_state(value, self._random)
         if parts is None or self.is_in(value):
             return value
         if isinstance(value, list):
