@@ -3,6 +3,7 @@
 import inspect
 import linecache
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -10,7 +11,7 @@ import pytest
 from tests.keras.scene import data, mlp
 
 import esam_keras
-from esam_keras import ESAM
+from esam_keras import ESAM, Only
 
 PACKAGE = str(Path(esam_keras.__file__).parent)
 
@@ -40,6 +41,18 @@ def test_a_model_without_trainable_weights(how, run_eagerly):
     with pytest.warns(UserWarning, match="no trainable weights") as found:
         getattr(model, how)(x, x)
     check(found, "no trainable weights", where)
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.0])
+def test_a_sampler_that_reaches_no_weights(rho):
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    model.compile(ESAM("sgd", rho=rho, perturb=Only("norm")), "mse")
+    x, _ = data()
+    text = "All steps are base steps: perturb=Only(kind='norm', inner=Everything()) reaches none"
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model.fit(x, x[:, :3], epochs=2, verbose=0)
+    assert sum(text in str(w.message) for w in found) == (rho > 0.0)
 
 
 def test_a_model_with_its_own_train_step():

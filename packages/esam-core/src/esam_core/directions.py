@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from esam_core import validation
 from esam_core.errors import ESAMTypeError, ESAMValueError
 from esam_core.perturbation import Norm
-from esam_core.samplers import Sampler
+from esam_core.samplers import Sampler, reachable
 from esam_core.selectors import Selector, needs_losses, random_indices, subset_size
 from esam_core.units import Unit
 
@@ -246,10 +246,7 @@ def kept_units(
     """
     if norm == "full":
         return (True,) * len(units)
-    masks = sampler.masks(units)
-    if masks is None:
-        return tuple(map(bool, allowed))
-    return tuple(bool(may) and any(m.perturbed[t] for m in masks) for t, may in enumerate(allowed))
+    return reachable(sampler, units, allowed)
 
 
 def check_saved_direction(

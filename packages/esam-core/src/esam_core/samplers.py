@@ -28,6 +28,8 @@ __all__ = [
     "Suffix",
     "check_sampler",
     "distinct",
+    "reachable",
+    "why_idle",
 ]
 
 # The resolution of single-precision uniform draws. With a smaller beta, backends that draw each
@@ -281,7 +283,8 @@ class Only:
     Args:
         kind: one of `KINDS`, or a pattern over names with the wildcards of `fnmatch`
             ("*.attention.*"), or a function of a `Unit` that returns a bool. A pattern must match
-            at least one unit of the model. A kind may match none; all steps are then base steps.
+            at least one unit of the model. A kind may match none: all steps are then base steps,
+            and a warning says so.
         inner: any sampler; default `Everything()`. Its inclusion probabilities are kept.
 
     Raises:
@@ -317,6 +320,48 @@ class Only:
         allowed = _of_kind(self.kind, units)
         inner = self.inner.masks(units)
         return None if inner is None else distinct(mask.within(allowed) for mask in inner)
+
+
+def reachable(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -> tuple[bool, ...]:
+    """Return, for each unit, whether a mask of the sampler may perturb it.
+
+    Args:
+        sampler: any. If it cannot list its masks, it may perturb every unit that is allowed.
+        units: T records.
+        allowed: T booleans, whether the unit may be perturbed.
+
+    Example:
+        >>> units = [Unit("a", (2,), block="stem"), Unit("b", (2,), block="head")]
+        >>> reachable(Suffix("head"), units, [True, True])
+        (False, True)
+    """
+    masks = sampler.masks(units)
+    if masks is None:
+        return tuple(map(bool, allowed))
+    return tuple(bool(may) and any(m.perturbed[t] for m in masks) for t, may in enumerate(allowed))
+
+
+def why_idle(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -> str | None:
+    """Return a warning if the sampler never perturbs anything, else None.
+
+    Args:
+        sampler: any.
+        units: T records, at least one.
+        allowed: T booleans, whether the unit is trained and may be perturbed.
+
+    Example:
+        >>> print(why_idle(Only("norm"), [Unit("w", (2,))], [True]))
+        All steps are base steps: perturb=Only(kind='norm', inner=Everything()) reaches none of the\
+ weights that are trained and may be perturbed. Their kinds: weight.
+    """
+    if any(reachable(sampler, units, allowed)):
+        return None
+    kinds = dict.fromkeys(unit.kind for unit, may in zip(units, allowed, strict=True) if may)
+    these = f"Their kinds: {', '.join(kinds)}." if kinds else "There are none of these."
+    return (
+        f"All steps are base steps: perturb={sampler!r} reaches none of the weights that are "
+        f"trained and may be perturbed. {these}"
+    )
 
 
 @cache_for_units

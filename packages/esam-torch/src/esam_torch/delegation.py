@@ -1,5 +1,6 @@
 """The part of ESAM that delegates to its base optimizer and its run."""
 
+import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,12 @@ from esam_torch.run import Run
 __all__ = ["DelegatingOptimizer"]
 
 
+#: The names of what steps read from `config` or from the run, and no attribute can change.
+HYPERPARAMETERS = frozenset(
+    {"beta", "gamma", "blocks", "take", *(spec.name for spec in dataclasses.fields(ESAMConfig))}
+)
+
+
 class DelegatingOptimizer(torch.optim.Optimizer):
     """An optimizer whose parameter groups and state are those of a run's base optimizer."""
 
@@ -26,6 +33,20 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         # state are the base optimizer's (see the properties); hooks and the profiler's wrapper are
         # ours.
         self.__setstate__({"defaults": dict(run.base.defaults)})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raise for a hyperparameter: steps would not read the attribute."""
+        if name in HYPERPARAMETERS:
+            way_out = (
+                "set `esam_rho` in each of `optimizer.param_groups`"
+                if name == "rho"
+                else "create ESAM again around the same base optimizer"
+            )
+            raise AttributeError(
+                f"`{name}` is no attribute of an ESAM, and setting it would have no effect: "
+                f"{way_out}. Received: {name}={value!r}."
+            )
+        super().__setattr__(name, value)
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -52,7 +73,7 @@ class DelegatingOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; its parameters must belong to the model."""
-        check_groups([param_group])
+        check_groups([param_group], self.defaults)
         self._run.base.add_param_group(param_group)
         try:
             parameters_of(self._run.model, self._run.base.param_groups)
@@ -107,6 +128,8 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         def __getattr__(self, name: str) -> Any:
             """Raise for a missing attribute, with a hint for the methods of other SAMs."""
             hint = ""
+            if name in HYPERPARAMETERS:
+                hint = ": the hyperparameters are in `optimizer.config`"
             if name in ("first_step", "second_step"):
                 hint = (
                     ": one backward runs both passes. Write `loss = optimizer.loss(losses, inputs, "

@@ -5,7 +5,7 @@ learning rates, they may change at any time, so they are checked in every step.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,12 @@ OPTIONS: Mapping[str, Callable[[str, Any], Any]] = {
 }
 
 
-def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+def check_groups(groups: Iterable[Mapping[str, Any]], known: Container[str]) -> None:
     """Raise for options that are unknown or have an invalid value.
+
+    Args:
+        groups: parameter groups.
+        known: the names of the base optimizer's own options.
 
     Raises:
         ESAMTypeError, ESAMValueError: an option is invalid; the message names it, the requirement
@@ -42,6 +46,11 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
             elif name.startswith("esam_"):
                 raise ESAMTypeError(
                     f"`{name}` is not an option of a parameter group. Known: {', '.join(OPTIONS)}."
+                )
+            elif f"esam_{name}" in OPTIONS and name not in known:
+                raise ESAMTypeError(
+                    f"`{name}` is not an option of a parameter group, and would have no effect: "
+                    f"use `esam_{name}`. Received: {name}={value!r}."
                 )
 
 

@@ -141,7 +141,7 @@ class ESAM(DelegatingOptimizer):
         budget = check_budget(budget, beta=beta, gamma=gamma, perturb=perturb, select=select)
         if isinstance(config.ascend, Momentum):
             check_moment(base_optimizer)
-        check_groups(base_optimizer.param_groups)
+        check_groups(base_optimizer.param_groups, base_optimizer.defaults)
         samples = Samples(take)
         super().__init__(Run(base_optimizer, model, config, samples, blocks=blocks, budget=budget))
 

@@ -144,7 +144,7 @@ class Run:
         """Return a step that has run the forward of its ascent pass, and its loss."""
         self._losses_computed += 1
         check_losses(losses)
-        check_groups(self.base.param_groups)
+        check_groups(self.base.param_groups, self.base.defaults)
         if parametrizations_are_cached():
             refuse_cached(self.model)
         batch, leaves = with_own_leaves(batch, self.base.param_groups)
@@ -355,6 +355,7 @@ class Run:
                     self.config, perturb=chosen.perturb, select=chosen.select
                 )
                 self.spent = True
+            self.notices.add("idle", self._layout.why_idle(self.config))
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:
