@@ -7,35 +7,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from esam_torch import ESAM, Between, Everything
-from esam_torch.agreement import comparable, disagreement
+from esam_torch import ESAM, Between, Everything, Momentum, Part, Previous, Proportional, Random
+from esam_torch import TopLoss as ByLoss
+from esam_torch.agreement import comparable, disagreement, noisy_layers
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(16) % 4
 Z = torch.randn(16, 4, generator=torch.Generator().manual_seed(2))
 
 
-def passes(losses, *batch, gamma=0.5):
-    """Return the losses of the selection pass and the descent pass of one step."""
+def said(losses, *batch, model=None, **options):
+    """Return the warning of a run of three steps, or None."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 8))
-    optimizer = ESAM(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        model,
-        rho=0.1,
-        perturb=Everything(),
-        gamma=gamma,
-    )
-    calls = []
-
-    def kept(*batch):
-        calls.append(losses(model, *batch))
-        return calls[-1]
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ignore the step's warning, which is computed here
-        report = optimizer.step(kept, *batch)
-    return report.perturbed_losses, report.indices, calls[-1].float()
+    if model is None:
+        model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 8))
+    options = options or {"gamma": 0.5}
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), **options)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step(lambda *batch: losses(model, *batch), *batch)
+    assert len(found) <= 1
+    return str(found[0].message) if found else None
 
 
 def cross_entropy(model, x, y):
@@ -95,10 +89,10 @@ COUPLED = {
 @pytest.mark.parametrize("kind", COUPLED)
 def test_losses_that_depend_on_the_other_samples(kind):
     losses, *batch = COUPLED[kind]
-    said = disagreement(*passes(losses, *batch))
-    assert said is not None and said.startswith("`losses` must give a sample the same loss")
-    for word in ("8 selected samples", "InfoNCE", "gamma=1.0", "mixup", "Rows(x)", "Whole(x)"):
-        assert word in said
+    text = said(losses, *batch, gamma=0.25)
+    assert text is not None and text.startswith("`losses` must give a sample the same loss")
+    for word in ("The last 4 samples had", "InfoNCE", "gamma=1.0", "mixup", "Rows(x)", "Whole(x)"):
+        assert word in text
 
 
 @pytest.mark.parametrize(
@@ -111,13 +105,109 @@ def test_losses_that_depend_on_the_other_samples(kind):
     ids=["times", "divided", "negative"],
 )
 def test_a_factor_is_named(losses, factor):
-    said = disagreement(*passes(losses, X, Y))
-    assert f"Each is {factor} times the other" in said and "* len(batch)" in said
-    assert "InfoNCE" not in said
+    text = said(losses, X, Y)
+    assert f"Each is {factor} times the other" in text and "* len(batch)" in text
+    assert "InfoNCE" not in text
 
 
-# -- losses that depend only on the sample
-# -----------------------------------------------------------
+def boxes(model, x, table):
+    """Several rows per sample, with the sample's number in the first column, as in YOLO."""
+    out, number = model(x), table[:, 0].long()
+    known = number < len(x)
+    errors = (out[number[known]] - table[known, 1:]).square().mean(1)
+    return torch.zeros(len(x)).index_add(0, number[known], errors)
+
+
+NUMBERS = torch.cat([torch.arange(16), torch.arange(0, 16, 2)]).sort().values
+TABLE = torch.cat([NUMBERS[:, None].float(), torch.linspace(-2, 2, 24 * 8).reshape(24, 8)], 1)
+
+SUBSETS = {
+    "TopIncrease": {"gamma": 0.5},
+    "TopLoss": {"select": ByLoss(0.5)},
+    "Proportional": {"select": Proportional(0.5)},
+    "Random": {"select": Random(0.5)},
+    "Part": {"gamma": 1.0, "ascend": Part(0.25)},
+    "Previous": {"gamma": 0.5, "ascend": Previous()},
+    "Momentum": {"select": Random(0.5), "ascend": Momentum()},
+}
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_a_table_with_several_rows_per_sample(subset):
+    text = said(boxes, X, TABLE, **SUBSETS[subset])
+    assert text.startswith("`losses` must give a sample the same loss")
+    assert "several rows per sample" in text
+    assert "Split by sample: batch[0] (Tensor of shape (16, 4))" in text
+    assert "Passed whole: batch[1] (Tensor of shape (24, 9))" in text
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_each_kind_of_subset_is_compared(subset):
+    assert "InfoNCE" in said(info_nce, X, Z, **SUBSETS[subset])
+    assert said(cross_entropy, X, Y, **SUBSETS[subset]) is None
+
+
+def test_the_users_take_is_compared():
+    first = lambda batch, indices: (batch[0][indices], batch[1][indices - 1])  # noqa: E731
+    assert "selected by your `take`" in said(cross_entropy, X, Y, gamma=0.5, take=first)
+
+
+def nets():
+    norm, drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
+    return nn.Sequential(nn.Linear(4, 8), norm, nn.Tanh(), drop, nn.Linear(8, 8))
+
+
+def test_models_with_batchnorm_and_dropout_are_compared_in_evaluation_mode():
+    assert "InfoNCE" in said(info_nce, X, Z, model=nets())
+    assert "several rows" in said(boxes, X, TABLE, model=nets())
+    assert said(cross_entropy, X, Y, model=nets()) is None
+
+
+@pytest.mark.parametrize("ascend", [None, Part(0.5), Previous()])
+def test_a_step_computes_the_same_with_and_without_the_comparison(ascend, monkeypatch):
+    def weights(compares):
+        torch.manual_seed(0)
+        model = nets()
+        with monkeypatch.context() as patch:
+            if not compares:
+                patch.setattr("esam_torch.task.Task.compares", lambda *_: False)
+            base = torch.optim.SGD(model.parameters(), lr=0.1)
+            options = {} if ascend is None else {"ascend": ascend}
+            optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=0.5, **options)
+            calls = []
+            for _ in range(3):
+                optimizer.step(lambda x, y: calls.append(1) or cross_entropy(model, x, y), X, Y)
+        assert all(module.training for module in model.modules())
+        return [*model.state_dict().values(), torch.rand(2)], len(calls)
+
+    (with_it, more), (without, calls) = weights(True), weights(False)
+    assert all(map(torch.equal, with_it, without))
+    assert more == calls + 2
+
+
+def test_compiled_models_are_compared_as_they_are_written():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
+    frames = []
+
+    def backend(graph, _):
+        frames.append(1)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ESAM(base, compiled, rho=0.1, perturb=Everything(), select=ByLoss(0.5))
+    with pytest.warns(UserWarning, match="InfoNCE"):
+        optimizer.step(lambda a, b: info_nce(compiled, a, b), X, Z)
+    before = len(frames)
+    torch.compiler.reset()
+    frames.clear()
+    optimizer.step(lambda a, b: info_nce(compiled, a, b), X, Z)
+    assert len(frames) == before  # the passes alone compile as much
+
+
+# -- losses that depend only on the sample ---------------------------------------------------------
 
 
 def in_bfloat16(model, x, y):
@@ -152,7 +242,7 @@ OWN = {
 @pytest.mark.parametrize("kind", OWN)
 def test_losses_that_depend_only_on_the_sample(kind, gamma):
     losses, *batch = OWN[kind]
-    assert disagreement(*passes(losses, *batch, gamma=gamma)) is None
+    assert said(losses, *batch, gamma=gamma) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -228,9 +318,9 @@ def test_the_first_step_with_a_selection_is_compared():
         optimizer.step(coupled, X, Z)
 
 
-def test_base_steps_do_not_walk_the_model_for_a_comparison(monkeypatch):
+def test_base_steps_compare_nothing(monkeypatch):
     model, optimizer = make(perturb=Between(2, None))
-    monkeypatch.setattr("esam_torch.step.buffer_versions", None)
+    monkeypatch.setattr("esam_torch.step.compare_losses", None)
     for _ in range(2):
         optimizer.step(lambda x, y: cross_entropy(model, x, y), X, Y)
     with pytest.raises(TypeError, match="NoneType"):  # the first step that perturbs
@@ -298,3 +388,5 @@ def test_models_in_which_losses_are_comparable(kind):
     assert comparable(model, drew=False, wrote=False) == silent
     assert comparable(model, drew=True, wrote=False) == drawing
     assert not comparable(model, drew=False, wrote=True)
+    alone = not list(module.children())
+    assert noisy_layers(model) == ([] if drawing or not alone else [module])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
-from esam_torch import ESAM, Everything, Only, TopIncrease, TopLoss, Whole
+from esam_torch import ESAM, Everything, Only, Rows, TopIncrease, TopLoss, Whole
 
 # -- what `losses` returns ---------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ def test_losses_that_overflow_only_after_the_perturbation(mode):
         # At theta + epsilon one rejected sample has the loss -inf, with no effect on the gradient.
         return values - torch.tensor([torch.inf, 0, 0, 0]) if len(calls) == 2 else values
 
-    x = torch.ones(4, 2)
+    x = Rows(torch.ones(4, 2))
     if mode == "raise":
         with pytest.raises(NonFiniteError):
             optimizer.backward(losses, x)

@@ -157,6 +157,20 @@ def test_compiled_frames_are_counted():
     assert compat.count_compiled_frames() == before + 1
 
 
+def test_nothing_is_compiled_inside_the_context():
+    @torch.compile(backend="eager")
+    def double(x):
+        return (3.0 if torch.compiler.is_compiling() else 2.0) * x
+
+    before = compat.count_compiled_frames()
+    with compat.without_compilation():
+        assert double(torch.ones(1)) == 2.0
+    assert compat.count_compiled_frames() == before
+    assert double(torch.ones(1)) == 3.0
+    with compat.without_compilation():
+        assert double(torch.ones(1)) == 2.0
+
+
 def test_kernels_of_recurrent_layers_exist():
     """test_flops.py tests their arguments."""
     for kernel in compat.RECURRENT_KERNELS:

@@ -7,6 +7,7 @@ from tests.torch.steps import close, esam_gradient, gradients, make
 from torch import nn
 
 from esam_core import NonFiniteError
+from esam_torch import Rows
 
 
 @pytest.mark.parametrize("factor", [0.25, 3.0, 65536.0])
@@ -93,7 +94,7 @@ def test_the_scaler_detects_overflow_in_any_pass(which):
 
     fp16 = scaler()
     before = Snapshot(model)
-    fp16.scale(optimizer.loss(overflowing, *batch())).backward()
+    fp16.scale(optimizer.loss(overflowing, *map(Rows, batch()))).backward()
     fp16.step(optimizer)
     fp16.update()
     before.check(but=("gradients", "buffers", "random"))

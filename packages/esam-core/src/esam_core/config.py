@@ -180,6 +180,16 @@ class ESAMConfig:
         object.__setattr__(self, "seed", seed)
         validation.choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
 
+    @property
+    def climbs_on_part(self) -> bool:
+        """Whether the ascent pass uses only a part of the batch."""
+        return isinstance(self.ascend, directions.Part) and self.ascend.share < 1.0
+
+    @property
+    def uses_subsets(self) -> bool:
+        """Whether a pass with a graph uses only some of the samples in a batch."""
+        return self.select.gamma < 1.0 or self.climbs_on_part
+
     @classmethod
     def from_arguments(
         cls,

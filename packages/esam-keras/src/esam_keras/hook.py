@@ -25,7 +25,6 @@ from esam_core import ESAMTypeError, ESAMValueError
 from esam_keras import compat
 from esam_keras.methods import has_own
 from esam_keras.optimizer import ESAM, find_esam
-from esam_keras.plan import needs_rows
 from esam_keras.training import ATTRIBUTE, Training, train_step
 
 __all__ = ["install"]
@@ -97,7 +96,7 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
     if (
         arguments.get("loss") is None
         and not has_own(model, "compute_loss")
-        and needs_rows(esam.config)
+        and esam.config.uses_subsets
     ):
         raise ESAMValueError(
             "`loss` must be given: ESAM needs one loss per sample. Received: loss=None. A model "

@@ -14,7 +14,7 @@ import numpy as np
 from esam_core import ESAMConfig, Mask, Momentum, Part, Previous, Unit, selectors
 from esam_core.directions import climbing_indices, records_at_theta
 
-__all__ = ["BASE", "WHOLE", "Ascent", "Drawn", "Plan", "Planner", "needs_rows"]
+__all__ = ["BASE", "WHOLE", "Ascent", "Drawn", "Plan", "Planner"]
 
 #: The inputs of a compiled step, by name.
 Inputs = dict[str, np.ndarray]
@@ -93,13 +93,6 @@ class Drawn:
         return replace(self, plan=plan, inputs={**self.inputs, "scale": scale})
 
 
-def needs_rows(config: ESAMConfig) -> bool:
-    """Return whether steps run the model on some of the samples of a batch."""
-    return config.select.gamma < 1.0 or (
-        isinstance(config.ascend, Part) and config.ascend.share < 1.0
-    )
-
-
 class Planner:
     """Draws the plan of each step.
 
@@ -127,7 +120,7 @@ class Planner:
         if isinstance(config.ascend, Part):
             n = selectors.subset_size(config.ascend.share, b)
             sizes |= {n, b - n if selectors.needs_losses(config.select, b) else n}
-        return sizes - {0} if needs_rows(config) else set()
+        return sizes - {0} if config.uses_subsets else set()
 
     @property
     def needs_earlier(self) -> bool:

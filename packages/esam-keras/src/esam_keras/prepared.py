@@ -9,7 +9,7 @@ import keras
 
 from esam_core import ESAMConfig, ESAMValueError
 from esam_keras import compat
-from esam_keras.plan import Planner, needs_rows
+from esam_keras.plan import Planner
 from esam_keras.routes import check_row_counts, check_rows, find_route
 from esam_keras.rows import first_input
 from esam_keras.trial import Trial
@@ -75,7 +75,7 @@ def prepare(
         ESAMValueError: the loss, the model or the batch do not allow what the steps need.
     """
     b = batch_size(data)
-    takes_rows = needs_rows(config) and any(planner.allowed)
+    takes_rows = config.uses_subsets and any(planner.allowed)
     if takes_rows:
         if not own_train_step:
             check_row_counts(data)
@@ -90,7 +90,7 @@ def prepare(
         )
     return Prepared(
         planner=planner,
-        route=find_route(trial, needs_rows(config)),
+        route=find_route(trial, config.uses_subsets),
         fixed=frozenset(t for t, v in enumerate(model.trainable_variables) if is_stored(v)),
         variables=_identities(model),
         has_statistics=has_moving_statistics(model),

@@ -1,15 +1,22 @@
 """Check, once per run, that a sample's loss does not depend on the other samples in the batch.
 
-The selection pass and the descent pass run at the same weights. If the losses of the same samples
-differ between them, the descent pass uses a different loss than the selection.
+If it does, a pass on some of the samples uses another loss than a pass on all of them: because
+`losses` compares samples with each other, or because an argument was not split by sample (a table
+with several rows per sample and a column with the sample's number).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from esam_torch.compat import BATCH_NORM, count_writes
+from esam_torch.batch import Batch
+from esam_torch.compat import BATCH_NORM, count_writes, without_compilation
+from esam_torch.devices import on_device
+from esam_torch.guards import RandomState, in_evaluation
+from esam_torch.task import Task
 
-__all__ = ["buffer_versions", "comparable", "disagreement"]
+__all__ = ["comparable", "compare_losses", "disagreement", "noisy_layers"]
 
 #: Mean differences above these thresholds are not rounding errors, even in half precision, where
 #: another number of rows may use another kernel. The thresholds are relative to the mean loss and
@@ -21,16 +28,64 @@ _OF_THE_MEAN, _OF_THE_SPREAD, _AT_LEAST = 0.02, 0.25, 0.001
 _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
 
-def buffer_versions(model: nn.Module) -> list[tuple[int, int]]:
+def compare_losses(
+    task: Task, batch: Batch, b: int, losses_of: Callable[[Tensor | None], Tensor]
+) -> str | None:
+    """Return a warning if the losses of some samples differ without the others in the batch.
+
+    These are as many as in the smallest pass, the last ones, so that each has another place.
+
+    BatchNorm and dropout layers are in evaluation mode for these two forwards, in which they make
+    no sample depend on another. Nothing is compiled.
+
+    Args:
+        task: the inputs of the step.
+        batch: the arguments of `losses`.
+        b: the number of samples. If the smallest pass has them all, both forwards run, for the
+            other ranks, and nothing is compared.
+        losses_of: returns the losses of samples, given their indices or None for all of them, at
+            the same weights and from the same random state.
+    """
+    model, k = task.model, task.smallest_pass(b)
+    indices = torch.arange(b - k, b)
+    with in_evaluation([*noisy_layers(model), *task.statistics_layers]), without_compilation():
+        versions = _buffer_versions(model)
+        random = RandomState(task.layout.devices)
+        whole = losses_of(None)
+        drew = random.has_moved() or task.layout.writes.draws
+        random.restore()
+        alone = losses_of(indices if k < b else None)
+        wrote = _buffer_versions(model) != versions
+        if k == b or not comparable(model, drew=drew, wrote=wrote):
+            return None
+    warning = disagreement(whole, indices, alone)
+    return None if warning is None else f"{warning} {task.samples.describe(batch, b)}"
+
+
+def _buffer_versions(model: nn.Module) -> list[tuple[int, int]]:
     """Return the id and version of each floating-point buffer of a model."""
     return [(id(b), count_writes(b)) for b in model.buffers() if b.is_floating_point()]
 
 
-def comparable(model: nn.Module, *, drew: bool, wrote: bool) -> bool:
-    """Return whether losses of the same samples must agree between the two passes.
+def noisy_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers in training mode that evaluation mode frees from noise and other samples.
 
-    They need not agree with BatchNorm, which makes samples depend on each other, nor with dropout:
-    in the descent pass, row j gets the noise that row j of the whole batch had.
+    These are BatchNorm layers, and layers without submodules that draw random numbers: a larger
+    module may compute something else in evaluation mode, such as detections instead of losses.
+    """
+    return [
+        module
+        for module in model.modules()
+        if module.training
+        and (_couples(module) or (next(module.children(), None) is None and _draws(module)))
+    ]
+
+
+def comparable(model: nn.Module, *, drew: bool, wrote: bool) -> bool:
+    """Return whether losses of the same samples must agree with and without the other samples.
+
+    They need not agree with modules that normalise by the batch or draw random numbers in these
+    forwards: row j of a part gets the noise of row j of the whole batch.
 
     Args:
         model: the model that `losses` calls.
@@ -44,10 +99,15 @@ def comparable(model: nn.Module, *, drew: bool, wrote: bool) -> bool:
         (False, True)
     """
     return not wrote and not any(
-        _couples(module) or (drew and _draws(module))
+        (_couples(module) and (module.training or not _has_statistics(module)))
+        or (module.training and drew and _draws(module))
         for module in model.modules()
-        if module.training
     )
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Return whether a BatchNorm layer has running statistics for evaluation mode."""
+    return any(b.is_floating_point() for b in module.buffers(recurse=False))
 
 
 def _couples(module: nn.Module) -> bool:
@@ -68,15 +128,15 @@ def _draws(module: nn.Module) -> bool:
     return any(rate > 0 for rate in rates) if rates else named
 
 
-def disagreement(selection_losses: Tensor, indices: Tensor, descent_losses: Tensor) -> str | None:
-    """Return a warning if the losses of the selected samples differ in the descent pass, else None.
+def disagreement(whole: Tensor, indices: Tensor, alone: Tensor) -> str | None:
+    """Return a warning if the losses of some samples differ without the others, else None.
 
     The host waits for the device once, so this is called only once per run.
 
     Args:
-        selection_losses: (b,) losses of the whole batch at theta + epsilon.
-        indices: (k,) indices of the selected samples.
-        descent_losses: (k,) losses of the selected samples alone, at the same weights.
+        whole: (b,) losses of the whole batch.
+        indices: (k,) indices of some samples, on any device.
+        alone: (k,) losses of these samples alone, at the same weights.
 
     Returns:
         What was found and what to do about it; None if the losses agree, if some are not finite, or
@@ -89,23 +149,23 @@ def disagreement(selection_losses: Tensor, indices: Tensor, descent_losses: Tens
         >>> print(warning.split(" The ")[0])
         `losses` must give a sample the same loss whichever other samples are in the batch.
     """
-    alone = descent_losses.detach()
+    whole, alone = whole.detach(), alone.detach()
     if alone.is_meta:
         return None
-    together = selection_losses.detach().index_select(0, indices)
-    spread = selection_losses.detach().std(correction=0).expand(len(alone))
-    rows = torch.stack([t.to(alone.dtype) for t in (together, alone, spread)]).cpu().double()
+    together = whole.index_select(0, on_device(indices, whole.device))
+    spread, mean = (x.expand(len(alone)) for x in (whole.std(correction=0), whole.abs().mean()))
+    rows = torch.stack([t.to(alone.dtype) for t in (together, alone, spread, mean)]).cpu().double()
     if not bool(rows.isfinite().all()):
         return None
-    together, alone, spread = rows
-    gap, size = float((alone - together).abs().mean()), float(together.abs().mean())
+    together, alone, spread, mean = rows
+    gap, size = float((alone - together).abs().mean()), float(mean[0])
     by_rounding = min(_OF_THE_MEAN * size, _OF_THE_SPREAD * float(spread[0]))
     if gap <= max(by_rounding, _AT_LEAST * size):
         return None
     seen = (
-        f"The {len(alone)} selected samples had a mean loss of {float(together.mean()):.3g} with "
-        f"the other samples and of {float(alone.mean()):.3g} without them, at the same weights, "
-        f"and single losses differ by {gap:.3g}."
+        f"{_count(len(alone))} a mean loss of {float(together.mean()):.3g} with the other samples "
+        f"and of {float(alone.mean()):.3g} without them, at the same weights, and single losses "
+        f"differ by {gap:.3g}."
     )
     factor = _common_factor(alone, together)
     if factor is not None:
@@ -117,15 +177,22 @@ def disagreement(selection_losses: Tensor, indices: Tensor, descent_losses: Tens
     else:
         cause = (
             "If `losses` compares samples with each other (InfoNCE, prototypes, advantages "
-            "normalised over the batch), use ESAM(..., gamma=1.0), which selects all samples. If "
-            "it draws random numbers (mixup, noise), draw them before the step and pass them as "
-            "part of the batch. If an argument was split in the wrong way, wrap it in Rows(x) or "
-            "Whole(x), or pass take=function(batch, indices) to ESAM."
+            "normalised over the batch), use ESAM(..., gamma=1.0) without ascend=Part(...): each "
+            "pass then has all samples. If it draws random numbers (mixup, noise), draw them "
+            "before the step and pass them as part of the batch. If an argument was split in the "
+            "wrong way, wrap it in Rows(x) or Whole(x). If an argument has several rows per sample "
+            "(boxes with the number of their image), pass one list or padded row per sample, or "
+            "take=function(batch, indices) to ESAM."
         )
     return (
         "`losses` must give a sample the same loss whichever other samples are in the batch. "
         f"{seen} {cause}"
     )
+
+
+def _count(k: int) -> str:
+    """Return the beginning of a sentence about k samples."""
+    return "The last sample had" if k == 1 else f"The last {k} samples had"
 
 
 def _common_factor(alone: Tensor, together: Tensor) -> float | None:

@@ -23,7 +23,7 @@ from esam_torch.functions import code_of
 from esam_torch.marks import WAYS_OUT, Rows, Whole
 from esam_torch.reading import Reader, Reading, length_of, refuse_used_up
 
-__all__ = ["Batch", "Samples", "row_counts"]
+__all__ = ["Batch", "Samples", "is_marked", "row_counts"]
 
 #: The arguments of `losses`: positional and keyword arguments.
 Batch = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -160,14 +160,17 @@ class Samples:
 
     def note(self, batch: Batch, k: int, b: int) -> str:
         """Return a note for errors raised in a pass on k of b samples."""
-        start = f"This was one of ESAM's passes on {k} of {b} samples. "
+        advice = "" if self._take is not None else f" If that is wrong: {WAYS_OUT}"
+        split = self.describe(batch, b)
+        return f"This was one of ESAM's passes on {k} of {b} samples. {split}{advice}"
+
+    def describe(self, batch: Batch, b: int) -> str:
+        """Return what is split by sample in a batch, and what is not, in a sentence or two."""
         if self._take is not None:
-            return start + "They were selected by your `take`."
+            return "The samples were selected by your `take`."
         reader = self._read(batch, b)
         apart, whole = (_list_values(values) for values in (reader.apart, reader.whole))
-        return (
-            f"{start}Split by sample: {apart}. Passed whole: {whole}. If that is wrong: {WAYS_OUT}"
-        )
+        return f"Split by sample: {apart}. Passed whole: {whole}."
 
     def _read(self, batch: Batch, b: int) -> Reader:
         """Return a reader that has read the whole batch."""
@@ -235,6 +238,12 @@ def row_counts(batch: Batch) -> set[int]:
 
     _each(batch, visit, endless=True)
     return found
+
+
+def is_marked(batch: Batch) -> bool:
+    """Return whether all arguments are marked with `Rows` or `Whole`."""
+    args, kwargs = batch
+    return all(isinstance(x, Rows | Whole) for x in (*args, *kwargs.values()))
 
 
 def _is_plain(batch: Batch) -> bool:

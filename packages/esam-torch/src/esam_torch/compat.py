@@ -50,6 +50,7 @@ __all__ = [
     "registered_parameters",
     "saves_state_dict_hooks",
     "uncounted_writes",
+    "without_compilation",
     "without_global_step_hooks",
     "without_hooks",
 ]
@@ -121,6 +122,17 @@ def count_compiled_frames() -> int:
     """Return how many frames torch.compile has compiled in this process."""
     compiler: Any = sys.modules.get("torch._dynamo.utils")
     return 0 if compiler is None else int(compiler.counters["frames"]["total"])
+
+
+@contextlib.contextmanager
+def without_compilation() -> Iterator[None]:
+    """Run compiled models as they are written inside the context."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    stance: Any = torch.compiler.set_stance("force_eager")
+    with stance:
+        yield
 
 
 #: Recurrent layers in one kernel: on CPUs, with CUDA, with ROCm, and on Apple's GPUs.

@@ -184,10 +184,10 @@ class TorchSession:
             inputs = inputs.to(self.dtype)
         return inputs, torch.from_numpy(np.array(batch.targets)).to(self.device)
 
-    def rows(self, batch: Batch) -> tuple[Rows, Tensor]:
-        """Return a batch for an `ESAM`, which need not run a forward to count its samples."""
+    def rows(self, batch: Batch) -> tuple[Rows, Rows]:
+        """Return a batch for an `ESAM`, which runs no forward to count or compare its samples."""
         inputs, targets = self.tensors(batch)
-        return Rows(inputs), targets
+        return Rows(inputs), Rows(targets)
 
     def step(self, batch: Batch, fault: Fault | None = None) -> Observed:
         """Run one whole training step."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from esam_core import ESAMConfig, Part
+from esam_core import ESAMConfig
 from esam_torch.batch import Batch, Samples, row_counts
 from esam_torch.inputs import call_apart
 from esam_torch.inspection import Layout, without_side_effects
@@ -62,7 +62,7 @@ class SampleCounter:
             batch: the arguments of `losses`.
         """
         settings = [f"gamma={config.select.gamma:g}"] if config.select.gamma < 1.0 else []
-        if isinstance(config.ascend, Part) and config.ascend.share < 1.0:
+        if config.climbs_on_part:
             settings.append(f"ascend={config.ascend!r}")
         rows = row_counts(batch) if settings else ()
         if rows and min(rows) > 1:

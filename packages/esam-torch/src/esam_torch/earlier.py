@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from esam_core.selectors import subset_size
-from esam_torch.agreement import disagreement
 from esam_torch.devices import on_device
 from esam_torch.finiteness import flaw_in, nan_if_flawed
 from esam_torch.guards import RandomState, Weights
@@ -45,9 +44,7 @@ class EarlierStep(Step):
         """Run all passes up to the forward of the descent pass, and return its loss."""
         task, b = self.task, self.task.climb.batch_size
         if b is not None and task.scores(b):
-            with self._watching():
-                self._before = self._without_a_graph(b)
-            self._first.note()
+            self._before = self._without_a_graph(b)
         left, self._written = RandomState(task.layout.devices), task.layout.writes.keep()
         self._ascent_found = ascent = self._direction()
         flaw = ascent.flaw
@@ -58,18 +55,15 @@ class EarlierStep(Step):
                 leaves_out = subset_size(task.config.select.gamma, b) < b
                 if leaves_out:
                     task.samples.check(self._batch, b)
+                self._compare(b)
                 if task.scores_perturbed(b):
                     self._random.restore()
                     self._after = self._without_a_graph(b)
-                    self._first.note()
                     flaw = on_device(flaw, self._after.device) + flaw_in(self._after)
                 if leaves_out:
                     self._selected_samples = task.select(b, self._losses_at_theta(), self._after)
             self._random.restore()
             total, self._values, self._outputs = self._descent_loss(self._selected_samples)
-            if self._comparable and self._selected_samples and self._after is not None:
-                chosen = self._selected_samples.indices
-                self._disagreement = disagreement(self._after, chosen, self._values)
         self._first.note()
         if task.records_at_theta:
             self._at_the_descent = task.layout.writes.keep()
@@ -127,4 +121,4 @@ class EarlierStep(Step):
         found.restore()
         seen = self._values.detach().clone() if self._before is None else self._after
         report = self._report(self._before, seen, self._selected_samples, self._ascent_found)
-        return StepResult(gradients, report, self._rounded, self._disagreement)
+        return StepResult(gradients, report, self._rounded, self._disagreement, self._compared)

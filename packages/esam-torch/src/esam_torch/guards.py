@@ -23,7 +23,7 @@ from esam_torch.values import is_half
 
 __all__ = [
     *("HostRandomState", "Modes", "Pruning", "RandomState", "Settings", "Weights"),
-    *("running_statistics", "shares_statistics", "statistics_layers", "without_autocast"),
+    *("in_evaluation", "shares_statistics", "statistics_layers", "without_autocast"),
 ]
 
 
@@ -258,11 +258,11 @@ class Weights:
 
 
 @contextlib.contextmanager
-def running_statistics(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let BatchNorm use its running statistics, because one sample has no batch statistics.
+def in_evaluation(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Put layers in evaluation mode inside the context: BatchNorm uses its running statistics.
 
     Args:
-        layers: layers in training mode that normalise by batch statistics.
+        layers: layers in training mode.
     """
     layers = list(layers)
     try:

@@ -21,10 +21,11 @@ from esam_torch.containers import (
 )
 from esam_torch.lookups import defines
 from esam_torch.losses import LossFunction
+from esam_torch.marks import Rows, Whole
 from esam_torch.objects import Objects, arrays_of
 from esam_torch.values import can_be_written
 
-__all__ = ["Unwritten", "call_apart", "changed", "read_only"]
+__all__ = ["Unwritten", "call_apart", "changed", "copied", "read_only"]
 
 
 def read_only(losses: LossFunction, batch: Batch, *, watched: bool) -> LossFunction:
@@ -172,10 +173,12 @@ def _arrays_of(batch: Batch) -> list[Any]:
     return found
 
 
-def call_apart(losses: LossFunction, batch: Batch) -> Any:
-    """Return the result of a forward that is no pass of a step and does not change the batch."""
+def copied(batch: Batch) -> Batch:
+    """Return the batch with copies of its tensors and arrays, which a forward may write to."""
 
     def copy_values(x: Any, _: str) -> Any:
+        if isinstance(x, Rows | Whole):
+            return type(x)(map_values(x.value, copy_values, strict=False))
         if is_tensor_collection(x) or (is_object_of_samples(x) and defines(x, "clone")):
             trained = any(t.requires_grad for t in tensors_inside(x))
             return x if trained else x.clone()
@@ -185,5 +188,11 @@ def call_apart(losses: LossFunction, batch: Batch) -> Any:
 
     with torch.no_grad():
         args, kwargs = map_values(batch, copy_values, strict=False)
+    return args, kwargs
+
+
+def call_apart(losses: LossFunction, batch: Batch) -> Any:
+    """Return the result of a forward that is no pass of a step and does not change the batch."""
+    args, kwargs = copied(batch)
     with Objects(batch, losses).undoing():
         return losses(*args, **kwargs)

@@ -20,7 +20,7 @@ from esam_core import (
 )
 from esam_core.budget import Plan
 from esam_torch.ascent import graph_leaves
-from esam_torch.batch import Batch, Samples
+from esam_torch.batch import Batch, Samples, is_marked
 from esam_torch.compat import (
     count_compiled_frames,
     parametrizations_are_cached,
@@ -283,10 +283,8 @@ class Run:
         self.skipped = self.skipped or result.report.skipped
         if result.rounded is not None:
             self.notices.add("rounding", rounding_warning(float(result.rounded)))
-        if result.disagreement is not None:
+        if result.compared:
             self.notices.add("agreement", result.disagreement)
-        if result.report.perturbed_losses is not None:  # one comparison per run: the host waits
-            self.notices.add("agreement", None)
         self.count += 1
 
     def _task(
@@ -318,8 +316,8 @@ class Run:
             watch_rounding="rounding" not in self.notices and targets.any_half,
             compare="agreement" not in self.notices
             and bool(targets.tensors)
-            and config.select.score == "increase"
-            and config.select.gamma < 1.0,
+            and config.uses_subsets
+            and not is_marked(batch),
             before_descent=before_descent,
             climb=climb,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esam_core import ESAMValueError, Momentum, NonFiniteError, Previous, StepReport
 from esam_core.selectors import subset_size
-from esam_torch.agreement import buffer_versions, comparable, disagreement
+from esam_torch.agreement import compare_losses
 from esam_torch.ascent import ascent_gradients, gradients_of
 from esam_torch.attention import without_graphs
 from esam_torch.batch import Batch
@@ -24,7 +24,8 @@ from esam_torch.between import Between
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import Pruning, RandomState, Weights, running_statistics
+from esam_torch.guards import Pruning, RandomState, Weights, in_evaluation
+from esam_torch.inputs import copied
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
@@ -50,8 +51,8 @@ class Step:
         self._batch = task.samples.own(batch)
         self._between = Between(task, losses, task.samples.bare(self._batch))
         self._weights: Weights | None = None
-        self._comparable = False
         self._disagreement: str | None = None
+        self._compared = False
         self._values: Tensor
         self._mean: Tensor
         self._outputs: Any
@@ -122,7 +123,7 @@ class Step:
     def _first_pass(self) -> Tensor:
         """Return the mean loss at theta of the samples in the ascent pass, with its graph."""
         task = self.task
-        with self._climbing(), self._watching():
+        with self._climbing():
             if task.climb.part is None or not task.perturbs:
                 whole = not task.prunes
                 self._values, self._outputs = self._forward_all(self._expected, whole=whole)
@@ -149,7 +150,7 @@ class Step:
         samples, k, b = self.task.samples, len(indices), self.batch_size
         with contextlib.ExitStack() as stack:
             if k == 1:
-                stack.enter_context(running_statistics(self.task.statistics_layers))
+                stack.enter_context(in_evaluation(self.task.statistics_layers))
             part = samples.take(self._batch, indices, b)
             note = functools.partial(samples.note, self._batch, k, b)
             stack.enter_context(note_errors(note, Exception))
@@ -175,6 +176,7 @@ class Step:
         # A clone: if a compiled model replays CUDA graphs, the next pass overwrites the losses.
         before = self._values.detach().clone()
         del self._values, self._mean
+        self._compare(b)
         flaw = ascent.flaw
         if task.scores_the_rest(b):
             self._random.restore()
@@ -197,7 +199,7 @@ class Step:
             if k < b:
                 selected = task.select(b, before, after)
             self._random.restore()
-            gradients = self._descent(selected, flaw, scale, inputs, after)
+            gradients = self._descent(selected, flaw, scale, inputs)
             self._written.restore()  # before the weights, which a forward may write too
         finally:
             weights.restore()
@@ -205,7 +207,7 @@ class Step:
         if task.records_at_theta or others_drew:
             random.restore()
         report = self._report(before, after, selected, ascent)
-        return StepResult(gradients, report, rounded, self._disagreement)
+        return StepResult(gradients, report, rounded, self._disagreement, self._compared)
 
     def _ascent(self, scale: Tensor, inputs: Sequence[Tensor]) -> Ascent:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
@@ -243,26 +245,36 @@ class Step:
         without = note_errors(WITHOUT_A_GRAPH, RuntimeError, "does not require grad")
         with without_graphs(), self.task.ranks.apart(), without:
             found = self._forward_all(b) if indices is None else self._forward_of(indices)
-            return found[0].clone()
+            values = found[0].clone()
+        self._first.note()
+        return values
+
+    def _compare(self, b: int) -> None:
+        """Find, once per run, whether a sample's loss depends on the other samples."""
+        if not self.task.compares(b):
+            return
+        batch, self._compared = self._batch, True
+
+        def losses_of(indices: Tensor | None) -> Tensor:
+            self._batch = copied(batch)
+            return self._without_a_graph(b, indices)
+
+        try:
+            self._disagreement = compare_losses(self.task, batch, b, losses_of)
+        finally:
+            self._batch = batch
 
     def _descent(
-        self,
-        selected: Selected | None,
-        flaw: Tensor,
-        scale: Tensor,
-        inputs: Sequence[Tensor],
-        after: Tensor | None,
+        self, selected: Selected | None, flaw: Tensor, scale: Tensor, inputs: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
         """Return the gradient of the weighted losses of the selected samples at theta + epsilon."""
         alone = contextlib.nullcontext() if self._synchronised else self.task.ranks.apart()
         with alone:
-            total, values, _ = self._descent_loss(selected)
+            total = self._descent_loss(selected)[0]
             if self.task.records_at_theta:  # otherwise the user sees only what this pass has kept
                 self.task.layout.writes.find_graphs()
             else:
                 self._written = self.task.layout.writes.keep()  # checkpointed parts write again
-            if self._comparable and selected is not None and after is not None:
-                self._disagreement = disagreement(after, selected.indices, values)
         if self.task.before_descent is not None:
             self.task.before_descent()
         # Non-finite values must reach the gradient, even if all selected samples are finite.
@@ -321,18 +333,6 @@ class Step:
     def _selected(self) -> int:
         """The number of samples in the descent pass."""
         return subset_size(self.task.config.select.gamma, self.batch_size)
-
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Find whether the losses of a sample can be compared between the passes."""
-        versions = buffer_versions(self.task.model) if self.task.compare else []
-        yield
-        if self.task.compare:
-            self._first.note()
-            norms = self.task.layout.writes.statistics_layers
-            wrote = bool(norms) or buffer_versions(self.task.model) != versions
-            drew = self._random.has_moved() or self.task.layout.writes.draws
-            self._comparable = comparable(self.task.model, drew=drew, wrote=wrote)
 
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from esam_core import ESAMConfig, ESAMValueError, Mask, Part, StepReport
+from esam_core import ESAMConfig, ESAMValueError, Mask, StepReport
 from esam_core.directions import check_statistics, records_at_theta
-from esam_core.selectors import needs_losses
+from esam_core.selectors import needs_losses, subset_size
 from esam_torch.batch import Samples
 from esam_torch.directions import Climb
 from esam_torch.guards import shares_statistics, statistics_layers
@@ -38,7 +38,8 @@ class Task:
         count: the step count.
         prune: whether to skip the gradients of unperturbed parameters in the ascent pass.
         watch_rounding: whether to measure how much of the perturbation is rounded away.
-        compare: whether to compare the selected samples' losses between the last two passes.
+        compare: whether to find if a sample's loss depends on the other samples, which takes two
+            forwards.
         before_descent: called when only the last backward remains.
         climb: the ascent direction.
 
@@ -118,8 +119,20 @@ class Task:
         """Return whether a pass computes losses at theta of the samples outside the part."""
         if self.climb.part is not None:
             return self.scores(b)
-        ascend = self.config.ascend
-        return isinstance(ascend, Part) and ascend.share < 1.0 and self._others_score
+        return self.config.climbs_on_part and self._others_score
+
+    def smallest_pass(self, b: int) -> int:
+        """Return the number of samples in the smallest pass with a graph."""
+        part = self.climb.part
+        return min(subset_size(self.config.select.gamma, b), b if part is None else len(part))
+
+    def compares(self, b: int) -> bool:
+        """Return whether the losses of some samples are computed with and without the others.
+
+        With FSDP2, all ranks run the same passes, even one with too few samples to compare.
+        """
+        shared = self.layout.shards is not None
+        return self.compare and (self.smallest_pass(b) < b or shared)
 
     def scores_perturbed(self, b: int) -> bool:
         """Return whether the selection pass runs, with all b samples at theta + epsilon."""
@@ -159,13 +172,15 @@ class StepResult:
             everywhere if the step is skipped.
         report: the step's report.
         rounded: the share of the perturbation that was rounded away, 0-d, if `watch_rounding`.
-        disagreement: a warning about `losses` from the comparison, if `compare`.
+        disagreement: a warning about `losses` from the comparison, if there was one.
+        compared: whether there was a comparison.
     """
 
     gradients: Sequence[Tensor | None]
     report: StepReport
     rounded: Tensor | None = None
     disagreement: str | None = None
+    compared: bool = False
 
     def skipped(self) -> "StepResult":
         """Return the result of a step that adds nothing, because a value was not finite."""
