@@ -22,7 +22,7 @@ from benchmarks.arguments import count_number
 from benchmarks.machine import provenance
 from benchmarks.report import write_json, write_tables
 from benchmarks.timing import time_interleaved
-from esam_torch import ESAM, Everything, Only, Part, Proportional, Suffix
+from esam_torch import ESAM, Between, Everything, Part, Proportional, Suffix
 
 __all__ = ["STEPS", "Scene", "main", "operations"]
 
@@ -236,7 +236,7 @@ STEPS: dict[str, Callable[[Scene], Step]] = {
     "half of the work": ours(perturb=Suffix(0.5), select=Proportional(0.5)),
     "Suffix with Part by hand": part_by_hand,
     "Suffix with Part": ours(perturb=Suffix(0.5), gamma=1.0, ascend=Part(0.25)),
-    "empty mask": ours(perturb=Only("norm")),
+    "empty mask": ours(perturb=Between(0, 0)),
 }
 
 
