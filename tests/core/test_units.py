@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from esam_core import ESAMTypeError, ESAMValueError, Mask, Unit
-from esam_core.units import cache_for_units
+from esam_core.units import cache_for_units, names_a_norm
 
 
 def test_results_are_cached_only_for_the_same_tuple():
@@ -57,3 +57,19 @@ def test_valid_masks():
 def test_invalid_masks_are_refused(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         Mask(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *((name, True) for name in ("LayerNorm", "BatchNorm2d", "LlamaRMSNorm", "layernorm")),
+        *(
+            (name, True)
+            for name in ("RMSNormalization", "GroupNormalisation", "batch_norm", "NORM")
+        ),
+        *((name, False) for name in ("Normal", "NormalHead", "LogNormal", "Linear")),
+        *((name, False) for name in ("SpectralNorm", "spectral_norm", "WeightNormConv2d")),
+    ],
+)
+def test_names_of_normalisation_layers(name, expected):
+    assert names_a_norm(name) is expected

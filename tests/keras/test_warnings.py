@@ -55,6 +55,22 @@ def test_a_sampler_that_reaches_no_weights(rho):
     assert sum(text in str(w.message) for w in found) == (rho > 0.0)
 
 
+def test_a_normalisation_layer_of_ones_own_is_reached():
+    class ScaleNorm(keras.layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+        def call(self, x):
+            return self.scale * x
+
+    model = keras.Sequential([keras.Input((6,)), ScaleNorm(), keras.layers.Dense(3)])
+    model.compile(ESAM("sgd", perturb=Only("norm")), "mse")
+    x, _ = data()
+    model.fit(x, x[:, :3], verbose=0)  # warnings are errors
+    (name,) = model.optimizer.report.perturbed
+    assert "scale_norm" in name
+
+
 def test_a_model_with_its_own_train_step():
     class Own(keras.Sequential):
         def train_step(self, *arguments):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from tests.torch.scene import batch, losses_of, net
+from torch import nn
 
 from esam_core import ESAMTypeError
 from esam_torch import ESAM, Every, Everything, Only, Suffix
@@ -88,3 +89,25 @@ def test_hyperparameters_are_no_attributes(name):
         getattr(optimizer, name)
     optimizer.note = "a trainer's own attribute"
     assert optimizer.note.startswith("a trainer")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.scale * x / x.square().mean(1, keepdim=True).sqrt()
+
+
+class NormalHead(RMSNorm):
+    """Not a normalisation layer, in spite of its name."""
+
+
+@pytest.mark.parametrize(("layer", "kind"), [(RMSNorm, "norm"), (NormalHead, "weight")])
+def test_the_kind_of_a_layers_weights(layer, kind):
+    model = nn.Sequential(nn.Linear(4, 3), layer())
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    losses = lambda x: model(x).square().sum(1)  # noqa: E731
+    units = optimizer.measured_units(losses, torch.randn(8, 4))
+    assert {unit.name: unit.kind for unit in units}["1.scale"] == kind

@@ -7,6 +7,7 @@ Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2 and equation 6.
 """
 
 import functools
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -16,11 +17,27 @@ import numpy as np
 from esam_core import validation
 from esam_core.errors import ESAMValueError
 
-__all__ = ["KINDS", "Mask", "Unit", "block_order", "cache_for_units"]
+__all__ = ["KINDS", "Mask", "Unit", "block_order", "cache_for_units", "names_a_norm"]
 
 #: The kinds of unit. "norm" is a scale or shift of a normalisation layer, "bias" any other bias,
 #: "embedding" a look-up table, "weight" everything else.
 KINDS = ("weight", "bias", "norm", "embedding")
+
+#: "Norm" in a name, but not as in "Normal", nor as in spectral norm and weight norm, whose layers
+#: hold the weights of others.
+_NORM = re.compile("(?<!pectral)(?<!eight)(?<!pectral_)(?<!eight_)([Nn]orm|NORM)(?!al(?!i[sz]))")
+
+
+def names_a_norm(name: str) -> bool:
+    """Return whether the name of a layer's class is that of a normalisation layer.
+
+    Example:
+        >>> [names_a_norm(name) for name in ("LlamaRMSNorm", "batch_norm", "RMSNormalization")]
+        [True, True, True]
+        >>> [names_a_norm(name) for name in ("NormalHead", "SpectralNorm", "weight_norm")]
+        [False, False, False]
+    """
+    return _NORM.search(name) is not None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 
 from esam_core import Unit
+from esam_core.units import names_a_norm
 from esam_keras import compat
 
 __all__ = ["has_moving_statistics", "statistics_layers", "torch_wrappers", "unit_records"]
@@ -99,7 +100,7 @@ def _blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 def _kind(layer: Any, variable: Any) -> str:
     """Return a variable's `Unit.kind`."""
-    if isinstance(layer, _NORMS):
+    if isinstance(layer, _NORMS) or names_a_norm(type(layer).__name__):
         return "norm"
     if isinstance(layer, keras.layers.Embedding):
         return "embedding"
@@ -113,7 +114,7 @@ def _torch_kind(module: Any, variable: Any) -> str:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter is variable.value:
-                if "Norm" in type(part).__name__:
+                if names_a_norm(type(part).__name__):
                     return "norm"
                 if "Embedding" in type(part).__name__:
                     return "embedding"

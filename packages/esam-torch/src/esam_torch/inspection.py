@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from esam_core import ESAMConfig, ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
 from esam_core.samplers import why_idle
+from esam_core.units import names_a_norm
 from esam_torch.ascent import graph_leaves
 from esam_torch.attributes import Attributes
 from esam_torch.blocks import Blocks, find_blocks
@@ -182,7 +183,7 @@ _KEPT = 8
 
 def _kind(owner: nn.Module, leaf: str) -> str:
     """Return the kind of the parameter `leaf` of module `owner`."""
-    if "norm" in type(owner).__name__.lower():
+    if names_a_norm(type(owner).__name__):
         return "norm"
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
         return "embedding"

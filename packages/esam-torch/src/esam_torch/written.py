@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from esam_core.units import names_a_norm
 from esam_torch.compat import MODULE_ATTRIBUTES, NORM_LAYERS, buffers_by_name, count_writes
 from esam_torch.guards import HostRandomState
 from esam_torch.values import (
@@ -394,7 +395,6 @@ def _keeps_statistics(module: nn.Module, written: Sequence[Place]) -> bool:
     if isinstance(module, NORM_LAYERS):
         return False
     buffers = [t for t in _tensors(written) if t.is_floating_point()]
-    shapes = [t.shape for t in buffers]
-    named = "norm" in type(module).__name__.lower()
-    inside = next(module.children(), None) is not None
-    return not inside and bool(buffers) and (named or len(set(shapes)) < len(shapes))
+    named = names_a_norm(type(module).__name__)
+    alone = next(module.children(), None) is None
+    return alone and bool(buffers) and (named or len({t.shape for t in buffers}) < len(buffers))
