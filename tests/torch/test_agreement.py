@@ -163,6 +163,45 @@ def test_models_with_batchnorm_and_dropout_are_compared_in_evaluation_mode():
     assert said(cross_entropy, X, Y, model=nets()) is None
 
 
+class Functional(nn.Module):
+    """Dropout as functions, in a module whose names do not tell."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.inner, self.head = kind, nn.Linear(4, 8), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        x = self.inner(x)
+        if self.kind == "dropout":
+            x = F.dropout(x, 0.5, training=self.training)
+        elif self.kind == "feature dropout":
+            x = F.dropout1d(x[:, :, None], training=self.training)[:, :, 0]
+        elif self.kind == "attention":
+            x = F.scaled_dot_product_attention(*[x[:, None]] * 3, None, 0.5)[:, 0]
+        elif self.kind == "named attention":
+            x = F.scaled_dot_product_attention(*[x[:, None]] * 3, dropout_p=0.5)[:, 0]
+        else:
+            x = self.attention(*[x[:, None]] * 3)[0][:, 0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize("subset", ["TopIncrease", "TopLoss", "Part"])
+@pytest.mark.parametrize(
+    "kind", ["dropout", "feature dropout", "attention", "named attention", "a module"]
+)
+def test_dropout_in_functions_is_switched_off(kind, subset):
+    assert said(cross_entropy, X, Y, model=Functional(kind), **SUBSETS[subset]) is None
+    assert "InfoNCE" in said(info_nce, X, Z, model=Functional(kind), **SUBSETS[subset])
+
+
+def test_noise_in_losses_matters_only_to_a_selection_by_losses():
+    """As in a variational autoencoder: row j of a part gets the noise of row j of the batch."""
+    assert "draws random numbers" in said(noise, X, Y, gamma=0.5)
+    assert said(noise, X, Y, gamma=1.0, ascend=Part(0.25)) is None
+    assert said(noise, X, Y, select=Random(0.5)) is None
+
+
 @pytest.mark.parametrize("ascend", [None, Part(0.5), Previous()])
 def test_a_step_computes_the_same_with_and_without_the_comparison(ascend, monkeypatch):
     def weights(compares):

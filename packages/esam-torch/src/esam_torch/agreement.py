@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from esam_torch.batch import Batch
 from esam_torch.compat import BATCH_NORM, count_writes, without_compilation
 from esam_torch.devices import on_device
+from esam_torch.dropout import WithoutDropout
 from esam_torch.guards import RandomState, in_evaluation
 from esam_torch.task import Task
 
@@ -35,8 +36,9 @@ def compare_losses(
 
     These are as many as in the smallest pass, the last ones, so that each has another place.
 
-    BatchNorm and dropout layers are in evaluation mode for these two forwards, in which they make
-    no sample depend on another. Nothing is compiled.
+    For these two forwards, layers that normalise by the batch or draw random numbers are in
+    evaluation mode, in which they make no sample depend on another; functions drop nothing; nothing
+    is compiled.
 
     Args:
         task: the inputs of the step.
@@ -48,7 +50,8 @@ def compare_losses(
     """
     model, k = task.model, task.smallest_pass(b)
     indices = torch.arange(b - k, b)
-    with in_evaluation([*noisy_layers(model), *task.statistics_layers]), without_compilation():
+    layers = [*noisy_layers(model), *task.statistics_layers]
+    with in_evaluation(layers), WithoutDropout(), without_compilation():
         versions = _buffer_versions(model)
         random = RandomState(task.layout.devices)
         whole = losses_of(None)
@@ -58,6 +61,8 @@ def compare_losses(
         wrote = _buffer_versions(model) != versions
         if k == b or not comparable(model, drew=drew, wrote=wrote):
             return None
+        if drew and not task.scores(b):
+            return None  # other noise for the same samples, by which none are selected
     warning = disagreement(whole, indices, alone)
     return None if warning is None else f"{warning} {task.samples.describe(batch, b)}"
 

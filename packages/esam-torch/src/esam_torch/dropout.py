@@ -1,0 +1,47 @@
+"""Dropout that is switched off, whichever function or module computes it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["WithoutDropout"]
+
+#: The functions that drop entries of their first argument, `input`.
+_DROPOUTS = frozenset(
+    [
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
+        *(F.feature_alpha_dropout, torch.dropout, torch.feature_dropout, torch.alpha_dropout),
+    ]
+)
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Switches dropout off inside the context, also in functions such as `F.dropout`.
+
+    Example:
+        >>> with WithoutDropout():
+        ...     F.dropout(torch.ones(3), 0.5)
+        tensor([1., 1., 1.])
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run a function of torch without dropout."""
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.multi_head_attention_forward and "training" in kwargs:
+            kwargs["training"] = False
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
