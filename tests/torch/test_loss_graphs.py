@@ -52,6 +52,33 @@ def test_gradients_of_tensors_outside_the_model(options):
     assert temperature.grad is not None and temperature.grad.abs() > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": 0.5},
+        {"select": TopLoss(0.5)},
+        {"gamma": 1.0, "ascend": Part(0.5)},
+        {"gamma": 0.5, "ascend": Part(0.5)},
+        {"gamma": 0.5, "ascend": Previous()},
+    ],
+    ids=str,
+)
+def test_derivatives_with_respect_to_an_input_that_requires_a_gradient(options):
+    """As in physics-informed networks: rows of the input require a gradient in every pass."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = ESAM(sgd(model), model, rho=0.1, beta=1.0, **options)
+
+    def losses(x):
+        with torch.enable_grad():
+            u = model(x)
+            (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return (slope + u).square()[:, 0]
+
+    for _ in range(2):
+        optimizer.step(losses, torch.linspace(0.0, 1.0, 8)[:, None].requires_grad_())
+
+
 @pytest.mark.parametrize("options", [{}, {"beta": 1.0, "gamma": 1.0}, {"ascend": Previous()}])
 def test_other_leaves_get_their_gradient_in_every_step(options):
     """A perturbation of the inputs that each step creates; a temperature that is used late."""

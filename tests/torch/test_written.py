@@ -216,6 +216,21 @@ def test_statistics_of_a_model_whose_first_step_was_in_evaluation_mode():
         assert torch.equal(model[1].mean, twin[1].mean) and torch.equal(model[1].var, twin[1].var)
 
 
+@pytest.mark.parametrize("evaluated", [range(5), range(7, 9)], ids=["first", "in between"])
+def test_statistics_of_layers_that_were_in_evaluation_mode(evaluated):
+    """As when frozen statistics are trained again: an ordinary step, without a warning."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), *batches(1)
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for step in range(12):
+        model[1].train(step not in evaluated)
+        twin = copy.deepcopy(model)
+        twin(x)
+        optimizer.step(losses_of(model), x, y)  # warnings are errors
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, twin.get_buffer(name))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # deprecated
 def test_buffers_of_a_scripted_module():
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ def compare_losses(
         drew = random.has_moved() or task.layout.writes.draws
         random.restore()
         alone = losses_of(indices if k < b else None)
-        wrote = _buffer_versions(model) != versions
+        wrote = task.layout.writes.weights_too or _buffer_versions(model) != versions
         if k == b or not comparable(model, drew=drew, wrote=wrote):
             return None
         if drew and not task.scores(b):

@@ -1,6 +1,7 @@
 """Gradients of the passes: for perturbed parameters in the ascent, for all in the descent."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ __all__ = ["ascent_gradients", "gradients_of", "graph_leaves", "graph_nodes"]
 
 
 def gradients_of(
-    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
-) -> list[Tensor | None]:
+    loss: Tensor,
+    tensors: Sequence[Tensor],
+    scale: Tensor,
+    *,
+    every: Sequence[Tensor] | None = None,
+    accumulates: bool = False,
+) -> tuple[list[Tensor | None], bool]:
     """Return the gradients of scale * loss; None for tensors that the loss does not depend on.
 
     No tensor hook runs and no `.grad` changes; this happens only in the backward that passes on
@@ -27,9 +33,15 @@ def gradients_of(
         scale: 0-d, the initial gradient of the backward.
         every: None or, for a sharded model, all leaves of the loss. FSDP2 computes gradients only
             in a whole backward, reduced over the ranks and in `.grad`.
+        accumulates: whether the backward of a layer may add gradients to `.grad` itself, as that of
+            a reversible layer does, which runs a backward of its own.
+
+    Returns:
+        The gradients, and whether a layer did so.
     """
     if every is None:
-        with without_hooks(tensors), own_backward():
+        layers = _collecting(tensors if accumulates else ())
+        with without_hooks(tensors), own_backward(), layers as own:
             try:
                 # The user may have frozen some since the forward.
                 live = [t for t in tensors if t.requires_grad]
@@ -38,39 +50,73 @@ def gradients_of(
                 _refuse_reentrant(loss, error)
                 raise
         rows = iter(found)
-        return [next(rows) if t.requires_grad else None for t in tensors]
+        given = [next(rows) if t.requires_grad else None for t in tensors]
+        return [_sum(g, own.get(id(t))) for g, t in zip(given, tensors, strict=True)], bool(own)
     with without_hooks(every, accumulating=True), own_backward():
         aside = [p.grad for p in every]
         for parameter in every:
             parameter.grad = None
         try:
             torch.autograd.backward(loss, scale)
-            return [t.grad for t in tensors]
+            return [t.grad for t in tensors], False
         finally:
             for parameter, gradient in zip(every, aside, strict=True):
                 parameter.grad = gradient
 
 
 def ascent_gradients(
-    loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, *, every: Sequence[Tensor] | None = None
-) -> list[Tensor]:
+    loss: Tensor,
+    tensors: Sequence[Tensor],
+    scale: Tensor,
+    *,
+    every: Sequence[Tensor] | None = None,
+    accumulates: bool = True,
+) -> tuple[list[Tensor], bool]:
     """Return dense gradients of scale * loss, with zeros for tensors that it does not depend on.
 
-    Arguments as for `gradients_of`. For sharded parameters, this rank's shards are returned.
+    Args:
+        loss: as for `gradients_of`, and the others too.
+        tensors: the tensors to compute gradients for.
+        scale: 0-d, the initial gradient of the backward.
+        every: None or, for a sharded model, all leaves of the loss.
+        accumulates: whether the backward of a layer may add gradients to `.grad` itself.
+
+    Returns:
+        The gradients, for sharded parameters of this rank's shards, and whether a layer did so.
 
     Raises:
         ESAMRuntimeError: the loss was computed through a reentrant checkpoint.
     """
     if every is None and not loss.requires_grad:  # it depends on no perturbed weight
-        return [torch.zeros_like(local(tensor.detach())) for tensor in tensors]
-    found = gradients_of(loss, tensors, scale, every=every)
+        return [torch.zeros_like(local(tensor.detach())) for tensor in tensors], False
+    found, own = gradients_of(loss, tensors, scale, every=every, accumulates=accumulates)
     gradients = []
     for tensor, gradient in zip(tensors, found, strict=True):
         if gradient is None:
             _refuse_reentrant(loss)
             gradient = torch.zeros_like(tensor)
         gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
-    return shards_of(gradients, tensors)
+    return shards_of(gradients, tensors), own
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, either of which may be missing."""
+    return b if a is None else a if b is None else a + b
+
+
+@contextlib.contextmanager
+def _collecting(tensors: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Collect, by id, what a backward inside the context adds to `.grad`, which it leaves alone."""
+    aside = [tensor.grad for tensor in tensors]
+    own: dict[int, Tensor] = {}
+    try:
+        for tensor in tensors:
+            tensor.grad = None
+        yield own
+        own.update((id(tensor), tensor.grad) for tensor in tensors if tensor.grad is not None)
+    finally:
+        for tensor, gradient in zip(tensors, aside, strict=True):
+            tensor.grad = gradient
 
 
 def _refuse_reentrant(loss: Tensor, cause: BaseException | None = None) -> None:

@@ -20,7 +20,7 @@ from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.compat import original_name, registered_parameters
 from esam_torch.devices import devices_of
 from esam_torch.guards import RandomState
-from esam_torch.notes import ASKS, KEPT, WITHOUT_A_GRAPH, note_errors
+from esam_torch.notes import ACCUMULATES, ASKS, KEPT, WITHOUT_A_GRAPH, note_errors
 from esam_torch.registrations import registered_modules
 from esam_torch.sharded import Shards, mesh_groups, reshard
 from esam_torch.synchronisation import without_reduction
@@ -98,6 +98,8 @@ class Layout:
         """Return why the ascent pass must compute the gradients of all weights; None if not."""
         if self.writes.keeps_graphs:
             return KEPT
+        if self.writes.accumulates:
+            return ACCUMULATES
         # A sharded model itself asks, and computes all gradients anyway.
         asks = self.blocks is not None and self.blocks.asks and self.shards is None
         return ASKS if asks else None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from esam_core import ESAMRuntimeError
 
 __all__ = [
+    "ACCUMULATES",
     "ASKS",
     "CLOSURE",
     "KEPT",
@@ -37,6 +38,12 @@ KEPT = (
     "may add them to the loss, so from now on the ascent pass computes all gradients, and saves "
     "none. In the first step, gradients through these tensors were incomplete. If you use them "
     "only inside `losses`, detach or delete them there to save gradients again."
+)
+
+ACCUMULATES = (
+    "The backward of a layer runs a backward of its own, as that of a reversible layer does, so "
+    "from now on the ascent pass computes all gradients, and saves none. In the first step, it may "
+    "have missed the gradients of such layers."
 )
 
 ASKS = (

@@ -31,7 +31,7 @@ from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected
-from esam_torch.task import StepResult, Task
+from esam_torch.task import StepResult, Task, report_of
 from esam_torch.written import Kept
 
 __all__ = ["Step"]
@@ -151,7 +151,8 @@ class Step:
         with contextlib.ExitStack() as stack:
             if k == 1:
                 stack.enter_context(in_evaluation(self.task.statistics_layers))
-            part = samples.take(self._batch, indices, b)
+            with torch.enable_grad():  # rows of an input that requires a gradient require one too
+                part = samples.take(self._batch, indices, b)
             note = functools.partial(samples.note, self._batch, k, b)
             stack.enter_context(note_errors(note, Exception))
             return self._forward(part, k)
@@ -182,6 +183,7 @@ class Step:
             self._random.restore()
             before = self._score_all(before, task.climb.part)
             flaw = flaw + flaw_in(before)
+        self._written.trained.restore()  # the last forward may have been on other samples
         self._weights = weights = Weights(task.targets)
         after: Tensor | None = None
         selected: Selected | None = None
@@ -212,15 +214,19 @@ class Step:
     def _ascent(self, scale: Tensor, inputs: Sequence[Tensor]) -> Ascent:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
         task, targets = self.task, self.task.targets
-        # With "full", for all trained parameters, perturbable or not.
-        wanted = [*targets.tensors, *(targets.idle if task.config.norm == "full" else ())]
+        # With "full", all trained ones; some layers are reached only on the way to others.
+        full = task.config.norm == "full"
+        idle = targets.idle if full or task.layout.writes.accumulates else ()
+        wanted = [*targets.tensors, *idle]
         loss = self._mean
         if task.layout.shards is not None:
             # Ranks share one epsilon, so a non-finite loss on one rank must affect all.
             loss = nan_if_flawed(loss, flaw_in(self._values))
-        found = ascent_gradients(loss, wanted, scale, every=task.layout.if_sharded(inputs))
+        every, own = task.layout.if_sharded(inputs), self._layers_accumulate
+        found, own = ascent_gradients(loss, wanted, scale, every=every, accumulates=own)
+        task.layout.writes.accumulates |= own
         return perturb(
-            found,
+            found if full else found[: len(targets.tensors)],
             targets,
             self._values.detach(),
             scale,
@@ -334,6 +340,11 @@ class Step:
         """The number of samples in the descent pass."""
         return subset_size(self.task.config.select.gamma, self.batch_size)
 
+    @property
+    def _layers_accumulate(self) -> bool:
+        """Whether the backward of a layer may add gradients to `.grad` itself."""
+        return self._first.watched or self.task.layout.writes.accumulates
+
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:
         """Compute gradients only of perturbed weights, only on this rank, inside the context."""
@@ -351,7 +362,10 @@ class Step:
         """Return the gradients of the inputs."""
         if not total.requires_grad and self.task.layout.shards is None:
             return [torch.zeros_like(x) if id(x) in self._reached else None for x in inputs]
-        return gradients_of(total, inputs, scale, every=self.task.layout.if_sharded(inputs))
+        every, own = self.task.layout.if_sharded(inputs), self._layers_accumulate
+        found, own = gradients_of(total, inputs, scale, every=every, accumulates=own)
+        self.task.layout.writes.accumulates |= own
+        return found
 
     def _refresh_weights(self) -> None:
         """Let sharded models gather the weights again, and autocast cast them again."""
@@ -383,18 +397,4 @@ class Step:
         ascent: Ascent | None = None,
     ) -> StepReport:
         """Return the report of the step; without an ascent, that of a base step."""
-        return StepReport(
-            count=self.task.count,
-            losses=before,
-            perturbed_losses=after,
-            indices=None if selected is None else selected.indices,
-            sample_weights=None if selected is None else selected.weights,
-            perturbation_norm=0.0 if ascent is None else ascent.perturbation_norm,
-            gradient_norm=None if ascent is None else ascent.gradient_norm,
-            perturbed=self.task.targets.names,
-            weight_share=self.task.targets.weight_share,
-            sample_share=1.0 if selected is None else len(selected.indices) / self.batch_size,
-            outputs=self._outputs,
-            part=None if ascent is None else self.task.climb.part,
-            batch_size=self.batch_size,
-        )
+        return report_of(self.task, self.batch_size, self._outputs, before, after, selected, ascent)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,11 +14,12 @@ from esam_torch.batch import Samples
 from esam_torch.directions import Climb
 from esam_torch.guards import shares_statistics, statistics_layers
 from esam_torch.inspection import Layout
+from esam_torch.perturbation import Ascent
 from esam_torch.selection import Selected, select
 from esam_torch.synchronisation import Ranks, agree_on_samples
 from esam_torch.targets import Targets
 
-__all__ = ["StepResult", "Task"]
+__all__ = ["StepResult", "Task", "report_of"]
 
 #: The whole batch.
 WHOLE = Climb()
@@ -195,3 +197,40 @@ class StepResult:
             batch_size=seen.batch_size,
         )
         return replace(self, gradients=[None] * len(self.gradients), report=report)
+
+
+def report_of(
+    task: Task,
+    b: int,
+    outputs: Any,
+    before: Tensor | None,
+    after: Tensor | None,
+    selected: Selected | None,
+    ascent: Ascent | None,
+) -> StepReport:
+    """Return the report of a step.
+
+    Args:
+        task: the inputs of the step.
+        b: the number of samples.
+        outputs: the other outputs of `losses`.
+        before: the losses at theta, if there are any.
+        after: the losses at theta + epsilon, if there are any.
+        selected: the samples of the descent pass, or None if these are all.
+        ascent: the perturbation, or None in a base step.
+    """
+    return StepReport(
+        count=task.count,
+        losses=before,
+        perturbed_losses=after,
+        indices=None if selected is None else selected.indices,
+        sample_weights=None if selected is None else selected.weights,
+        perturbation_norm=0.0 if ascent is None else ascent.perturbation_norm,
+        gradient_norm=None if ascent is None else ascent.gradient_norm,
+        perturbed=task.targets.names,
+        weight_share=task.targets.weight_share,
+        sample_share=1.0 if selected is None else len(selected.indices) / b,
+        outputs=outputs,
+        part=None if ascent is None else task.climb.part,
+        batch_size=b,
+    )

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esam_torch.compat import MODULE_ATTRIBUTES
 from esam_torch.generators import set_state, state_of
 from esam_torch.kinds import kinds_of
 from esam_torch.sharded import is_sharded, local
 
 __all__ = [
-    *("MISSING", "Place", "PlaceKey", "State", "can_be_written", "copy_values", "data_of"),
-    *("is_expanded", "is_half", "is_plain", "key_of", "places_without", "tensors_in", "widened"),
+    *("MISSING", "Place", "PlaceKey", "State", "all_modules", "can_be_written", "copy_values"),
+    *("data_of", "is_expanded", "is_half", "is_plain", "key_of", "places_without", "tensors_in"),
+    "widened",
 ]
 
 #: The place of a value: a dictionary of a module, and a name in it.
@@ -121,6 +123,23 @@ def _can_be_read(value: Any) -> bool:
         return len(value) == sum(1 for _ in (value.items() if isinstance(value, dict) else value))
     except Exception:
         return False
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Return all modules, including those that others keep in lists and other containers."""
+    found = dict.fromkeys(model.modules())
+    waiting = list(found)
+    while waiting:
+        module = waiting.pop()
+        for name, value in vars(module).items():
+            if name in MODULE_ATTRIBUTES or not isinstance(value, list | tuple | dict):
+                continue
+            for part in parts_of(value):
+                if isinstance(part, nn.Module) and part not in found:
+                    new = [m for m in part.modules() if m not in found]
+                    found.update(dict.fromkeys(new))
+                    waiting += new
+    return list(found)
 
 
 class _Contents:

@@ -17,10 +17,10 @@ from esam_torch.values import (
     Place,
     PlaceKey,
     State,
+    all_modules,
     data_of,
     is_plain,
     key_of,
-    parts_of,
     places_without,
     tensors_in,
 )
@@ -101,6 +101,7 @@ class Writes:
     Attributes:
         late: whether a value without a copy was written for the first time.
         draws: whether a forward draws from NumPy's or Python's random generator.
+        accumulates: whether a layer's backward adds gradients to `.grad` itself.
         keeps_graphs: whether a forward puts tensors with a graph into attributes. The user may add
             them to the loss, outside `losses`.
     """
@@ -123,7 +124,7 @@ class Writes:
         self.statistics_layers: list[nn.Module] = []
         self.late = False
         self.draws = False
-        self.keeps_graphs = False
+        self.accumulates = self.keeps_graphs = False
 
     def before_forward(self) -> "Forward":
         """Return a record of the state before the first forward of a step."""
@@ -156,6 +157,11 @@ class Writes:
             (random or HostRandomState()) if self.draws else None,
         )
 
+    @property
+    def weights_too(self) -> bool:
+        """Whether a forward has been seen to write weights, as those that initialise them do."""
+        return bool(self._parameters)
+
     def versions(self) -> dict[int, int]:
         """Return the version counters, by id, of values that no forward has been seen to write."""
         return {id(c.tensor): count_writes(c.tensor) for c in self._idle}
@@ -173,7 +179,10 @@ class Writes:
     def written_since(self, versions: Mapping[int, int]) -> list[_Candidate]:
         """Return what has been written since the given version counters."""
         rows = ((c, count_writes(c.tensor)) for c in self._idle)
-        return [c for c, n in rows if versions.get(id(c.tensor), n) != n]
+        found = [c for c, n in rows if versions.get(id(c.tensor), n) != n]
+        # A BatchNorm layer may have been in evaluation mode when everything was checked.
+        known = {id(buffers_by_name(m)) for m in self._norms if found and m.training}
+        return [c for c in found if c.place is None or id(c.place[0]) not in known]
 
     def learn_versions(self, versions: Mapping[int, int]) -> list[Tensor]:
         """Record and return the tensors written since the given version counters."""
@@ -207,7 +216,7 @@ class Writes:
 
     def find_statistics(self) -> None:
         """Find the modules of other libraries that normalise by batch statistics."""
-        modules = _modules(self._model)
+        modules = all_modules(self._model)
         # A module that computes a weight (spectral_norm) has no batch statistics.
         lists = [m for m in modules if isinstance(m, ParametrizationList)]
         inside = {id(m) for those in lists for m in those.modules()}
@@ -223,7 +232,7 @@ class Writes:
         places: list[Place] = []
         found: list[_Candidate] = []
         known = {id(module) for module in self._norms if module.training}
-        for module in _modules(self._model):
+        for module in all_modules(self._model):
             own = [(vars(module), name) for name in vars(module) if name not in MODULE_ATTRIBUTES]
             places += own
             found += [_Candidate(t, p, False, False) for p in own for t in tensors_in(p[0][p[1]])]
@@ -367,23 +376,6 @@ def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return a mark that changes if a tensor is written in place or its `.data` is replaced."""
     return count_writes(tensor), data_of(tensor).data_ptr()
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """Return all modules, including those that others keep in lists and other containers."""
-    found = dict.fromkeys(model.modules())
-    waiting = list(found)
-    while waiting:
-        module = waiting.pop()
-        for name, value in vars(module).items():
-            if name in MODULE_ATTRIBUTES or not isinstance(value, list | tuple | dict):
-                continue
-            for part in parts_of(value):
-                if isinstance(part, nn.Module) and part not in found:
-                    new = [m for m in part.modules() if m not in found]
-                    found.update(dict.fromkeys(new))
-                    waiting += new
-    return list(found)
 
 
 def _keeps_statistics(module: nn.Module, written: Sequence[Place]) -> bool:
