@@ -33,6 +33,6 @@ def test_the_units_that_a_sampler_may_perturb(sampler, allowed, reached):
 def test_the_warning_names_the_sampler_and_the_kinds():
     text = why_idle(Only("norm"), UNITS, ALL)
     assert "perturb=Only(kind='norm', inner=Everything()) reaches none" in text
-    assert text.endswith("Their kinds: weight, bias.")
+    assert text.endswith("The kinds of these weights: weight, bias.")
     frozen = why_idle(Everything(), UNITS, (False, False, False))
-    assert frozen.endswith("There are none of these.")
+    assert frozen.startswith("No weights are trained and may be perturbed")

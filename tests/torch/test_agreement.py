@@ -1,58 +1,15 @@
 """The warning for losses that depend on other samples: when it is and is not issued."""
 
-import warnings
-
 import pytest
 import torch
+from tests.torch.coupled import X, Y, Z, cross_entropy, info_nce, mixup, said
 from torch import nn
 from torch.nn import functional as F
 
-from esam_torch import ESAM, Between, Everything, Momentum, Part, Previous, Proportional, Random
-from esam_torch import TopLoss as ByLoss
+from esam_torch import ESAM, Between, Everything
 from esam_torch.agreement import comparable, disagreement, noisy_layers
 
-X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-Y = torch.arange(16) % 4
-Z = torch.randn(16, 4, generator=torch.Generator().manual_seed(2))
-
-
-def said(losses, *batch, model=None, **options):
-    """Return the warning of a run of three steps, or None."""
-    torch.manual_seed(0)
-    if model is None:
-        model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 8))
-    options = options or {"gamma": 0.5}
-    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), **options)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            optimizer.step(lambda *batch: losses(model, *batch), *batch)
-    assert len(found) <= 1
-    return str(found[0].message) if found else None
-
-
-def cross_entropy(model, x, y):
-    return F.cross_entropy(model(x), y, reduction="none")
-
-
 # -- losses that depend on the other samples -------------------------------------------------------
-
-
-def info_nce(model, a, b):
-    a, b = F.normalize(model(a), dim=1), F.normalize(model(b), dim=1)
-    return F.cross_entropy(a @ b.T / 0.1, torch.arange(len(a)), reduction="none")
-
-
-def mixup(model, x, y):
-    other = torch.randperm(len(x))
-    out = model(0.7 * x + 0.3 * x[other])
-    mixed = 0.3 * F.cross_entropy(out, y[other], reduction="none")
-    return 0.7 * F.cross_entropy(out, y, reduction="none") + mixed
-
-
-def noise(model, x, y):
-    return cross_entropy(model, x + torch.randn_like(x), y)
 
 
 def advantages(model, x, rewards):
@@ -76,13 +33,11 @@ def misread_weights(model, x, y, weights):
 
 COUPLED = {
     "InfoNCE": (info_nce, X, Z),
-    "mixup": (mixup, X, Y),
-    "noise": (noise, X, Y),
     "normalised advantages": (advantages, X, Z[:, 0]),
     "prototypes": (prototypes, X, Y),
     "a penalty of the batch": (decorrelation, X, Y),
     "a table that is no sample's": (misread_weights, X, Y, Z[:, 0].exp()),
-    "under a large constant": (lambda m, *b: mixup(m, *b) + 60.0, X, Y),
+    "under a large constant": (lambda m, *b: prototypes(m, *b) + 60.0, X, Y),
 }
 
 
@@ -91,7 +46,7 @@ def test_losses_that_depend_on_the_other_samples(kind):
     losses, *batch = COUPLED[kind]
     text = said(losses, *batch, gamma=0.25)
     assert text is not None and text.startswith("`losses` must give a sample the same loss")
-    for word in ("The last 4 samples had", "InfoNCE", "gamma=1.0", "mixup", "Rows(x)", "Whole(x)"):
+    for word in ("The last 4 samples had", "InfoNCE", "gamma=1.0", "Rows(x)", "Whole(x)"):
         assert word in text
 
 
@@ -108,142 +63,6 @@ def test_a_factor_is_named(losses, factor):
     text = said(losses, X, Y)
     assert f"Each is {factor} times the other" in text and "* len(batch)" in text
     assert "InfoNCE" not in text
-
-
-def boxes(model, x, table):
-    """Several rows per sample, with the sample's number in the first column, as in YOLO."""
-    out, number = model(x), table[:, 0].long()
-    known = number < len(x)
-    errors = (out[number[known]] - table[known, 1:]).square().mean(1)
-    return torch.zeros(len(x)).index_add(0, number[known], errors)
-
-
-NUMBERS = torch.cat([torch.arange(16), torch.arange(0, 16, 2)]).sort().values
-TABLE = torch.cat([NUMBERS[:, None].float(), torch.linspace(-2, 2, 24 * 8).reshape(24, 8)], 1)
-
-SUBSETS = {
-    "TopIncrease": {"gamma": 0.5},
-    "TopLoss": {"select": ByLoss(0.5)},
-    "Proportional": {"select": Proportional(0.5)},
-    "Random": {"select": Random(0.5)},
-    "Part": {"gamma": 1.0, "ascend": Part(0.25)},
-    "Previous": {"gamma": 0.5, "ascend": Previous()},
-    "Momentum": {"select": Random(0.5), "ascend": Momentum()},
-}
-
-
-@pytest.mark.parametrize("subset", SUBSETS)
-def test_a_table_with_several_rows_per_sample(subset):
-    text = said(boxes, X, TABLE, **SUBSETS[subset])
-    assert text.startswith("`losses` must give a sample the same loss")
-    assert "several rows per sample" in text
-    assert "Split by sample: batch[0] (Tensor of shape (16, 4))" in text
-    assert "Passed whole: batch[1] (Tensor of shape (24, 9))" in text
-
-
-@pytest.mark.parametrize("subset", SUBSETS)
-def test_each_kind_of_subset_is_compared(subset):
-    assert "InfoNCE" in said(info_nce, X, Z, **SUBSETS[subset])
-    assert said(cross_entropy, X, Y, **SUBSETS[subset]) is None
-
-
-def test_the_users_take_is_compared():
-    first = lambda batch, indices: (batch[0][indices], batch[1][indices - 1])  # noqa: E731
-    assert "selected by your `take`" in said(cross_entropy, X, Y, gamma=0.5, take=first)
-
-
-def nets():
-    norm, drop = nn.BatchNorm1d(8), nn.Dropout(0.5)
-    return nn.Sequential(nn.Linear(4, 8), norm, nn.Tanh(), drop, nn.Linear(8, 8))
-
-
-def test_models_with_batchnorm_and_dropout_are_compared_in_evaluation_mode():
-    assert "InfoNCE" in said(info_nce, X, Z, model=nets())
-    assert "several rows" in said(boxes, X, TABLE, model=nets())
-    assert said(cross_entropy, X, Y, model=nets()) is None
-
-
-class Functional(nn.Module):
-    """Dropout as functions, in a module whose names do not tell."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind, self.inner, self.head = kind, nn.Linear(4, 8), nn.Linear(8, 8)
-        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
-
-    def forward(self, x):
-        x = self.inner(x)
-        if self.kind == "dropout":
-            x = F.dropout(x, 0.5, training=self.training)
-        elif self.kind == "feature dropout":
-            x = F.dropout1d(x[:, :, None], training=self.training)[:, :, 0]
-        elif self.kind == "attention":
-            x = F.scaled_dot_product_attention(*[x[:, None]] * 3, None, 0.5)[:, 0]
-        elif self.kind == "named attention":
-            x = F.scaled_dot_product_attention(*[x[:, None]] * 3, dropout_p=0.5)[:, 0]
-        else:
-            x = self.attention(*[x[:, None]] * 3)[0][:, 0]
-        return self.head(x)
-
-
-@pytest.mark.parametrize("subset", ["TopIncrease", "TopLoss", "Part"])
-@pytest.mark.parametrize(
-    "kind", ["dropout", "feature dropout", "attention", "named attention", "a module"]
-)
-def test_dropout_in_functions_is_switched_off(kind, subset):
-    assert said(cross_entropy, X, Y, model=Functional(kind), **SUBSETS[subset]) is None
-    assert "InfoNCE" in said(info_nce, X, Z, model=Functional(kind), **SUBSETS[subset])
-
-
-def test_noise_in_losses_matters_only_to_a_selection_by_losses():
-    """As in a variational autoencoder: row j of a part gets the noise of row j of the batch."""
-    assert "draws random numbers" in said(noise, X, Y, gamma=0.5)
-    assert said(noise, X, Y, gamma=1.0, ascend=Part(0.25)) is None
-    assert said(noise, X, Y, select=Random(0.5)) is None
-
-
-@pytest.mark.parametrize("ascend", [None, Part(0.5), Previous()])
-def test_a_step_computes_the_same_with_and_without_the_comparison(ascend, monkeypatch):
-    def weights(compares):
-        torch.manual_seed(0)
-        model = nets()
-        with monkeypatch.context() as patch:
-            if not compares:
-                patch.setattr("esam_torch.task.Task.compares", lambda *_: False)
-            base = torch.optim.SGD(model.parameters(), lr=0.1)
-            options = {} if ascend is None else {"ascend": ascend}
-            optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=0.5, **options)
-            calls = []
-            for _ in range(3):
-                optimizer.step(lambda x, y: calls.append(1) or cross_entropy(model, x, y), X, Y)
-        assert all(module.training for module in model.modules())
-        return [*model.state_dict().values(), torch.rand(2)], len(calls)
-
-    (with_it, more), (without, calls) = weights(True), weights(False)
-    assert all(map(torch.equal, with_it, without))
-    assert more == calls + 2
-
-
-def test_compiled_models_are_compared_as_they_are_written():
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8))
-    frames = []
-
-    def backend(graph, _):
-        frames.append(1)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=backend)
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ESAM(base, compiled, rho=0.1, perturb=Everything(), select=ByLoss(0.5))
-    with pytest.warns(UserWarning, match="InfoNCE"):
-        optimizer.step(lambda a, b: info_nce(compiled, a, b), X, Z)
-    before = len(frames)
-    torch.compiler.reset()
-    frames.clear()
-    optimizer.step(lambda a, b: info_nce(compiled, a, b), X, Z)
-    assert len(frames) == before  # the passes alone compile as much
 
 
 # -- losses that depend only on the sample ---------------------------------------------------------
@@ -315,7 +134,7 @@ def test_a_step_warns_once():
 
 def test_a_step_warns_if_losses_draw_random_numbers():
     model, optimizer = make()
-    with pytest.warns(UserWarning, match=r"mixup"):
+    with pytest.warns(UserWarning, match=r"draws random numbers \(mixup"):
         optimizer.step(lambda x, y: mixup(model, x, y), X, Y)
 
 

@@ -96,6 +96,31 @@ def test_generators_of_objects_in_the_batch(kind):
         assert drawn == [float(draw(alone))] * 2
 
 
+class Augmentation:
+    """An object in the batch that contains nothing but a generator."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generators_of_objects_without_tensors(kind):
+    model = net(dropout=0.0)
+    build, draw = KINDS[kind]
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=0.5)
+    augmentation, alone, drawn = Augmentation(build()), build(), []
+
+    def losses(x, y, augmentation):
+        drawn.append(float(draw(augmentation.generator)))
+        return F.cross_entropy(model(x * (0.5 + drawn[-1])), y, reduction="none")
+
+    for _ in range(3):
+        drawn.clear()
+        optimizer.step(losses, *batch(), augmentation)
+        assert drawn == [float(draw(alone))] * len(drawn)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_restores_generators(kind):
     model = Scaling(kind, listed=False)

@@ -351,16 +351,17 @@ def why_idle(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -
 
     Example:
         >>> print(why_idle(Only("norm"), [Unit("w", (2,))], [True]))
-        All steps are base steps: perturb=Only(kind='norm', inner=Everything()) reaches none of the\
- weights that are trained and may be perturbed. Their kinds: weight.
+        perturb=Only(kind='norm', inner=Everything()) reaches none of the weights that are trained\
+ and may be perturbed: all steps are base steps so far. The kinds of these weights: weight.
     """
     if any(reachable(sampler, units, allowed)):
         return None
     kinds = dict.fromkeys(unit.kind for unit, may in zip(units, allowed, strict=True) if may)
-    these = f"Their kinds: {', '.join(kinds)}." if kinds else "There are none of these."
+    if not kinds:
+        return "No weights are trained and may be perturbed: all steps are base steps so far."
     return (
-        f"All steps are base steps: perturb={sampler!r} reaches none of the weights that are "
-        f"trained and may be perturbed. {these}"
+        f"perturb={sampler!r} reaches none of the weights that are trained and may be perturbed: "
+        f"all steps are base steps so far. The kinds of these weights: {', '.join(kinds)}."
     )
 
 

@@ -5,6 +5,7 @@ If it does, a pass on some of the samples uses another loss than a pass on all o
 with several rows per sample and a column with the sample's number).
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from esam_torch.compat import BATCH_NORM, count_writes, without_compilation
 from esam_torch.devices import on_device
 from esam_torch.dropout import WithoutDropout
 from esam_torch.guards import RandomState, in_evaluation
+from esam_torch.inputs import copied
 from esam_torch.task import Task
 
 __all__ = ["comparable", "compare_losses", "disagreement", "noisy_layers"]
@@ -30,40 +32,55 @@ _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
 
 def compare_losses(
-    task: Task, batch: Batch, b: int, losses_of: Callable[[Tensor | None], Tensor]
+    task: Task, batch: Batch, b: int, losses_of: Callable[[Batch, Tensor | None], Tensor]
 ) -> str | None:
     """Return a warning if the losses of some samples differ without the others in the batch.
 
-    These are as many as in the smallest pass, the last ones, so that each has another place.
-
-    For these two forwards, layers that normalise by the batch or draw random numbers are in
-    evaluation mode, in which they make no sample depend on another; functions drop nothing; nothing
-    is compiled.
+    These are as many as in the smallest pass, the last ones, so that each has another place. For
+    these two forwards, layers that normalise by the batch or draw random numbers are in evaluation
+    mode, in which they make no sample depend on another; functions drop nothing; nothing is
+    compiled. They leave no trace, and nothing is compared if they raise an error: the passes of the
+    step do not do what they do.
 
     Args:
         task: the inputs of the step.
         batch: the arguments of `losses`.
         b: the number of samples. If the smallest pass has them all, both forwards run, for the
             other ranks, and nothing is compared.
-        losses_of: returns the losses of samples, given their indices or None for all of them, at
-            the same weights and from the same random state.
+        losses_of: returns the losses of a batch, or of the samples with some indices, at the same
+            weights and from the same random state.
     """
+    kept = task.layout.writes.keep()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the passes issue the user's own
+            return _compare(task, batch, b, losses_of)
+    except Exception:
+        return None
+    finally:
+        kept.restore()
+
+
+def _compare(
+    task: Task, batch: Batch, b: int, losses_of: Callable[[Batch, Tensor | None], Tensor]
+) -> str | None:
+    """Do what `compare_losses` does, with traces and errors."""
     model, k = task.model, task.smallest_pass(b)
     indices = torch.arange(b - k, b)
-    layers = [*noisy_layers(model), *task.statistics_layers]
+    layers = [*noisy_layers(model), *task.statistics_layers, *task.layout.writes.writers()]
     with in_evaluation(layers), WithoutDropout(), without_compilation():
         versions = _buffer_versions(model)
         random = RandomState(task.layout.devices)
-        whole = losses_of(None)
+        whole = losses_of(copied(batch), None)
         drew = random.has_moved() or task.layout.writes.draws
         random.restore()
-        alone = losses_of(indices if k < b else None)
+        alone = losses_of(copied(batch), indices if k < b else None)
         wrote = task.layout.writes.weights_too or _buffer_versions(model) != versions
         if k == b or not comparable(model, drew=drew, wrote=wrote):
             return None
         if drew and not task.scores(b):
             return None  # other noise for the same samples, by which none are selected
-    warning = disagreement(whole, indices, alone)
+    warning = disagreement(whole, indices, alone, drew=drew)
     return None if warning is None else f"{warning} {task.samples.describe(batch, b)}"
 
 
@@ -116,10 +133,12 @@ def _has_statistics(module: nn.Module) -> bool:
 
 
 def _couples(module: nn.Module) -> bool:
-    """Return whether a module in training is a BatchNorm layer of any library."""
+    """Return whether a module is a BatchNorm layer of any library, and not a block with one."""
+    if isinstance(module, BATCH_NORM):
+        return True
     name = type(module).__name__.lower()
-    derived = isinstance(module, BATCH_NORM)
-    return derived or ("batch" in name and "norm" in name and "frozen" not in name)
+    alone = next(module.children(), None) is None
+    return alone and "batch" in name and "norm" in name and "frozen" not in name
 
 
 def _draws(module: nn.Module) -> bool:
@@ -133,7 +152,9 @@ def _draws(module: nn.Module) -> bool:
     return any(rate > 0 for rate in rates) if rates else named
 
 
-def disagreement(whole: Tensor, indices: Tensor, alone: Tensor) -> str | None:
+def disagreement(
+    whole: Tensor, indices: Tensor, alone: Tensor, *, drew: bool = False
+) -> str | None:
     """Return a warning if the losses of some samples differ without the others, else None.
 
     The host waits for the device once, so this is called only once per run.
@@ -142,6 +163,7 @@ def disagreement(whole: Tensor, indices: Tensor, alone: Tensor) -> str | None:
         whole: (b,) losses of the whole batch.
         indices: (k,) indices of some samples, on any device.
         alone: (k,) losses of these samples alone, at the same weights.
+        drew: whether the losses drew random numbers.
 
     Returns:
         What was found and what to do about it; None if the losses agree, if some are not finite, or
@@ -173,6 +195,8 @@ def disagreement(whole: Tensor, indices: Tensor, alone: Tensor) -> str | None:
         f"differ by {gap:.3g}."
     )
     factor = _common_factor(alone, together)
+    if drew:
+        return f"{_NOISE} {seen}"
     if factor is not None:
         cause = (
             f"Each is {factor:.3g} times the other: is there a factor such as `* len(batch)` in "
@@ -183,16 +207,23 @@ def disagreement(whole: Tensor, indices: Tensor, alone: Tensor) -> str | None:
         cause = (
             "If `losses` compares samples with each other (InfoNCE, prototypes, advantages "
             "normalised over the batch), use ESAM(..., gamma=1.0) without ascend=Part(...): each "
-            "pass then has all samples. If it draws random numbers (mixup, noise), draw them "
-            "before the step and pass them as part of the batch. If an argument was split in the "
-            "wrong way, wrap it in Rows(x) or Whole(x). If an argument has several rows per sample "
-            "(boxes with the number of their image), pass one list or padded row per sample, or "
+            "pass then has all samples. If an argument was split in the wrong way, wrap it in "
+            "Rows(x) or Whole(x). If an argument has several rows per sample (boxes with the "
+            "number of their image), pass one list or padded row per sample, or "
             "take=function(batch, indices) to ESAM."
         )
     return (
         "`losses` must give a sample the same loss whichever other samples are in the batch. "
         f"{seen} {cause}"
     )
+
+
+_NOISE = (
+    "`losses` draws random numbers (mixup, noise, sampled latents), and a pass on some samples "
+    "draws other ones for them than the pass on all samples by which they were selected. So part "
+    "of the selection is noise. To avoid this, draw the numbers before the step and pass them as "
+    "part of the batch, or use gamma=1.0."
+)
 
 
 def _count(k: int) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from esam_core import ESAMTypeError
+from esam_torch.generators import is_generator
 from esam_torch.lookups import attribute, defines
 from esam_torch.marks import WAYS_OUT
 
@@ -152,7 +153,7 @@ def is_object_of_samples(x: Any) -> bool:
 
 
 def _is_own_object(x: Any) -> bool:
-    """Return whether a value is an object of the user's own class with tensors or arrays.
+    """Return whether a value is an object of the user's own class with tensors or generators.
 
     Not a pandas object, whose attributes refer to each other.
     """
@@ -161,8 +162,8 @@ def _is_own_object(x: Any) -> bool:
     own = attribute(x, "__dict__")
     if not own or is_object_of_samples(x) or attribute(x, "iloc") is not None:
         return False
-    arrays = any(isinstance(value, np.ndarray) for value in own.values())
-    return arrays or next(_tensors_of_object(own.values()), None) is not None
+    others = any(isinstance(value, np.ndarray) or is_generator(value) for value in own.values())
+    return others or next(_tensors_of_object(own.values()), None) is not None
 
 
 def is_container(x: Any) -> bool:

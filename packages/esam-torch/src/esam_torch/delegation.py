@@ -43,8 +43,8 @@ class DelegatingOptimizer(torch.optim.Optimizer):
                 else "create ESAM again around the same base optimizer"
             )
             raise AttributeError(
-                f"`{name}` is no attribute of an ESAM, and setting it would have no effect: "
-                f"{way_out}. Received: {name}={value!r}."
+                f"`{name}` cannot be set, because steps would not read the attribute: {way_out}. "
+                f"Received: {name}={value!r}."
             )
         super().__setattr__(name, value)
 

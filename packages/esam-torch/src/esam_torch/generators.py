@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["set_state", "state_of"]
+__all__ = ["is_generator", "set_state", "state_of"]
+
+
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def is_generator(value: Any) -> bool:
+    """Return whether a value is a random generator."""
+    return isinstance(value, _KINDS)
 
 
 def state_of(value: Any) -> bytes | None:

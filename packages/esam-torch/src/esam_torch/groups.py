@@ -50,7 +50,8 @@ def check_groups(groups: Iterable[Mapping[str, Any]], known: Container[str]) -> 
             elif f"esam_{name}" in OPTIONS and name not in known:
                 raise ESAMTypeError(
                     f"`{name}` is not an option of a parameter group, and would have no effect: "
-                    f"use `esam_{name}`. Received: {name}={value!r}."
+                    f"use `esam_{name}`, or delete it if it comes from another SAM's checkpoint. "
+                    f"Received: {name}={value!r}."
                 )
 
 

@@ -353,7 +353,8 @@ class Run:
                     self.config, perturb=chosen.perturb, select=chosen.select
                 )
                 self.spent = True
-            self.notices.add("idle", self._layout.why_idle(self.config))
+            if (idle := self._layout.why_idle(self.config)) is not None:
+                self.notices.add("idle", idle)
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:

@@ -25,7 +25,6 @@ from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
 from esam_torch.guards import Pruning, RandomState, Weights, in_evaluation
-from esam_torch.inputs import copied
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
@@ -261,8 +260,8 @@ class Step:
             return
         batch, self._compared = self._batch, True
 
-        def losses_of(indices: Tensor | None) -> Tensor:
-            self._batch = copied(batch)
+        def losses_of(batch: Batch, indices: Tensor | None) -> Tensor:
+            self._batch = batch
             return self._without_a_graph(b, indices)
 
         try:

@@ -157,6 +157,12 @@ class Writes:
             (random or HostRandomState()) if self.draws else None,
         )
 
+    def writers(self) -> list[nn.Module]:
+        """Return the layers in training mode that write their own buffers."""
+        places = {key[0] for key in self._places}
+        alone = [m for m in all_modules(self._model) if m.training and not list(m.children())]
+        return [m for m in alone if m in self._norms or id(buffers_by_name(m)) in places]
+
     @property
     def weights_too(self) -> bool:
         """Whether a forward has been seen to write weights, as those that initialise them do."""
