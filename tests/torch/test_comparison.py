@@ -1,7 +1,5 @@
 """Which subsets, arguments and layers the comparison of losses sees, and what it leaves."""
 
-import warnings
-
 import pytest
 import torch
 from tests.torch.coupled import X, Y, Z, cross_entropy, info_nce, mixup, noise, said
@@ -89,15 +87,6 @@ def test_nothing_is_compared_if_that_raises_an_error():
     model = nn.Sequential(nn.Linear(4, 8), OnlyInTraining(8), nn.Linear(8, 8))
     assert said(cross_entropy, X, Y, model=model) is None
     assert all(module.training for module in model.modules())
-
-
-def test_a_comparison_issues_no_warnings():
-    def noted(model, x, y):
-        if not model[1].training:
-            warnings.warn("in evaluation", stacklevel=1)
-        return cross_entropy(model, x, y)
-
-    assert said(noted, X, Y, model=nets()) is None
 
 
 @pytest.mark.parametrize("options", SUBSETS.values(), ids=SUBSETS)

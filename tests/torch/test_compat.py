@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from esam_torch import compat
 from esam_torch.devices import default_device
+from esam_torch.dropout import WithoutDropout
 
 
 @pytest.fixture
@@ -157,18 +158,26 @@ def test_compiled_frames_are_counted():
     assert compat.count_compiled_frames() == before + 1
 
 
-def test_nothing_is_compiled_inside_the_context():
+def test_compiled_code_runs_as_it_is_written():
     @torch.compile(backend="eager")
     def double(x):
         return (3.0 if torch.compiler.is_compiling() else 2.0) * x
 
     before = compat.count_compiled_frames()
-    with compat.without_compilation():
+    for _ in range(2):
+        eager = compat.eager_code()
         assert double(torch.ones(1)) == 2.0
-    assert compat.count_compiled_frames() == before
-    assert double(torch.ones(1)) == 3.0
-    with compat.without_compilation():
-        assert double(torch.ones(1)) == 2.0
+        eager.__exit__(None, None, None)
+        assert double(torch.ones(1)) == 3.0
+        assert compat.count_compiled_frames() == before + 1
+
+
+def test_active_modes():
+    mode = WithoutDropout()
+    assert not compat.is_active(mode)
+    with mode, torch.device("cpu"):
+        assert compat.is_active(mode) and not compat.is_active(WithoutDropout())
+    assert not compat.is_active(mode)
 
 
 def test_kernels_of_recurrent_layers_exist():

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from esam_torch import (
     ESAM,
     Bernoulli,
+    Between,
     Everything,
     Momentum,
-    Only,
     Part,
     Previous,
     Suffix,
@@ -76,7 +76,7 @@ CASES = {
     "weights": ({"perturb": Bernoulli(0.5, unit="weight")}, 1.0),
     "a third": ({"perturb": Suffix("4")}, 1 / 3),
     "a third, top loss": ({"perturb": Suffix("4"), "select": TopLoss(0.5)}, 1 / 3),
-    "nothing": ({"perturb": Only("norm")}, 0.0),
+    "nothing": ({"perturb": Between(0, 0)}, 0.0),
     "skipping": ({"perturb": Everything(), "on_nonfinite": "skip"}, 1.0),
 }
 

@@ -99,6 +99,7 @@ def configuration(seed):
     return Run(problem=problem, esam=esam, base=base, frozen=frozen, groups=groups)
 
 
+@pytest.mark.filterwarnings("ignore:.*all steps are base steps so far")
 @pytest.mark.parametrize("seed", range(120))
 def test_against_the_reference(seed):
     follow(adapter, configuration(seed), steps=3)

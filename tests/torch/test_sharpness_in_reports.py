@@ -82,6 +82,7 @@ def test_a_selection_by_the_increase_computes_the_sharpness(options):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:No weights are trained and may be perturbed")
 def test_all_other_steps_have_none(options):
     report = second_report(**options)
     assert report.sharpness is None

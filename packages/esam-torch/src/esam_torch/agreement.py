@@ -5,17 +5,16 @@ If it does, a pass on some of the samples uses another loss than a pass on all o
 with several rows per sample and a column with the sample's number).
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from esam_torch.batch import Batch
-from esam_torch.compat import BATCH_NORM, count_writes, without_compilation
+from esam_torch.compat import BATCH_NORM, count_writes
 from esam_torch.devices import on_device
-from esam_torch.dropout import WithoutDropout
-from esam_torch.guards import RandomState, in_evaluation
+from esam_torch.dropout import Evaluation
+from esam_torch.guards import RandomState
 from esam_torch.inputs import copied
 from esam_torch.task import Task
 
@@ -32,7 +31,11 @@ _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
 
 def compare_losses(
-    task: Task, batch: Batch, b: int, losses_of: Callable[[Batch, Tensor | None], Tensor]
+    task: Task,
+    evaluation: Evaluation,
+    batch: Batch,
+    b: int,
+    losses_of: Callable[[Batch, Tensor | None], Tensor],
 ) -> str | None:
     """Return a warning if the losses of some samples differ without the others in the batch.
 
@@ -44,31 +47,19 @@ def compare_losses(
 
     Args:
         task: the inputs of the step.
+        evaluation: is begun and ended.
         batch: the arguments of `losses`.
         b: the number of samples. If the smallest pass has them all, both forwards run, for the
             other ranks, and nothing is compared.
         losses_of: returns the losses of a batch, or of the samples with some indices, at the same
             weights and from the same random state.
     """
-    kept = task.layout.writes.keep()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the passes issue the user's own
-            return _compare(task, batch, b, losses_of)
-    except Exception:
-        return None
-    finally:
-        kept.restore()
-
-
-def _compare(
-    task: Task, batch: Batch, b: int, losses_of: Callable[[Batch, Tensor | None], Tensor]
-) -> str | None:
-    """Do what `compare_losses` does, with traces and errors."""
     model, k = task.model, task.smallest_pass(b)
     indices = torch.arange(b - k, b)
     layers = [*noisy_layers(model), *task.statistics_layers, *task.layout.writes.writers()]
-    with in_evaluation(layers), WithoutDropout(), without_compilation():
+    kept = task.layout.writes.keep()
+    try:
+        evaluation.begin(layers)
         versions = _buffer_versions(model)
         random = RandomState(task.layout.devices)
         whole = losses_of(copied(batch), None)
@@ -80,6 +71,11 @@ def _compare(
             return None
         if drew and not task.scores(b):
             return None  # other noise for the same samples, by which none are selected
+    except Exception:
+        return None
+    finally:
+        evaluation.end()
+        kept.restore()
     warning = disagreement(whole, indices, alone, drew=drew)
     return None if warning is None else f"{warning} {task.samples.describe(batch, b)}"
 

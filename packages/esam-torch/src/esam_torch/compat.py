@@ -18,6 +18,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "BATCH_NORM",
@@ -40,17 +41,18 @@ __all__ = [
     "count_compiled_frames",
     "count_writes",
     "distribute",
+    "eager_code",
     "fsdp_gathered",
     "fsdp_parameter_groups",
     "fsdp_process_groups",
     "fsdp_reshards",
+    "is_active",
     "is_compiled_function",
     "original_name",
     "parametrizations_are_cached",
     "registered_parameters",
     "saves_state_dict_hooks",
     "uncounted_writes",
-    "without_compilation",
     "without_global_step_hooks",
     "without_hooks",
 ]
@@ -124,15 +126,17 @@ def count_compiled_frames() -> int:
     return 0 if compiler is None else int(compiler.counters["frames"]["total"])
 
 
-@contextlib.contextmanager
-def without_compilation() -> Iterator[None]:
-    """Run compiled models as they are written inside the context."""
+def eager_code() -> Any:
+    """Run compiled models as they are written until the returned context is left; None if none."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        yield
-        return
-    stance: Any = torch.compiler.set_stance("force_eager")
-    with stance:
-        yield
+        return None
+    return torch.compiler.set_stance("force_eager")
+
+
+def is_active(mode: TorchFunctionMode) -> bool:
+    """Return whether a mode that functions of torch look for is active."""
+    count: int = torch._C._len_torch_function_stack()
+    return any(torch._C._get_function_stack_at(i) is mode for i in range(count))
 
 
 #: Recurrent layers in one kernel: on CPUs, with CUDA, with ROCm, and on Apple's GPUs.

@@ -1,13 +1,16 @@
-"""Dropout that is switched off, whichever function or module computes it."""
+"""Forwards without dropout, whichever function computes it, and in evaluation mode."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WithoutDropout"]
+from esam_torch.compat import eager_code, is_active
+
+__all__ = ["Evaluation", "WithoutDropout"]
 
 #: The functions that drop entries of their first argument, `input`.
 _DROPOUTS = frozenset(
@@ -45,3 +48,34 @@ class WithoutDropout(TorchFunctionMode):
             if "dropout_p" in kwargs:
                 kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
+
+
+class Evaluation:
+    """Evaluation mode of some layers, without dropout and compiled code.
+
+    `end` restores everything, whichever line an interrupt has come at.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[nn.Module] = []
+        self._mode: Any = WithoutDropout()
+        self._stance: Any = None
+
+    def begin(self, layers: Iterable[nn.Module]) -> None:
+        """Begin, for some layers in training mode."""
+        for layer in layers:
+            self._layers.append(layer)
+            layer.training = False
+        self._stance = eager_code()
+        self._mode.__enter__()
+
+    def end(self) -> None:
+        """Restore everything, if it has begun."""
+        if is_active(self._mode):
+            self._mode.__exit__(None, None, None)
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+        while self._layers:
+            self._layers[-1].training = True
+            self._layers.pop()

@@ -18,7 +18,7 @@ from esam_torch.guards import RandomState, Weights
 from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected
 from esam_torch.step import Step
-from esam_torch.task import StepResult
+from esam_torch.task import StepResult, report_of
 from esam_torch.values import widened
 from esam_torch.written import Kept
 
@@ -120,5 +120,13 @@ class EarlierStep(Step):
             gradients = self._gradients(self._mean, scale, inputs)
         found.restore()
         seen = self._values.detach().clone() if self._before is None else self._after
-        report = self._report(self._before, seen, self._selected_samples, self._ascent_found)
-        return StepResult(gradients, report, self._rounded, self._disagreement, self._compared)
+        report = report_of(
+            self.task,
+            self.batch_size,
+            self._outputs,
+            self._before,
+            seen,
+            self._selected_samples,
+            self._ascent_found,
+        )
+        return StepResult(gradients, report, self._rounded, *self._comparison)

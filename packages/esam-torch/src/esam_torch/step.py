@@ -23,6 +23,7 @@ from esam_torch.batch import Batch
 from esam_torch.between import Between
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
+from esam_torch.dropout import Evaluation
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
 from esam_torch.guards import Pruning, RandomState, Weights, in_evaluation
 from esam_torch.inspection import find_leaves
@@ -50,8 +51,8 @@ class Step:
         self._batch = task.samples.own(batch)
         self._between = Between(task, losses, task.samples.bare(self._batch))
         self._weights: Weights | None = None
-        self._disagreement: str | None = None
-        self._compared = False
+        self._comparison: tuple[str | None, bool] = None, False
+        self._evaluation = Evaluation()
         self._values: Tensor
         self._mean: Tensor
         self._outputs: Any
@@ -104,13 +105,14 @@ class Step:
         """Return the result of a base step whose gradient is computed by the script's backward."""
         if self.task.before_descent is not None:
             self.task.before_descent()
-        return StepResult((), self._report(self._values.detach()))
+        return StepResult((), self._base_report())
 
     def undo(self) -> None:
         """Restore everything that the step may have changed."""
         if not hasattr(self, "_synchronised"):
             return  # the copies are incomplete, but nothing has been changed
         self._pruning.end()
+        self._evaluation.end()
         if self._weights is not None:
             self._weights.restore()
             self._refresh_weights()
@@ -161,9 +163,7 @@ class Step:
         if self.task.before_descent is not None:
             self.task.before_descent()
         total = nan_if_flawed(self._mean, flaw_in(self._values))
-        return StepResult(
-            self._gradients(total, scale, inputs), self._report(self._values.detach())
-        )
+        return StepResult(self._gradients(total, scale, inputs), self._base_report())
 
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Passes 2 to 6 of the step."""
@@ -207,8 +207,8 @@ class Step:
             self._refresh_weights()
         if task.records_at_theta or others_drew:
             random.restore()
-        report = self._report(before, after, selected, ascent)
-        return StepResult(gradients, report, rounded, self._disagreement, self._compared)
+        report = report_of(task, b, self._outputs, before, after, selected, ascent)
+        return StepResult(gradients, report, rounded, *self._comparison)
 
     def _ascent(self, scale: Tensor, inputs: Sequence[Tensor]) -> Ascent:
         """Return epsilon, from the gradient of the mean loss for the perturbed units."""
@@ -224,8 +224,10 @@ class Step:
         every, own = task.layout.if_sharded(inputs), self._layers_accumulate
         found, own = ascent_gradients(loss, wanted, scale, every=every, accumulates=own)
         task.layout.writes.accumulates |= own
+        if not full:
+            del found[len(targets.tensors) :]
         return perturb(
-            found if full else found[: len(targets.tensors)],
+            found,
             targets,
             self._values.detach(),
             scale,
@@ -258,14 +260,15 @@ class Step:
         """Find, once per run, whether a sample's loss depends on the other samples."""
         if not self.task.compares(b):
             return
-        batch, self._compared = self._batch, True
+        batch, evaluation = self._batch, self._evaluation
 
         def losses_of(batch: Batch, indices: Tensor | None) -> Tensor:
             self._batch = batch
             return self._without_a_graph(b, indices)
 
         try:
-            self._disagreement = compare_losses(self.task, batch, b, losses_of)
+            found = compare_losses(self.task, evaluation, batch, b, losses_of)
+            self._comparison = found, True
         finally:
             self._batch = batch
 
@@ -388,12 +391,6 @@ class Step:
         self._first.undo(generators=False)
         return result.skipped()
 
-    def _report(
-        self,
-        before: Tensor | None,
-        after: Tensor | None = None,
-        selected: Selected | None = None,
-        ascent: Ascent | None = None,
-    ) -> StepReport:
-        """Return the report of the step; without an ascent, that of a base step."""
-        return report_of(self.task, self.batch_size, self._outputs, before, after, selected, ascent)
+    def _base_report(self) -> StepReport:
+        """Return the report of a step with one pass."""
+        return report_of(self.task, self.batch_size, self._outputs, self._values.detach())

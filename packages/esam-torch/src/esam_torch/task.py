@@ -204,9 +204,9 @@ def report_of(
     b: int,
     outputs: Any,
     before: Tensor | None,
-    after: Tensor | None,
-    selected: Selected | None,
-    ascent: Ascent | None,
+    after: Tensor | None = None,
+    selected: Selected | None = None,
+    ascent: Ascent | None = None,
 ) -> StepReport:
     """Return the report of a step.
 
