@@ -93,6 +93,16 @@ def test_masks_save_nothing_from_the_second_step_on(start):
 BLOCKS = ["stem", "inner", "head"]
 
 
+def test_base_steps_do_not_warn():
+    net = Net(recomputed=True)
+    groups = [{"params": list(net.parameters())}]
+    optimizer = ESAM(torch.optim.SGD(groups, lr=0.1), net, rho=0.2, perturb=Everything())
+    losses = lambda x, y: F.cross_entropy(net(x), y, reduction="none")  # noqa: E731
+    optimizer.step(losses, X, Y)
+    optimizer.param_groups[0]["esam_rho"] = 0.0
+    optimizer.step(losses, X, Y)  # warnings are errors
+
+
 def test_the_ascent_leaves_gradients_of_others_alone():
     net = Net(recomputed=True)
     optimizer = ESAM(torch.optim.SGD(net.parameters(), lr=0.1), net, rho=0.2, gamma=1.0)

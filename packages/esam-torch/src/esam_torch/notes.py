@@ -11,6 +11,7 @@ __all__ = [
     "CLOSURE",
     "KEPT",
     "LATE",
+    "PLAIN",
     "PRUNED",
     "WITHOUT_A_GRAPH",
     "WITHOUT_PARAMETERS",
@@ -49,6 +50,11 @@ ACCUMULATES = (
 ASKS = (
     "`losses` asks which parameters have a gradient (`requires_grad`), so the ascent pass computes "
     "all gradients, and saves none. Choose the parameters outside `losses`, once, to save them."
+)
+
+PLAIN = (
+    "step() without a backward of optimizer.loss(losses, ...) since the last one: this update is "
+    "the base optimizer's own, without sharpness-aware gradients."
 )
 
 LATE = (

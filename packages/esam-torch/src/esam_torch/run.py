@@ -36,7 +36,7 @@ from esam_torch.inputs import call_apart
 from esam_torch.inspection import Layout, lay_out, parameters_of
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
-from esam_torch.notes import CLOSURE, LATE
+from esam_torch.notes import CLOSURE, LATE, PLAIN
 from esam_torch.notices import Notices, recurrent_dropout_warning, rounding_warning
 from esam_torch.seam import loss_with_backward, once
 from esam_torch.spending import spend
@@ -242,7 +242,7 @@ class Run:
         plain = not (computed or self.pending or self.skipped)
         creates_state = plain and self._moves_nothing()
         if plain and not creates_state:
-            self.notices.add("plain", _PLAIN)
+            self.notices.add("plain", PLAIN)
         skipped, self.skipped = self.skipped and not self.pending, False
         self.pending = False
         kept = isinstance(self.config.ascend, Previous) and not (skipped or creates_state)
@@ -324,7 +324,8 @@ class Run:
 
     def _prunes(self, losses: LossFunction, layout: Layout, targets: Targets) -> bool:
         """Return whether the ascent pass builds its graph only for the perturbed weights."""
-        if not targets.idle or layout.shards is not None:  # FSDP2 computes all gradients
+        # FSDP2 computes all gradients; a base step has no ascent pass.
+        if not (targets.idle and targets.tensors) or layout.shards is not None:
             return not targets.idle
         why = layout.why_all_gradients()
         if why is not None:
@@ -392,9 +393,3 @@ def _strangers(mean: Tensor, leaves: list[Tensor], layout: Layout) -> list[Tenso
     if layout.shards is not None:
         known = known.union(map(id, layout.shards.gathered()))
     return [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]
-
-
-_PLAIN = (
-    "step() without a backward of optimizer.loss(losses, ...) since the last one: this update is "
-    "the base optimizer's own, without sharpness-aware gradients."
-)
