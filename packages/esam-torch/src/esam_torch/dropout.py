@@ -24,11 +24,19 @@ _DROPOUTS = frozenset(
 class WithoutDropout(TorchFunctionMode):
     """Switches dropout off inside the context, also in functions such as `F.dropout`.
 
+    Attributes:
+        switched_off: whether it does nothing any more. After an interrupt, torch may activate again
+            what was left, when the interrupted frames are deleted.
+
     Example:
         >>> with WithoutDropout():
         ...     F.dropout(torch.ones(3), 0.5)
         tensor([1., 1., 1.])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.switched_off = False
 
     def __torch_function__(
         self,
@@ -39,6 +47,8 @@ class WithoutDropout(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch without dropout."""
         kwargs = dict(kwargs or {})
+        if self.switched_off:
+            return func(*args, **kwargs)
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.multi_head_attention_forward and "training" in kwargs:
@@ -51,7 +61,7 @@ class WithoutDropout(TorchFunctionMode):
 
 
 class Evaluation:
-    """Evaluation mode of some layers, without dropout and compiled code.
+    """Evaluation mode of some layers, without dropout and compiled code, once.
 
     `end` restores everything, whichever line an interrupt has come at.
     """
@@ -71,6 +81,7 @@ class Evaluation:
 
     def end(self) -> None:
         """Restore everything, if it has begun."""
+        self._mode.switched_off = True
         if is_active(self._mode):
             self._mode.__exit__(None, None, None)
         if self._stance is not None:
