@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from esam_torch.dropout import Evaluation, WithoutDropout
+from esam_torch.dropout import NoiselessEvaluation, WithoutDropout
 
 ONES = torch.ones(1000)
 
@@ -25,9 +25,9 @@ def nothing_is_left():
 
 
 def test_it_begins_and_ends():
-    layers, evaluation = [nn.Dropout(), nn.BatchNorm1d(2)], Evaluation()
+    layers, evaluation = [nn.Dropout(), nn.BatchNorm1d(2)], NoiselessEvaluation()
     evaluation.end()  # it has not begun
-    evaluation = Evaluation()
+    evaluation = NoiselessEvaluation()
     evaluation.begin(layers)
     assert not drops() and not any(layer.training for layer in layers)
     for _ in range(2):
@@ -41,7 +41,7 @@ def test_an_error_while_it_begins():
         yield layer
         raise KeyboardInterrupt
 
-    layer, evaluation = nn.Dropout(), Evaluation()
+    layer, evaluation = nn.Dropout(), NoiselessEvaluation()
     with pytest.raises(KeyboardInterrupt):
         evaluation.begin(layers())
     assert not layer.training
@@ -51,7 +51,7 @@ def test_an_error_while_it_begins():
 
 def test_a_mode_that_torch_activates_again_does_nothing():
     """As when the generator in which torch has left it for a call is deleted after an interrupt."""
-    evaluation = Evaluation()
+    evaluation = NoiselessEvaluation()
     evaluation.begin([])
     left = torch.overrides._pop_mode_temporarily()
     with contextlib.suppress(KeyboardInterrupt):

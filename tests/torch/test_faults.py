@@ -271,10 +271,11 @@ class InterruptAtLine:
         ({"perturb": Everything(), "gamma": 0.5}, "", 37),
         ({"perturb": Everything(), "gamma": 0.5, "ascend": Part(0.5)}, "", 41),
         ({"perturb": Everything(), "gamma": 0.5, "ascend": Previous()}, "", 41),
+        ({"perturb": Everything(), "gamma": 0.01}, "guards.py", 2),
     ],
     ids=[
         *("suffix", "suffix, in and out of contexts", "suffix, whole batch", "everything"),
-        *("a part", "the previous gradient"),
+        *("a part", "the previous gradient", "a single sample, guards"),
     ],
 )
 def test_an_interrupt_at_any_line(options, only, every):

@@ -71,53 +71,34 @@ def losses_of(model):
 
 
 class Scene:
-    """An object in the batch, with a generator of its own."""
+    """An object in the batch, with a generator of its own, and perhaps with tensors."""
 
-    def __init__(self, x, y, generator):
-        self.x, self.y, self.generator = x, y, generator
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_generators_of_objects_in_the_batch(kind):
-    model = net(dropout=0.0)
-    build, draw = KINDS[kind]
-    base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=1.0)
-    x, y = batch()
-    scene, alone, drawn = Scene(x, y, build()), build(), []
-
-    def losses(scene):
-        drawn.append(float(draw(scene.generator)))
-        return F.cross_entropy(model(scene.x * (0.5 + drawn[-1])), scene.y, reduction="none")
-
-    for _ in range(3):
-        drawn.clear()
-        optimizer.step(losses, scene)
-        assert drawn == [float(draw(alone))] * 2
-
-
-class Augmentation:
-    """An object in the batch that contains nothing but a generator."""
-
-    def __init__(self, generator):
+    def __init__(self, generator, **tensors):
         self.generator = generator
+        vars(self).update(tensors)
 
 
+@pytest.mark.parametrize("tensors", [True, False], ids=["with tensors", "alone"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_generators_of_objects_without_tensors(kind):
+def test_generators_of_objects_in_the_batch(kind, tensors):
     model = net(dropout=0.0)
     build, draw = KINDS[kind]
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=0.5)
-    augmentation, alone, drawn = Augmentation(build()), build(), []
+    # The object's tensors are passed whole, so no pass may have only some of the samples.
+    gamma = 1.0 if tensors else 0.5
+    optimizer = ESAM(base, model, rho=0.1, perturb=Everything(), gamma=gamma)
+    x, y = batch()
+    scene, alone, drawn = Scene(build(), **({"x": x} if tensors else {})), build(), []
 
-    def losses(x, y, augmentation):
-        drawn.append(float(draw(augmentation.generator)))
-        return F.cross_entropy(model(x * (0.5 + drawn[-1])), y, reduction="none")
+    def losses(x, y, scene):
+        drawn.append(float(draw(scene.generator)))
+        inputs = getattr(scene, "x", x)
+        return F.cross_entropy(model(inputs * (0.5 + drawn[-1])), y, reduction="none")
 
     for _ in range(3):
         drawn.clear()
-        optimizer.step(losses, *batch(), augmentation)
+        optimizer.step(losses, x, y, scene)
+        assert len(drawn) >= 2
         assert drawn == [float(draw(alone))] * len(drawn)
 
 

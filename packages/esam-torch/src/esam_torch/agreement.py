@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from esam_torch.batch import Batch
 from esam_torch.compat import BATCH_NORM, count_writes
 from esam_torch.devices import on_device
-from esam_torch.dropout import Evaluation
+from esam_torch.dropout import NoiselessEvaluation
 from esam_torch.guards import RandomState
 from esam_torch.inputs import copied
 from esam_torch.task import Task
@@ -32,7 +32,7 @@ _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
 def compare_losses(
     task: Task,
-    evaluation: Evaluation,
+    evaluation: NoiselessEvaluation,
     batch: Batch,
     b: int,
     losses_of: Callable[[Batch, Tensor | None], Tensor],
@@ -42,8 +42,8 @@ def compare_losses(
     These are as many as in the smallest pass, the last ones, so that each has another place. For
     these two forwards, layers that normalise by the batch or draw random numbers are in evaluation
     mode, in which they make no sample depend on another; functions drop nothing; nothing is
-    compiled. They leave no trace, and nothing is compared if they raise an error: the passes of the
-    step do not do what they do.
+    compiled. They leave no trace. If they raise an error, nothing is compared, and the step goes
+    on: its own passes are in training mode, and may succeed.
 
     Args:
         task: the inputs of the step.

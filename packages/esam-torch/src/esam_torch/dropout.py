@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from esam_torch.compat import eager_code, is_active
+from esam_torch.guards import Evaluation
 
-__all__ = ["Evaluation", "WithoutDropout"]
+__all__ = ["NoiselessEvaluation", "WithoutDropout"]
 
 #: The functions that drop entries of their first argument, `input`.
 _DROPOUTS = frozenset(
@@ -60,22 +61,20 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Evaluation:
+class NoiselessEvaluation:
     """Evaluation mode of some layers, without dropout and compiled code, once.
 
     `end` restores everything, whichever line an interrupt has come at.
     """
 
     def __init__(self) -> None:
-        self._layers: list[nn.Module] = []
+        self._layers = Evaluation()
         self._mode: Any = WithoutDropout()
         self._stance: Any = None
 
     def begin(self, layers: Iterable[nn.Module]) -> None:
         """Begin, for some layers in training mode."""
-        for layer in layers:
-            self._layers.append(layer)
-            layer.training = False
+        self._layers.begin(layers)
         self._stance = eager_code()
         self._mode.__enter__()
 
@@ -87,6 +86,4 @@ class Evaluation:
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
             self._stance = None
-        while self._layers:
-            self._layers[-1].training = True
-            self._layers.pop()
+        self._layers.end()

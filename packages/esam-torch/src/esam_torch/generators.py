@@ -1,4 +1,4 @@
-"""Random generators of the user's own: torch's, NumPy's and Python's."""
+"""Random generators: the user's own of torch, NumPy and Python, and the host's global ones."""
 
 import pickle
 import random
@@ -7,10 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["is_generator", "set_state", "state_of"]
-
+__all__ = ["HostRandomState", "is_generator", "set_state", "state_of"]
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+#: NumPy's and Python's modules are their global generators.
+_GLOBAL: tuple[Any, ...] = (np.random, random)
+
+
+class HostRandomState:
+    """The states of NumPy's and Python's global generators, which some forwards draw from."""
+
+    def __init__(self) -> None:
+        self._states: list[Any] = [state_of(generator) for generator in _GLOBAL]
+
+    def has_moved(self) -> bool:
+        """Return whether the state of a generator has changed."""
+        return HostRandomState()._states != self._states
+
+    def restore(self) -> None:
+        """Restore the state of both generators."""
+        for generator, state in zip(_GLOBAL, self._states, strict=True):
+            set_state(generator, state)
 
 
 def is_generator(value: Any) -> bool:
@@ -20,6 +38,8 @@ def is_generator(value: Any) -> bool:
 
 def state_of(value: Any) -> bytes | None:
     """Return the state of a random generator; None if the value is none, or has no state.
+
+    The modules `numpy.random` and `random` stand for their global generators.
 
     Example:
         >>> generator = random.Random(0)
@@ -33,9 +53,11 @@ def state_of(value: Any) -> bytes | None:
         return value.get_state().numpy().tobytes()
     if isinstance(value, np.random.Generator):
         return pickle.dumps(value.bit_generator.state)
-    if isinstance(value, np.random.RandomState):
+    if value is np.random or isinstance(value, np.random.RandomState):
         return pickle.dumps(value.get_state(legacy=False))
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+    if value is random or (
+        isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
+    ):
         return pickle.dumps(value.getstate())
     return None
 
@@ -51,7 +73,7 @@ def set_state(generator: Any, state: bytes) -> None:
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = pickle.loads(state)
-    elif isinstance(generator, np.random.RandomState):
+    elif generator is np.random or isinstance(generator, np.random.RandomState):
         generator.set_state(pickle.loads(state))
     else:
         generator.setstate(pickle.loads(state))

@@ -6,12 +6,9 @@ the device.
 
 import contextlib
 import contextvars
-import pickle
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +19,8 @@ from esam_torch.targets import Targets
 from esam_torch.values import is_half
 
 __all__ = [
-    *("HostRandomState", "Modes", "Pruning", "RandomState", "Settings", "Weights"),
-    *("in_evaluation", "shares_statistics", "statistics_layers", "without_autocast"),
+    *("Evaluation", "Modes", "Pruning", "RandomState", "Settings", "Weights"),
+    *("shares_statistics", "statistics_layers", "without_autocast"),
 ]
 
 
@@ -50,25 +47,6 @@ class RandomState:
         torch.set_rng_state(self._cpu)
         for device, state in self._others:
             torch.get_device_module(device).set_rng_state(state, device)
-
-
-class HostRandomState:
-    """The states of NumPy's and Python's global generators, which some forwards draw from."""
-
-    def __init__(self) -> None:
-        self._numpy = np.random.get_state(legacy=False)  # noqa: NPY002 forwards draw from it
-        self._python = random.getstate()
-
-    def has_moved(self) -> bool:
-        """Return whether the state of a generator has changed."""
-        now = HostRandomState()
-        drew = pickle.dumps(now._numpy) != pickle.dumps(self._numpy)
-        return drew or now._python != self._python
-
-    def restore(self) -> None:
-        """Restore the state of both generators."""
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        random.setstate(self._python)
 
 
 class Settings:
@@ -178,6 +156,37 @@ class Modes:
             module.training = training
 
 
+class Evaluation:
+    """Evaluation mode of some layers, in which BatchNorm uses its running statistics.
+
+    `end` restores training mode, whichever line an interrupt has come at.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[nn.Module] = []
+
+    def begin(self, layers: Iterable[nn.Module]) -> None:
+        """Put layers that are in training mode in evaluation mode."""
+        for layer in layers:
+            self._layers.append(layer)
+            layer.training = False
+
+    def end(self) -> None:
+        """Put the layers in training mode again."""
+        while self._layers:
+            self._layers[-1].training = True
+            self._layers.pop()
+
+    @contextlib.contextmanager
+    def inside(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """Put layers that are in training mode in evaluation mode inside the context."""
+        try:
+            self.begin(layers)
+            yield
+        finally:
+            self.end()
+
+
 class Pruning:
     """Switches off the gradients of parameters, and attention's fast path, for some passes.
 
@@ -255,23 +264,6 @@ class Weights:
         with torch.no_grad(), uncounted_writes(self._weights):
             for weights, copies in zip(self._by_kind(self._weights), self._copies, strict=True):
                 torch._foreach_copy_(weights, copies)
-
-
-@contextlib.contextmanager
-def in_evaluation(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Put layers in evaluation mode inside the context: BatchNorm uses its running statistics.
-
-    Args:
-        layers: layers in training mode.
-    """
-    layers = list(layers)
-    try:
-        for layer in layers:
-            layer.training = False
-        yield
-    finally:
-        for layer in layers:
-            layer.training = True
 
 
 def statistics_layers(modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -23,9 +23,9 @@ from esam_torch.batch import Batch
 from esam_torch.between import Between
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
-from esam_torch.dropout import Evaluation
+from esam_torch.dropout import NoiselessEvaluation
 from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
-from esam_torch.guards import Pruning, RandomState, Weights, in_evaluation
+from esam_torch.guards import Evaluation, Pruning, RandomState, Weights
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
@@ -52,7 +52,8 @@ class Step:
         self._between = Between(task, losses, task.samples.bare(self._batch))
         self._weights: Weights | None = None
         self._comparison: tuple[str | None, bool] = None, False
-        self._evaluation = Evaluation()
+        self._without_noise = NoiselessEvaluation()
+        self._single = Evaluation()
         self._values: Tensor
         self._mean: Tensor
         self._outputs: Any
@@ -112,7 +113,8 @@ class Step:
         if not hasattr(self, "_synchronised"):
             return  # the copies are incomplete, but nothing has been changed
         self._pruning.end()
-        self._evaluation.end()
+        self._without_noise.end()
+        self._single.end()
         if self._weights is not None:
             self._weights.restore()
             self._refresh_weights()
@@ -151,7 +153,7 @@ class Step:
         samples, k, b = self.task.samples, len(indices), self.batch_size
         with contextlib.ExitStack() as stack:
             if k == 1:
-                stack.enter_context(in_evaluation(self.task.statistics_layers))
+                stack.enter_context(self._single.inside(self.task.statistics_layers))
             with torch.enable_grad():  # rows of an input that requires a gradient require one too
                 part = samples.take(self._batch, indices, b)
             note = functools.partial(samples.note, self._batch, k, b)
@@ -260,14 +262,14 @@ class Step:
         """Find, once per run, whether a sample's loss depends on the other samples."""
         if not self.task.compares(b):
             return
-        batch, evaluation = self._batch, self._evaluation
+        batch = self._batch
 
         def losses_of(batch: Batch, indices: Tensor | None) -> Tensor:
             self._batch = batch
             return self._without_a_graph(b, indices)
 
         try:
-            found = compare_losses(self.task, evaluation, batch, b, losses_of)
+            found = compare_losses(self.task, self._without_noise, batch, b, losses_of)
             self._comparison = found, True
         finally:
             self._batch = batch

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from esam_core.units import names_a_norm
 from esam_torch.compat import MODULE_ATTRIBUTES, NORM_LAYERS, buffers_by_name, count_writes
-from esam_torch.guards import HostRandomState
+from esam_torch.generators import HostRandomState
 from esam_torch.values import (
     Place,
     PlaceKey,
