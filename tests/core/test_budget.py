@@ -42,17 +42,37 @@ def test_with_equal_samples_a_larger_budget_never_perturbs_less(select):
     assert shares[0] < shares[1] < shares[2]
 
 
-@pytest.mark.parametrize("budget", [1.68, 1.8, 1.95, 2.0])
-def test_all_samples_are_kept_if_half_of_the_network_fits(budget):
-    chosen = make_plan(UNITS, budget).chosen
-    assert chosen.select == All()
+@pytest.mark.parametrize("budget", [1.41, 1.5, 1.68, 1.8, 1.95, 2.0])
+def test_all_samples_are_kept_if_any_suffix_fits(budget):
+    plan = make_plan(UNITS, budget)
+    assert plan.chosen.select == All()
     # Two base steps less the weight gradients of the share 1 - s.
-    assert chosen.share == pytest.approx(int(10 * (3 * budget - 4) / 2 + 1e-9) / 10)
-    assert chosen.share >= 0.5
+    assert plan.chosen.share == pytest.approx(int(10 * (3 * budget - 4) / 2 + 1e-9) / 10)
+    assert (plan.warning is None) == (plan.chosen.share >= 0.25)
 
 
-@pytest.mark.parametrize("budget", [0.9, 1.1, 1.4, 1.5, 1.65])
-def test_half_of_the_samples_allows_a_longer_suffix(budget):
+@pytest.mark.parametrize("budget", [1.41, 1.5])
+def test_a_short_suffix_warns(budget):
+    text = make_plan(UNITS, budget).warning
+    assert f"budget={budget} is only enough to perturb" in text
+    least = float(text.split("at least ")[1].split(":")[0])
+    assert make_plan(UNITS, least).warning is None
+    assert make_plan(UNITS, least - 0.001).warning is not None
+    assert text.endswith(f"{make_plan(UNITS, least).chosen.perturb!r}.")
+
+
+def test_half_of_the_samples_warns():
+    text = make_plan(UNITS, 1.2).warning
+    assert "budget=1.2 is too small to keep all samples" in text
+    least = float(text.split("at least ")[1].split(";")[0])
+    assert make_plan(UNITS, least).chosen.select == All()
+    assert make_plan(UNITS, least - 0.001).chosen.select == Proportional(0.5)
+    assert text.endswith("with ascend=Part(0.25), less is enough.")
+    assert "Part" not in make_plan(UNITS, 1.0, ascend=Part(0.25)).warning
+
+
+@pytest.mark.parametrize("budget", [0.9, 1.1, 1.3])
+def test_half_of_the_samples_if_no_suffix_fits_with_all(budget):
     chosen = make_plan(UNITS, budget).chosen
     assert chosen.select == Proportional(0.5)
     # A forward, the backward of a share s, and a base step on half: (1 + 2 s + 1.5) / 3.

@@ -7,7 +7,7 @@ from keras import ops
 from tests.keras.scene import cross_entropy, data, mlp, same, weights
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_keras import ESAM, Everything, RandomSuffix
+from esam_keras import ESAM, Everything, Part, RandomSuffix
 
 BACKEND = keras.backend.backend()
 X, Y = data(16)
@@ -243,3 +243,18 @@ def test_arguments_of_the_base_optimizer_get_a_hint(name):
     if name != "nonsense":
         with pytest.raises(ESAMTypeError, match=rf"keras\.optimizers\.SGD\({name}=0\.1\)"):
             ESAM("sgd", **{name: 0.1})
+
+
+def test_arguments_of_the_pytorch_package_get_a_hint():
+    with pytest.raises(ESAMTypeError, match=r"no model: pass ESAM\(\.\.\.\) to model\.compile"):
+        ESAM("sgd", mlp())
+    with pytest.raises(ESAMTypeError, match=r"only `base_optimizer` by position\. .*float"):
+        ESAM("sgd", 0.1)
+    with pytest.raises(ESAMTypeError, match=r"`budget` is not .*esam_keras\.unit_records"):
+        ESAM("sgd", budget=1.2)
+
+
+def test_repr():
+    text = repr(ESAM("sgd", perturb=Everything(), gamma=1.0, ascend=Part(0.25)))
+    assert text.startswith("ESAM(SGD, rho=0.05, perturb=Everything(), ")
+    assert "ascend=Part(share=0.25)" in text

@@ -6,7 +6,7 @@ from tests.torch.coupled import X, Y, Z, cross_entropy, info_nce, mixup, said
 from torch import nn
 from torch.nn import functional as F
 
-from esam_torch import ESAM, Between, Everything
+from esam_torch import ESAM, Between, Everything, Part
 from esam_torch.agreement import comparable, disagreement, noisy_layers
 
 # -- losses that depend on the other samples -------------------------------------------------------
@@ -48,6 +48,14 @@ def test_losses_that_depend_on_the_other_samples(kind):
     assert text is not None and text.startswith("`losses` must give a sample the same loss")
     for word in ("The last 4 samples had", "InfoNCE", "gamma=1.0", "Rows(x)", "Whole(x)"):
         assert word in text
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.5}, {"gamma": 1.0, "ascend": Part(0.25)}])
+def test_one_loss_for_the_whole_batch(options):
+    text = said(lambda m, x, y: F.cross_entropy(m(x), y).expand(len(x)), X, Y, **options)
+    assert "All samples of the batch have the same loss" in text
+    assert "use gamma=1.0 without ascend=Part(...)" in text
+    assert "Each is" not in text
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`budget=`: the first backward measures the model and chooses; steps cost as predicted."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from esam_torch import (
     TopIncrease,
     TopLoss,
 )
+
+# Small budgets are in question here; a test below looks at what is said about them.
+pytestmark = pytest.mark.filterwarnings("ignore:budget=")
 
 
 def optimizer_of(model, **options):
@@ -88,6 +92,17 @@ def test_plan_shows_the_choice():
     assert optimizer.config.select == Proportional(0.5)
     optimizer.step(losses_of(model), *images())
     assert optimizer.plan() is plan
+
+
+def test_a_budget_that_is_too_small_warns_once():
+    model = ResNet(dropout=0.0)
+    optimizer = optimizer_of(model, budget=1.15)
+    with pytest.warns(UserWarning, match="too small to keep all samples") as caught:
+        optimizer.step(losses_of(model), *images())
+    assert str(caught[0].message) == optimizer.plan().warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(losses_of(model), *images())
 
 
 def test_an_applied_budget_is_in_the_checkpoint():

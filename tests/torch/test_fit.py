@@ -202,6 +202,8 @@ def test_invalid_arguments_are_refused():
     other = make_optimizer("sgd", make_model())
     with pytest.raises(ValueError, match=r"of parameters of `model`. Received: SGD of other"):
         fit(model, other, model_losses, batches, epochs=1, progress=False)
+    with pytest.raises(TypeError, match=r"losses\(model, \*batch\).*only 2 arguments"):
+        fit(model, esam, lambda inputs, targets: None, batches, epochs=1, progress=False)
     with pytest.raises(ValueError, match="`epochs` must be >= 1"):
         fit(model, esam, model_losses, batches, epochs=0, progress=False)
     with pytest.raises(ValueError, match="`scheduler_step`"):

@@ -67,8 +67,8 @@ def grouped(**options):
             "`perturb`: Suffix(start=0.5) in the checkpoint, Suffix(start='3') in code.",
         ),
         ({"perturb": Only(lambda unit: True)}, {}, "`perturb`: None in the checkpoint, Bernoulli("),
-        ({"budget": 1.5}, {"budget": 2.0}, "`budget`: 1.5 in the checkpoint, 2.0 in code."),
-        ({"budget": 1.5}, {}, "`budget`: 1.5 in the checkpoint, None in code."),
+        ({"budget": 1.8}, {"budget": 2.0}, "`budget`: 1.8 in the checkpoint, 2.0 in code."),
+        ({"budget": 1.8}, {}, "`budget`: 1.8 in the checkpoint, None in code."),
         (
             {"make": grouped(esam_rho=0.3)},
             {"make": grouped()},
@@ -137,7 +137,7 @@ def test_what_a_schedule_changes_is_no_changed_setting(kind, scheduler_step, tmp
 def test_the_same_objects_resume_after_an_interrupt(tmp_path):
     """As in a notebook: their learning rate is already that of a later update."""
     model = make_model()
-    optimizer = ESAM(sgd(model), model, budget=1.5)
+    optimizer = ESAM(sgd(model), model, budget=1.8)
     scheduler = StepLR(optimizer, 1, gamma=0.9)
     options = {**QUIETLY, "epochs": 3, "scheduler": scheduler, "scheduler_step": "batch"}
     options |= {"folder": tmp_path, "resume": True}
@@ -146,7 +146,7 @@ def test_the_same_objects_resume_after_an_interrupt(tmp_path):
     history = fit(model, optimizer, model_losses, make_batches(), **options)
     assert history["learning_rate"] == pytest.approx([0.1, 0.1 * 0.9**4, 0.1 * 0.9**8])
     # A new process is compared with the first one.
-    again = train(tmp_path, 3, scheduler=lambda o: StepLR(o, 1, gamma=0.9), budget=1.5)[1]
+    again = train(tmp_path, 3, scheduler=lambda o: StepLR(o, 1, gamma=0.9), budget=1.8)[1]
     assert again.rows == history.rows
 
 
@@ -267,7 +267,7 @@ def test_a_plan_that_was_printed_is_no_changed_setting(tmp_path):
 
     def run(epochs, *, plan):
         model = make_model()
-        optimizer = ESAM(sgd(model), model, budget=1.5)
+        optimizer = ESAM(sgd(model), model, budget=1.8)
         batches = make_batches()
         if plan:
             optimizer.plan(lambda *batch: model_losses(model, *batch), *batches[0])

@@ -266,3 +266,25 @@ def test_notes_are_written_only_for_errors(monkeypatch):
     x, y = torch.randn(8, 4), torch.arange(8) % 3
     report = optimizer.step(lambda x, y: F.cross_entropy(model(x), y, reduction="none"), x, y)
     assert len(report.indices) == 4
+
+
+# -- the arguments of `losses` -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_batch_as_one_list(kind, grad):
+    """As a DataLoader yields it."""
+    model, optimizer = make()
+    given = kind(batch())
+    match = rf"optimizer\.loss\(losses, \*batch\)\. Received: a {kind.__name__} of 2\."
+    with torch.set_grad_enabled(grad), pytest.raises(ESAMTypeError, match=match):
+        optimizer.loss(losses_of(model), given)
+    optimizer.loss(lambda pair: losses_of(model)(*pair), given)  # a function of one list
+
+
+def test_a_plan_without_a_checkpoint():
+    _, optimizer = make()
+    with pytest.raises(ESAMRuntimeError, match="needs `budget`") as raised:
+        optimizer.plan()
+    assert "checkpoint" not in str(raised.value)

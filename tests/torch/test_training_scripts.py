@@ -329,7 +329,7 @@ def test_repr():
     model = net()
     optimizer = ESAM(sgd(model), model, perturb=Bernoulli(0.5), select=Random(0.25))
     assert "ESAM(SGD, rho=0.05, perturb=Bernoulli(beta=0.5" in repr(optimizer)
-    assert "Random(gamma=0.25)" in repr(optimizer)
+    assert "Random(gamma=0.25), ascend=Batch()" in repr(optimizer)
 
 
 def test_everything_by_keyword():

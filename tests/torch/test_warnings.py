@@ -46,6 +46,18 @@ def test_at_the_call_of_loss(caught):
     check(caught, "rounded away", where)
 
 
+def test_a_suffix_with_less_than_half_of_the_share(caught):
+    """Once, and not if a suffix names its block."""
+    model = net()
+    for perturb in (Suffix("head"), Suffix(0.5)):
+        optimizer = ESAM(sgd(model), model, rho=0.1, perturb=perturb)
+        for _ in range(3):
+            optimizer.step(losses_of(model), *batch())
+    (found,) = [str(w.message) for w in caught if "perturbs only" in str(w.message)]
+    assert "perturb=Suffix(start=0.5) perturbs only" in found
+    assert "because the block before it, 'conv', is not divided. Suffix('conv') perturbs" in found
+
+
 def test_at_the_call_of_backward(caught):
     optimizer, losses, *data = half()
     where = line() + 1

@@ -1,10 +1,9 @@
 """Choose a sampler and a selector for a cost budget, using the cost model.
 
-The rule: keep all samples if the budget also covers half of the network, and perturb the longest
-suffix that fits. Otherwise the descent pass uses half of the samples, drawn in proportion to their
-loss and reweighted, so that its gradient equals the batch gradient in expectation, and the suffix
-is the longest that fits then. The study page of the documentation has the measurements behind this
-rule.
+The rule: perturb the longest suffix that fits with all samples. If none fits, the descent pass uses
+half of the samples, drawn in proportion to their loss and reweighted, so that its gradient equals
+the batch gradient in expectation, and the suffix is the longest that fits then. In the study page
+of the documentation, half of the samples are not more accurate than the base optimizer.
 
 The user chooses the ascent direction (`ascend=`). It enters the cost of every option.
 
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 
 from esam_core import validation
 from esam_core.cost import WHOLE, step_cost
-from esam_core.directions import Direction
+from esam_core.directions import Direction, Part
 from esam_core.errors import ESAMValueError
 from esam_core.perturbation import Norm
 from esam_core.samplers import Everything, Sampler, Suffix
@@ -60,6 +59,32 @@ class Plan:
     options: tuple[Option, ...]
     chosen: Option
     ascend: Direction = WHOLE
+
+    @property
+    def warning(self) -> str | None:
+        """What the budget is too small for, and which budget is not; None if it is large enough.
+
+        It should keep all samples, and perturb a quarter of what could be perturbed, which is half
+        of the share in `Suffix(0.5)`.
+        """
+        keeping = [option for option in self.options if isinstance(option.select, All)]
+        if self.chosen not in keeping:
+            part = isinstance(self.ascend, Part)
+            less = "" if part else "; with ascend=Part(0.25), less is enough"
+            return (
+                f"budget={self.budget:g} is too small to keep all samples, so the descent pass "
+                "uses half of them, which was not more accurate than the base optimizer in our "
+                f"study. All samples need at least {_least(keeping):.3f}{less}."
+            )
+        most = max(option.share for option in keeping)
+        longer = [option for option in keeping if option.share >= most / 4.0]
+        if self.chosen in longer:
+            return None
+        return (
+            f"budget={self.budget:g} is only enough to perturb {100.0 * self.chosen.share:.2g} % "
+            f"of the network (of its forward cost). A longer suffix needs at least "
+            f"{_least(longer):.3f}: {min(longer, key=_ratio).perturb!r}."
+        )
 
     def __str__(self) -> str:
         """Return a table of the options; an arrow marks the choice."""
@@ -117,6 +142,9 @@ def make_plan(
         >>> choice = make_plan(units, 1.2, ascend=Part(0.25)).chosen
         >>> choice.perturb, choice.select
         (Suffix(start='b4'), All())
+        >>> print(make_plan(units, 1.1, ascend=Part(0.25)).warning)
+        budget=1.1 is only enough to perturb 8.3 % of the network (of its forward cost). A longer\
+ suffix needs at least 1.122: Suffix(start='b9').
     """
     budget = validation.positive("budget", budget)
     may = [True] * len(units) if perturbable is None else list(perturbable)
@@ -131,19 +159,23 @@ def make_plan(
     options = _options(units, allowed, norm, ascend)
     fitting = [option for option in options if option.ratio <= budget * (1.0 + 1e-9)]
     if not fitting:
-        cheapest = min(options, key=lambda option: option.ratio)
-        least = math.ceil(cheapest.ratio * 1000.0 - 1e-7) / 1000.0  # up: the named budget fits
+        cheapest = min(options, key=_ratio)
         raise ESAMValueError(
-            f"`budget` must be at least {least:.3f} for this model, the cost of "
+            f"`budget` must be at least {_least(options):.3f} for this model, the cost of "
             f"{cheapest.perturb!r} with {cheapest.select!r}. Received: budget={budget}."
         )
-    half = max(option.share for option in options) / 2.0
+    chosen = max(fitting, key=lambda option: (isinstance(option.select, All), option.share))
+    return Plan(budget, tuple(options), chosen, ascend)
 
-    def worth(option: Option) -> tuple[bool, float, bool]:
-        keeps_all = isinstance(option.select, All)
-        return keeps_all and option.share >= half, option.share, keeps_all
 
-    return Plan(budget, tuple(options), max(fitting, key=worth), ascend)
+def _ratio(option: Option) -> float:
+    """Return the cost of a step in base steps."""
+    return option.ratio
+
+
+def _least(options: Sequence[Option]) -> float:
+    """Return the cost of the cheapest option, rounded up: a budget of this number fits."""
+    return math.ceil(min(map(_ratio, options)) * 1000.0 - 1e-7) / 1000.0
 
 
 def _options(

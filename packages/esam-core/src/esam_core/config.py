@@ -190,6 +190,17 @@ class ESAMConfig:
         """Whether a pass with a graph uses only some of the samples in a batch."""
         return self.select.gamma < 1.0 or self.climbs_on_part
 
+    def summary(self) -> str:
+        """Return the main hyperparameters in one line.
+
+        Example:
+            >>> ESAMConfig.from_arguments(gamma=1.0, ascend=directions.Part(0.25)).summary()
+            "rho=0.05, perturb=Bernoulli(beta=0.6, unit='tensor'), select=TopIncrease(gamma=1.0),\
+ ascend=Part(share=0.25), norm='masked'"
+        """
+        names = ("rho", "perturb", "select", "ascend", "norm")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
     @classmethod
     def from_arguments(
         cls,

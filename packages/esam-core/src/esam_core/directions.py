@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from esam_core import validation
 from esam_core.errors import ESAMTypeError, ESAMValueError
 from esam_core.perturbation import Norm
-from esam_core.samplers import Sampler, reachable
+from esam_core.reach import reachable
+from esam_core.samplers import Sampler
 from esam_core.selectors import Selector, needs_losses, random_indices, subset_size
 from esam_core.units import Unit
 

@@ -28,8 +28,6 @@ __all__ = [
     "Suffix",
     "check_sampler",
     "distinct",
-    "reachable",
-    "why_idle",
 ]
 
 # The resolution of single-precision uniform draws. With a smaller beta, backends that draw each
@@ -320,49 +318,6 @@ class Only:
         allowed = _of_kind(self.kind, units)
         inner = self.inner.masks(units)
         return None if inner is None else distinct(mask.within(allowed) for mask in inner)
-
-
-def reachable(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -> tuple[bool, ...]:
-    """Return, for each unit, whether a mask of the sampler may perturb it.
-
-    Args:
-        sampler: any. If it cannot list its masks, it may perturb every unit that is allowed.
-        units: T records.
-        allowed: T booleans, whether the unit may be perturbed.
-
-    Example:
-        >>> units = [Unit("a", (2,), block="stem"), Unit("b", (2,), block="head")]
-        >>> reachable(Suffix("head"), units, [True, True])
-        (False, True)
-    """
-    masks = sampler.masks(units)
-    if masks is None:
-        return tuple(map(bool, allowed))
-    return tuple(bool(may) and any(m.perturbed[t] for m in masks) for t, may in enumerate(allowed))
-
-
-def why_idle(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -> str | None:
-    """Return a warning if the sampler never perturbs anything, else None.
-
-    Args:
-        sampler: any.
-        units: T records, at least one.
-        allowed: T booleans, whether the unit is trained and may be perturbed.
-
-    Example:
-        >>> print(why_idle(Only("norm"), [Unit("w", (2,))], [True]))
-        perturb=Only(kind='norm', inner=Everything()) reaches none of the weights that are trained\
- and may be perturbed: all steps are base steps so far. The kinds of these weights: weight.
-    """
-    if any(reachable(sampler, units, allowed)):
-        return None
-    kinds = dict.fromkeys(unit.kind for unit, may in zip(units, allowed, strict=True) if may)
-    if not kinds:
-        return "No weights are trained and may be perturbed: all steps are base steps so far."
-    return (
-        f"perturb={sampler!r} reaches none of the weights that are trained and may be perturbed: "
-        f"all steps are base steps so far. The kinds of these weights: {', '.join(kinds)}."
-    )
 
 
 @cache_for_units

@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -76,10 +76,23 @@ def refuse_attributes_of_the_base(optimizer: Any, name: str, value: Any) -> None
         )
 
 
-def refuse_other_arguments(base: Any, others: Mapping[str, Any]) -> None:
+def refuse_other_arguments(base: Any, positional: Sequence[Any], others: Mapping[str, Any]) -> None:
     """Raise if there are other arguments, which ESAM does not have."""
+    if positional:
+        model = isinstance(positional[0], keras.Model)
+        instead = ", and no model: pass ESAM(...) to model.compile" if model else ""
+        kinds = ", ".join(type(value).__name__ for value in positional)
+        raise ESAMTypeError(
+            f"ESAM accepts only `base_optimizer` by position{instead}. "
+            f"Received: ESAM(base_optimizer, {kinds})."
+        )
     for name, value in others.items():
         message = f"`{name}` is not an argument of ESAM. Received: {name}={value!r}."
+        if name == "budget":
+            message += (
+                " In Keras, choose before `compile`: esam_core.budget.make_plan("
+                "esam_keras.unit_records(model), budget=...) returns the sampler and the selector."
+            )
         kind = type(resolve_base(base))
         if name in inspect.signature(kind).parameters:
             message += (

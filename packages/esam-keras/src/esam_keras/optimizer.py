@@ -120,7 +120,7 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
     def __init__(
         self,
         base_optimizer: keras.optimizers.Optimizer | str,
-        *,
+        *positional: Never,
         rho: float = 0.05,
         beta: float | None = None,
         gamma: float | None = None,
@@ -136,7 +136,7 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         name: str = "esam",
         **others: Never,
     ) -> None:
-        refuse_other_arguments(base_optimizer, others)
+        refuse_other_arguments(base_optimizer, positional, others)
         base = resolve_base(base_optimizer)
         if find_esam(base) is not None:
             raise ESAMTypeError(
@@ -308,6 +308,9 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
     def log_variables(self) -> list[Any]:
         """The sums for the logged means; see `esam_keras.metrics.log_sums`."""
         return self._log_sums
+
+    def __repr__(self) -> str:
+        return f"ESAM({type(self.base_optimizer).__name__}, {self.config.summary()})"
 
     # -- saving -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from keras import ops
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.directions import check_statistics, kept_units
-from esam_core.samplers import why_idle
+from esam_core.reach import reach_warning
 from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
 from esam_keras.devices import on_the_host
@@ -98,9 +98,9 @@ class Training:
             warn_user("The model has no trainable weights: nothing is trained.")
         planner = self._planner()
         if self.esam.config.rho > 0.0 and model.trainable_variables:
-            idle = why_idle(self.esam.config.perturb, planner.units, planner.allowed)
-            if idle is not None:
-                warn_user(idle)
+            short = reach_warning(self.esam.config.perturb, planner.units, planner.allowed)
+            if short is not None:
+                warn_user(short)
         with self.backend.checks_context(model):
             self._prepared = prepare(
                 model,

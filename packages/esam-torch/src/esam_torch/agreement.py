@@ -26,6 +26,9 @@ __all__ = ["comparable", "compare_losses", "disagreement", "noisy_layers"]
 #: hide. The third is for TF32.
 _OF_THE_MEAN, _OF_THE_SPREAD, _AT_LEAST = 0.02, 0.25, 0.001
 
+#: A smaller standard deviation, relative to the mean loss, is that of equal losses.
+_EQUAL = 1e-6
+
 #: Substrings in the names of modules that draw random numbers in training.
 _DRAWING = ("dropout", "droppath", "dropblock", "stochastic", "rrelu")
 
@@ -193,7 +196,13 @@ def disagreement(
     factor = _common_factor(alone, together)
     if drew:
         return f"{_NOISE} {seen}"
-    if factor is not None:
+    if len(whole) > 1 and float(spread[0]) <= _EQUAL * size:
+        cause = (
+            "All samples of the batch have the same loss. If it exists only for the whole batch, "
+            "use gamma=1.0 without ascend=Part(...): each pass then has all samples. Otherwise "
+            'return one loss per sample, as F.cross_entropy(..., reduction="none") does.'
+        )
+    elif factor is not None:
         cause = (
             f"Each is {factor:.3g} times the other: is there a factor such as `* len(batch)` in "
             "`losses`, or a sum that is divided by something of the whole batch? Remove it, or "

@@ -344,6 +344,7 @@ def _no_samples_message(reader: Reader) -> str:
         )
     return (
         "`losses` must return one loss per sample, and the batch must contain the samples, so that "
-        f"some can be selected.{hint} {WAYS_OUT} With gamma=1.0 all samples are used. Received: "
+        f"some can be selected.{hint} {WAYS_OUT} With gamma=1.0 and without ascend=Part(...), all "
+        "samples are used. Received: "
         f"{reader.b} losses, and in the batch: {_list_values(reader.whole)}."
     )

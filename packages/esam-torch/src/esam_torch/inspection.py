@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from esam_core import ESAMConfig, ESAMTypeError, ESAMValueError, Mask, Sampler, Unit
-from esam_core.samplers import why_idle
+from esam_core.reach import reach_warning
 from esam_core.units import names_a_norm
 from esam_torch.ascent import graph_leaves
 from esam_torch.attributes import Attributes
@@ -150,14 +150,14 @@ class Layout:
         of_batches = [ranks(group) for group in self.shards.groups()]
         return [group for group in groups if ranks(group) not in of_batches]
 
-    def why_idle(self, config: ESAMConfig) -> str | None:
-        """Return a warning if the sampler reaches no weights, although rho is not 0; else None."""
+    def reach_warning(self, config: ESAMConfig) -> str | None:
+        """Return a warning if the sampler reaches no or few weights; None if rho is 0."""
         defaults = Options(config.rho, config.adaptive)
         rows = [(defaults.of_group(p.group), p.tensor.requires_grad) for p in self.parameters]
         if all(o.rho == 0.0 for o, _ in rows):
             return None
         may = [trained and o.perturb and o.rho > 0.0 for o, trained in rows]
-        return why_idle(config.perturb, self.units, may)
+        return reach_warning(config.perturb, self.units, may)
 
     def targets(self, mask: Mask, defaults: Options) -> Targets:
         """Return the targets of a mask under the current options of the groups."""

@@ -1,6 +1,7 @@
-"""Checks of `losses` and its results."""
+"""Checks of `losses`, its arguments and its results."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.sharded import is_sharded
 from esam_torch.values import widened
 
-__all__ = ["LossFunction", "check_losses", "per_sample"]
+__all__ = ["LossFunction", "accepts", "check_losses", "per_sample"]
 
 LossFunction = Callable[..., Any]
 
@@ -17,7 +18,7 @@ _HINT = 'return one loss per sample, as F.cross_entropy(..., reduction="none") d
 
 _OF_THE_BATCH = (
     " If the loss exists only for the whole batch, return it for each of the b samples, "
-    "loss.expand(b), and use gamma=1.0."
+    "loss.expand(b), and use gamma=1.0 without ascend=Part(...)."
 )
 
 _CLOSURE = (
@@ -92,10 +93,40 @@ def _type_hint(returned: Any) -> str:
     return ""
 
 
-def check_losses(losses: Any) -> None:
-    """Raise if `losses` is not callable, such as a tensor of losses."""
+def accepts(function: Callable[..., Any], args: Sequence[Any], **kwargs: Any) -> bool:
+    """Return whether a function can be called with these arguments, as far as can be seen.
+
+    Example:
+        >>> accepts(lambda x, y: None, [1, 2]), accepts(lambda x, y: None, [1])
+        (True, False)
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def check_losses(losses: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = {}) -> None:
+    """Raise if `losses` is not callable, or its arguments are given as one list.
+
+    Args:
+        losses: a function, but it may be anything, such as a tensor of losses.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
     if not callable(losses):
         raise ESAMTypeError(
             "`losses` must be a function of the batch that returns one loss per sample, because "
             f"it is evaluated again at other weights. Received: {type(losses).__name__}."
+        )
+    listed = len(args) == 1 and isinstance(args[0], list | tuple)
+    if listed and not accepts(losses, args, **kwargs) and accepts(losses, args[0], **kwargs):
+        raise ESAMTypeError(
+            "The arguments of `losses` must be given one by one: optimizer.loss(losses, *batch). "
+            f"Received: a {type(args[0]).__name__} of {len(args[0])}."
         )

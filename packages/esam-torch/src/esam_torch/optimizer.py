@@ -1,5 +1,6 @@
 """The optimizer `ESAM`."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -318,17 +319,18 @@ class ESAM(DelegatingOptimizer):
             self._run.layout(losses, (batch, kwargs))
             self._warn("plan")
         if self._run.plan is None:
+            choice = f"{self.config.perturb!r}, {self.config.select!r}"
             raise ESAMRuntimeError(
-                "plan() needs `budget` and a measured model: create ESAM(..., budget=1.15), and "
-                "call plan(losses, *batch) or, after the first step, plan(). A checkpoint whose "
-                f"budget was already applied contains the choice instead: {self.config.perturb!r}, "
-                f"{self.config.select!r}."
+                "plan() needs `budget` and a measured model: create ESAM(..., budget=1.2), and "
+                "call plan(losses, *batch) or, after the first step, plan()."
+                + (f" A checkpoint has applied the budget: {choice}." if self._run.spent else "")
             )
         return self._run.plan
 
     def __repr__(self) -> str:
-        config = self.config
-        return (
-            f"ESAM({type(self._run.base).__name__}, rho={config.rho}, perturb={config.perturb!r}, "
-            f"select={config.select!r}, norm={config.norm!r}, count={self.count})"
-        )
+        base = type(self._run.base).__name__
+        return f"ESAM({base}, {self.config.summary()}, count={self.count})"
+
+
+# So that `help` and editors show the arguments of `__init__`, and not those of `__new__`.
+ESAM.__new__.__signature__ = inspect.signature(ESAM.__init__)  # type: ignore[attr-defined]

@@ -130,7 +130,7 @@ class Run:
         """Return the mean loss at theta, whose backward runs the rest of a step."""
         if torch.is_grad_enabled():
             return self._begun(losses, batch)[1]
-        check_losses(losses)
+        check_losses(losses, *batch)
         args, kwargs = self.samples.bare(batch)
         values, _ = per_sample(losses(*args, **kwargs))
         return values.mean()
@@ -143,7 +143,7 @@ class Run:
     ) -> tuple[Step, Tensor]:
         """Return a step that has run the forward of its ascent pass, and its loss."""
         self._losses_computed += 1
-        check_losses(losses)
+        check_losses(losses, *batch)
         check_groups(self.base.param_groups, self.base.defaults)
         if parametrizations_are_cached():
             refuse_cached(self.model)
@@ -354,8 +354,10 @@ class Run:
                     self.config, perturb=chosen.perturb, select=chosen.select
                 )
                 self.spent = True
-            if (idle := self._layout.why_idle(self.config)) is not None:
-                self.notices.add("idle", idle)
+                if self.plan.warning is not None:
+                    self.notices.add("reach", self.plan.warning)
+            if (short := self._layout.reach_warning(self.config)) is not None:
+                self.notices.add("reach", short)
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:

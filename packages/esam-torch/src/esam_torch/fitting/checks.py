@@ -8,12 +8,15 @@ from torch import nn
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_core.validation import choice
-from esam_torch.fitting.measures import REPORTED, Metric
+from esam_torch.fitting.data import Arguments
+from esam_torch.fitting.measures import REPORTED, Metric, ModelLosses
+from esam_torch.losses import accepts
 from esam_torch.optimizer import ESAM
 from esam_torch.wrappers import bare_model
 
 __all__ = [
     "Plateau",
+    "check_arguments",
     "check_objects",
     "check_scaler",
     "check_scheduler",
@@ -48,6 +51,15 @@ def check_objects(model: Any, optimizer: Any, losses: Any) -> None:
         raise ESAMTypeError(
             "`losses` must be a function of the model and a batch that returns one loss per "
             f"sample. Received: {losses!r}."
+        )
+
+
+def check_arguments(losses: ModelLosses, model: nn.Module, batch: Arguments) -> None:
+    """Raise if `losses` does not accept the model before the batch."""
+    if not accepts(losses, (model, *batch)) and accepts(losses, batch):
+        raise ESAMTypeError(
+            "`losses` must accept the model and the batch, because `fit` calls losses(model, "
+            f"*batch). Received: a function of only {len(batch)} arguments."
         )
 
 

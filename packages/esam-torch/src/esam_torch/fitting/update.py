@@ -3,13 +3,14 @@
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esam_core import StepReport
+from esam_torch.fitting.checks import check_arguments
 from esam_torch.fitting.data import Arguments
 from esam_torch.fitting.measures import ModelLosses, Seen
 from esam_torch.losses import per_sample
@@ -45,6 +46,7 @@ class Update:
     scaler: Any = None
     clip_norm: float | None = None
     clip_value: float | None = None
+    _checked: bool = field(default=False, init=False)
 
     def __call__(self, group: Sequence[Arguments]) -> tuple[list[StepReport], bool]:
         """Run one update with the mean gradient of a group of batches.
@@ -53,6 +55,9 @@ class Update:
             A report for each batch, and whether the optimizer's step was run. It is not if a scaler
             found a gradient that is not finite, or if every batch was skipped.
         """
+        if not self._checked:
+            check_arguments(self.losses, self.model, group[0])
+            self._checked = True
         self.optimizer.zero_grad()
         reports = []
         for place, batch in enumerate(group, 1):

@@ -20,7 +20,10 @@ MeanLoss = Callable[[RowLosses | None], Any]
 #: The models whose losses per sample have been compared with their own loss.
 _CHECKED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
-_WAY_OUT = "Override `ESAMTrainer.compute_losses`: it must return one loss per sample, (b,)."
+_WAY_OUT = (
+    "Write a function that returns one loss per sample, (b,); with `ESAMTrainer`, override "
+    "`compute_losses`."
+)
 
 
 def per_sample_losses(
@@ -73,7 +76,9 @@ def per_sample_losses(
 
     def mean_loss(_: RowLosses | None) -> Any:
         outputs = model(**inputs)
-        return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        loss = getattr(outputs, "loss", None) if loss is None else loss
+        return outputs[0] if loss is None else loss
 
     losses = losses_by_row(mean_loss, rows, model)
     _CHECKED.add(model)
