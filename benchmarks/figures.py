@@ -1,6 +1,6 @@
 """Figures with labelled axes and a legend."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ def scatter(
     labels: Sequence[str],
     spread: Sequence[tuple[float, float]] | None = None,
     diagonal: str | None = None,
+    named: Collection[str] | None = None,
 ) -> None:
-    """Draw one numbered marker per label, since many colours are hard to distinguish.
+    """Draw one marker per label, numbered, since many colours are hard to distinguish.
 
     Args:
         path: the path of the PNG.
@@ -47,29 +48,42 @@ def scatter(
         labels: one label per point, for the legend.
         spread: lower and upper ends of y.
         diagonal: label of the line x = y in the legend; None draws no line.
+        named: the labels to show; the other points are grey dots. None shows all.
     """
     figure, axes = plt.subplots(figsize=(8.5, 5))
-    for i, label in enumerate(labels):
+    others = [i for i, label in enumerate(labels) if named is not None and label not in named]
+    if others:
+        axes.plot(
+            [x[1][i] for i in others],
+            [y[1][i] for i in others],
+            "o",
+            color="0.7",
+            markersize=5,
+            label=f"{len(others)} other methods",
+        )
+    shown = [i for i in range(len(labels)) if i not in others]
+    for i, at in enumerate(shown):
         error = None
         if spread is not None:
-            error = [[max(0.0, y[1][i] - spread[i][0])], [max(0.0, spread[i][1] - y[1][i])]]
+            low, high = spread[at]
+            error = [[max(0.0, y[1][at] - low)], [max(0.0, high - y[1][at])]]
         axes.errorbar(
-            x[1][i],
-            y[1][i],
+            x[1][at],
+            y[1][at],
             yerr=error,
             fmt=MARKERS[
                 (i + i // len(MARKERS)) % len(MARKERS)
             ],  # with a different colour in each round
             color=COLOURS[i % len(COLOURS)],
-            label=f"{i + 1}  {label}",
+            label=f"{i + 1}  {labels[at]}",
             capsize=3,
         )
         axes.annotate(
             str(i + 1),
-            (x[1][i], y[1][i]),
+            (x[1][at], y[1][at]),
             xytext=(5, 3),
             textcoords="offset points",
-            fontsize=7,
+            fontsize=9,
         )
     if diagonal is not None:
         ends = [min(x[1]), max(x[1])]

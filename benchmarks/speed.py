@@ -27,6 +27,9 @@ from benchmarks.timing import Timing, peak_memory, time_interleaved
 
 __all__ = ["BARS", "flops_bars", "main", "measure_model"]
 
+#: The methods that the figure names.
+NAMED = ("sgd", "sam", "esam", "suffix", "part", "suffix-part", "previous")
+
 DEFAULT = (
     *("sgd", "sam", "peer-sam", "esam", "swp", "sds", "suffix", "suffix-sds", "last-sds"),
     *(
@@ -270,6 +273,20 @@ def _time_bar_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def _draw(path: Path, title: str, records: Sequence[dict[str, Any]]) -> None:
+    """Draw the methods' times against their FLOPs."""
+    scatter(
+        path,
+        title=title,
+        x=("FLOPs of a step / SGD's", [r["flops_ratio"] for r in records]),
+        y=("time of a step / SGD's, and quartiles", [r["time_ratio"]["median"] for r in records]),
+        spread=[(r["time_ratio"]["low"], r["time_ratio"]["high"]) for r in records],
+        labels=[r["title"] for r in records],
+        diagonal="time = FLOPs",
+        named=[r["title"] for r in records if r["method"] in NAMED],
+    )
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure according to the arguments; print tables, write JSON, tables and plots."""
     parser = argparse.ArgumentParser(
@@ -368,15 +385,7 @@ def main(arguments: Sequence[str] = ()) -> None:
                 **provenance(),
             },
         )
-        scatter(
-            options.out / f"{stem}.png",
-            title=title,
-            x=("FLOPs of a step / SGD's", [r["flops_ratio"] for r in records]),
-            y=("time of a step / SGD's", [r["time_ratio"]["median"] for r in records]),
-            spread=[(r["time_ratio"]["low"], r["time_ratio"]["high"]) for r in records],
-            labels=[r["title"] for r in records],
-            diagonal="time = FLOPs",
-        )
+        _draw(options.out / f"{stem}.png", title, records)
         columns = ("bar", "at most", "measured", "")
         write_tables(
             options.out, f"{stem}-bars", f"Bars by time: {title}", columns, _time_bar_rows(records)

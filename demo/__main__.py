@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             metrics={"accuracy": accuracy},
             scheduler=CosineAnnealingLR(optimizer, options.epochs),
             device=options.device,
-            title=f"{name:<10}",
+            title=f"{name:<13}",
         )
     x, y = next(batches.epoch(1))
     with console.status("Timing interleaved steps and counting their FLOPs"):
@@ -88,8 +88,8 @@ def _table(
         caption=f"seed {options.seed}, {options.epochs} epochs, batch {BATCH}, rho {options.rho}, "
         f"beta {options.beta}, gamma {options.gamma}. Time (median step) and FLOPs (counted, and "
         "predicted by the cost model) are relative to SGD. Sharpness: increase of the training "
-        f"loss at distance {RADIUS} along its gradient. ESAM half: perturbs the last half of the "
-        "network, and uses half of the samples, drawn in proportion to their loss.",
+        f"loss at distance {RADIUS} along its gradient. Suffix, Part: perturbs the last half of "
+        "the network, along the gradient of a quarter of the batch.",
     )
     for title in ("method", "best", "final", "images/s", "time", "FLOPs", "predicted", "sharpness"):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)

@@ -91,7 +91,10 @@ def _predicted_cost(
     if arguments is None or not isinstance(optimizer, ESAM):
         return 1.0
     units = optimizer.measured_units(lambda x, y: losses(model, x, y), x, y)
-    return expected_cost(arguments["perturb"], units, arguments["select"], steps=COUNTED).ratio
+    config = optimizer.config
+    return expected_cost(
+        config.perturb, units, config.select, ascend=config.ascend, steps=COUNTED
+    ).ratio
 
 
 def sharpness(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from demo.options import Options
-from esam_torch import ESAM, All, Bernoulli, Everything, Proportional, Suffix, TopIncrease
+from esam_torch import ESAM, All, Bernoulli, Everything, Part, Suffix, TopIncrease
 
 __all__ = ["base", "choices", "losses", "make"]
 
@@ -19,7 +19,7 @@ def choices(options: Options) -> dict[str, dict[str, Any] | None]:
         "SGD": None,
         "SAM": {"perturb": Everything(), "select": All()},
         "ESAM": {"perturb": perturb, "select": select},
-        "ESAM half": {"perturb": Suffix(0.5), "select": Proportional(0.5)},
+        "Suffix, Part": {"perturb": Suffix(0.5), "select": All(), "ascend": Part(0.25)},
     }
 
 

@@ -19,10 +19,10 @@ import matplotlib.pyplot as plt
 
 __all__ = ["draw_curves", "draw_landscapes", "landscape"]
 
-COLOURS = ("#5b6573", "#d1495b", "#2a7f9e", "#e0a030")
+COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#009E73")  # SGD, SAM, ESAM, and the last
 #: The range of the landscapes, in norms of the network's filters.
 REACH = 0.6
-POINTS = 13
+POINTS = 17
 
 
 def landscape(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> NDArray[np.float64]:
@@ -68,13 +68,13 @@ def draw_landscapes(grids: Mapping[str, NDArray[np.float64]], path: Path) -> Non
         )
         axis.contour(ends, ends, grid.T, levels[::3], colors="white", linewidths=0.4)
         axis.plot(0, 0, "+", color="white", markersize=9)
-        axis.set(title=name, xlabel="direction 1", aspect="equal")
-    axes[0].set_ylabel("direction 2")
+        axis.set(title=name, xlabel="direction 1 / filter norm", aspect="equal")
+    axes[0].set_ylabel("direction 2 / filter norm")
     bar = figure.colorbar(shown, ax=axes, label="mean training loss", shrink=0.85)
     # Only levels inside the bar, as plain numbers.
     ticks = [t for t in (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0) if low <= t <= high]
     bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
-    figure.suptitle("Around the minima: the same two filter-normalised directions for all")
+    figure.suptitle("Training loss around the final weights (+), in the same two random directions")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

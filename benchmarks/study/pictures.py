@@ -111,7 +111,8 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point]) -> N
     axes.set_ylim(-0.6, len(rows) - 0.4)
     epochs = setting.epochs("sgd", best.budget)
     axes.set_xlabel(
-        f"points of test accuracy above {setting.base}'s best ({epochs} epochs), 95 % interval"
+        f"points of test accuracy above {setting.base}'s best ({epochs} epochs), 95 % interval; "
+        "grey: not significant"
     )
     settled = is_settled(setting, points, setting.main, setting.methods)
     seeds = _seeds_text(setting, [found.seeds for found, _ in rows], settled=settled)
