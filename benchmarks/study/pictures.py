@@ -185,7 +185,8 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point]) -> None
     counts, most = [len(p.finals) for p in drawn], len(setting.seeds)
     seeds = _seeds_text(setting, counts, settled=settled)
     hollow = f"; hollow: fewer than {most}" if min(counts) < most else ""
-    axes.set_title(f"{setting.words}\n{seeds}{hollow}", fontsize=10)
+    tuned = "; each method tuned at each compute" if setting.tuning_seeds else ""
+    axes.set_title(f"{setting.words}{tuned}\n{seeds}{hollow}", fontsize=10)
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axes.grid(alpha=0.3)
     save(figure, path)

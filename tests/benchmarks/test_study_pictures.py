@@ -67,7 +67,7 @@ def test_sgd_is_shown_at_its_best_at_each_budget_and_with_its_best_so_far(axes: 
         "SAM": [40.0, 45.0],
         "Suffix(0.5), Part(0.25): half of the network, ascent on a quarter of the batch": [44, 47],
     }
-    assert axes[0].get_title() == "some digits\n4 seeds"
+    assert axes[0].get_title() == "some digits; each method tuned at each compute\n4 seeds"
 
 
 def test_points_with_missing_seeds_are_hollow_and_no_frontier(axes: list[Any]) -> None:
@@ -83,7 +83,8 @@ def test_points_with_missing_seeds_are_hollow_and_no_frontier(axes: list[Any]) -
     ]
     assert hollow == [45.0]
     assert axes[0].get_title() == (
-        "some digits\n3 to 4 of 4 seeds; interim: some runs are missing; hollow: fewer than 4"
+        "some digits; each method tuned at each compute\n"
+        "3 to 4 of 4 seeds; interim: some runs are missing; hollow: fewer than 4"
     )
 
 
@@ -116,7 +117,7 @@ def test_differences_say_from_what_and_of_how_many_epochs(axes: list[Any]) -> No
         "half of the network, ascent on a quarter of the batch\nSuffix(0.5), Part(0.25), 17 epochs",
     ]
     assert drawn.get_xlabel() == (
-        "points of test accuracy above SGD's best (10 epochs), 95 % interval"
+        "points of test accuracy above SGD's best (10 epochs), 95 % interval; grey: not significant"
     )
     assert drawn.get_title() == "some digits\nthe compute of 20 epochs of SGD; 4 seeds"
     means = [container.lines[0].get_xdata()[0] for container in drawn.containers]
