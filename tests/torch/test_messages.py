@@ -281,6 +281,8 @@ def test_a_batch_as_one_list(kind, grad):
     with torch.set_grad_enabled(grad), pytest.raises(ESAMTypeError, match=match):
         optimizer.loss(losses_of(model), given)
     optimizer.loss(lambda pair: losses_of(model)(*pair), given)  # a function of one list
+    with pytest.raises(ESAMTypeError, match=match):
+        optimizer.loss(lambda x, y, *, args: losses_of(model)(x, y), given, args=1)
 
 
 def test_a_plan_without_a_checkpoint():

@@ -93,7 +93,9 @@ def _type_hint(returned: Any) -> str:
     return ""
 
 
-def accepts(function: Callable[..., Any], args: Sequence[Any], **kwargs: Any) -> bool:
+def accepts(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] = {}
+) -> bool:
     """Return whether a function can be called with these arguments, as far as can be seen.
 
     Example:
@@ -125,7 +127,7 @@ def check_losses(losses: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any
             f"it is evaluated again at other weights. Received: {type(losses).__name__}."
         )
     listed = len(args) == 1 and isinstance(args[0], list | tuple)
-    if listed and not accepts(losses, args, **kwargs) and accepts(losses, args[0], **kwargs):
+    if listed and not accepts(losses, args, kwargs) and accepts(losses, args[0], kwargs):
         raise ESAMTypeError(
             "The arguments of `losses` must be given one by one: optimizer.loss(losses, *batch). "
             f"Received: a {type(args[0]).__name__} of {len(args[0])}."
