@@ -310,3 +310,16 @@ def test_graphs_of_branches_loops_and_maps():
     assert all(found)
     tf.function(seen, autograph=False)(tf.ones((2,)))
     assert not found[-1]
+
+
+@pytest.mark.backends("tensorflow")
+def test_operations_are_seen_as_they_run_or_are_traced():
+    import tensorflow as tf
+
+    seen = []
+    function = tf.function(lambda x: tf.nn.relu(x, name="here"))
+    with compat.operations_seen(lambda kind, name: seen.append((kind, name))):
+        tf.nn.relu(1.0)
+        function(tf.ones(2))
+    function(tf.ones(3))
+    assert [name for kind, name in seen if kind == "Relu"] == [None, "here"]

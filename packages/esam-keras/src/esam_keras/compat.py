@@ -16,50 +16,16 @@ from keras.src.callbacks.monitor_callback import MonitorCallback
 from esam_core import ESAMRuntimeError
 
 __all__ = [
-    "MOMENTS",
-    "BaseAverages",
-    "GraphError",
-    "accumulated_gradients",
-    "added_losses_kept",
-    "attributes",
-    "build_from",
-    "clip_gradients",
-    "compiled_losses",
-    "direct_layers",
-    "distribution_strategy",
-    "ema_variables",
-    "first_moment",
-    "flat_layers",
-    "flat_metrics",
-    "get_keras_mask",
-    "has_compiled_loss",
-    "hold_jax_state",
-    "inbound_tensors",
-    "is_checkpointed",
-    "is_part",
-    "is_sparse",
-    "is_torch_batchnorm",
-    "jax_shardings",
-    "know_variables",
-    "known_variables",
-    "masks_of",
-    "moments_name",
-    "optimizer_of",
-    "output_spec",
-    "own_trainable_variables",
-    "own_variables",
-    "reads_optionals",
-    "replace_methods",
-    "set_keras_mask",
-    "takes_training",
-    "teach_monitors",
-    "tell_read",
-    "torch_buffers",
-    "torch_parameter",
-    "torch_writes",
-    "total_loss",
-    "track_loss",
-    "with_masks",
+    *("MOMENTS", "BaseAverages", "GraphError", "accumulated_gradients", "added_losses_kept"),
+    *("attributes", "build_from", "clip_gradients", "compiled_losses", "direct_layers"),
+    *("distribution_strategy", "ema_variables", "first_moment", "flat_layers", "flat_metrics"),
+    *("get_keras_mask", "has_compiled_loss", "hold_jax_state", "inbound_tensors"),
+    *("is_checkpointed", "is_part", "is_sparse", "is_torch_batchnorm", "jax_shardings"),
+    *("know_variables", "known_variables", "masks_of", "moments_name", "operations_seen"),
+    *("optimizer_of", "output_spec", "own_trainable_variables", "own_variables"),
+    *("reads_optionals", "replace_methods", "set_keras_mask", "takes_training", "teach_monitors"),
+    *("tell_read", "torch_buffers", "torch_parameter", "torch_writes", "total_loss"),
+    *("track_loss", "with_masks"),
 ]
 
 Tensor = Any
@@ -362,6 +328,25 @@ def tell_read(variable: Any) -> None:
     from tensorflow.python import pywrap_tfe
 
     pywrap_tfe.TFE_Py_VariableWatcherVariableAccessed(variable._value)
+
+
+@contextmanager
+def operations_seen(look: Callable[[str, str | None], None]) -> Iterator[None]:
+    """Tell about each TensorFlow operation of this thread that runs, or is traced, in the context.
+
+    Args:
+        look: takes the operation's type, and its name; None if it runs uncompiled.
+    """
+    from tensorflow.python.framework import op_callbacks
+
+    def told(kind: Any, _: Any, __: Any, ___: Any, op_name: Any = None, graph: Any = None) -> None:  # noqa: ARG001
+        look(kind.decode() if isinstance(kind, bytes) else kind, op_name)
+
+    op_callbacks.add_op_callback(told)
+    try:
+        yield
+    finally:
+        op_callbacks.remove_op_callback(told)
 
 
 def reads_optionals(model: keras.Model) -> bool:

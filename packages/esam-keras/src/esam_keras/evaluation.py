@@ -198,22 +198,31 @@ class Evaluator:
 
     @contextmanager
     def one_pass(
-        self, state: State, *, cut: Cut | None = None, running: bool = False, records: bool = False
+        self,
+        state: State,
+        *,
+        cut: Cut | None = None,
+        running: bool = False,
+        records: bool = False,
+        again: bool = False,
     ) -> Iterator[PassScope]:
         """Run a forward and its loss in a state; the arguments are those of `evaluate`.
 
-        A pass may run inside another.
+        A pass may run inside another. `again` is for the parts of a pass that run again.
         """
         with (
             self._scope(state, cut) as scope,
-            self.unknown.one_pass(running=running, records=records),
+            self.unknown.one_pass(running=running, records=records, again=again),
         ):
             yield scope
 
     @contextmanager
     def again(self, state: State, *, running: bool = False) -> Iterator[None]:
         """Run the checkpointed parts of a forward again, as in a pass with these arguments."""
-        with self.one_pass(state, running=running), running_statistics(self.model, when=running):
+        with (
+            self.one_pass(state, running=running, again=True),
+            running_statistics(self.model, when=running),
+        ):
             yield
 
     def _scope(self, state: State, cut: Cut | None) -> PassScope:

@@ -18,6 +18,7 @@ from esam_keras.backends import Backend, current_backend
 from esam_keras.devices import on_the_host
 from esam_keras.methods import has_own
 from esam_keras.metrics import log_means
+from esam_keras.noise import Noise
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner
 from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stored, prepare
@@ -49,6 +50,7 @@ class Training:
         self.backend: Backend = current_backend()
         self._prepared: Prepared | None = None
         self.has_run = False
+        self.noise = Noise()
         self.updated = False
         #: The count at which earlier steps are known to provide a direction.
         self._directed_at: int | None = None
@@ -89,7 +91,7 @@ class Training:
             return
         if state is None:  # otherwise `fit` has built the model, and cleared the variables
             build(model, data, own_train_step=own)
-        self.has_run = False
+        self.has_run, self.noise = False, Noise()
         self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)

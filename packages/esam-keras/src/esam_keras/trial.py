@@ -5,9 +5,8 @@ values of their tensors.
 """
 
 import functools
-import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -18,6 +17,7 @@ from esam_core import ESAMTypeError
 from esam_core.draws import uniforms
 from esam_keras import compat
 from esam_keras.losses import weigh_samples
+from esam_keras.noise import global_noise_kept
 from esam_keras.rows import first_input, row_count
 
 __all__ = ["Trial", "output_spec"]
@@ -77,7 +77,7 @@ class Trial:
         y_pred = self._predictions(redrawn)
         with (
             self._context(),
-            _random_state_kept(),
+            global_noise_kept(),
             keras.StatelessScope(_mapping(model, self._state)),
             _values_only(),
         ):
@@ -93,7 +93,7 @@ class Trial:
             return output_spec(self.model, self._x, self.b, self._state)
         except Exception:
             # A model that is not compiled may read the values of its tensors, which have none here.
-            with _random_state_kept(), keras.StatelessScope():
+            with global_noise_kept(), keras.StatelessScope():
                 if self._state is not None:
                     return self.model.stateless_call(self._state[0], self._state[1], self._x)[0]
                 return self.model(self._x)
@@ -151,7 +151,7 @@ def output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
         return keras.KerasTensor(shape, dtype, sparse=compat.is_sparse(leaf))
 
     inputs = tree.map_structure(spec, x)
-    with _random_state_kept():
+    with global_noise_kept():
         if state is None:
             # As Keras builds it. In training, torch modules would update their statistics.
             return compat.output_spec(lambda inputs: model(inputs, training=False), inputs)
@@ -160,19 +160,6 @@ def output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
         return compat.output_spec(
             lambda inputs: model.stateless_call(state[0], state[1], inputs, **mode)[0], inputs
         )
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Restore Python's global random state, from which some layers draw.
-
-    The backend restores that of its framework; see `Backend.checks_context`.
-    """
-    before = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(before)
 
 
 def _values_only() -> AbstractContextManager[Any]:

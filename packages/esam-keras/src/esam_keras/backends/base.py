@@ -1,12 +1,13 @@
 """The protocol of a backend: everything that differs between TensorFlow, JAX and torch."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import keras
 
 from esam_core import ESAMConfig, ESAMRuntimeError
+from esam_keras.noise import Noise
 from esam_keras.optimizer import ESAM
 from esam_keras.perturbation import Perturbation
 from esam_keras.plan import Drawn, Plan
@@ -29,6 +30,7 @@ class ModelTraining(Protocol):
     esam: ESAM
     #: Whether a step has run since the last call of `prepare` that checked the model.
     has_run: bool
+    noise: Noise
     #: Whether the current step has made its update; not noted while a step is traced.
     updated: bool
 
@@ -54,22 +56,34 @@ class ModelTraining(Protocol):
 
 
 class Unknown:
-    """The state of a model that Keras does not know, during one step; here there is none."""
+    """The state of a model that Keras does not know, during one step; here only generators.
 
-    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[Any]:
-        """Return the context of one pass, which starts from the state at the entry of the step.
+    Args:
+        model: any model.
+        noise: what is known about the random numbers that its forwards draw.
+    """
+
+    def __init__(self, model: keras.Model, noise: Noise) -> None:
+        self._noise = noise.begin(model)
+
+    @contextmanager
+    def one_pass(self, *, running: bool, records: bool, again: bool = False) -> Iterator[None]:
+        """Run a pass from the state at the entry of the step.
 
         Args:
             running: whether layers normalise by the running statistics after the ascent pass.
             records: whether the state after this pass is kept.
+            again: whether checkpointed parts of a pass run again.
         """
-        return nullcontext()
+        with self._noise.one_pass(records=records, again=again):
+            yield
 
     def check_loss(self, loss: Tensor) -> None:
         """Raise if the loss of a pass depends on trained weights, not on their values in it."""
 
     def keep_random_state(self) -> None:
         """Set the generators to their state after the pass that records."""
+        self._noise.keep()
 
     def keep_buffers(self) -> None:
         """Set the buffers to their values after the pass that records."""

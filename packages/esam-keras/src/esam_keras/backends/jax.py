@@ -115,7 +115,9 @@ class JaxBackend(Backend):
         self, training: ModelTraining, plan: Plan, inputs: dict[str, Tensor], *arguments: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         state, data = arguments
-        outcome = _step_of(training, plan, inputs, state, data).run()
+        step = _step_of(training, plan, inputs, state, data)
+        outcome = step.run()
+        step.evaluator.unknown.keep_random_state()
         return _after(training, outcome, state, data)
 
     def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
@@ -205,12 +207,16 @@ def compiled_steps(training: ModelTraining) -> tuple[Any, tuple[Any, Any] | None
 
     def ascend(plan: Plan, inputs: Any, state: Any, data: Any) -> Ascended:
         step = _step_of(training, plan, inputs, state, data)
-        return _drop_shared(state, step.ascend(all_gradients=True))
+        ascended = step.ascend(all_gradients=True)
+        step.evaluator.unknown.keep_random_state()
+        return _drop_shared(state, ascended)
 
     def after(plan: Plan, inputs: Any, state: Any, data: Any, ascended: Ascended) -> Any:
         step = _step_of(training, plan, inputs, state, data)
         climb = step.climb(_restore_shared(state, ascended))
-        return _after(training, step.descend(climb), state, data)
+        outcome = step.descend(climb)
+        step.evaluator.unknown.keep_random_state()
+        return _after(training, outcome, state, data)
 
     step = jax.jit(whole, static_argnums=0, donate_argnums=2, out_shardings=out_shardings)
     if distributed or training.has_own_train_step:
@@ -262,8 +268,9 @@ def _step_of(training: ModelTraining, plan: Plan, inputs: Any, state: Any, data:
             earlier = training.esam.direction(variables.trainable)
     batch = keras.utils.unpack_x_y_sample_weight(data)
     with_rows = prepared.outputs_with_rows
+    unknown = Unknown(model, training.noise)
     return Step(
-        Evaluator(BACKEND, Unknown(), model, prepared.route, variables, batch, with_rows),
+        Evaluator(BACKEND, unknown, model, prepared.route, variables, batch, with_rows),
         training.esam.config,
         plan,
         inputs,

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -12,6 +12,7 @@ from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, ModelTraining, Unknown, refuse_distribution
+from esam_keras.backends.tensorflow_noise import DrawsOfStep
 from esam_keras.backends.tensorflow_scope import (
     TensorFlowScope,
     refuse_checkpointed,
@@ -81,7 +82,7 @@ class TensorFlowBackend(AssigningBackend):
     def whole_step(
         self, training: ModelTraining, variables: Variables
     ) -> AbstractContextManager[Unknown]:
-        return nullcontext(_Uncompiled(variables.trainable))
+        return nullcontext(_Uncompiled(training, variables.trainable))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         optimizer.apply(list(gradients), variables)
@@ -115,6 +116,12 @@ class TensorFlowBackend(AssigningBackend):
     def is_tracing(self, *arguments: Any) -> bool:
         return tf.inside_function()
 
+    def run_counted(self, training: ModelTraining, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run a step as on torch too; warn here, where no function is traced."""
+        logs = super().run_counted(training, *args, **kwargs)
+        training.noise.warn()
+        return logs
+
     def make_train_function(
         self, training: ModelTraining
     ) -> Callable[[Iterator[Any]], dict[str, Any]]:
@@ -141,13 +148,21 @@ class TensorFlowBackend(AssigningBackend):
 
 
 class _Uncompiled(Unknown):
-    """Refuses reads of trained weights by what is compiled before; Keras knows all state."""
+    """Refuses reads of trained weights by what is compiled before; finds noise that is not kept."""
 
-    def __init__(self, trained: Sequence[Any]) -> None:
+    def __init__(self, training: ModelTraining, trained: Sequence[Any]) -> None:
+        super().__init__(training.model, training.noise)
         self._own = {id(v.value): v for v in trained}  # outside a pass: the `tf.Variable`s
+        self._draws = DrawsOfStep(training.noise)
 
-    def one_pass(self, *, running: bool, records: bool) -> AbstractContextManager[None]:
-        return refuse_reads(self._own)
+    @contextmanager
+    def one_pass(self, *, running: bool, records: bool, again: bool = False) -> Iterator[None]:
+        with (
+            super().one_pass(running=running, records=records, again=again),
+            self._draws.one_pass(),
+            refuse_reads(self._own),
+        ):
+            yield
 
 
 def _refuse_raw_variables(layer: Any) -> None:

@@ -15,6 +15,7 @@ from esam_keras.backends.base import Cut, ModelTraining, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
 from esam_keras.evaluation import Variables
 from esam_keras.handover import StepVariables
+from esam_keras.noise import Noise
 from esam_keras.perturbation import Perturbation, norm_weights, perturb, radius_per_norm
 
 __all__ = ["BACKEND", "TorchBackend"]
@@ -125,6 +126,7 @@ class TorchBackend(AssigningBackend):
         """Let the passes use copies of the buffers; restore the generators after an error."""
         unknown = UnknownState(
             training.model,
+            training.noise,
             untrained=variables.non_trainable,
             trained=() if training.has_run else variables.trainable,
         )
@@ -151,7 +153,7 @@ class TorchBackend(AssigningBackend):
         refuse_distribution()
 
     def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
-        return UnknownState(model).copies()
+        return UnknownState(model, Noise()).copies()
 
     def is_tracing(self, *arguments: Any) -> bool:
         return torch.compiler.is_compiling()

@@ -17,6 +17,7 @@ import torch
 from esam_core import ESAMRuntimeError
 from esam_keras import compat
 from esam_keras.backends.base import Unknown
+from esam_keras.noise import Noise
 from esam_keras.units import torch_wrappers
 
 __all__ = ["UnknownState"]
@@ -72,13 +73,19 @@ class UnknownState(Unknown):
 
     Args:
         model: any model.
+        noise: what is known about the random numbers that its forwards draw.
         untrained: its variables that no pass may write to in place.
         trained: its variables that no loss may use themselves, if that is checked.
     """
 
     def __init__(
-        self, model: keras.Model, untrained: Sequence[Any] = (), trained: Sequence[Any] = ()
+        self,
+        model: keras.Model,
+        noise: Noise,
+        untrained: Sequence[Any] = (),
+        trained: Sequence[Any] = (),
     ) -> None:
+        super().__init__(model, noise)
         layers = compat.flat_layers(model)
         wrappers = torch_wrappers(layers)
         self._parameters = _places_of_parameters(wrappers)
@@ -125,13 +132,14 @@ class UnknownState(Unknown):
             self.restore_random_state()
 
     @contextmanager
-    def one_pass(self, *, running: bool, records: bool) -> Iterator[None]:
+    def one_pass(self, *, running: bool, records: bool, again: bool = False) -> Iterator[None]:
         """Run a pass from the state at entry, with the variables' values in the current scope.
 
         Args:
             running: whether running statistics start as they are after the pass that records, if
                 there was one.
             records: whether the generators and buffers after this pass are kept.
+            again: whether checkpointed parts of a pass run again.
         """
         outer = self._random_state(), self._read()
         start = self._buffers
@@ -142,6 +150,7 @@ class UnknownState(Unknown):
             stack.callback(self._write, outer[1])
             stack.callback(self._set_random_state, outer[0])
             self._set_random_state(self._entry)
+            stack.enter_context(super().one_pass(running=running, records=records, again=again))
             self._write(_copies(start))
             for place in self._parameters:
                 stack.callback(place.set, place.get())
@@ -176,6 +185,7 @@ class UnknownState(Unknown):
                 )
 
     def keep_random_state(self) -> None:
+        super().keep_random_state()
         if self._random_after is not None:
             self._set_random_state(self._random_after)
 
@@ -189,6 +199,7 @@ class UnknownState(Unknown):
 
     def restore_random_state(self) -> None:
         """Restore the generators to their state at entry."""
+        self._noise.restore()
         self._set_random_state(self._entry)
 
     def put_back(self) -> None:
