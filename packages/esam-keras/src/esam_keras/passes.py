@@ -7,7 +7,7 @@ nothing can fail any more.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -15,7 +15,7 @@ from keras import ops
 from esam_core import ESAMConfig, ESAMRuntimeError
 from esam_keras.backends.base import Backend, Cut
 from esam_keras.evaluation import Evaluated, Evaluator, State, batch_size
-from esam_keras.perturbation import widen
+from esam_keras.perturbation import wide_floatx, widen
 from esam_keras.plan import Plan
 from esam_keras.rows import Fill, fill_from_batch, fill_from_rest, spread
 from esam_keras.selection import Selected
@@ -159,7 +159,7 @@ class Passes:
         """Return the factors with which the batch's loss is the loss of the part."""
         part = self.inputs["part"]
         n = ops.shape(part)[0]
-        share = ops.cast(b, keras.config.floatx()) / ops.cast(n, keras.config.floatx())
+        share = ops.cast(b, wide_floatx()) / ops.cast(n, wide_floatx())
         return spread(part, ops.broadcast_to(share, (n,)), b)
 
     def perturbed_losses(self, climbed: list[Tensor], b: int | Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class Passes:
         (derivative,), _ = self._backend.gradients(
             loss, [_ones(b)], again=lambda _: self._again(state)
         )
-        return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
+        return self._per_sample(derivative, b, scaled=False)
 
     def descent(
         self,
@@ -283,11 +283,18 @@ class Passes:
 
         return cut_chosen
 
-    def _per_sample(self, derivative: Tensor, b: int | Tensor) -> Tensor:
-        """Return l_i from the derivative of the scaled loss with respect to the factors."""
-        if self.loss_scale is not None:
-            derivative = derivative / ops.cast(self.loss_scale, derivative.dtype)
-        return cast(Tensor, derivative) * ops.cast(b, cast(Tensor, derivative).dtype)
+    def _per_sample(self, derivative: Any, b: int | Tensor, *, scaled: bool = True) -> Tensor:
+        """Return l_i, in float32 or wider, from the derivative with respect to the factors.
+
+        Args:
+            derivative: (b,), of the loss.
+            b: the batch size.
+            scaled: whether the loss was scaled by the optimizer.
+        """
+        wide = widen(derivative)
+        if scaled and self.loss_scale is not None:
+            wide = wide / ops.cast(self.loss_scale, wide.dtype)
+        return wide * ops.cast(b, wide.dtype)
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
         """Return the loss scaled by the optimizer."""

@@ -14,7 +14,7 @@ from keras import ops
 
 from esam_core import ESAMConfig
 
-__all__ = ["Perturbation", "norm_weights", "perturb", "radius_per_norm", "widen"]
+__all__ = ["Perturbation", "norm_weights", "perturb", "radius_per_norm", "wide_floatx", "widen"]
 
 Tensor = Any
 
@@ -70,7 +70,10 @@ def perturb(
         if config.norm != "full":
             lengths = _mask(lengths, masks)
     known = not ops.is_tensor(scale)
-    factors: Any = [scale[t] for t in places] if known else ops.take(scale, places, axis=0)
+    if known:
+        factors: Any = [scale[t] for t in places]
+    else:  # Keras on JAX takes a list for floating-point numbers if floatx is bfloat16
+        factors = ops.take(scale, ops.convert_to_tensor(places, dtype="int32"), axis=0)
 
     squares = _squares(lengths)
     length = ops.sqrt(ops.sum(_weigh(squares, norm_weights(factors, config.norm))))
@@ -130,6 +133,11 @@ def widen(gradient: Tensor) -> Tensor:
     """Return a gradient in float32 or wider."""
     narrow = keras.backend.standardize_dtype(gradient.dtype)
     return ops.cast(gradient, "float32") if "16" in narrow else gradient
+
+
+def wide_floatx() -> str:
+    """Return Keras's default dtype, or float32 if that is wider: for exact counts and sums."""
+    return keras.backend.result_type(keras.config.floatx(), "float32")
 
 
 def _as(numbers: Any, dtype: Any) -> Tensor:

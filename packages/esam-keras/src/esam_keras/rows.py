@@ -66,7 +66,8 @@ def rows_of_batch(structure: Any, indices: Tensor, b: int | Tensor) -> Any:
 def spread(indices: Tensor, values: Tensor, b: int | Tensor) -> Tensor:
     """Return (b,) numbers: the values at the indices, 0 elsewhere."""
     zeros = ops.zeros((b,), dtype=keras.config.floatx())
-    return ops.scatter_update(zeros, ops.expand_dims(indices, axis=-1), values)
+    places = ops.expand_dims(indices, axis=-1)
+    return ops.scatter_update(zeros, places, ops.cast(values, zeros.dtype))
 
 
 def fill_from_batch(

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, cast
 
-import keras
 from keras import ops
 
 from esam_core import selectors
+from esam_keras.perturbation import wide_floatx
 
 __all__ = ["Selected", "select", "subset_size"]
 
@@ -16,7 +16,7 @@ Tensor = Any
 
 @dataclass(frozen=True)
 class Selected:
-    """(k,) ascending indices and (k,) weights w_i of the descent pass."""
+    """(k,) ascending indices and (k,) weights w_i of the descent pass, in float32 or wider."""
 
     indices: Tensor
     weights: Tensor
@@ -43,7 +43,8 @@ def select(
 
     Args:
         selector: any selector of esam-core but `All`.
-        losses: (b,) losses at theta; where the score needs none, of any samples, or None.
+        losses: (b,) losses at theta, in float32 or wider; where the score needs none, of any
+            samples, or None.
         perturbed_losses: (b,) losses at theta + epsilon, or None if its score does not need them.
         inputs: "indices" of a random subset or "offset" of a systematic sample, from the host;
             the offset is the sum of two numbers.
@@ -51,7 +52,7 @@ def select(
     """
     k = subset_size(selector.gamma, b)
     if selector.rule == "random":
-        dtype = keras.config.floatx() if losses is None else losses.dtype
+        dtype = wide_floatx() if losses is None else losses.dtype
         return Selected(inputs["indices"], _equal_weights(k, dtype))
     losses = cast(Tensor, losses)
     scores = losses if selector.score == "loss" else perturbed_losses - losses
@@ -61,7 +62,7 @@ def select(
     pi = _inclusion_probabilities(scores, k, b, floor)
     indices = _systematic(pi, k, b, inputs["offset"])
     weights = 1.0 / (ops.cast(b, pi.dtype) * ops.take(pi, indices, axis=0))
-    return Selected(indices, ops.cast(weights, losses.dtype))
+    return Selected(indices, weights)
 
 
 def _equal_weights(k: int | Tensor, dtype: Any) -> Tensor:
@@ -95,7 +96,7 @@ def _inclusion_probabilities(
     order = ops.argsort(-q)
     descending = ops.take(q, order, axis=0)
     tails = ops.flip(ops.cumsum(ops.flip(descending, axis=0)), axis=0)  # sum of q from here on
-    places = ops.cast(ops.arange(b), q.dtype)
+    places = ops.cast(ops.arange(b, dtype="int32"), q.dtype)
     left = ops.cast(k, q.dtype) - places
     fits = ops.cast(left * descending <= tails, "int32")
     certain = ops.argmax(fits, axis=0)  # the first position that fits
@@ -108,7 +109,8 @@ def _inclusion_probabilities(
 def _systematic(pi: Tensor, k: int | Tensor, b: int | Tensor, offset: Tensor) -> Tensor:
     """Return k ascending indices, i with probability pi_i: the intervals that contain a point."""
     ends = ops.cumsum(pi)
-    points = ops.sum(ops.cast(offset, pi.dtype)) + ops.cast(ops.arange(k), pi.dtype)
+    places = ops.cast(ops.arange(k, dtype="int32"), pi.dtype)
+    points = ops.sum(ops.cast(offset, pi.dtype)) + places
     # The number of intervals that end at or before each point. `searchsorted` also computes it, but
     # not in Keras 3.11's compiled TensorFlow.
     passed = ops.expand_dims(ends, 0) <= ops.expand_dims(points, 1)
