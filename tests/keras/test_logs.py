@@ -6,7 +6,17 @@ import pytest
 from keras import ops
 from tests.keras.scene import Oracle, close, cross_entropy, data, mlp, trainable, weights
 
-from esam_keras import ESAM, Between, Everything, RunningMeans, TopLoss, train_step
+from esam_keras import (
+    ESAM,
+    Between,
+    Everything,
+    Part,
+    Previous,
+    Random,
+    RunningMeans,
+    TopLoss,
+    train_step,
+)
 from esam_keras.report import KerasReport
 
 X, Y = data()
@@ -332,3 +342,37 @@ def test_means_of_reports_in_half_precision(dtype):
         "rejected_sharpness": pytest.approx(increases[0]),
         "threshold": pytest.approx(increases[1]),
     }
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gamma": 1.0, "ascend": Part(0.5)},
+        {"select": TopLoss(0.5), "ascend": Part(0.5)},
+        {"select": Random(0.5), "ascend": Previous()},
+    ],
+    ids=str,
+)
+def test_a_loss_divided_by_the_weights_is_that_of_the_samples_that_were_run(settings, run_eagerly):
+    """The step divides by the weights of the whole batch, so that all passes have the same loss."""
+    entry = keras.Input((6,))
+    hidden = keras.layers.Dense(5, activation="tanh", kernel_regularizer="l2")(entry)
+    heads = {name: keras.layers.Dense(3, name=name)(hidden) for name in ("a", "b")}
+    model = keras.Model(entry, heads)
+    loss = {"a": cross_entropy(reduction="mean_with_sample_weight"), "b": cross_entropy()}
+    esam = ESAM(keras.optimizers.SGD(0.0), rho=1e-6, perturb=Everything(), **settings)
+    model.compile(esam, loss, loss_weights={"a": 2.0, "b": 0.5}, run_eagerly=run_eagerly)
+    y, sample_weight = {"a": Y, "b": Y}, np.arange(1.0, 13.0, dtype="float32")
+    for _ in range(2):  # with `Previous`, the first is a base step
+        logs = model.train_on_batch(X, y, sample_weight, return_dict=True)
+    report = model.optimizer.report
+    seen = report.indices if report.part is None else report.part
+    if report.part is not None and isinstance(settings.get("select"), TopLoss):
+        seen = range(12)  # the total is that of the whole batch
+    i = np.array([int(n) for n in seen])
+    rows = X[i], dict.fromkeys(y, Y[i]), sample_weight[i]
+    expected = model.test_on_batch(*rows, return_dict=True)
+    names = ("loss", "a_loss", "b_loss") if len(i) < 12 else ("loss",)
+    for name in names:
+        np.testing.assert_allclose(float(logs[name]), float(expected[name]), rtol=1e-4)

@@ -16,7 +16,7 @@ from keras import ops, tree
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut, Unknown
 from esam_keras.losses import Batch, check_added_losses, check_scalar, weigh_samples
-from esam_keras.rows import Fill, fill_by_repeating, first_input, row_count, rows
+from esam_keras.rows import Fill, fill_by_repeating, first_input, row_count, rows, rows_of_batch
 from esam_keras.running import running_statistics
 from esam_keras.scope import PassScope
 from esam_keras.units import statistics_layers
@@ -53,7 +53,8 @@ class Evaluated(NamedTuple):
     """The results of a forward pass: the loss, the predictions and their masks, the new state.
 
     `strangers` are variables that the model does not list, such as the states of stateful RNNs,
-    with the values that the pass assigned to them.
+    with the values that the pass assigned to them. `alone` is the loss of the samples that were run
+    as a batch of their own, without a gradient, if that is another one.
     """
 
     loss: Tensor
@@ -61,6 +62,12 @@ class Evaluated(NamedTuple):
     masks: list[Tensor | None]
     state: State
     strangers: list[tuple[Any, Tensor]]
+    alone: Tensor | None = None
+
+    @property
+    def logged(self) -> Tensor:
+        """The loss for the logs."""
+        return self.loss if self.alone is None else self.alone
 
     def predictions(self) -> Any:
         """Return the predictions with their masks, which transformations remove."""
@@ -129,6 +136,7 @@ class Evaluator:
         cut: Cut | None = None,
         running: bool = False,
         records: bool = False,
+        logs: bool = False,
     ) -> Evaluated:
         """Return the loss of some samples of the batch; the model runs on them alone.
 
@@ -141,6 +149,7 @@ class Evaluator:
             cut: as for `evaluate`.
             running: as for `evaluate`.
             records: as for `evaluate`.
+            logs: whether the loss is logged.
         """
         with self.one_pass(state, cut=cut, running=running, records=records) as scope:
             run = self._forward(self._inputs(indices), running=running)
@@ -151,7 +160,28 @@ class Evaluator:
             y_pred, masks = whole(run, compat.masks_of(run), self._with_rows(run, indices))
             loss = self._loss(compat.with_masks(y_pred, masks), factor, repeated=fill is None)
             self.unknown.check_loss(loss)
-        return self._evaluate(scope, state, loss, y_pred, masks)
+            alone = None
+            if logs and fill is None and self._divides_by_weights:
+                # Instead of what the loss above has counted, with the weights of all samples.
+                metrics = zip(self.variables.metrics, state.metrics, strict=True)
+                scope.state_mapping.update({id(v): value for v, value in metrics})
+                alone = self._loss_alone(run, indices)
+        return self._evaluate(scope, state, loss, y_pred, masks)._replace(alone=alone)
+
+    @property
+    def _divides_by_weights(self) -> bool:
+        """Whether a loss is divided by the sum of the sample weights."""
+        return self.route == "values" and any(
+            getattr(loss, "reduction", None) == "mean_with_sample_weight"
+            for loss in compat.compiled_losses(self.model)
+        )
+
+    def _loss_alone(self, run: Any, indices: Tensor) -> Tensor:
+        """Return the loss of some samples as a batch of their own, given their predictions."""
+        b = batch_size(self.batch[0])
+        x, y, sample_weight = rows_of_batch(self.batch, indices, b)
+        loss = compat.total_loss(self.model, x, y, run, sample_weight)
+        return self.backend.without_gradient(loss)
 
     def predict_rows(
         self, state: State, indices: Tensor, *, running: bool = False

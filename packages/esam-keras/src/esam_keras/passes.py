@@ -153,6 +153,7 @@ class Passes:
             cut=cut,
             running=ascent.part_alone,
             records=ascent.records,
+            logs=not ascent.scores,
         )
 
     def _part_factor(self, b: int | Tensor) -> Tensor:
@@ -210,6 +211,7 @@ class Passes:
                 evaluated = evaluator.evaluate(state, factor, **how)
             else:
                 fill = self._fill(selected, at_theta)
+                how["logs"] = at_theta is None
                 evaluated = evaluator.evaluate_rows(state, factor, selected.indices, fill, **how)
             loss = self._scale_loss(evaluated.loss * ops.cast(poison, evaluated.loss.dtype))
             return loss, evaluated if records else None

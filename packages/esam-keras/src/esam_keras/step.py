@@ -202,11 +202,11 @@ class Step(Passes):
         at_theta, part = climb.at_theta, self.inputs.get("part")
         if at_theta is None:
             descent = cast(Evaluated, descent)
-            return Seen(descent.loss, descent, None if selected is None else selected.indices)
+            return Seen(descent.logged, descent, None if selected is None else selected.indices)
         if self.plan.ascent.of != "part":
             return Seen(at_theta.loss, at_theta)
         if not self.plan.ascent.scores:
-            return Seen(at_theta.loss, at_theta, part)
+            return Seen(at_theta.logged, at_theta, part)
         # The loss is that of the part, and linear in the factors of the samples.
         losses = ops.cast(climb.losses, at_theta.loss.dtype)
         others = ops.mean(losses) - ops.mean(ops.take(losses, part, axis=0))
