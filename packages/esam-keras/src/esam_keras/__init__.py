@@ -33,8 +33,8 @@ from esam_core import (
 )
 from esam_keras.hook import install
 from esam_keras.optimizer import ESAM
+from esam_keras.records import unit_records
 from esam_keras.training import train_step
-from esam_keras.units import unit_records
 
 __all__ = [
     "ESAM",

@@ -26,6 +26,10 @@ class Earlier(Protocol):
         """Return whether there is a direction, as a boolean; there is none before an update."""
         ...
 
+    def keeps(self, variable: Any) -> bool:
+        """Return whether there will be a direction for a variable."""
+        ...
+
     def direction(self, variables: Sequence[Any]) -> list[Tensor | None]:
         """Return the direction, with its sign, for each variable; None if it has none."""
         ...
@@ -117,6 +121,9 @@ class _FirstMoment:
         updates = [ops.cast(optimizer.iterations, "int32") for optimizer in _each(self._base)]
         return ops.any(ops.stack(updates) > 0)
 
+    def keeps(self, variable: Any) -> bool:
+        return True  # the base optimizer has a moment for every variable that it trains
+
     def direction(self, variables: Sequence[Any]) -> list[Tensor | None]:
         base = self._base
         if isinstance(base, keras.optimizers.LossScaleOptimizer):
@@ -180,6 +187,9 @@ class _PreviousGradient:
 
     def exists(self) -> Tensor:
         return ops.convert_to_tensor(self._known) > 0
+
+    def keeps(self, variable: Any) -> bool:
+        return id(variable) in self._gradients
 
     def direction(self, variables: Sequence[Any]) -> list[Tensor | None]:
         kept = [self._gradients.get(id(variable)) for variable in variables]

@@ -35,7 +35,10 @@ class State(NamedTuple):
 
 
 class Variables(NamedTuple):
-    """A model's variables, looked up once per step, because Keras collects them on each access."""
+    """A model's variables, looked up once per step, because Keras collects them on each access.
+
+    `trainable` are those that are trained; see `Backend.trained`.
+    """
 
     trainable: list[Any]
     non_trainable: list[Any]
@@ -43,10 +46,17 @@ class Variables(NamedTuple):
 
     @staticmethod
     def of(model: keras.Model) -> "Variables":
-        """Return the variables of a model."""
+        """Return the variables of a model, as Keras's JAX trainer divides them."""
         return Variables(
             model.trainable_variables, model.non_trainable_variables, model.metrics_variables
         )
+
+    @staticmethod
+    def split(model: keras.Model, trained: list[Any]) -> "Variables":
+        """Return the variables of a model, of which only some are trained."""
+        chosen = {id(v) for v in trained}
+        others = [v for v in model.variables if id(v) not in chosen]
+        return Variables(trained, others, model.metrics_variables)
 
 
 class Evaluated(NamedTuple):

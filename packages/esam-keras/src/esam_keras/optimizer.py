@@ -282,6 +282,10 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         """Return whether earlier steps provide an ascent direction, a boolean."""
         return self._earlier is not None and self._earlier.exists()
 
+    def keeps(self, variable: Any) -> bool:
+        """Return whether the direction from earlier steps, if there is one, has this variable."""
+        return self._earlier is None or self._earlier.keeps(variable)
+
     def direction(self, variables: Sequence[Any]) -> list[Any]:
         """Return the ascent direction from earlier steps by variable, None where there is none."""
         return (

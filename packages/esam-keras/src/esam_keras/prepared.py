@@ -1,6 +1,6 @@
 """What is found about a compiled model before its first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ class Prepared:
         planner: draws the plan of each step.
         route: how losses per sample are computed; see `esam_keras.losses`.
         fixed: indices of variables whose gradient is a value to be stored, as in float8 training.
-        variables: identifies the trainable variables.
+        variables: identifies the trained variables.
         has_statistics: whether training updates moving statistics.
         tried: the number of samples of the batch that was used for the checks.
         outputs_with_rows: which outputs have one row per sample; None if no step runs some samples.
@@ -45,13 +45,14 @@ class Prepared:
         """Whether steps run the model on some of the samples of a batch."""
         return self.outputs_with_rows is not None
 
-    def still_holds(self, model: keras.Model, b: int) -> bool:
+    def still_holds(self, trained: Sequence[Any], b: int) -> bool:
         """Return whether this is true for b samples: one sample cannot depend on others."""
-        return self.variables == _identities(model) and (self.tried > 1 or b == 1)
+        return self.variables == _identities(trained) and (self.tried > 1 or b == 1)
 
 
 def prepare(
     model: keras.Model,
+    trained: Sequence[Any],
     config: ESAMConfig,
     planner: Planner,
     data: Any,
@@ -64,6 +65,7 @@ def prepare(
 
     Args:
         model: a compiled and built model.
+        trained: its trained variables.
         config: the hyperparameters.
         planner: draws the plan of each step.
         data: a batch.
@@ -91,8 +93,8 @@ def prepare(
     return Prepared(
         planner=planner,
         route=find_route(trial, config.uses_subsets),
-        fixed=frozenset(t for t, v in enumerate(model.trainable_variables) if is_stored(v)),
-        variables=_identities(model),
+        fixed=frozenset(t for t, v in enumerate(trained) if is_stored(v)),
+        variables=_identities(trained),
         has_statistics=has_moving_statistics(model),
         tried=b,
         outputs_with_rows=trial.outputs_with_rows if takes_rows else None,
@@ -130,9 +132,9 @@ def is_stored(variable: Any) -> bool:
     return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
-def _identities(model: keras.Model) -> tuple[int, ...]:
-    """Return a key that identifies a model's trainable variables."""
-    return tuple(id(v) for v in model.trainable_variables)
+def _identities(trained: Sequence[Any]) -> tuple[int, ...]:
+    """Return a key that identifies the trained variables."""
+    return tuple(id(v) for v in trained)
 
 
 def batch_size(data: Any) -> int:

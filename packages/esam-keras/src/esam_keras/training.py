@@ -13,8 +13,8 @@ from keras import ops
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.directions import check_statistics, kept_units
 from esam_core.reach import reach_warning
-from esam_keras import compat
 from esam_keras.backends import Backend, current_backend
+from esam_keras.built import check_built, check_kept
 from esam_keras.devices import on_the_host
 from esam_keras.methods import has_own
 from esam_keras.metrics import log_means
@@ -25,7 +25,7 @@ from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stor
 from esam_keras.report import KerasReport
 from esam_keras.routes import check_row_counts
 from esam_keras.scope import PassScope
-from esam_keras.units import unit_records
+from esam_keras.units import records_of
 from esam_keras.warning import warn_user
 
 __all__ = ["Training", "train_step"]
@@ -77,6 +77,11 @@ class Training:
         found: Training | None = vars(model).get(ATTRIBUTE)
         return () if found is None else found.own_logs
 
+    @property
+    def trained(self) -> list[Any]:
+        """The model's trained variables; see `Backend.trained`."""
+        return self.backend.trained(self.model)
+
     # -- before the first step ---------------------------------------------------------------------
 
     def prepare(self, data: Any, state: Any = None) -> None:
@@ -87,7 +92,8 @@ class Training:
             state: the values of all variables if they are not in the variables (JAX), or None.
         """
         model, own = self.model, self.has_own_train_step
-        if self._prepared is not None and self._prepared.still_holds(model, batch_size(data)):
+        before = self._prepared
+        if before is not None and before.still_holds(self.trained, batch_size(data)):
             return
         if state is None:  # otherwise `fit` has built the model, and cleared the variables
             build(model, data, own_train_step=own)
@@ -95,17 +101,20 @@ class Training:
         self.backend.refuse(model)  # again: some layers are created when a model is built
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        self._refuse_unfrozen()
-        if not model.trainable_variables:
+        trained = self.trained
+        check_built(self.esam, trained, exactly=self.backend.updates_all)
+        if not trained:
             warn_user("The model has no trainable weights: nothing is trained.")
         planner = self._planner()
-        if self.esam.config.rho > 0.0 and model.trainable_variables:
+        check_kept(self.esam, trained, planner)
+        if self.esam.config.rho > 0.0 and trained:
             short = reach_warning(self.esam.config.perturb, planner.units, planner.allowed)
             if short is not None:
                 warn_user(short)
         with self.backend.checks_context(model):
             self._prepared = prepare(
                 model,
+                trained,
                 self.esam.config,
                 planner,
                 data,
@@ -114,38 +123,18 @@ class Training:
                 context=functools.partial(self.backend.checks_context, model),
             )
 
-    def _refuse_unfrozen(self) -> None:
-        """Raise if the model trains variables for which the optimizer was not built.
-
-        The base optimizer may have been built before, for another ESAM.
-
-        Raises:
-            ESAMRuntimeError: it does.
-        """
-        known = {id(v) for v in compat.known_variables(self.esam)}
-        of_base = {id(v) for v in compat.known_variables(self.esam.base_optimizer)}
-        if of_base:  # an optimizer of your own may not know them
-            known &= of_base
-        for variable in self.model.trainable_variables:
-            if id(variable) not in known:
-                raise ESAMRuntimeError(
-                    "The model must be compiled again, with a new optimizer and base optimizer: "
-                    "they know only the weights that were trainable when they were built. Do so "
-                    "for another model, and after unfreezing layers. Received: a step that would "
-                    f"train {variable.path}."
-                )
-
     def _planner(self) -> Planner:
-        """Return the planner for the model's trainable variables."""
-        perturbable = [not is_stored(v) for v in self.model.trainable_variables]
-        return Planner(self.esam.config, unit_records(self.model), perturbable)
+        """Return the planner for the model's trained variables."""
+        trained = self.trained
+        perturbable = [not is_stored(v) for v in trained]
+        return Planner(self.esam.config, records_of(self.model, trained), perturbable)
 
     def find_kept(self, variables: Sequence[Any]) -> list[bool]:
         """Return for each variable whether `Previous` keeps its gradient."""
         config, planner = self.esam.config, self._planner()
         kept = kept_units(config.perturb, planner.units, planner.allowed, norm=config.norm)
-        trained = zip(self.model.trainable_variables, kept, strict=True)
-        found = {id(v): keep and not is_stored(v) for v, keep in trained}
+        both = zip(self.trained, kept, strict=True)
+        found = {id(v): keep and not is_stored(v) for v, keep in both}
         return [found.get(id(v), True) for v in variables]
 
     @property

@@ -6,7 +6,7 @@ nested model is a separate block, "outer.inner"; any other layer that contains l
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,7 +15,7 @@ from esam_core import Unit
 from esam_core.units import names_a_norm
 from esam_keras import compat
 
-__all__ = ["has_moving_statistics", "statistics_layers", "torch_wrappers", "unit_records"]
+__all__ = ["has_moving_statistics", "records_of", "statistics_layers", "torch_wrappers"]
 
 _NORMS = tuple(
     getattr(keras.layers, name)
@@ -29,21 +29,18 @@ _NORMS = tuple(
 )
 
 
-def unit_records(model: keras.Model) -> tuple[Unit, ...]:
-    """Return one record for each of `model.trainable_variables`, in that order.
+def records_of(model: keras.Model, trained: Sequence[Any]) -> tuple[Unit, ...]:
+    """Return one record for each of a model's trained variables, in the given order.
 
     Args:
         model: a built model.
-
-    Returns:
-        Records named by the variables' paths, such as "dense/kernel". `cost` is the number of
-        multiply-adds of the layer for one sample, as far as shapes determine it.
+        trained: its trained variables.
 
     Example:
         >>> import keras
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
-        >>> [(unit.block, unit.shape, unit.cost) for unit in unit_records(model)]
-        [('head', (4, 3), 12.0), ('head', (3,), 0.0)]
+        >>> [(unit.block, unit.cost) for unit in records_of(model, model.trainable_variables[:1])]
+        [('head', 12.0)]
     """
     places: dict[int, tuple[str, int, keras.layers.Layer, float]] = {}
     for depth, (block, layer, whole) in enumerate(_blocks(model)):
@@ -52,7 +49,7 @@ def unit_records(model: keras.Model) -> tuple[Unit, ...]:
             for variable in compat.own_trainable_variables(part):
                 places.setdefault(id(variable), (block, depth, part, positions))
     units, names = [], set[str]()
-    for variable in model.trainable_variables:
+    for variable in trained:
         block, depth, owner, positions = places.get(id(variable), ("", 0, model, 1.0))
         name = variable.path
         while name in names:  # Keras allows several layers with one name

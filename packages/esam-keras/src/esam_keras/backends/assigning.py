@@ -41,7 +41,7 @@ class AssigningBackend(Backend):
         """Run a step and return its logs and its report's arrays."""
         model, esam = training.model, training.esam
         batch = keras.utils.unpack_x_y_sample_weight(self.on_device(arguments[0]))
-        variables = Variables.of(model)
+        variables = Variables.split(model, self.trained(model))
         entry = State(*([self.value(v) for v in group] for group in variables))
         with self.whole_step(training, variables) as unknown:
             outcome = self._passes(training, plan, inputs, batch, variables, entry, unknown)

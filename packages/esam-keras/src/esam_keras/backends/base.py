@@ -99,6 +99,9 @@ class Backend(Protocol):
     #: does not list, are kept after it.
     keeps_assigned: bool
 
+    #: Whether an update needs a gradient for every variable for which the optimizer was built.
+    updates_all: bool = False
+
     #: The scope of a pass.
     pass_scope: type[PassScope] = PassScope
 
@@ -158,6 +161,10 @@ class Backend(Protocol):
 
     def refuse(self, model: keras.Model) -> None:
         """Raise if this backend cannot run ESAM's step for a model."""
+        ...
+
+    def trained(self, model: keras.Model) -> list[Any]:
+        """Return the variables that Keras's own training step trains on this backend."""
         ...
 
     def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:

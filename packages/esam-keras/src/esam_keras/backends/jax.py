@@ -50,6 +50,8 @@ class JaxBackend(Backend):
     #: Keras's JAX trainer drops them.
     keeps_assigned = False
 
+    updates_all = True
+
     perturb = staticmethod(perturb)
 
     def gradients(
@@ -102,6 +104,9 @@ class JaxBackend(Backend):
                 "ESAM does not work in Keras's NNX mode, whose variables change in place: the "
                 "passes of a step need them unchanged. Disable it: KERAS_NNX_ENABLED=false."
             )
+
+    def trained(self, model: keras.Model) -> list[Any]:
+        return model.trainable_variables  # the first part of the state
 
     def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
         return nullcontext()  # on abstract arrays

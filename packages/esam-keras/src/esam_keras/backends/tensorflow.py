@@ -110,6 +110,9 @@ class TensorFlowBackend(AssigningBackend):
             _refuse_raw_variables(layer)
             refuse_checkpointed(layer)
 
+    def trained(self, model: keras.Model) -> list[Any]:
+        return list(model.trainable_weights)  # a model may override it, to train only some
+
     def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
         return nullcontext()  # on symbolic tensors
 

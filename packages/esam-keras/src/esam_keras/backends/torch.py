@@ -10,6 +10,7 @@ import torch
 from keras import ops
 
 from esam_core import ESAMConfig, ESAMValueError
+from esam_keras import compat
 from esam_keras.backends.assigning import AssigningBackend
 from esam_keras.backends.base import Cut, ModelTraining, refuse_distribution
 from esam_keras.backends.torch_state import UnknownState
@@ -151,6 +152,9 @@ class TorchBackend(AssigningBackend):
 
     def refuse(self, model: keras.Model) -> None:
         refuse_distribution()
+
+    def trained(self, model: keras.Model) -> list[Any]:
+        return [v for v in model.trainable_weights if compat.torch_parameter(v).requires_grad]
 
     def checks_context(self, model: keras.Model) -> AbstractContextManager[Any]:
         return UnknownState(model, Noise()).copies()
