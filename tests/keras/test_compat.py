@@ -259,6 +259,11 @@ def test_private_names_of_torch(model):
         assert compat.torch_parameter(variable) is not variable.value
     assert compat.torch_parameter(variable) is variable.value
     assert compat.is_torch_batchnorm(torch.nn.BatchNorm1d(3))
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        assert not compat.torch_has_hooks(variable.value)
+        hook = getattr(variable.value, register)(lambda _: None)
+        assert compat.torch_has_hooks(variable.value)
+        hook.remove()
     before = compat.torch_writes(variable.value)
     with torch.no_grad():
         variable.value.add_(1)

@@ -24,7 +24,8 @@ __all__ = [
     *("know_variables", "known_variables", "masks_of", "moments_name", "operations_seen"),
     *("optimizer_of", "output_spec", "own_trainable_variables", "own_variables"),
     *("reads_optionals", "replace_methods", "set_keras_mask", "takes_training", "teach_monitors"),
-    *("tell_read", "torch_buffers", "torch_parameter", "torch_writes", "total_loss"),
+    *("tell_read", "torch_buffers", "torch_has_hooks", "torch_parameter", "torch_writes"),
+    *("total_loss"),
     *("track_loss", "with_masks"),
 ]
 
@@ -374,6 +375,11 @@ def torch_buffers(module: Any) -> dict[str, Any]:
 def torch_writes(tensor: Any) -> int:
     """Return how often a torch tensor's memory was written to in place, as far as torch counts."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def torch_has_hooks(parameter: Any) -> bool:
+    """Return whether a torch parameter has hooks for its gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def is_torch_batchnorm(module: Any) -> bool:

@@ -46,6 +46,9 @@ class AssigningBackend(Backend):
         with self.whole_step(training, variables) as unknown:
             outcome = self._passes(training, plan, inputs, batch, variables, entry, unknown)
             training.has_run = True
+            unknown.keep_random_state()
+            hooked = self.run_hooks(outcome.gradients, variables.trainable)
+            outcome = replace(outcome, gradients=hooked)
             left = outcome.left
             before = [self.value(v) for v in esam.log_variables]
             gamma = esam.config.select.gamma
@@ -74,7 +77,6 @@ class AssigningBackend(Backend):
                     training.updated = True
 
             ok = None if esam.config.on_nonfinite == "propagate" else self._is_finite(outcome)
-            unknown.keep_random_state()
             self._run_if(ok, update)
         # As in Keras, the metrics see the model and the optimizer after the update.
         logs, measured = metrics_after(model, variables, outcome, batch, self.without_gradient)
@@ -94,6 +96,12 @@ class AssigningBackend(Backend):
     def on_device(self, data: Any) -> Any:
         """Return a batch on the device of the model, so that no pass has to copy it."""
         return data
+
+    def run_hooks(
+        self, gradients: list[Tensor | None], variables: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """Return descent gradients after the user's hooks on the variables, if there are any."""
+        return gradients
 
     def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         """Draw a step, run it uncompiled, count it, and return its logs."""

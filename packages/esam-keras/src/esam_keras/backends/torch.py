@@ -140,6 +140,16 @@ class TorchBackend(AssigningBackend):
         finally:
             unknown.put_back()
 
+    def run_hooks(
+        self, gradients: list[Tensor | None], variables: Sequence[Any]
+    ) -> list[Tensor | None]:
+        found = list(gradients)
+        for t, variable in enumerate(variables):
+            parameter = compat.torch_parameter(variable)
+            if found[t] is not None and compat.torch_has_hooks(parameter):
+                found[t] = _accumulated(parameter, found[t])
+        return found
+
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
         with torch.no_grad():
             optimizer.apply(list(gradients), variables)
@@ -175,6 +185,16 @@ class TorchBackend(AssigningBackend):
             return self.run_counted(training, batch, training.step)
 
         return train_function
+
+
+def _accumulated(parameter: Any, gradient: Tensor) -> Tensor | None:
+    """Return `.grad` after the backward of a parameter alone, which runs its hooks."""
+    before, parameter.grad = parameter.grad, None
+    try:
+        parameter.backward(gradient)
+        return parameter.grad
+    finally:
+        parameter.grad = before
 
 
 def _copy(leaf: Any) -> Any:
