@@ -19,13 +19,14 @@ class StepVariables(list[Any]):
 
 
 #: Whether an ESAM step's update is running. On JAX a loss scaler returns its input values from a
-#: branch of a condition, in which both branches must return plain lists.
+#: branch of a condition, in which both branches must return plain lists; on TensorFlow
+#: `apply_gradients` makes a tuple of the variables.
 _APPLYING: ContextVar[bool] = ContextVar("esam_keras_applying", default=False)
 
 
 @contextlib.contextmanager
 def applying() -> Iterator[None]:
-    """Mark the gradients for `stateless_apply`, inside this context, as an ESAM step's."""
+    """Mark the gradients for updates inside this context as an ESAM step's."""
     token = _APPLYING.set(True)
     try:
         yield

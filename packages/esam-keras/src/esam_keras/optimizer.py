@@ -1,7 +1,8 @@
 """The optimizer `ESAM`: it wraps any Keras optimizer, and configures the training step."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Never
 
 import keras
@@ -234,11 +235,23 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
             ESAMRuntimeError: it was not called by an ESAM step; gradients alone are not enough.
         """
         require_step(trainable_variables)
-        variables = (
-            compat.known_variables(self) if trainable_variables is None else trainable_variables
-        )
-        changed = self._earlier.after(grads, variables) if self._earlier else []
-        self.base_optimizer.apply(grads, trainable_variables)
+        with self._keeping(grads, trainable_variables):
+            self.base_optimizer.apply(grads, trainable_variables)
+
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
+        """Do the same through the base optimizer's `apply_gradients`, as Keras on TensorFlow."""
+        pairs = list(grads_and_vars)
+        grads, variables = zip(*pairs, strict=True)
+        require_step(variables)
+        with self._keeping(grads, variables):
+            return self.base_optimizer.apply_gradients(pairs)
+
+    @contextmanager
+    def _keeping(self, grads: Sequence[Any], variables: Sequence[Any] | None) -> Iterator[None]:
+        """Keep the gradients of an update for `Previous`; without variables, of all known."""
+        known = compat.known_variables(self) if variables is None else variables
+        changed = self._earlier.after(grads, known) if self._earlier else []
+        yield
         for variable, value in changed:
             variable.assign(value)
 
@@ -288,9 +301,7 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
 
     def direction(self, variables: Sequence[Any]) -> list[Any]:
         """Return the ascent direction from earlier steps by variable, None where there is none."""
-        return (
-            [None] * len(variables) if self._earlier is None else self._earlier.direction(variables)
-        )
+        return self._earlier.direction(variables) if self._earlier else [None] * len(variables)
 
     # -- the state after a step --------------------------------------------------------------------
 

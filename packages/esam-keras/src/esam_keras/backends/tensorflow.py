@@ -19,7 +19,7 @@ from esam_keras.backends.tensorflow_scope import (
     refuse_reads,
 )
 from esam_keras.evaluation import Variables
-from esam_keras.handover import StepVariables
+from esam_keras.handover import StepVariables, applying
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Plan
 
@@ -85,7 +85,9 @@ class TensorFlowBackend(AssigningBackend):
         return nullcontext(_Uncompiled(training, variables.trainable))
 
     def apply(self, optimizer: Any, gradients: Sequence[Any], variables: StepVariables) -> None:
-        optimizer.apply(list(gradients), variables)
+        # As Keras's trainer: an optimizer may override it. It makes a tuple of the variables.
+        with applying():
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
     def keep_if(self, ok: Tensor, commit: Callable[[], None]) -> None:
         def commit_and_confirm() -> Any:
