@@ -3,7 +3,7 @@
 import pytest
 
 from esam_core import Bernoulli, Every, Everything, Only, RandomSuffix, Suffix, Unit
-from esam_core.reach import reach_warning, reachable, why_idle, why_short
+from esam_core.reach import reach_warning, reachable, uses_costs, why_idle, why_short
 
 UNITS = (
     Unit("stem.weight", (3, 3), block="stem", cost=4.0),
@@ -68,3 +68,19 @@ def test_the_warning_names_a_longer_suffix():
     text = why_short(Suffix(0.5), UNITS)
     assert "perturbs only 20 %" in text and "from 'head' on" in text
     assert text.endswith("Suffix('stem') perturbs 100 %.")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "uses"),
+    [
+        (Bernoulli(0.5), False),
+        (Everything(), False),
+        (Suffix("head"), False),
+        (Suffix(0.5), True),
+        (RandomSuffix((0.3, "head")), True),
+        (Only("norm"), False),
+        (Every(2, Only("norm", Suffix(0.5))), True),
+    ],
+)
+def test_samplers_that_use_costs(sampler, uses):
+    assert uses_costs(sampler) == uses

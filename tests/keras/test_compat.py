@@ -103,6 +103,9 @@ def test_layers_and_their_variables(model):
     found = compat.flat_layers(outer)
     assert inner in found and inner.layers[0] in found and outer in found
     assert outer not in compat.flat_layers(outer, include_self=False)
+    direct = compat.sublayers(outer)
+    assert inner in direct and outer not in direct and inner.layers[0] not in direct
+    assert compat.static_shape(keras.KerasTensor((None, 3))) == [None, 3]
     assert [v.name for v in compat.own_trainable_variables(model.layers[0])] == ["kernel", "bias"]
     assert compat.own_trainable_variables(model) == []
     inputs, outputs = compat.inbound_tensors(model.layers[0])
@@ -216,6 +219,10 @@ def test_dense_tensors_are_not_sparse():
 def test_private_names_of_tensorflow(model):
     import tensorflow as tf
 
+    seen = []
+    for spec in (tf.TensorSpec(None), tf.TensorSpec((None, 2))):
+        tf.function(lambda x: seen.append(compat.static_shape(x))).get_concrete_function(spec)
+    assert seen == [(), [None, 2]]
     assert compat.distribution_strategy(model) is None
     assert compat.is_sparse(tf.sparse.from_dense([[1.0, 0.0]]))
     assert isinstance(compat.reads_optionals(model), bool)

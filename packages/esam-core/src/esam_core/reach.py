@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from esam_core.samplers import RandomSuffix, Sampler, Suffix
 from esam_core.units import Unit, block_order
 
-__all__ = ["reach_warning", "reachable", "why_idle", "why_short"]
+__all__ = ["reach_warning", "reachable", "uses_costs", "why_idle", "why_short"]
 
 #: A suffix is too short if its share of the forward cost is below this part of the share asked for.
 _SHORT = 0.5
@@ -98,6 +98,22 @@ def why_short(sampler: Sampler, units: Sequence[Unit]) -> str | None:
             f"divided. Suffix({before!r}) perturbs {100.0 * longer:.3g} %."
         )
     return None
+
+
+def uses_costs(sampler: Sampler) -> bool:
+    """Return whether a sampler's masks may depend on the units' costs.
+
+    Args:
+        sampler: any. One of your own may, if it needs blocks.
+
+    Example:
+        >>> uses_costs(Suffix(0.5)), uses_costs(Suffix("head"))
+        (True, False)
+    """
+    if isinstance(sampler, Suffix | RandomSuffix):
+        return any(True for _ in _shares(sampler))
+    inner = getattr(sampler, "inner", None)
+    return sampler.needs_blocks if inner is None else uses_costs(inner)
 
 
 def _shares(sampler: Sampler) -> Iterator[float]:

@@ -25,8 +25,7 @@ __all__ = [
     *("optimizer_of", "output_spec", "own_trainable_variables", "own_variables"),
     *("reads_optionals", "replace_methods", "set_keras_mask", "takes_training", "teach_monitors"),
     *("tell_read", "torch_buffers", "torch_has_hooks", "torch_parameter", "torch_writes"),
-    *("total_loss"),
-    *("track_loss", "with_masks"),
+    *("total_loss", "track_loss", "with_masks"),
 ]
 
 Tensor = Any
@@ -127,6 +126,19 @@ def direct_layers(model: Any) -> list[Any]:
     if hasattr(model, "layers"):
         return list(model.layers)
     return list(model._flatten_layers(include_self=False, recursive=False))
+
+
+def sublayers(layer: Any) -> list[Any]:
+    """Return the layers directly inside a layer."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def static_shape(tensor: Any) -> Sequence[int | None]:
+    """Return the shape of a tensor, None where it is unknown; () if its rank is."""
+    shape = tensor.shape
+    if getattr(shape, "rank", 0) is None:  # TensorFlow
+        return ()
+    return [n if isinstance(n, int) else None for n in shape]
 
 
 def own_trainable_variables(layer: Any) -> list[Any]:

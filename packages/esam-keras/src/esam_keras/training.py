@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from keras import ops
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.directions import check_statistics, kept_units
-from esam_core.reach import reach_warning
+from esam_core.reach import reach_warning, uses_costs
 from esam_keras.backends import Backend, current_backend
 from esam_keras.built import check_built, check_kept
 from esam_keras.devices import on_the_host
@@ -25,7 +25,8 @@ from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stor
 from esam_keras.report import KerasReport
 from esam_keras.routes import check_row_counts
 from esam_keras.scope import PassScope
-from esam_keras.units import records_of
+from esam_keras.trial import predictions
+from esam_keras.units import records_of, without_costs
 from esam_keras.warning import warn_user
 
 __all__ = ["Training", "train_step"]
@@ -105,6 +106,8 @@ class Training:
         check_built(self.esam, trained, exactly=self.backend.updates_all)
         if not trained:
             warn_user("The model has no trainable weights: nothing is trained.")
+        if trained and uses_costs(self.esam.config.perturb):
+            self._find_costs(trained, data, state)
         planner = self._planner()
         check_kept(self.esam, trained, planner)
         if self.esam.config.rho > 0.0 and trained:
@@ -123,6 +126,22 @@ class Training:
                 context=functools.partial(self.backend.checks_context, model),
             )
 
+    def _find_costs(self, trained: list[Any], data: Any, state: Any) -> None:
+        """Find the costs of layers that Keras does not know; warn if they stay unknown."""
+        if not without_costs(self.model, trained):
+            return
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        # If the model cannot be called, the step says why.
+        with self.backend.checks_context(self.model), suppress(Exception):
+            predictions(self.model, x, batch_size(data), state)
+        names = without_costs(self.model, trained)
+        if names:
+            warn_user(
+                f"perturb={self.esam.config.perturb!r} uses the costs of layers. Those of "
+                f"{', '.join(names)} are guesses, because no call with training=False runs their "
+                "layers. To choose weights without costs, name a block (Suffix('head'))."
+            )
+
     def _planner(self) -> Planner:
         """Return the planner for the model's trained variables."""
         trained = self.trained
@@ -131,9 +150,12 @@ class Training:
 
     def find_kept(self, variables: Sequence[Any]) -> list[bool]:
         """Return for each variable whether `Previous` keeps its gradient."""
-        config, planner = self.esam.config, self._planner()
+        config, trained = self.esam.config, self.trained
+        if uses_costs(config.perturb) and without_costs(self.model, trained, recorded=False):
+            return [True] * len(variables)  # a saved optimizer is built before shapes are known
+        planner = self._planner()
         kept = kept_units(config.perturb, planner.units, planner.allowed, norm=config.norm)
-        both = zip(self.trained, kept, strict=True)
+        both = zip(trained, kept, strict=True)
         found = {id(v): keep and not is_stored(v) for v, keep in both}
         return [found.get(id(v), True) for v in variables]
 

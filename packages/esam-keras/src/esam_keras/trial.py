@@ -18,9 +18,10 @@ from esam_core.draws import uniforms
 from esam_keras import compat
 from esam_keras.losses import weigh_samples
 from esam_keras.noise import global_noise_kept
+from esam_keras.positions import recording
 from esam_keras.rows import first_input, row_count
 
-__all__ = ["Trial", "output_spec"]
+__all__ = ["Trial", "output_spec", "predictions"]
 
 #: The number of predictions that differ, for speed: a prime, so that rows differ.
 DRAWN = 10_007
@@ -89,14 +90,7 @@ class Trial:
     @functools.cached_property
     def _spec(self) -> Any:
         """Tensors or specifications with the predictions' shapes and dtypes."""
-        try:
-            return output_spec(self.model, self._x, self.b, self._state)
-        except Exception:
-            # A model that is not compiled may read the values of its tensors, which have none here.
-            with global_noise_kept(), keras.StatelessScope():
-                if self._state is not None:
-                    return self.model.stateless_call(self._state[0], self._state[1], self._x)[0]
-                return self.model(self._x)
+        return predictions(self.model, self._x, self.b, self._state)
 
     @functools.cached_property
     def outputs_with_rows(self) -> tuple[bool, ...]:
@@ -139,6 +133,18 @@ class Trial:
         return tree.pack_sequence_as(self._spec, drawn)
 
 
+def predictions(model: keras.Model, x: Any, b: int, state: Any) -> Any:
+    """Return the shapes of the predictions for b samples, or predictions."""
+    try:
+        return output_spec(model, x, b, state)
+    except Exception:
+        # A model that is not compiled may read the values of its tensors, which have none here.
+        with recording(model), global_noise_kept(), keras.StatelessScope():
+            if state is not None:
+                return model.stateless_call(state[0], state[1], x)[0]
+            return model(x)
+
+
 def output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
     """Return the shapes of the predictions for the given number of rows of the inputs."""
     b = row_count(first_input(x))
@@ -151,7 +157,7 @@ def output_spec(model: keras.Model, x: Any, rows: int, state: Any) -> Any:
         return keras.KerasTensor(shape, dtype, sparse=compat.is_sparse(leaf))
 
     inputs = tree.map_structure(spec, x)
-    with global_noise_kept():
+    with recording(model), global_noise_kept():
         if state is None:
             # As Keras builds it. In training, torch modules would update their statistics.
             return compat.output_spec(lambda inputs: model(inputs, training=False), inputs)

@@ -7,15 +7,22 @@ nested model is a separate block, "outer.inner"; any other layer that contains l
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from esam_core import Unit
 from esam_core.units import names_a_norm
 from esam_keras import compat
+from esam_keras.positions import parts, positions
 
-__all__ = ["has_moving_statistics", "records_of", "statistics_layers", "torch_wrappers"]
+__all__ = [
+    "has_moving_statistics",
+    "records_of",
+    "statistics_layers",
+    "torch_wrappers",
+    "without_costs",
+]
 
 _NORMS = tuple(
     getattr(keras.layers, name)
@@ -42,23 +49,70 @@ def records_of(model: keras.Model, trained: Sequence[Any]) -> tuple[Unit, ...]:
         >>> [(unit.block, unit.cost) for unit in records_of(model, model.trainable_variables[:1])]
         [('head', 12.0)]
     """
-    places: dict[int, tuple[str, int, keras.layers.Layer, float]] = {}
-    for depth, (block, layer, whole) in enumerate(_blocks(model)):
-        for part in compat.flat_layers(layer) if whole else (layer,):
-            positions = _positions(part, fallback=_positions(layer, fallback=1.0))
-            for variable in compat.own_trainable_variables(part):
-                places.setdefault(id(variable), (block, depth, part, positions))
+    places = _places(model, recorded=True)
     units, names = [], set[str]()
     for variable in trained:
-        block, depth, owner, positions = places.get(id(variable), ("", 0, model, 1.0))
+        place = places.get(id(variable), _Place("", 0, model, None))
         name = variable.path
         while name in names:  # Keras allows several layers with one name
             name += "'"
         names.add(name)
-        kind = _kind(owner, variable)
-        cost = math.prod(variable.shape) * positions if _multiplies(kind, variable) else 0.0
-        units.append(Unit(name, tuple(variable.shape), kind, block, float(cost), depth))
+        kind, shape = _kind(place.layer, variable), tuple(variable.shape)
+        times = place.fallback if place.positions is None else place.positions
+        cost = math.prod(shape) * times if _multiplies(kind, variable) else 0.0
+        units.append(Unit(name, shape, kind, place.block, float(cost), place.depth))
     return tuple(units)
+
+
+def without_costs(
+    model: keras.Model, trained: Sequence[Any], *, recorded: bool = True
+) -> list[str]:
+    """Return the paths of the weights whose cost is only a guess.
+
+    Args:
+        model: a built model.
+        trained: its trained variables.
+        recorded: whether recorded shapes count; see `esam_keras.positions`.
+    """
+    places = _places(model, recorded=recorded)
+    found = []
+    for variable in trained:
+        place = places.get(id(variable), _Place("", 0, model, None))
+        if place.positions is None and _multiplies(_kind(place.layer, variable), variable):
+            found.append(variable.path)
+    return found
+
+
+class _Place(NamedTuple):
+    """The place of a variable in a model.
+
+    Args:
+        block: the name of its block.
+        depth: the number of blocks before.
+        layer: its layer.
+        positions: at how many positions the layer applies it; None if unknown.
+        fallback: a guess: those of the block.
+    """
+
+    block: str
+    depth: int
+    layer: Any
+    positions: float | None
+    fallback: float = 1.0
+
+
+def _places(model: Any, *, recorded: bool) -> dict[int, _Place]:
+    """Return the places of the variables by their ids."""
+    places: dict[int, _Place] = {}
+    for depth, (block, layer, whole) in enumerate(_blocks(model)):
+        of_block = positions(layer, recorded=recorded)
+        for part, source in parts(layer) if whole else [(layer, layer)]:
+            variables = compat.own_trainable_variables(part)
+            found = positions(source, recorded=recorded) if variables else None
+            for variable in variables:
+                place = _Place(block, depth, part, found, of_block or 1.0)
+                places.setdefault(id(variable), place)
+    return places
 
 
 def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -122,18 +176,3 @@ def _torch_kind(module: Any, variable: Any) -> str:
 def _multiplies(kind: str, variable: Any) -> bool:
     """Return whether a variable is multiplied with the layer's input, and not just added."""
     return kind == "weight" and len(variable.shape) >= 2
-
-
-def _positions(layer: Any, fallback: float) -> float:
-    """Return the number of positions at which the layer applies its kernel; 1 if unknown."""
-    found = compat.inbound_tensors(layer)
-    if found is None:
-        return fallback
-    inputs, outputs = ([tuple(t.shape) for t in tensors] for tensors in found)
-    if isinstance(layer, keras.layers.RNN | keras.layers.Bidirectional) and inputs:
-        return float(inputs[0][1] or 1)
-    if not outputs or len(outputs[0]) < 2:
-        return fallback
-    channels_first = getattr(layer, "data_format", None) == "channels_first"
-    places = outputs[0][2:] if channels_first else outputs[0][1:-1]
-    return float(math.prod(n or 1 for n in places))
