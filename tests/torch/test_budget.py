@@ -205,9 +205,7 @@ def test_an_applied_budget_from_a_checkpoint_has_no_plan():
     optimizer.step(losses_of(model), *images())
     other = optimizer_of(model, budget=1.15)
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(
-        ESAMRuntimeError, match=r"already applied contains the choice instead: Suffix"
-    ):
+    with pytest.raises(ESAMRuntimeError, match=r"A checkpoint has applied the budget: Suffix"):
         other.plan(losses_of(model), *images())
 
 

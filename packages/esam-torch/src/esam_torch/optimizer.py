@@ -305,15 +305,15 @@ class ESAM(DelegatingOptimizer):
 
         Example:
             >>> import torch
-            >>> from esam_torch import ESAM
+            >>> from esam_torch import ESAM, Part
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
             >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> optimizer = ESAM(base, model, budget=1.5)
+            >>> optimizer = ESAM(base, model, budget=1.3, ascend=Part(0.25))
             >>> def losses(inputs):
             ...     return model(inputs).square().flatten()
             >>> plan = optimizer.plan(losses, torch.randn(8, 4))
             >>> plan.chosen.ratio, plan.chosen.perturb
-            (1.5, Everything())
+            (1.25, Everything())
         """
         if losses is not None:
             self._run.layout(losses, (batch, kwargs))
