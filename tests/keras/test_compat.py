@@ -7,6 +7,7 @@ from keras import ops
 from tests.keras.scene import cross_entropy, data, mlp
 
 from esam_keras import compat
+from esam_keras.methods import replace_methods
 from esam_keras.scope import PassScope
 
 BACKEND = keras.backend.backend()
@@ -42,7 +43,7 @@ def test_methods_are_replaced_and_restored(model):
     layer = model.layers[0]
 
     def stopped():
-        with compat.replace_methods([(layer, "call", lambda x: x * 0.0)]):
+        with replace_methods([(layer, "call", lambda x: x * 0.0)]):
             assert not np.any(ops.convert_to_numpy(layer(X)))
             raise KeyboardInterrupt
 
@@ -55,7 +56,7 @@ def test_methods_are_replaced_and_restored(model):
 def test_an_own_method_comes_back(model):
     layer = model.layers[0]
     own = vars(layer)["call"] = lambda x: x * 2.0
-    with compat.replace_methods([(layer, "call", lambda x: x * 0.0)]):
+    with replace_methods([(layer, "call", lambda x: x * 0.0)]):
         pass
     assert vars(layer)["call"] is own
 

@@ -8,6 +8,7 @@ from tests.keras.scene import mlp
 from esam_core import ESAMConfig, selectors
 from esam_keras import ESAM, Everything, Part, Proportional, unit_records
 from esam_keras.devices import on_the_host
+from esam_keras.noise import Noise
 from esam_keras.plan import Planner
 
 
@@ -43,7 +44,7 @@ def test_random_numbers_of_mps_are_replayed(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0])
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.__setitem__(0, new))
-    unknown = UnknownState(mlp())
+    unknown = UnknownState(mlp(), Noise())
     for records in (True, False):
         with unknown.one_pass(running=False, records=records):
             assert int(state[0]) == 1
@@ -67,7 +68,7 @@ def test_random_numbers_of_xpu_are_replayed(monkeypatch):
     monkeypatch.setattr(
         torch.xpu, "set_rng_state", lambda new, device: states.__setitem__(device.index, new)
     )
-    with UnknownState(mlp()).copies():
+    with UnknownState(mlp(), Noise()).copies():
         states[:] = torch.tensor(3), torch.tensor(4)
     assert [int(state) for state in states] == [1, 2]
 

@@ -23,7 +23,7 @@ __all__ = [
     *("is_checkpointed", "is_part", "is_sparse", "is_torch_batchnorm", "jax_shardings"),
     *("know_variables", "known_variables", "masks_of", "moments_name", "operations_seen"),
     *("optimizer_of", "output_spec", "own_trainable_variables", "own_variables"),
-    *("reads_optionals", "replace_methods", "set_keras_mask", "takes_training", "teach_monitors"),
+    *("reads_optionals", "set_keras_mask", "takes_training", "teach_monitors"),
     *("tell_read", "torch_buffers", "torch_has_hooks", "torch_parameter", "torch_writes"),
     *("total_loss", "track_loss", "with_masks"),
 ]
@@ -40,26 +40,6 @@ MOMENTS = {
     "Muon": "momentums",
     "Nadam": "_momentums",
 }
-
-
-@contextmanager
-def replace_methods(methods: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace methods of layers or losses inside the context, given as (object, name, function).
-
-    The new method is put into the instance's `__dict__`, bypassing Keras's tracking. Then the
-    instance gets back what was there: usually nothing, or the user's own method.
-    """
-    own = [vars(thing).get(name) for thing, name, _ in methods]
-    try:
-        for thing, name, method in methods:
-            vars(thing)[name] = method
-        yield
-    finally:
-        for (thing, name, _), method in zip(methods, own, strict=True):
-            if method is None:
-                vars(thing).pop(name, None)
-            else:
-                vars(thing)[name] = method
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from keras import ops, tree
 
 from esam_core import ESAMValueError
 from esam_keras import compat
+from esam_keras.methods import replace_methods
 
 __all__ = ["ADVICE", "Batch", "check_added_losses", "check_scalar", "weigh_samples"]
 
@@ -87,7 +88,7 @@ def weigh_samples(
     else:
         losses = compat.compiled_losses(model)
         weighed = [(loss, "call", _weigh_values(loss, factor, repeated)) for loss in losses]
-        with compat.replace_methods(weighed):
+        with replace_methods(weighed):
             yield batch
 
 

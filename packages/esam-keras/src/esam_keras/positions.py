@@ -15,6 +15,7 @@ import keras
 from keras import tree
 
 from esam_keras import compat
+from esam_keras.methods import replace_methods
 
 __all__ = ["parts", "positions", "recording"]
 
@@ -30,7 +31,7 @@ _RECORDED: WeakKeyDictionary[Any, Shapes] = WeakKeyDictionary()
 def recording(model: keras.Model) -> Iterator[None]:
     """Record the shapes of each layer's first call inside the context."""
     layers = [layer for layer in compat.flat_layers(model) if layer not in _RECORDED]
-    with compat.replace_methods([(layer, "call", _recorded(layer)) for layer in layers]):
+    with replace_methods([(layer, "call", _recorded(layer)) for layer in layers]):
         yield
 
 

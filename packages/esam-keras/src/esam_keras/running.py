@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from esam_keras import compat
+from esam_keras.methods import replace_methods
 from esam_keras.units import statistics_layers, torch_wrappers
 
 __all__ = ["running_statistics"]
@@ -22,7 +23,7 @@ def running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
         if when:
             layers = statistics_layers(model)
             methods = [(layer, "call", _inference(layer)) for layer in layers]
-            stack.enter_context(compat.replace_methods(methods))
+            stack.enter_context(replace_methods(methods))
             for part in _torch_norms(model):
                 stack.callback(part.register_forward_pre_hook(_to_inference).remove)
                 after = part.register_forward_hook(_to_training, always_call=True)
