@@ -23,7 +23,8 @@ __all__ = [
     *("is_checkpointed", "is_part", "is_sparse", "is_torch_batchnorm", "jax_shardings"),
     *("know_variables", "known_variables", "masks_of", "moments_name", "operations_seen"),
     *("optimizer_of", "output_spec", "own_trainable_variables", "own_variables"),
-    *("reads_optionals", "set_keras_mask", "takes_training", "teach_monitors"),
+    *("reads_optionals", "set_keras_mask", "static_shape", "sublayers", "takes_training"),
+    "teach_monitors",
     *("tell_read", "torch_buffers", "torch_has_hooks", "torch_parameter", "torch_writes"),
     *("total_loss", "track_loss", "with_masks"),
 ]
