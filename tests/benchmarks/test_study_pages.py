@@ -129,6 +129,7 @@ TABLES = (
     ),
     Table("text", STUDY, "## When it pays", ("over AdamW |",), "text", _SINGLE),
     Table("text, twice", STUDY, "## When it pays", ("over AdamW's best",), "text", _SINGLE),
+    Table("wide", STUDY, "## When it pays", ("accuracy on the wider",), "wide", _SINGLE),
 )
 
 
