@@ -5,16 +5,14 @@ global ones and those that layers hold, are set back before each pass. Those of 
 matter of its backend.
 """
 
-import pickle
-import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-import numpy as np
 
+from esam_core import generators as host
 from esam_keras import compat
 from esam_keras.units import torch_wrappers
 from esam_keras.warning import warn_user
@@ -33,14 +31,14 @@ class Noise:
     """
 
     def __init__(self) -> None:
-        self.generators: list[_Generator] | None = None
+        self.generators: list[Any] | None = None
         self.operation: str | None = None
         self._warned = False
 
     def begin(self, model: keras.Model) -> "StepNoise":
         """Return the generators in a step that begins now."""
         found = self.generators
-        return StepNoise(self, list(_generators(model)) if found is None else found)
+        return StepNoise(self, _generators(model) if found is None else found)
 
     def warn(self) -> None:
         """Warn once if an operation draws anew in each pass."""
@@ -62,7 +60,7 @@ class StepNoise:
         generators: those that each pass draws from as at the start of the step.
     """
 
-    def __init__(self, noise: Noise, generators: "list[_Generator]") -> None:
+    def __init__(self, noise: Noise, generators: list[Any]) -> None:
         self._noise = noise
         self._generators = generators
         self._entry = self._read()
@@ -105,49 +103,30 @@ class StepNoise:
         self._write(self._entry)
 
     def _read(self) -> list[Any]:
-        return [generator.read() for generator in self._generators]
+        return [_state_of(generator) for generator in self._generators]
 
     def _write(self, states: list[Any]) -> None:
         for generator, state in zip(self._generators, states, strict=True):
-            generator.write(state)
+            _set_state(generator, state)
 
 
 @contextmanager
 def global_noise_kept() -> Iterator[None]:
     """Restore Python's and NumPy's global generators after the context."""
-    before = [generator.read() for generator in _GLOBAL]
+    before = host.HostRandomState()
     try:
         yield
     finally:
-        for generator, state in zip(_GLOBAL, before, strict=True):
-            generator.write(state)
+        before.restore()
 
 
-class _Generator(NamedTuple):
-    """A random generator: functions that return its state, which can be compared, and set it."""
-
-    read: Callable[[], Any]
-    write: Callable[[Any], None]
-
-
-def _pickled(read: Callable[[], Any], write: Callable[[Any], None]) -> _Generator:
-    """Return a generator whose state contains arrays."""
-    return _Generator(lambda: pickle.dumps(read()), lambda state: write(pickle.loads(state)))
-
-
-_GLOBAL = (
-    _Generator(random.getstate, random.setstate),
-    _pickled(np.random.get_state, np.random.set_state),
-)
-
-
-def _generators(model: keras.Model) -> Iterator[_Generator]:
-    """Yield the host's global generators, and those that are attributes of a model's layers."""
-    yield from _GLOBAL
+def _generators(model: keras.Model) -> list[Any]:
+    """Return the host's global generators, and those that are attributes of a model's layers."""
     layers = compat.flat_layers(model)
     parts = [part for layer in torch_wrappers(layers) for part in layer.module.modules()]
-    held = {id(value): value for part in (*layers, *parts) for value in _values(part)}
-    yield from filter(None, map(_generator_of, held.values()))
+    own = (value for part in (*layers, *parts) for value in _values(part))
+    values = {id(value): value for value in (*host.GLOBAL, *own)}.values()
+    return [value for value in values if _state_of(value) is not None]
 
 
 def _values(part: Any) -> Iterator[Any]:
@@ -159,21 +138,23 @@ def _values(part: Any) -> Iterator[Any]:
             yield from held
 
 
-def _generator_of(value: Any) -> _Generator | None:
-    """Return a value as a generator; None if it is none, or has no state."""
+def _is_of_torch(value: Any) -> bool:
+    """Return whether a value is a random generator of torch."""
     torch: Any = sys.modules.get("torch")
-    if isinstance(value, random.SystemRandom):
-        return None
-    if isinstance(value, random.Random):
-        return _Generator(value.getstate, value.setstate)
-    if isinstance(value, np.random.RandomState):
-        return _pickled(value.get_state, value.set_state)
-    if isinstance(value, np.random.Generator):
-        bits: Any = value.bit_generator
-        return _pickled(lambda: bits.state, lambda state: setattr(bits, "state", state))
-    if torch is not None and isinstance(value, torch.Generator):
-        return _pickled(
-            lambda: value.get_state().numpy(),
-            lambda state: value.set_state(torch.from_numpy(state)),
-        )
-    return None
+    return torch is not None and isinstance(value, torch.Generator)
+
+
+def _state_of(value: Any) -> bytes | None:
+    """Return the state of a random generator; None if the value is none, or has no state."""
+    if _is_of_torch(value):
+        return bytes(value.get_state().numpy())
+    return host.state_of(value)
+
+
+def _set_state(generator: Any, state: bytes) -> None:
+    """Set the state of a random generator."""
+    if _is_of_torch(generator):
+        torch: Any = sys.modules["torch"]
+        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    else:
+        host.set_state(generator, state)

@@ -3,12 +3,9 @@
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-from keras import ops
 
 from esam_core import ESAMRuntimeError, ESAMTypeError, ESAMValueError, NonFiniteError
 from esam_core.directions import check_statistics, kept_units
@@ -22,10 +19,11 @@ from esam_keras.noise import Noise
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner
 from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stored, prepare
-from esam_keras.report import KerasReport
+from esam_keras.report import step_report
 from esam_keras.routes import check_row_counts
 from esam_keras.scope import PassScope
 from esam_keras.trial import predictions
+from esam_keras.under_way import UnderWay, step_under_way, under_way
 from esam_keras.units import records_of, without_costs
 from esam_keras.warning import warn_user
 
@@ -225,9 +223,10 @@ class Training:
         Returns:
             The result of `train_step`, and arrays for the report; None if it ran no step of ours.
         """
+        run = functools.partial(self.backend.step, self, plan, inputs)
         if not self.has_own_train_step:
-            return self.backend.step(self, plan, inputs, *arguments)
-        with _under_way(_UnderWay(self, plan, inputs, first_axis(arguments[-1]))) as step:
+            return run(*arguments)
+        with under_way(UnderWay(self, run, first_axis(arguments[-1]))) as step:
             return self.model.train_step(*arguments), step.report
 
     @contextmanager
@@ -250,31 +249,10 @@ class Training:
         """Keep the report of a step; raise if it was not finite and `on_nonfinite="raise"`."""
         if report is None:
             return
-        arrays = dict(report)
-        ok = arrays.pop("ok", None)
-        skipped = ok is not None and not bool(ok)
         planner = self.prepared.planner
-        chosen = [u for u, m in zip(planner.units, drawn.mask.perturbed, strict=True) if m]
-        whole = sum(u.size for u, p in zip(planner.units, planner.allowed, strict=True) if p)
-        share = sum(unit.size for unit in chosen) / whole if chosen else 0.0
-        arrays = {"losses": None, **arrays}
-        indices, part = arrays.get("indices"), drawn.inputs.get("part")
-        if skipped:
-            seen = "perturbed_losses" if arrays["losses"] is None else "losses"
-            arrays = {"losses": None, seen: arrays.get(seen)}
-        self.esam.keep_report(
-            KerasReport(
-                count=count,
-                perturbed=() if skipped else tuple(unit.name for unit in chosen),
-                weight_share=0.0 if skipped else share * (drawn.mask.weight_beta or 1.0),
-                sample_share=1.0 if indices is None else len(indices) / drawn.batch_size,
-                skipped=skipped,
-                part=None if part is None else ops.convert_to_tensor(part),
-                batch_size=drawn.batch_size,
-                **arrays,
-            )
-        )
-        if skipped and self.esam.config.on_nonfinite == "raise":
+        found = step_report(count, drawn, planner.units, planner.allowed, report)
+        self.esam.keep_report(found)
+        if found.skipped and self.esam.config.on_nonfinite == "raise":
             raise NonFiniteError(
                 f"A loss or gradient of step {count} is not finite; weights and optimizer are as "
                 'before the step. Use on_nonfinite="skip" to skip such steps.'
@@ -301,52 +279,6 @@ class Training:
                     "it, or turn off ESAM's logs: ESAM(..., logs=False)."
                 )
         return {**logs, **log_means(sums, self.own_logs)}
-
-
-# -- the user's own train_step ----------------------------------------------------------------
-
-
-@dataclass
-class _UnderWay:
-    """A step inside the user's own `train_step`: drawn before it, and reported after it."""
-
-    training: Training
-    plan: Plan
-    inputs: dict[str, Tensor]
-    rows: int | None
-    report: dict[str, Any] | None = field(default=None)
-
-    def make(self, *arguments: Any) -> Any:
-        """Run the step; return the result of `train_step`.
-
-        Raises:
-            ESAMValueError: the batch does not have the size for which the step was drawn.
-        """
-        if first_axis(arguments[-1]) != self.rows:
-            raise ESAMValueError(
-                "Your own `train_step` must not change the number of samples: masks and "
-                f"selections are drawn before it. Received: {first_axis(arguments[-1])} samples "
-                f"instead of {self.rows}."
-            )
-        training = self.training
-        if training.prepared.takes_rows:
-            check_row_counts(arguments[-1])
-        found, self.report = training.backend.step(training, self.plan, self.inputs, *arguments)
-        return found
-
-
-#: The current step of the user's own `train_step`, which has only Keras's arguments.
-_STEP: ContextVar[_UnderWay | None] = ContextVar("_STEP", default=None)
-
-
-@contextmanager
-def _under_way(step: _UnderWay) -> Iterator[_UnderWay]:
-    """Let `train_step` inside the context run a step that is already drawn."""
-    before = _STEP.set(step)
-    try:
-        yield step
-    finally:
-        _STEP.reset(before)
 
 
 def train_step(model: keras.Model, *arguments: Any) -> Any:
@@ -387,8 +319,8 @@ def train_step(model: keras.Model, *arguments: Any) -> Any:
             f"`train_step` on {keras.backend.backend()} takes (model, "
             f"{', '.join(backend.arguments)}). Received: {len(arguments)} arguments after `model`."
         )
-    step = _STEP.get()
-    if step is not None and step.training is training:
+    step = step_under_way(training)
+    if step is not None:
         return step.make(*arguments)
     if backend.is_tracing(*arguments):
         raise ESAMRuntimeError(

@@ -49,10 +49,8 @@ def records_of(model: keras.Model, trained: Sequence[Any]) -> tuple[Unit, ...]:
         >>> [(unit.block, unit.cost) for unit in records_of(model, model.trainable_variables[:1])]
         [('head', 12.0)]
     """
-    places = _places(model, recorded=True)
     units, names = [], set[str]()
-    for variable in trained:
-        place = places.get(id(variable), _Place("", 0, model, None))
+    for variable, place in _placed(model, trained, recorded=True):
         name = variable.path
         while name in names:  # Keras allows several layers with one name
             name += "'"
@@ -74,13 +72,11 @@ def without_costs(
         trained: its trained variables.
         recorded: whether recorded shapes count; see `esam_keras.positions`.
     """
-    places = _places(model, recorded=recorded)
-    found = []
-    for variable in trained:
-        place = places.get(id(variable), _Place("", 0, model, None))
-        if place.positions is None and _multiplies(_kind(place.layer, variable), variable):
-            found.append(variable.path)
-    return found
+    return [
+        variable.path
+        for variable, place in _placed(model, trained, recorded=recorded)
+        if place.positions is None and _multiplies(_kind(place.layer, variable), variable)
+    ]
 
 
 class _Place(NamedTuple):
@@ -101,8 +97,10 @@ class _Place(NamedTuple):
     fallback: float = 1.0
 
 
-def _places(model: Any, *, recorded: bool) -> dict[int, _Place]:
-    """Return the places of the variables by their ids."""
+def _placed(
+    model: keras.Model, trained: Sequence[Any], *, recorded: bool
+) -> list[tuple[Any, _Place]]:
+    """Return each variable with its place in the model."""
     places: dict[int, _Place] = {}
     for depth, (block, layer, whole) in enumerate(_blocks(model)):
         of_block = positions(layer, recorded=recorded)
@@ -112,7 +110,8 @@ def _places(model: Any, *, recorded: bool) -> dict[int, _Place]:
             for variable in variables:
                 place = _Place(block, depth, part, found, of_block or 1.0)
                 places.setdefault(id(variable), place)
-    return places
+    of_the_model = _Place("", 0, model, None)
+    return [(variable, places.get(id(variable), of_the_model)) for variable in trained]
 
 
 def statistics_layers(model: keras.Model) -> list[keras.layers.Layer]:

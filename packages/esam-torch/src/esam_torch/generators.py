@@ -1,69 +1,28 @@
-"""Random generators: the user's own of torch, NumPy and Python, and the host's global ones."""
+"""Random generators, which a loss may draw from: those of torch, NumPy and Python."""
 
-import pickle
-import random
 from typing import Any
 
-import numpy as np
 import torch
 
-__all__ = ["HostRandomState", "is_generator", "set_state", "state_of"]
+from esam_core import generators
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-
-#: NumPy's and Python's modules are their global generators.
-_GLOBAL: tuple[Any, ...] = (np.random, random)
-
-
-class HostRandomState:
-    """The states of NumPy's and Python's global generators, which some forwards draw from."""
-
-    def __init__(self) -> None:
-        self._states: list[Any] = [state_of(generator) for generator in _GLOBAL]
-
-    def has_moved(self) -> bool:
-        """Return whether the state of a generator has changed."""
-        return HostRandomState()._states != self._states
-
-    def restore(self) -> None:
-        """Restore the state of both generators."""
-        for generator, state in zip(_GLOBAL, self._states, strict=True):
-            set_state(generator, state)
+__all__ = ["is_generator", "set_state", "state_of"]
 
 
 def is_generator(value: Any) -> bool:
     """Return whether a value is a random generator."""
-    return isinstance(value, _KINDS)
+    return isinstance(value, torch.Generator) or generators.is_generator(value)
 
 
 def state_of(value: Any) -> bytes | None:
-    """Return the state of a random generator; None if the value is none, or has no state.
-
-    The modules `numpy.random` and `random` stand for their global generators.
-
-    Example:
-        >>> generator = random.Random(0)
-        >>> state = state_of(generator)
-        >>> first = generator.random()
-        >>> set_state(generator, state)
-        >>> generator.random() == first, state_of(random.SystemRandom()), state_of(3)
-        (True, None, None)
-    """
+    """Return the state of a random generator; None if the value is none, or has no state."""
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
-    if isinstance(value, np.random.Generator):
-        return pickle.dumps(value.bit_generator.state)
-    if value is np.random or isinstance(value, np.random.RandomState):
-        return pickle.dumps(value.get_state(legacy=False))
-    if value is random or (
-        isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
-    ):
-        return pickle.dumps(value.getstate())
-    return None
+    return generators.state_of(value)
 
 
 def set_state(generator: Any, state: bytes) -> None:
-    """Restore the state of a random generator.
+    """Set the state of a random generator.
 
     Args:
         generator: the generator.
@@ -71,9 +30,5 @@ def set_state(generator: Any, state: bytes) -> None:
     """
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = pickle.loads(state)
-    elif generator is np.random or isinstance(generator, np.random.RandomState):
-        generator.set_state(pickle.loads(state))
     else:
-        generator.setstate(pickle.loads(state))
+        generators.set_state(generator, state)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from esam_core.generators import HostRandomState
 from esam_core.units import names_a_norm
 from esam_torch.compat import MODULE_ATTRIBUTES, NORM_LAYERS, buffers_by_name, count_writes
-from esam_torch.generators import HostRandomState
 from esam_torch.values import (
     Place,
     PlaceKey,
