@@ -134,6 +134,15 @@ def test_a_model_that_collects_per_sample_gradients():
         ESAM(sgd(model), model)
 
 
+def test_a_group_that_collects_per_sample_gradients_is_not_added():
+    model = net()
+    optimizer = ESAM(torch.optim.SGD(model.conv.parameters(), lr=0.1), model)
+    model.head.weight.grad_sample = None
+    with pytest.raises(ESAMTypeError, match=r"must not collect per-sample.*head.weight with"):
+        optimizer.add_param_group({"params": list(model.head.parameters())})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_a_model_that_collects_them_later():
     model, optimizer = make()
     before = Snapshot(model)

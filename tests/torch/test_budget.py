@@ -187,6 +187,18 @@ def test_a_frozen_backbone_is_in_the_cost(frozen, budget, held):
     assert cost <= budget * base
 
 
+def test_a_budget_that_is_too_small_is_refused_in_every_step():
+    """Also in a loop that catches errors, which would otherwise train with the defaults."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, budget=1.01)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    for _ in range(3):
+        with pytest.raises(ESAMValueError, match=r"`budget` must be at least 1\.0"):
+            optimizer.step(losses_of(model), x, y)
+    assert optimizer.count == 0
+
+
 def test_a_budget_respects_unperturbable_parameters():
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(8)))

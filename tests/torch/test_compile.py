@@ -17,7 +17,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
-from esam_torch import Bernoulli, Everything, RandomSuffix, Suffix, TopIncrease, TopLoss
+from esam_torch import (
+    Bernoulli,
+    Everything,
+    Momentum,
+    Previous,
+    RandomSuffix,
+    Suffix,
+    TopIncrease,
+    TopLoss,
+)
 from esam_torch.compat import COMPILED_MODELS_SEE_REQUIRES_GRAD
 
 # A warning of torch: a compiled block reads `.grad` of its inputs, which are not leaves.
@@ -86,6 +95,18 @@ def test_the_whole_model(perturb, gamma):
     ):
         run(make(compiled, **options), 4)
     assert compiler.graphs == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"norm": "full"}, {"ascend": Momentum()}, {"ascend": Previous()}],
+    ids=["norm", "momentum", "previous"],
+)
+def test_no_warning_if_nothing_could_be_pruned(options):
+    """The ascent needs all gradients, or there is none: fewer masks would save nothing."""
+    compiled = torch.compile(net(), backend="eager")
+    with expect_warning(False):
+        run(make(compiled, **options), 6)
 
 
 def test_the_whole_model_compiled_in_place():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.torch.climbs import SELECTORS, SOURCES, by_hand, make, plain, rows, train
 from tests.torch.networks import ResNet, Transformer, flops, images, tokens
-from tests.torch.scene import Snapshot, batch, losses_of, net, sgd
+from tests.torch.scene import SUFFIX_PART, Snapshot, batch, losses_of, net, sgd
 from torch import nn
 
 from esam_core import ESAMTypeError, ESAMValueError
@@ -301,6 +301,48 @@ def test_a_marked_batch_needs_no_counting_and_no_comparison():
     x, y = batch(8)
     optimizer.step(watched, Rows(x), Rows(y))
     assert seen == [2, 8]
+
+
+@pytest.mark.parametrize("mark", [Rows, lambda x: x], ids=["marked", "plain"])
+def test_a_part_of_a_marked_batch_is_read_like_that_of_any_other(mark):
+    """A table of ten numbers is passed whole, also in a last batch of ten samples."""
+    torch.manual_seed(0)
+    model, weights, seen = nn.Linear(4, 3), torch.arange(1.0, 11.0), []
+
+    def losses(x, y, weights):
+        seen.append(len(weights))
+        return nn.functional.cross_entropy(model(x), y, reduction="none") * weights[y]
+
+    optimizer = ESAM(torch.optim.SGD(model.parameters(), lr=0.1), model, **SUFFIX_PART)
+    for b in (16, 16, 10):
+        optimizer.step(losses, mark(torch.randn(b, 4)), torch.randint(3, (b,)), weights)
+    assert set(seen) == {10}
+
+
+def test_directions_move_the_weights_of_the_selected_samples_to_their_losses():
+    """As in a model on several GPUs: losses on another device than the perturbed weights."""
+    linear = nn.Linear(4, 1)
+    base = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
+    optimizer = ESAM(base, linear, select=Random(0.5), ascend=Momentum())
+    linear(torch.ones(2, 4)).sum().backward()
+    base.step()
+
+    def losses(x):
+        return _OnMeta.apply(linear(x).flatten())
+
+    assert optimizer.loss(losses, Rows(torch.randn(8, 4))).device.type == "meta"
+
+
+class _OnMeta(torch.autograd.Function):
+    """Moves losses to the meta device, without values."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.to("meta")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.ones(gradient.shape)
 
 
 def test_a_budget_is_applied_with_the_given_direction():

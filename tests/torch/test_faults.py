@@ -12,9 +12,10 @@ import esam_torch.task
 from esam_core import Proportional
 from esam_torch import ESAM, Everything, Part, Previous, Suffix
 from esam_torch.batch import Samples
+from esam_torch.forwards import Forward
 from esam_torch.guards import Weights
 from esam_torch.task import Task
-from esam_torch.written import Forward, Writes
+from esam_torch.written import Writes
 
 
 class BrokenError(Exception):
@@ -109,11 +110,11 @@ def test_in_the_backward_of_a_pass(which, error):
 
 #: All stages of a step, and where their functions are.
 STAGES = {
-    "guarding": (Writes, "before_forward"),
+    "guarding": (Forward, "__init__"),
     "finding writes": (Forward, "note"),
     "keeping writes": (Writes, "keep"),
-    "ascent gradient": (esam_torch.step, "ascent_gradients"),
-    "perturbation": (esam_torch.step, "perturb"),
+    "ascent gradient": (esam_torch.step, "dense_shards"),
+    "perturbation": (esam_torch.task, "perturb"),
     "copying": (Weights, "__init__"),
     "climbing": (Weights, "add"),
     "selection": (Task, "select"),

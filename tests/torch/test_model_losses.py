@@ -189,6 +189,19 @@ def test_weights_of_classes_with_soft_labels(transformers):  # noqa: ARG001 need
         F.cross_entropy(logits, hard, weights)
 
 
+def test_labels_that_are_moved_by_name(transformers):  # noqa: ARG001
+    """As reshape(input=labels, ...): a model's call, of which torch knows both forms."""
+    from esam_torch.integrations.row_losses import RowLosses
+
+    logits, labels = torch.randn(3, 4, 5), torch.randint(5, (3, 4))
+    rows = RowLosses([labels])
+    with rows:
+        moved = torch.reshape(input=labels, shape=(-1,))
+        found = rows.check(F.cross_entropy(logits.flatten(0, 1), moved), "a model")
+    wanted = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_indices_of_labels_are_moved_to_the_cpu(transformers):  # noqa: ARG001
     """Where their rows are; also in tuples, as in labels[rows, columns]."""
     from esam_torch.integrations.row_losses import RowLosses

@@ -9,9 +9,9 @@ from torch import Tensor
 from esam_core import ESAMRuntimeError
 from esam_torch.compat import without_hooks
 from esam_torch.notes import own_backward
-from esam_torch.sharded import local, shards_of
+from esam_torch.sharded import shards_of
 
-__all__ = ["ascent_gradients", "gradients_of", "graph_leaves", "graph_nodes"]
+__all__ = ["dense_shards", "gradients_of", "graph_leaves", "graph_nodes"]
 
 
 def gradients_of(
@@ -19,8 +19,8 @@ def gradients_of(
     tensors: Sequence[Tensor],
     scale: Tensor,
     *,
-    every: Sequence[Tensor] | None = None,
-    accumulates: bool = False,
+    every: Sequence[Tensor] | None,
+    accumulates: bool,
 ) -> tuple[list[Tensor | None], bool]:
     """Return the gradients of scale * loss; None for tensors that the loss does not depend on.
 
@@ -40,6 +40,8 @@ def gradients_of(
         The gradients, and whether a layer did so.
     """
     if every is None:
+        if not loss.requires_grad:
+            return [None] * len(tensors), False
         layers = _collecting(tensors if accumulates else ())
         with without_hooks(tensors), own_backward(), layers as own:
             try:
@@ -64,39 +66,31 @@ def gradients_of(
                 parameter.grad = gradient
 
 
-def ascent_gradients(
-    loss: Tensor,
-    tensors: Sequence[Tensor],
-    scale: Tensor,
-    *,
-    every: Sequence[Tensor] | None = None,
-    accumulates: bool = True,
-) -> tuple[list[Tensor], bool]:
-    """Return dense gradients of scale * loss, with zeros for tensors that it does not depend on.
+def dense_shards(
+    found: Sequence[Tensor | None], tensors: Sequence[Tensor], loss: Tensor
+) -> list[Tensor]:
+    """Return dense gradients, with zeros for None; of sharded parameters, this rank's shards.
 
     Args:
-        loss: as for `gradients_of`, and the others too.
-        tensors: the tensors to compute gradients for.
-        scale: 0-d, the initial gradient of the backward.
-        every: None or, for a sharded model, all leaves of the loss.
-        accumulates: whether the backward of a layer may add gradients to `.grad` itself.
-
-    Returns:
-        The gradients, for sharded parameters of this rank's shards, and whether a layer did so.
+        found: the gradients of the loss.
+        tensors: the tensors that they belong to.
+        loss: 0-d.
 
     Raises:
-        ESAMRuntimeError: the loss was computed through a reentrant checkpoint.
+        ESAMRuntimeError: a gradient is None, and the loss was computed through a reentrant
+            checkpoint.
     """
-    if every is None and not loss.requires_grad:  # it depends on no perturbed weight
-        return [torch.zeros_like(local(tensor.detach())) for tensor in tensors], False
-    found, own = gradients_of(loss, tensors, scale, every=every, accumulates=accumulates)
-    gradients = []
-    for tensor, gradient in zip(tensors, found, strict=True):
-        if gradient is None:
-            _refuse_reentrant(loss)
-            gradient = torch.zeros_like(tensor)
-        gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
-    return shards_of(gradients, tensors), own
+    if any(gradient is None for gradient in found):
+        _refuse_reentrant(loss)
+    gradients = [
+        torch.zeros_like(tensor.detach())
+        if gradient is None
+        else gradient.to_dense()
+        if gradient.is_sparse
+        else gradient
+        for tensor, gradient in zip(tensors, found, strict=True)
+    ]
+    return shards_of(gradients, tensors)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

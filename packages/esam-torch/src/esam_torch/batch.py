@@ -13,14 +13,14 @@ from esam_torch.containers import (
     INSIDE,
     NestedTooDeepError,
     is_container,
+    is_list,
     is_object_of_samples,
-    is_record,
     is_tensor_collection,
     map_values,
 )
 from esam_torch.entries import Index, describe, entries, items
 from esam_torch.functions import code_of
-from esam_torch.marks import WAYS_OUT, Rows, Whole
+from esam_torch.marks import WAYS_OUT, Mark, Rows, Whole
 from esam_torch.reading import Reader, Reading, length_of, refuse_used_up
 
 __all__ = ["Batch", "Samples", "is_marked", "row_counts"]
@@ -184,8 +184,7 @@ def _lengths(x: Any, path: str) -> list[int]:
     found: list[int] = []
 
     def visit(value: Any, _: str) -> Any:
-        simple = isinstance(value, list | tuple) and not is_record(value)
-        if is_container(value) and not simple:
+        if is_container(value) and not is_list(value):
             return INSIDE
         length = length_of(value)
         if length is not None:
@@ -243,7 +242,7 @@ def row_counts(batch: Batch) -> set[int]:
 def is_marked(batch: Batch) -> bool:
     """Return whether all arguments are marked with `Rows` or `Whole`."""
     args, kwargs = batch
-    return all(isinstance(x, Rows | Whole) for x in (*args, *kwargs.values()))
+    return all(isinstance(x, Mark) for x in (*args, *kwargs.values()))
 
 
 def _is_plain(batch: Batch) -> bool:
@@ -254,7 +253,7 @@ def _is_plain(batch: Batch) -> bool:
 
 def _copy(x: Any, _: str = "") -> Any:
     """Return a shallow copy of another library's batch, and what `Rows` or `Whole` marks copied."""
-    if isinstance(x, Rows | Whole):
+    if isinstance(x, Mark):
         return type(x)(_copy_inside(x.value))
     if is_tensor_collection(x):
         return x.clone(recurse=False)
@@ -271,7 +270,7 @@ def _copy_inside(x: Any) -> Any:
 
 def _unwrap(x: Any, path: str) -> Any:
     """Return what `_copy` does, without `Rows` or `Whole`."""
-    if isinstance(x, Rows | Whole):
+    if isinstance(x, Mark):
         return _copy_inside(x.value)
     refuse_used_up(x, path)
     return _copy(x)

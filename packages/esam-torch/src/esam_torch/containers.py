@@ -60,7 +60,7 @@ def map_values(
     *,
     strict: bool = True,
     fresh: bool = False,
-    depth: int = 0,
+    around: frozenset[int] = frozenset(),
 ) -> Any:
     """Return nested containers with new values; the same object if nothing changes.
 
@@ -71,7 +71,7 @@ def map_values(
         path: the place of `tree`.
         strict: whether a container that cannot be rebuilt is an error. If not, it is kept.
         fresh: whether containers are copied even if nothing changes, where that is possible.
-        depth: how many containers `tree` is nested in.
+        around: the ids of the containers that `tree` is in.
 
     Raises:
         ESAMTypeError: `strict` is set, and a container of another library cannot be rebuilt or a
@@ -83,15 +83,16 @@ def map_values(
     inside = parts(tree)
     if inside is None:
         return tree
-    if depth == _DEEPEST:
+    if id(tree) in around or len(around) == _DEEPEST:
         if not strict:
             return tree
         raise NestedTooDeepError(
             f"`{path[:60]}...` must not contain itself, nor nest containers more than {_DEEPEST} "
             f"deep. {WAYS_OUT} Received: a {type(tree).__name__}."
         )
+    around = around | {id(tree)}
     values = [
-        map_values(value, visit, path + place, strict=strict, fresh=fresh, depth=depth + 1)
+        map_values(value, visit, path + place, strict=strict, fresh=fresh, around=around)
         for place, value in inside
     ]
     same = all(new is old for new, (_, old) in zip(values, inside, strict=True))
@@ -126,6 +127,11 @@ def detach_tree(tree: Any) -> Any:
 def is_record(x: Any) -> bool:
     """Return whether a value is a named tuple or similar."""
     return isinstance(x, tuple) and (defines(x, "_fields") or defines(x, "n_sequence_fields"))
+
+
+def is_list(x: Any) -> bool:
+    """Return whether a value is a list or a tuple of items, and not a named tuple."""
+    return isinstance(x, list | tuple) and not is_record(x)
 
 
 def is_tensor_collection(x: Any) -> bool:
@@ -193,11 +199,11 @@ def parts(tree: Any) -> list[tuple[str, Any]] | None:
     return [(f"[{key!r}]", tree[key]) for key in tree]
 
 
-def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
+def tensors_inside(tree: Any, around: frozenset[int] = frozenset()) -> Iterator[Tensor]:
     """Yield the tensors in nested containers of any library."""
     if isinstance(tree, Tensor):
         yield tree
-    elif type(tree) not in _PLAIN and depth <= _DEEPEST:
+    elif type(tree) not in _PLAIN and id(tree) not in around and len(around) <= _DEEPEST:
         within: Iterable[Any] = [x for _, x in parts(tree) or ()]
         if isinstance(tree, deque):
             within = tree
@@ -205,8 +211,9 @@ def tensors_inside(tree: Any, depth: int = 0) -> Iterator[Tensor]:
             within = tree.values()
         elif is_object_of_samples(tree) or _is_own_object(tree):
             yield from _tensors_of_object(vars(tree).values())
+        around = around | {id(tree)}
         for part in within:
-            yield from tensors_inside(part, depth + 1)
+            yield from tensors_inside(part, around)
 
 
 def own_objects_inside(tree: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from esam_core import ESAMConfig, ESAMValueError, StepReport
+from esam_core import ESAMConfig, ESAMError, StepReport
 from esam_torch.checkpoints import load_state, state_of
 from esam_torch.groups import check_groups
 from esam_torch.inspection import parameters_of
@@ -16,7 +16,8 @@ from esam_torch.run import Run
 __all__ = ["DelegatingOptimizer"]
 
 
-#: The names of what steps read from `config` or from the run, and no attribute can change.
+#: The names of hyperparameters. Steps read them from `config` or from the run, so setting such an
+#: attribute would have no effect.
 HYPERPARAMETERS = frozenset(
     {"beta", "gamma", "blocks", "take", *(spec.name for spec in dataclasses.fields(ESAMConfig))}
 )
@@ -77,7 +78,7 @@ class DelegatingOptimizer(torch.optim.Optimizer):
         self._run.base.add_param_group(param_group)
         try:
             parameters_of(self._run.model, self._run.base.param_groups)
-        except ESAMValueError:
+        except ESAMError:
             self._run.base.param_groups.pop()
             raise
 

@@ -133,7 +133,7 @@ class Memory:
 
     def _kept_of(self, layout: Layout, config: ESAMConfig) -> tuple[bool, ...]:
         """Return, for each parameter, whether its gradient is kept; computed once per layout."""
-        defaults = Options(config.rho, config.adaptive)
+        defaults = Options.of(config)
         perturbed = {id(group): defaults.of_group(group).perturb for group, _ in layout.groups}
         allowed = tuple(
             p.tensor.requires_grad and perturbed[id(p.group)] for p in layout.parameters

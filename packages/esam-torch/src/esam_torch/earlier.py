@@ -5,8 +5,7 @@ backward can be part of the user's backward. In between the weights are at theta
 moves them to exactly the same theta + epsilon again, and restores them.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +13,8 @@ from torch import Tensor
 from esam_core.selectors import subset_size
 from esam_torch.devices import on_device
 from esam_torch.finiteness import flaw_in, nan_if_flawed
-from esam_torch.guards import RandomState, Weights
-from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
+from esam_torch.guards import RandomState
+from esam_torch.perturbation import Ascent
 from esam_torch.selection import Selected
 from esam_torch.step import Step
 from esam_torch.task import StepResult, report_of
@@ -48,7 +47,7 @@ class EarlierStep(Step):
         left, self._written = RandomState(task.layout.devices), task.layout.writes.keep()
         self._ascent_found = ascent = self._direction()
         flaw = ascent.flaw
-        with self._at_the_peak() as weights:
+        with self._at_the_peak(ascent) as weights:
             if task.watch_rounding:
                 self._rounded = weights.share_rounded_away(ascent.perturbations)
             if b is not None:
@@ -74,17 +73,9 @@ class EarlierStep(Step):
 
     def _direction(self) -> Ascent:
         """Return epsilon, computed from the direction of earlier steps."""
-        task, targets = self.task, self.task.targets
+        task = self.task
         seen = self._losses_at_theta()
-        return perturb(
-            task.climb.direction or [],
-            targets,
-            seen,
-            torch.ones((), device=seen.device),
-            norm=task.config.norm,
-            norm_eps=task.config.norm_eps,
-            weight_masks=draw_weight_masks(task.mask, targets.tensors),
-        )
+        return task.epsilon(task.climb.direction or [], seen, torch.ones((), device=seen.device))
 
     def _losses_at_theta(self) -> Tensor:
         """Return the losses at theta, or a finite number if there are none."""
@@ -94,26 +85,12 @@ class EarlierStep(Step):
         dtype = widened(like.real.dtype if like.is_complex() else like.dtype)
         return torch.zeros(1, dtype=dtype, device=like.device)
 
-    @contextlib.contextmanager
-    def _at_the_peak(self) -> Iterator[Weights]:
-        """Move the weights to theta + epsilon inside the context."""
-        self._weights = weights = Weights(self.task.targets)
-        try:
-            weights.add(self._ascent_found.perturbations)
-            self._refresh_weights()
-            yield weights
-        finally:
-            weights.restore()
-            self._refresh_weights()
-            self._weights = None  # the copies are not needed in between
-
     def _perturbed_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Run the backward of the descent pass, at the weights of its forward."""
-        if self.task.before_descent is not None:
-            self.task.before_descent()
+        self.task.before_descent()
         at_the_descent = self._at_the_descent
         found = self.task.layout.writes.keep()  # checkpointed parts run again, and write again
-        with self._at_the_peak():
+        with self._at_the_peak(self._ascent_found):
             self._ascent_found.perturbations.clear()  # epsilon is in the weights
             if at_the_descent is not None:  # the graph may read buffers that its forward wrote
                 at_the_descent.restore()

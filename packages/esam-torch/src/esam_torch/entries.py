@@ -68,9 +68,8 @@ def entries(x: Any, index: Index) -> Any:
     if attribute(x, "iloc") is not None:  # a pandas object: its [] looks up labels
         return x.iloc[index.host]
     device = attribute(x, "device")
-    tensor = index.tensor if isinstance(device, torch.device) else index.tensor.cpu()
-    if isinstance(device, torch.device):
-        tensor = on_device(index.tensor, device)
+    here = device if isinstance(device, torch.device) else torch.device("cpu")
+    tensor = on_device(index.tensor, here)
     for form in (tensor, index.array, index.host):
         try:
             part = x[form]

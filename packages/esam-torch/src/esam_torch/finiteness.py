@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from esam_core import NonFiniteError
 from esam_torch.devices import on_device
 from esam_torch.sharded import local
 
-__all__ = ["all_finite", "flaw_in", "nan_if_flawed", "zero_unless"]
+__all__ = ["all_finite", "flaw_in", "nan_if_flawed", "not_finite", "zero_unless"]
 
 #: Integer types by the size of an element in bytes.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,6 +23,15 @@ def flaw_in(values: Tensor) -> Tensor:
 def nan_if_flawed(total: Tensor, flaw: Tensor) -> Tensor:
     """Return the loss, times NaN if it is not finite or a flaw is given: all gradients are NaN."""
     return total * (flaw + total.detach() * 0.0 + 1.0)
+
+
+def not_finite(count: int) -> NonFiniteError:
+    """Return the error for a step that is not finite."""
+    return NonFiniteError(
+        f"A loss or gradient of step {count} is not finite; weights and buffers are as before the "
+        'call, and nothing was added to the gradients. Use on_nonfinite="skip" to skip such '
+        "steps."
+    )
 
 
 def zero_unless(usable: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -21,7 +21,7 @@ from esam_torch.containers import (
 )
 from esam_torch.lookups import defines
 from esam_torch.losses import LossFunction
-from esam_torch.marks import Rows, Whole
+from esam_torch.marks import Mark
 from esam_torch.objects import Objects, arrays_of
 from esam_torch.values import can_be_written
 
@@ -64,15 +64,15 @@ def read_only(losses: LossFunction, batch: Batch, *, watched: bool) -> LossFunct
         images = [a.tobytes() for a in arrays]
         found = losses(*args, **kwargs)
         now = count_all_writes(tensors)
-        changed = [t for t, n, m in zip(tensors, versions, now, strict=True) if n != m]
+        touched = [t for t, n, m in zip(tensors, versions, now, strict=True) if n != m]
         others = [a for a, i in zip(arrays, images, strict=True) if a.tobytes() != i]
-        if changed and copies is not None:
+        if touched and copies is not None:
             for tensor, copy in zip(tensors, copies, strict=True):
                 if not _equal(tensor.detach(), copy):
                     raise ESAMRuntimeError(_written("a tensor", tensor))
         if others and written:
             raise ESAMRuntimeError(_written("an array", others[0]))
-        written = written or any(id(x) in own for x in (*changed, *others))
+        written = written or any(id(x) in own for x in (*touched, *others))
         return found
 
     return call
@@ -177,7 +177,7 @@ def copied(batch: Batch) -> Batch:
     """Return the batch with copies of its tensors and arrays, which a forward may write to."""
 
     def copy_values(x: Any, _: str) -> Any:
-        if isinstance(x, Rows | Whole):
+        if isinstance(x, Mark):
             return type(x)(map_values(x.value, copy_values, strict=False))
         if is_tensor_collection(x) or (is_object_of_samples(x) and defines(x, "clone")):
             trained = any(t.requires_grad for t in tensors_inside(x))

@@ -19,6 +19,7 @@ from esam_torch.attributes import Attributes
 from esam_torch.blocks import Blocks, find_blocks
 from esam_torch.compat import original_name, registered_parameters
 from esam_torch.devices import devices_of
+from esam_torch.forwards import Forward
 from esam_torch.guards import RandomState
 from esam_torch.notes import ACCUMULATES, ASKS, KEPT, WITHOUT_A_GRAPH, note_errors
 from esam_torch.registrations import registered_modules
@@ -47,7 +48,7 @@ class Parameter:
     group: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Layout:
     """The layout of a model.
 
@@ -86,13 +87,12 @@ class Layout:
     _places: Sequence[tuple[dict[str, Any], str, Any]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tensors", [p.tensor for p in self.parameters])
-        object.__setattr__(self, "units", tuple(p.unit for p in self.parameters))
+        self.tensors = [p.tensor for p in self.parameters]
+        self.units = tuple(p.unit for p in self.parameters)
+        self.ids = frozenset(map(id, self.everything))
+        self.device = self.tensors[0].device if self.tensors else None
         # FSDP2 replaces the parameters of a sharded model in each forward.
-        places = () if self.shards is not None else registered_parameters(self.modules)
-        object.__setattr__(self, "_places", places)
-        object.__setattr__(self, "ids", frozenset(map(id, (*self.tensors, *self.others))))
-        object.__setattr__(self, "device", self.tensors[0].device if self.tensors else None)
+        self._places = () if self.shards is not None else registered_parameters(self.modules)
 
     def why_all_gradients(self) -> str | None:
         """Return why the ascent pass must compute the gradients of all weights; None if not."""
@@ -109,7 +109,7 @@ class Layout:
         if self._registered != registered_modules():
             if list(model.modules()) != self.modules:
                 return False
-            object.__setattr__(self, "_registered", registered_modules())
+            self._registered = registered_modules()
         if any(registered.get(name) is not old for registered, name, old in self._places):
             return False  # as after load_state_dict(..., assign=True)
         if self.tensors and self.tensors[0].device != self.device:  # a model moves as a whole
@@ -135,10 +135,6 @@ class Layout:
         """Return all parameters that have a gradient now, in the optimizer or not."""
         return [p for p in self.everything if p.requires_grad]
 
-    def if_sharded(self, leaves: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """Return the leaves of a loss if FSDP2 shards the model, else None."""
-        return None if self.shards is None else leaves
-
     @functools.cached_property
     def groups_sharing_a_batch(self) -> list[Any]:
         """The process groups over which layers are split (tensor parallelism), not the batch."""
@@ -152,11 +148,11 @@ class Layout:
 
     def reach_warning(self, config: ESAMConfig) -> str | None:
         """Return a warning if the sampler reaches no or few weights; None if rho is 0."""
-        defaults = Options(config.rho, config.adaptive)
+        defaults = Options.of(config)
         rows = [(defaults.of_group(p.group), p.tensor.requires_grad) for p in self.parameters]
         if all(o.rho == 0.0 for o, _ in rows):
             return None
-        may = [trained and o.perturb and o.rho > 0.0 for o, trained in rows]
+        may = [trained and o.perturbs for o, trained in rows]
         return reach_warning(config.perturb, self.units, may)
 
     def targets(self, mask: Mask, defaults: Options) -> Targets:
@@ -273,7 +269,7 @@ def without_side_effects(
 ) -> Iterator[None]:
     """Make a forward inside the context free of side effects and without a graph."""
     random = RandomState(devices)
-    before = writes.before_forward()
+    before = Forward(writes)
     try:
         with (
             without_reduction(model),

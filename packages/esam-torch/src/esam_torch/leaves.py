@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from esam_core import ESAMRuntimeError
 from esam_torch.ascent import graph_leaves
 from esam_torch.containers import INSIDE, map_values
-from esam_torch.marks import Rows, Whole
+from esam_torch.marks import Mark
 
 __all__ = ["with_own_leaves"]
 
@@ -34,8 +34,8 @@ def with_own_leaves(
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def replace(x: Any, _: str) -> Any:
-        if isinstance(x, Rows | Whole):
-            value = map_values(x.value, replace)
+        if isinstance(x, Mark):
+            value = map_values(x.value, replace, strict=False)
             return x if value is x.value else type(x)(value)
         if not isinstance(x, Tensor):
             return INSIDE

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["WAYS_OUT", "Rows", "Whole"]
+__all__ = ["WAYS_OUT", "Mark", "Rows", "Whole"]
 
 #: Advice if a batch is not read as intended.
 WAYS_OUT = (
@@ -11,7 +11,21 @@ WAYS_OUT = (
 )
 
 
-class Rows:
+class Mark:
+    """A wrapper of a value of the batch.
+
+    Args:
+        value: the value.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.value!r})"
+
+
+class Rows(Mark):
     """Marks a value of the batch that has one entry per sample.
 
     An ambiguous list needs it: in a batch of three, a list of three tensors with three rows each
@@ -28,14 +42,8 @@ class Rows:
         >>> images = Rows([torch.ones(3, 8, 8), torch.ones(3, 9, 9), torch.ones(3, 7, 7)])
     """
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
 
-    def __repr__(self) -> str:
-        return f"Rows({self.value!r})"
-
-
-class Whole:
+class Whole(Mark):
     """Marks a value of the batch that is not split by sample, so that `losses` receives it whole.
 
     A tensor whose first dimension equals the batch size is read as one row per sample. Wrap it if
@@ -49,9 +57,3 @@ class Whole:
         >>> from esam_torch import Whole
         >>> class_weights = Whole(torch.ones(10))     # ten classes, and ten samples in the batch
     """
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"Whole({self.value!r})"

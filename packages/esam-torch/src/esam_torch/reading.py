@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from esam_core import ESAMTypeError, ESAMValueError
-from esam_torch.containers import is_container, is_record, is_tensor_collection, parts
+from esam_torch.containers import is_container, is_list, is_tensor_collection, parts
 from esam_torch.entries import describe
 from esam_torch.lookups import attribute
-from esam_torch.marks import WAYS_OUT, Rows, Whole
+from esam_torch.marks import WAYS_OUT, Mark
 
 __all__ = ["Reader", "Reading", "length_of"]
 
@@ -57,11 +57,13 @@ class Reading(enum.Enum):
 def refuse_used_up(x: Any, path: str) -> None:
     """Raise if a value gives each pass other values: an iterator or a random generator."""
     if isinstance(x, _USED_UP):
-        instead = "a list" if isinstance(x, Iterator) else "none, and use the global generator"
-        raise ESAMTypeError(
-            f"`{path}` can be read only once, but `losses` is called several times. Pass "
-            f"{instead}. Received: {type(x).__name__}."
+        why = (
+            "can be read only once, but `losses` is called several times. Use a list."
+            if isinstance(x, Iterator)
+            else "gives each call of `losses` other numbers, but all passes of a step need the "
+            "same. Use the global generator, whose state is restored."
         )
+        raise ESAMTypeError(f"`{path}` {why} Received: {type(x).__name__}.")
 
 
 class Reader:
@@ -111,7 +113,7 @@ class Reader:
             self._refuse_ragged(x, path)
         if isinstance(x, _PLAIN):
             return Reading.WHOLE
-        if isinstance(x, list | tuple) and not is_record(x):
+        if is_list(x):
             return self._list(x, path)
         if is_tensor_collection(x):
             return self._collection(x, path)
@@ -125,8 +127,7 @@ class Reader:
             return Reading.WHOLE
         if isinstance(x, PackedSequence) or attribute(x, "is_nested") is True:
             self._refuse_ragged(x, path)
-        simple = isinstance(x, list | tuple) and not is_record(x)
-        if is_container(x) and not simple:
+        if is_container(x) and not is_list(x):
             return Reading.PARTS
         length = None if isinstance(x, _PLAIN) else length_of(x)
         if length != self.b:
@@ -134,7 +135,7 @@ class Reader:
                 f"`{path}` must have one entry per sample, since it is marked with Rows. "
                 f"Received: {describe(x)}, and {self.b} losses."
             )
-        return Reading.ITEMS if simple else Reading.ROWS
+        return Reading.ITEMS if is_list(x) else Reading.ROWS
 
     def _table(self, x: Any, path: str) -> Reading:
         """Return how a tensor or an array is read."""
@@ -156,7 +157,7 @@ class Reader:
 
     def _list(self, x: Sequence[Any], path: str) -> Reading:
         """Return how a list or a tuple is read."""
-        if any(isinstance(item, Rows | Whole) for item in x):
+        if any(isinstance(item, Mark) for item in x):
             return Reading.PARTS
         if len(x) < 2:
             return Reading.PARTS
@@ -252,7 +253,7 @@ class Reader:
             return False
         if is_tensor_collection(x):
             return bool(x.batch_size[:1] == (self.b,))
-        if lists and isinstance(x, list | tuple) and not is_record(x) and len(x) == self.b:
+        if lists and is_list(x) and len(x) == self.b:
             return True
         return depth > 0 and any(
             self._holds_rows(value, lists=lists, depth=depth - 1) for _, value in parts(x) or ()

@@ -43,7 +43,7 @@ from esam_torch.spending import spend
 from esam_torch.step import Step
 from esam_torch.synchronisation import Ranks
 from esam_torch.targets import Options, Targets
-from esam_torch.task import StepResult, Task
+from esam_torch.task import StepResult, Task, nothing
 from esam_torch.wrappers import refuse_cached
 
 __all__ = ["Run"]
@@ -139,7 +139,7 @@ class Run:
         self,
         losses: LossFunction,
         batch: Batch,
-        before_descent: Callable[[], None] | None = None,
+        before_descent: Callable[[], None] = nothing,
     ) -> tuple[Step, Tensor]:
         """Return a step that has run the forward of its ascent pass, and its loss."""
         self._losses_computed += 1
@@ -154,7 +154,7 @@ class Run:
             frames = count_compiled_frames()
             mean = step.ascend()
             self._compilation.look_at_pass(mean, frames)
-            self._compilation.check(pruned=task.prunes and bool(task.targets.idle))
+            self._compilation.check(pruned=task.prunes)
             if task.layout.writes.late:
                 self.notices.add("late", LATE)
             if step.batch_size == 1 and task.perturbs:
@@ -196,7 +196,7 @@ class Run:
         self,
         losses: LossFunction,
         batch: Batch,
-        before_descent: Callable[[], None] | None = None,
+        before_descent: Callable[[], None] = nothing,
     ) -> StepReport:
         """Run a step's passes, add its gradient to `.grad` and return its report."""
         count = self.count
@@ -287,14 +287,12 @@ class Run:
             self.notices.add("agreement", result.disagreement)
         self.count += 1
 
-    def _task(
-        self, losses: LossFunction, batch: Any, before_descent: Callable[[], None] | None
-    ) -> Task:
+    def _task(self, losses: LossFunction, batch: Any, before_descent: Callable[[], None]) -> Task:
         """Return the task of the next step."""
         layout = self.layout(losses, batch)
         config = self.config
         mask = config.perturb.draw(layout.units, seed=config.seed, count=self.count)
-        options = Options(config.rho, config.adaptive)
+        options = Options.of(config)
         targets = layout.targets(mask, options)
         size = functools.partial(self.counter.count, self.model, layout, losses, batch)
         climb = find_climb(
@@ -312,7 +310,7 @@ class Run:
             mask=mask,
             targets=targets,
             count=self.count,
-            prune=self._prunes(losses, layout, targets),
+            prunes=climb.direction is None and self._prunes(losses, layout, targets),
             watch_rounding="rounding" not in self.notices and targets.any_half,
             compare="agreement" not in self.notices
             and bool(targets.tensors)
@@ -324,9 +322,10 @@ class Run:
 
     def _prunes(self, losses: LossFunction, layout: Layout, targets: Targets) -> bool:
         """Return whether the ascent pass builds its graph only for the perturbed weights."""
-        # FSDP2 computes all gradients; a base step has no ascent pass.
-        if not (targets.idle and targets.tensors) or layout.shards is not None:
-            return not targets.idle
+        if not (targets.tensors and targets.idle):
+            return False
+        if self.config.norm == "full" or layout.shards is not None:  # all gradients are needed
+            return False
         why = layout.why_all_gradients()
         if why is not None:
             self.notices.add(why, why)
@@ -345,10 +344,10 @@ class Run:
         """
         if self._layout is None or not self._layout.holds(self.model, self.base.param_groups):
             unspent = self.budget is not None and not self.spent
-            self._layout = self.lay_out(losses, batch, watch=unspent)
+            layout = self.lay_out(losses, batch, watch=unspent)
             self._compilation.look_at(self.model)
             if unspent:
-                self.plan = spend(cast(float, self.budget), self._layout, self.model, self.config)
+                self.plan = spend(cast(float, self.budget), layout, self.model, self.config)
                 chosen = self.plan.chosen
                 self.config = dataclasses.replace(
                     self.config, perturb=chosen.perturb, select=chosen.select
@@ -356,12 +355,15 @@ class Run:
                 self.spent = True
                 if self.plan.warning is not None:
                     self.notices.add("reach", self.plan.warning)
-            if (short := self._layout.reach_warning(self.config)) is not None:
+            if (short := layout.reach_warning(self.config)) is not None:
                 self.notices.add("reach", short)
+            self._layout = layout
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:
         """Return the layout of the current model."""
+        args, kwargs = batch
+        check_losses(losses, args, kwargs)
 
         def forward() -> Any:
             return call_apart(losses, self.samples.bare(batch))

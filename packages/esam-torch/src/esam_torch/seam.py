@@ -67,7 +67,7 @@ def once(
     def call_once(scale: Tensor) -> Sequence[Tensor | None]:
         if not waiting:
             raise ESAMRuntimeError(
-                "The backward of one of ESAM's losses must be called once. Received: a second "
+                "The backward of one of ESAM's losses must be called only once. Received: a second "
                 "call, for a loss whose step has already run. Call optimizer.loss(...) again."
             )
         return waiting.pop()(scale)

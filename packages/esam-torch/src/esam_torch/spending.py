@@ -29,20 +29,14 @@ def spend(budget: float, layout: Layout, model: nn.Module, config: ESAMConfig) -
         model: the trained model.
         config: the hyperparameters.
     """
-    defaults = Options(config.rho, config.adaptive)
-    options = {id(p.tensor): defaults.of_group(p.group) for p in layout.parameters}
-
-    def perturbable(parameter: Parameter) -> bool:
-        own = options.get(id(parameter.tensor))
-        trained = parameter.tensor.requires_grad
-        return trained and own is not None and own.perturb and own.rho > 0.0
-
+    defaults = Options.of(config)
+    reached = {id(p.tensor) for p in layout.parameters if defaults.of_group(p.group).perturbs}
     every = all_parameters(layout, model)
     return make_plan(
         [p.unit for p in every],
         budget,
         norm=config.norm,
-        perturbable=[perturbable(p) for p in every],
+        perturbable=[id(p.tensor) in reached for p in every],
         ascend=config.ascend,
     )
 
@@ -55,7 +49,7 @@ def check_budget(budget: float | None, **instead: Any) -> float | None:
     if given:
         listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ESAMValueError(
-            "`budget` chooses the sampler and the selector: pass either it or them. "
+            "`budget` chooses the sampler and the selector: pass either `budget` or these. "
             f"Received: budget={budget!r}, {listed}."
         )
     return validation.positive("budget", budget)

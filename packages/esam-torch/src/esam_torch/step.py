@@ -14,22 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esam_core import ESAMValueError, Momentum, NonFiniteError, Previous, StepReport
+from esam_core import ESAMValueError, Momentum, Previous, StepReport
 from esam_core.selectors import subset_size
 from esam_torch.agreement import compare_losses
-from esam_torch.ascent import ascent_gradients, gradients_of
+from esam_torch.ascent import dense_shards, gradients_of
 from esam_torch.attention import without_graphs
 from esam_torch.batch import Batch
 from esam_torch.between import Between
 from esam_torch.containers import detach_tree
 from esam_torch.devices import on_device
 from esam_torch.dropout import NoiselessEvaluation
-from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed
+from esam_torch.finiteness import all_finite, flaw_in, nan_if_flawed, not_finite
+from esam_torch.forwards import Forward
 from esam_torch.guards import Evaluation, Pruning, RandomState, Weights
 from esam_torch.inspection import find_leaves
 from esam_torch.losses import LossFunction, per_sample
 from esam_torch.notes import PRUNED, WITHOUT_A_GRAPH, WITHOUT_PARAMETERS, note_errors
-from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
+from esam_torch.perturbation import Ascent
 from esam_torch.selection import Selected
 from esam_torch.task import StepResult, Task, report_of
 from esam_torch.written import Kept
@@ -72,7 +73,7 @@ class Step:
             layout.shards.check_reducing()
             layout.shards.reshard()  # the base optimizer has changed the weights since
         self._random = RandomState(layout.devices)
-        self._first = layout.writes.before_forward()
+        self._first = Forward(layout.writes)
         self._losses = self._between.read_only(watched=self._first.watched)
         self._synchronised = ranks.synchronised
         ranks.note_forward()
@@ -104,8 +105,7 @@ class Step:
 
     def finish_base(self) -> StepResult:
         """Return the result of a base step whose gradient is computed by the script's backward."""
-        if self.task.before_descent is not None:
-            self.task.before_descent()
+        self.task.before_descent()
         return StepResult((), self._base_report())
 
     def undo(self) -> None:
@@ -126,8 +126,10 @@ class Step:
     def _first_pass(self) -> Tensor:
         """Return the mean loss at theta of the samples in the ascent pass, with its graph."""
         task = self.task
+        if task.climb.part is not None:
+            task.samples.check(self._batch, self.batch_size)
         with self._climbing():
-            if task.climb.part is None or not task.perturbs:
+            if task.climb.part is None:
                 whole = not task.prunes
                 self._values, self._outputs = self._forward_all(self._expected, whole=whole)
             else:
@@ -162,8 +164,7 @@ class Step:
 
     def _base_step(self, scale: Tensor, inputs: Sequence[Tensor]) -> StepResult:
         """Run only the backward of the first pass: nothing is perturbed."""
-        if self.task.before_descent is not None:
-            self.task.before_descent()
+        self.task.before_descent()
         total = nan_if_flawed(self._mean, flaw_in(self._values))
         return StepResult(self._gradients(total, scale, inputs), self._base_report())
 
@@ -185,13 +186,10 @@ class Step:
             before = self._score_all(before, task.climb.part)
             flaw = flaw + flaw_in(before)
         self._written.trained.restore()  # the last forward may have been on other samples
-        self._weights = weights = Weights(task.targets)
         after: Tensor | None = None
         selected: Selected | None = None
         rounded: Tensor | None = None
-        try:
-            weights.add(ascent.perturbations)
-            self._refresh_weights()
+        with self._at_the_peak(ascent) as weights:
             if task.watch_rounding:
                 rounded = weights.share_rounded_away(ascent.perturbations)
             ascent.perturbations.clear()  # epsilon is in the weights; its memory is not needed
@@ -204,9 +202,6 @@ class Step:
             self._random.restore()
             gradients = self._descent(selected, flaw, scale, inputs)
             self._written.restore()  # before the weights, which a forward may write too
-        finally:
-            weights.restore()
-            self._refresh_weights()
         if task.records_at_theta or others_drew:
             random.restore()
         report = report_of(task, b, self._outputs, before, after, selected, ascent)
@@ -223,20 +218,23 @@ class Step:
         if task.layout.shards is not None:
             # Ranks share one epsilon, so a non-finite loss on one rank must affect all.
             loss = nan_if_flawed(loss, flaw_in(self._values))
-        every, own = task.layout.if_sharded(inputs), self._layers_accumulate
-        found, own = ascent_gradients(loss, wanted, scale, every=every, accumulates=own)
-        task.layout.writes.accumulates |= own
+        found = dense_shards(self._backward(loss, wanted, scale, inputs), wanted, loss)
         if not full:
             del found[len(targets.tensors) :]
-        return perturb(
-            found,
-            targets,
-            self._values.detach(),
-            scale,
-            norm=task.config.norm,
-            norm_eps=task.config.norm_eps,
-            weight_masks=draw_weight_masks(task.mask, targets.tensors),
-        )
+        return task.epsilon(found, self._values.detach(), scale)
+
+    @contextlib.contextmanager
+    def _at_the_peak(self, ascent: Ascent) -> Iterator[Weights]:
+        """Move the weights to theta + epsilon inside the context."""
+        self._weights = weights = Weights(self.task.targets)
+        try:
+            weights.add(ascent.perturbations)
+            self._refresh_weights()
+            yield weights
+        finally:
+            weights.restore()
+            self._refresh_weights()
+            self._weights = None  # the copies are not needed any more
 
     def _score_all(self, losses: Tensor, part: Tensor | None) -> Tensor:
         """Return the (b,) losses at theta, after a forward of the samples outside the part."""
@@ -285,8 +283,7 @@ class Step:
                 self.task.layout.writes.find_graphs()
             else:
                 self._written = self.task.layout.writes.keep()  # checkpointed parts write again
-        if self.task.before_descent is not None:
-            self.task.before_descent()
+        self.task.before_descent()
         # Non-finite values must reach the gradient, even if all selected samples are finite.
         return self._gradients(nan_if_flawed(total, flaw), scale, inputs)
 
@@ -303,7 +300,8 @@ class Step:
         if not values.requires_grad:
             # A constant loss for images without objects, say: 0 for what the other samples use.
             self._reached = find_leaves(self._first_losses, self.task.model, self.task.layout)
-        return (selected.weights.to(values.dtype) * values).sum(), values, outputs
+        weights = on_device(selected.weights, values.device).to(values.dtype)
+        return (weights * values).sum(), values, outputs
 
     def _first_losses(self) -> Tensor:
         """Return the losses of the whole batch with their graph, as in a first pass."""
@@ -344,11 +342,6 @@ class Step:
         """The number of samples in the descent pass."""
         return subset_size(self.task.config.select.gamma, self.batch_size)
 
-    @property
-    def _layers_accumulate(self) -> bool:
-        """Whether the backward of a layer may add gradients to `.grad` itself."""
-        return self._first.watched or self.task.layout.writes.accumulates
-
     @contextlib.contextmanager
     def _climbing(self) -> Iterator[None]:
         """Compute gradients only of perturbed weights, only on this rank, inside the context."""
@@ -366,9 +359,21 @@ class Step:
         """Return the gradients of the inputs."""
         if not total.requires_grad and self.task.layout.shards is None:
             return [torch.zeros_like(x) if id(x) in self._reached else None for x in inputs]
-        every, own = self.task.layout.if_sharded(inputs), self._layers_accumulate
-        found, own = gradients_of(total, inputs, scale, every=every, accumulates=own)
-        self.task.layout.writes.accumulates |= own
+        return self._backward(total, inputs, scale, inputs)
+
+    def _backward(
+        self, loss: Tensor, tensors: Sequence[Tensor], scale: Tensor, inputs: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return the gradients of some tensors; note if a layer adds some to `.grad` itself."""
+        layout = self.task.layout
+        found, own = gradients_of(
+            loss,
+            tensors,
+            scale,
+            every=None if layout.shards is None else inputs,
+            accumulates=self._first.watched or layout.writes.accumulates,
+        )
+        layout.writes.accumulates |= own
         return found
 
     def _refresh_weights(self) -> None:
@@ -385,11 +390,7 @@ class Step:
         ):
             return result
         if task.config.on_nonfinite == "raise":
-            raise NonFiniteError(
-                f"A loss or gradient of step {task.count} is not finite; weights and buffers are "
-                "as before the call, and nothing was added to the gradients. "
-                'Use on_nonfinite="skip" to skip such steps.'
-            )
+            raise not_finite(task.count)
         self._first.undo(generators=False)
         return result.skipped()
 

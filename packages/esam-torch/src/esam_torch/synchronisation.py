@@ -65,7 +65,7 @@ class Ranks:
 
     def note_forward(self) -> None:
         """Find the wrapper whose forward is running, since trainers call ESAM within it."""
-        if _several_ranks():
+        if _in_a_group():
             found = active_replicas()
             self._outside = found is not None and self._is_around_model(found)
             if self._outside:
@@ -73,7 +73,7 @@ class Ranks:
 
     def apart(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which no rank waits for another."""
-        alone = not _several_ranks() or (self._replicas is None and self._watched >= _WATCHED)
+        alone = not _in_a_group() or (self._replicas is None and self._watched >= _WATCHED)
         return contextlib.nullcontext() if alone else self._apart()
 
     @contextlib.contextmanager
@@ -150,10 +150,10 @@ def agree_on_samples(own: Selected, groups: Sequence[Any]) -> Selected:
     return Selected(indices, weights)
 
 
-#: In how many steps to look for a wrapper that was created after ESAM.
+#: In how many passes to look for a wrapper that was created after ESAM.
 _WATCHED = 2
 
 
-def _several_ranks() -> bool:
-    """Return whether this process is one of several in a process group."""
+def _in_a_group() -> bool:
+    """Return whether this process is in a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

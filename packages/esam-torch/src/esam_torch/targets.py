@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from esam_core import Mask, Unit
+from esam_core import ESAMConfig, Mask, Unit
+from esam_torch.groups import options_of
 from esam_torch.kinds import Kinds, kinds_of, split_by_kind
 from esam_torch.sharded import Spread, spread_of
 from esam_torch.values import is_half
@@ -23,9 +24,19 @@ class Options:
     adaptive: bool
     perturb: bool = True
 
+    @classmethod
+    def of(cls, config: ESAMConfig) -> "Options":
+        """Return the options of a group that sets none."""
+        return cls(config.rho, config.adaptive)
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether masks may perturb the group's parameters."""
+        return self.perturb and self.rho > 0.0
+
     def of_group(self, group: Mapping[str, Any]) -> "Options":
         """Return the options of a group, these being the defaults."""
-        given = {key[5:]: value for key, value in group.items() if key.startswith("esam_")}
+        given = {name.removeprefix("esam_"): value for name, value in options_of(group).items()}
         return replace(self, **given) if given else self
 
 
@@ -67,7 +78,7 @@ class Targets:
 
     @functools.cached_property
     def any_half(self) -> bool:
-        """Whether any parameter has less than 32 bits."""
+        """Whether any parameter has fewer than 32 bits."""
         return any(map(is_half, self.tensors))
 
     @functools.cached_property
@@ -109,7 +120,7 @@ def find_targets(
             continue
         if o.perturb:
             whole += unit.size
-        if hit and o.perturb and o.rho > 0.0:
+        if hit and o.perturbs:
             perturbed.append(t)
             size += unit.size
         else:

@@ -14,15 +14,16 @@ from esam_torch.batch import Samples
 from esam_torch.directions import Climb
 from esam_torch.guards import shares_statistics, statistics_layers
 from esam_torch.inspection import Layout
-from esam_torch.perturbation import Ascent
+from esam_torch.perturbation import Ascent, draw_weight_masks, perturb
 from esam_torch.selection import Selected, select
 from esam_torch.synchronisation import Ranks, agree_on_samples
 from esam_torch.targets import Targets
 
-__all__ = ["StepResult", "Task", "report_of"]
+__all__ = ["StepResult", "Task", "nothing", "report_of"]
 
-#: The whole batch.
-WHOLE = Climb()
+
+def nothing() -> None:
+    """Do nothing before the descent."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Task:
         mask: the units that this step perturbs.
         targets: the targets of the mask; without any, the step is a base step.
         count: the step count.
-        prune: whether to skip the gradients of unperturbed parameters in the ascent pass.
+        prunes: whether the ascent pass computes only the gradients of perturbed parameters.
         watch_rounding: whether to measure how much of the perturbation is rounded away.
         compare: whether to find if a sample's loss depends on the other samples, which takes two
             forwards.
@@ -57,15 +58,15 @@ class Task:
     mask: Mask
     targets: Targets
     count: int
-    prune: bool = True
-    watch_rounding: bool = False
-    compare: bool = False
-    before_descent: Callable[[], None] | None = None
-    climb: Climb = WHOLE
+    prunes: bool
+    watch_rounding: bool
+    compare: bool
+    before_descent: Callable[[], None]
+    climb: Climb
 
     def __post_init__(self) -> None:
         b = self.climb.batch_size
-        if b is None or not self.perturbs:
+        if b is None:
             return
         try:
             check_statistics(self.config.ascend, self.config.select, b)
@@ -104,12 +105,17 @@ class Task:
         """Whether passes that call `losses` follow after the loss has been computed."""
         return self.perturbs and self.climb.direction is None
 
-    @property
-    def prunes(self) -> bool:
-        """Whether the ascent pass computes only the gradients of perturbed parameters."""
-        if not (self.prune and self.perturbs and self.targets.idle):
-            return False
-        return self.config.norm != "full"
+    def epsilon(self, gradients: list[Tensor], losses: Tensor, scale: Tensor) -> Ascent:
+        """Return the perturbation; the arguments are those of `perturb`."""
+        return perturb(
+            gradients,
+            self.targets,
+            losses,
+            scale,
+            norm=self.config.norm,
+            norm_eps=self.config.norm_eps,
+            weight_masks=draw_weight_masks(self.mask, self.targets.tensors),
+        )
 
     # -- which passes run -------------------------------------------------------------------------
 
@@ -231,6 +237,6 @@ def report_of(
         weight_share=task.targets.weight_share,
         sample_share=1.0 if selected is None else len(selected.indices) / b,
         outputs=outputs,
-        part=None if ascent is None else task.climb.part,
+        part=task.climb.part,
         batch_size=b,
     )

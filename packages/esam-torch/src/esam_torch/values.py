@@ -60,7 +60,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def is_half(tensor: Tensor) -> bool:
-    """Return whether a tensor has a floating dtype of less than 32 bits."""
+    """Return whether a tensor has a floating dtype of fewer than 32 bits."""
     return tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
 
 
@@ -99,11 +99,9 @@ def can_be_written(value: Any) -> bool:
     return is_plain(value) and not isinstance(value, nn.Parameter)
 
 
-def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a value and in its containers, except parameters."""
-    for part in parts_of(value, depth):
-        if can_be_written(part):
-            yield part
+    return filter(can_be_written, parts_of(value))
 
 
 def parts_of(value: Any, depth: int = _DEPTH) -> Iterator[Any]:

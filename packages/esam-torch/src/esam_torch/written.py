@@ -18,7 +18,6 @@ from esam_torch.values import (
     PlaceKey,
     State,
     all_modules,
-    data_of,
     is_plain,
     key_of,
     places_without,
@@ -26,17 +25,14 @@ from esam_torch.values import (
 )
 from esam_torch.wrappers import bare_model
 
-__all__ = ["Forward", "Kept", "Writes"]
+__all__ = ["Candidate", "Kept", "Start", "Writes"]
 
 #: Everything is checked in this many first steps, and in later ones whose number is a power of 2.
 _WATCHED_STEPS = 3
 
-#: Bytes that may be copied to find writes, if the trained weights are smaller.
-_ALLOWANCE = 2**20
-
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """A tensor that a forward may write in place.
 
     Args:
@@ -82,6 +78,21 @@ class Kept:
         self.trained.restore()
 
 
+@dataclass(frozen=True)
+class Start:
+    """Everything that a forward may write, at the start of a watched step.
+
+    Args:
+        state: the values.
+        norms: torch's layers with running statistics that were in training mode.
+        random: the states of the host's generators.
+    """
+
+    state: State
+    norms: Sequence[nn.Module]
+    random: HostRandomState
+
+
 #: What is saved for a model whose forwards write nothing.
 _NOTHING = Kept(State((), ()), State((), ()), State((), ()))
 
@@ -114,8 +125,8 @@ class Writes:
         self._seen_training = False
         self._places: dict[PlaceKey, Place] = {}
         self._values: set[PlaceKey] = set()  # the places whose tensors are written in place
-        self._parameters: dict[int, _Candidate] = {}
-        self._idle: list[_Candidate] = []
+        self._parameters: dict[int, Candidate] = {}
+        self._idle: list[Candidate] = []
         self._norms = [
             module
             for module in self._model.modules()
@@ -126,19 +137,42 @@ class Writes:
         self.draws = False
         self.accumulates = self.keeps_graphs = False
 
-    def before_forward(self) -> "Forward":
-        """Return a record of the state before the first forward of a step."""
-        self._steps += 1
-        # BatchNorm of the user's own may write only in training mode.
-        training = self._model.training and not self._seen_training
-        self._seen_training |= training
-        by_value = self._steps == 1 or training
-        watched = self._steps <= _WATCHED_STEPS or self._steps.bit_count() == 1 or by_value
-        return Forward(self, _Watch(self, by_value=by_value) if watched else None)
+    @property
+    def watches(self) -> bool:
+        """Whether everything is checked in the next step."""
+        number = self._steps + 1
+        return number <= _WATCHED_STEPS or number.bit_count() == 1 or self.compares_values
 
-    def keep(self, start: State | None = None, random: HostRandomState | None = None) -> Kept:
-        """Return the written values, as they are now or as in a saved state."""
-        norms = [module for module in self._norms if module.training]
+    @property
+    def compares_values(self) -> bool:
+        """Whether this includes values: batch_norm writes without increasing the version.
+
+        This waits for the device. It is done in the first step, and in the first one in training
+        mode, because BatchNorm of the user's own may write only there.
+        """
+        return self._steps == 0 or (self._model.training and not self._seen_training)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return self._model.training
+
+    def count_forward(self, *, training: bool) -> None:
+        """Count the first forward of a step; one that raises an error is not counted.
+
+        Args:
+            training: whether the model was in training mode.
+        """
+        self._steps += 1
+        self._seen_training |= training
+
+    def training_norms(self) -> list[nn.Module]:
+        """Return torch's layers with running statistics that write them now."""
+        return [module for module in self._norms if module.training]
+
+    def keep(self, start: Start | None = None) -> Kept:
+        """Return the written values, as they are now or as at the start of a watched step."""
+        norms = self.training_norms() if start is None else start.norms
         if not (norms or self.statistics_layers or self._places or self._parameters or self.draws):
             return _NOTHING
         statistics = [
@@ -149,12 +183,12 @@ class Writes:
         places = self._places.values()
         in_place = _tensors(p for p in places if key_of(p) in self._values)
         weights = self._parameters.values()
-        state = State if start is None else start.part
+        state = State if start is None else start.state.part
         return Kept(
             state(places, [*in_place, *(c.tensor for c in weights if not c.trained)]),
             state(statistics, _tensors(statistics)),
             state((), [c.tensor for c in weights if c.trained]),
-            (random or HostRandomState()) if self.draws else None,
+            (HostRandomState() if start is None else start.random) if self.draws else None,
         )
 
     def writers(self) -> list[nn.Module]:
@@ -172,7 +206,7 @@ class Writes:
         """Return the version counters, by id, of values that no forward has been seen to write."""
         return {id(c.tensor): count_writes(c.tensor) for c in self._idle}
 
-    def learn(self, places: Iterable[Place], written: Iterable[_Candidate]) -> None:
+    def learn(self, places: Iterable[Place], written: Iterable[Candidate]) -> None:
         """Record places whose objects were replaced, and tensors written in place."""
         self._places.update({key_of(place): place for place in places})
         for candidate in written:
@@ -182,7 +216,7 @@ class Writes:
                 self._places[key_of(candidate.place)] = candidate.place
                 self._values.add(key_of(candidate.place))
 
-    def written_since(self, versions: Mapping[int, int]) -> list[_Candidate]:
+    def written_since(self, versions: Mapping[int, int]) -> list[Candidate]:
         """Return what has been written since the given version counters."""
         rows = ((c, count_writes(c.tensor)) for c in self._idle)
         found = [c for c, n in rows if versions.get(id(c.tensor), n) != n]
@@ -209,7 +243,7 @@ class Writes:
             places = (place for key, place in self._places.items() if key not in self._values)
             self.keeps_graphs = any(t.requires_grad for t in _tensors(places))
 
-    def set_idle(self, candidates: Iterable[_Candidate]) -> None:
+    def set_idle(self, candidates: Iterable[Candidate]) -> None:
         """Compare the version counters of the other candidates in later steps."""
         self._idle = [
             c
@@ -233,24 +267,24 @@ class Writes:
             if not known and _keeps_statistics(module, written):
                 self.statistics_layers.append(module)
 
-    def candidates(self) -> tuple[list[Place], list[_Candidate]]:
+    def candidates(self) -> tuple[list[Place], list[Candidate]]:
         """Return the places that a forward may set, and the tensors that it may write."""
         places: list[Place] = []
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         known = {id(module) for module in self._norms if module.training}
         for module in all_modules(self._model):
             own = [(vars(module), name) for name in vars(module) if name not in MODULE_ATTRIBUTES]
             places += own
-            found += [_Candidate(t, p, False, False) for p in own for t in tensors_in(p[0][p[1]])]
+            found += [Candidate(t, p, False, False) for p in own for t in tensors_in(p[0][p[1]])]
             if id(module) not in known:
                 own = [(buffers_by_name(module), name) for name in buffers_by_name(module)]
                 places += own
-                found += [_Candidate(t, p, True, False) for p in own for t in _tensors([p])]
+                found += [Candidate(t, p, True, False) for p in own for t in _tensors([p])]
             if self._weights:
                 for tensor in module.parameters(recurse=False):
                     if is_plain(tensor):
                         trained = id(tensor) in self._held and tensor.requires_grad
-                        found.append(_Candidate(tensor, None, True, trained))
+                        found.append(Candidate(tensor, None, True, trained))
         return places, found
 
     def new_places(self, known: Iterable[Place]) -> list[Place]:
@@ -258,130 +292,10 @@ class Writes:
         return places_without(self.candidates()[0], known)
 
 
-class _Watch:
-    """Saved values of everything that a forward may write.
-
-    Args:
-        writes: records what is found.
-        by_value: whether to compare values too, which waits for the device: batch_norm writes
-            without increasing the version.
-    """
-
-    def __init__(self, writes: Writes, *, by_value: bool) -> None:
-        self._writes = writes
-        self._by_value = by_value
-        self._places, self._candidates = writes.candidates()
-        self._marks = [_mark(c.tensor) for c in self._candidates]
-        self.random = HostRandomState()
-        kept = writes.keep()
-        self.state = State(self._places, self._affordable()).join(
-            kept.restarted, kept.statistics, kept.trained
-        )
-
-    def _affordable(self) -> list[Tensor]:
-        """Return the tensors to copy: the smallest, in total not larger than the trained weights.
-
-        Large frozen weights with a small adapter are not copied; an average of the trained weights
-        is.
-        """
-        left = max(_ALLOWANCE, sum(c.tensor.nbytes for c in self._candidates if c.trained))
-        chosen: list[Tensor] = []
-        seen: set[int] = set()
-        for candidate in sorted(self._candidates, key=lambda c: c.tensor.nbytes):
-            left -= candidate.tensor.nbytes
-            if left < 0:
-                break
-            if not candidate.trained and id(candidate.tensor) not in seen:
-                seen.add(id(candidate.tensor))
-                chosen.append(candidate.tensor)
-        return chosen
-
-    def compare(self) -> None:
-        """Find what was written."""
-        written = {
-            id(c.tensor)
-            for c, mark in zip(self._candidates, self._marks, strict=True)
-            if _mark(c.tensor) != mark
-        }
-        self._writes.draws |= self.random.has_moved()
-        copied = self.state.tensors()
-        late = written - copied
-        self._writes.late |= any(id(c.tensor) in late and not c.trained for c in self._candidates)
-        if self._by_value:
-            written |= {id(t) for t in self.state.unlike(without=written)}
-        changed = [*self.state.find_changes(), *self._writes.new_places(self._places)]
-        self._writes.learn(changed, [c for c in self._candidates if id(c.tensor) in written])
-        self._writes.find_statistics()
-        self._writes.set_idle(self._candidates)
-
-    def undo(self) -> None:
-        """Restore everything, and delete names that the forward created."""
-        for names, name in self._writes.new_places(self._places):
-            del names[name]
-        self.state.restore()
-        self.random.restore()
-
-
-class Forward:
-    """The state before a step's first forward, which later passes and errors restore.
-
-    Args:
-        writes: the known written values.
-        watch: checks everything; None in most steps.
-
-    Attributes:
-        watched: whether everything is checked in this step.
-    """
-
-    def __init__(self, writes: Writes, watch: _Watch | None) -> None:
-        self.watched = watch is not None
-        self._writes = writes
-        self._watch = watch
-        self._start = writes.keep() if watch is None else None
-        self._versions = writes.versions() if watch is None else {}
-        self._late: State | None = None
-        self._noted = False
-
-    def note(self) -> None:
-        """Record what the forward has written; called once, after it."""
-        if self._noted:
-            return
-        self._noted = True
-        if self._watch is not None:
-            self._watch.compare()
-            self._start = self._writes.keep(self._watch.state, self._watch.random)
-            self._watch = None
-        else:
-            late = self._writes.learn_versions(self._versions)
-            self._late = State((), late) if late else None
-
-    def rewind(self) -> None:
-        """Restore the values that the next pass reads."""
-        if self._start is not None:
-            self._start.restart()
-        if self._late is not None:
-            self._late.restore()
-
-    def undo(self, *, generators: bool = True) -> None:
-        """Restore everything that the forward may have written, with or without generators."""
-        random = None if generators else HostRandomState()
-        if self._watch is not None:
-            self._watch.undo()
-        if self._start is not None:
-            self._start.restore()
-        if random is not None:
-            random.restore()
-
-
 def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:
     """Yield the tensors in some places."""
     for names, name in places:
         yield from tensors_in(names.get(name))
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Return a mark that changes if a tensor is written in place or its `.data` is replaced."""
-    return count_writes(tensor), data_of(tensor).data_ptr()
 
 
 def _keeps_statistics(module: nn.Module, written: Sequence[Place]) -> bool:

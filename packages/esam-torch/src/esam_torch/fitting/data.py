@@ -10,7 +10,7 @@ from torch import Tensor
 from esam_torch.containers import INSIDE, is_container, is_tensor_collection, map_values
 from esam_torch.devices import copies_ahead
 from esam_torch.lookups import attribute
-from esam_torch.marks import Rows, Whole
+from esam_torch.marks import Mark
 
 __all__ = ["Arguments", "arguments", "choose_device", "groups_of", "move_batch"]
 
@@ -32,7 +32,7 @@ def move_batch(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on a device, copied from pinned memory without waiting."""
 
     def visit(x: Any, _: str) -> Any:
-        if isinstance(x, Rows | Whole):
+        if isinstance(x, Mark):
             return type(x)(move_batch(x.value, device))
         if isinstance(x, Tensor):
             return x.to(device, non_blocking=copies_ahead(device))

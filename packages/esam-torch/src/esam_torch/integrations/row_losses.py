@@ -141,7 +141,8 @@ class RowLosses(TorchFunctionMode):
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> Sequence[Tensor]:
         """Return the rows of a function's result on tracked tensors; empty if they are unknown."""
-        name = function.__name__
+        name, named = function.__name__, dict(kwargs)
+        moved = args[0] if args else named.pop("input", None)
         if name in _CHANGES:
             rows = next(self._rows(x) for x in (*args, *kwargs.values()) if self._follows(x))
             same = isinstance(result, Tensor) and rows.shape == result.shape
@@ -153,12 +154,13 @@ class RowLosses(TorchFunctionMode):
             found = function(
                 self._rows(args[0]), (*args[1:], kwargs.get("pad"))[0], value=_NO_SAMPLE
             )
-        elif name in _MOVES and self._follows(args[0]):
+        elif name in _MOVES and self._follows(moved):
             # Rows do not have the labels' strides, which only views need.
             function = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}.get(name, function)
             others = [_on_cpu(x) for x in args[1:]]
-            kwargs = {k: _on_cpu(x) for k, x in kwargs.items()}
-            found = function(self._rows(args[0]), *others, **kwargs)
+            found = function(
+                self._rows(moved), *others, **{k: _on_cpu(x) for k, x in named.items()}
+            )
         else:
             return ()
         return found if isinstance(found, tuple | list) else [found]
