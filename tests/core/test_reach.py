@@ -79,6 +79,7 @@ def test_the_warning_names_a_longer_suffix():
         (Suffix(0.5), True),
         (RandomSuffix((0.3, "head")), True),
         (Only("norm"), False),
+        (Only(lambda unit: unit.cost > 3.0), True),
         (Every(2, Only("norm", Suffix(0.5))), True),
     ],
 )

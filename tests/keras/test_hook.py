@@ -357,3 +357,40 @@ def test_targets_whose_form_train_step_changes_are_refused():
         ESAMValueError, match=r"must have the form that the model and its loss need.*in the data"
     ):
         model.fit(*data(), verbose=0)
+
+
+def trained_after(compile_again, *, fitted):
+    """Return the logs of a model after a compile that may fail, and its ESAM."""
+    keras.utils.set_random_seed(0)
+    model, esam = mlp(), ESAM(keras.optimizers.SGD(0.1), beta=1.0)
+    model.compile(esam, cross_entropy())
+    if fitted:
+        model.fit(*data(), batch_size=4, verbose=0, shuffle=False)
+    compile_again(model)
+    return model.fit(*data(), batch_size=4, verbose=0, shuffle=False).history, esam
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_failed_compile_changes_nothing(fitted):
+    """As in Keras, where the old optimizer goes on."""
+
+    def fail(model):
+        with pytest.raises(ValueError, match="unknown"):
+            model.compile("unknown", cross_entropy())
+
+    found, _ = trained_after(fail, fitted=fitted)
+    wanted, _ = trained_after(lambda _: None, fitted=fitted)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_compile_that_fails_after_it_has_set_another_optimizer(fitted):
+    """Our step must not run with it."""
+
+    def fail(model):
+        with pytest.raises(ValueError, match="loss_weights"):
+            model.compile(keras.optimizers.SGD(0.1), cross_entropy(), loss_weights="unknown")
+
+    logs, esam = trained_after(fail, fitted=fitted)
+    assert "sharpness" not in logs
+    assert int(esam.count.numpy()) == (3 if fitted else 0)

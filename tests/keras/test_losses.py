@@ -1,5 +1,7 @@
 """Every kind of compiled loss: losses per sample, selection, both gradients; or a clear error."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from tests.keras.scene import (
 )
 from tests.keras.stepping import ONE_HOT, OwnComputeLoss, X, Y, check, esam, step
 
+from esam_core import ESAMValueError
 from esam_keras import ESAM, Everything, Proportional, Random, TopLoss
 
 
@@ -300,3 +303,36 @@ def test_selectors_work_with_compiled_losses(selector):
     report = model.optimizer.report
     assert len(report.indices) == 6
     assert report.perturbed_losses is None
+
+
+@dataclasses.dataclass
+class Scaled:
+    """A loss of the user's own, which is not hashable."""
+
+    factor: float
+
+    def __call__(self, y, outputs):
+        return self.factor * keras.ops.mean(keras.ops.square(outputs - y), axis=-1)
+
+
+def test_a_loss_that_is_not_hashable():
+    model = mlp()
+    model.compile(ESAM("sgd", beta=1.0), Scaled(2.0))
+    model.train_on_batch(data()[0], np.ones((12, 3)))
+    assert len(model.optimizer.report.losses) == 12
+
+
+def test_a_loss_in_which_samples_depend_on_each_other_without_subsets():
+    """With rho=0 all steps are base steps, on whole batches."""
+
+    def spread(y, outputs):
+        centre = keras.ops.mean(outputs, axis=0, keepdims=True)
+        return keras.ops.sum(keras.ops.square(outputs - centre), axis=-1) + 0.0 * y[:, 0]
+
+    x, y = data()[0], np.ones((12, 3))
+    model = mlp()
+    model.compile(ESAM("sgd", rho=0.0), spread)
+    model.train_on_batch(x, y)
+    model.compile(ESAM("sgd", rho=0.1), spread)
+    with pytest.raises(ESAMValueError, match="depend"):
+        model.train_on_batch(x, y)

@@ -1,5 +1,6 @@
 """Random numbers that layers draw outside of Keras's seed generators: the same in each pass."""
 
+import contextlib
 import random
 import warnings
 
@@ -9,6 +10,7 @@ import pytest
 from keras import ops
 from tests.keras.scene import cross_entropy, data
 
+from esam_core import NonFiniteError
 from esam_keras import ESAM, Everything, Previous, TopLoss
 
 BACKEND = keras.backend.backend()
@@ -118,6 +120,37 @@ def test_generators_that_no_layer_draws_from_are_left_to_other_threads(kind):
     layer.drawn.clear()
     model.train_on_batch(X, Y)
     assert len(set(layer.drawn)) == len(layer.drawn) == 3
+
+
+@pytest.mark.parametrize("mode", ["skip", "raise"])
+@pytest.mark.parametrize("kind", ["random", "numpy", "an own Generator"])
+def test_a_step_that_is_not_finite_restores_the_generators(kind, mode):
+    held, draw = HOST[kind]
+    layer = Noisy(draw, **held())
+    model = noisy(layer)
+    esam = ESAM("sgd", beta=1.0, on_nonfinite=mode)
+    model.compile(esam, cross_entropy(), run_eagerly=True)
+    model.train_on_batch(X, Y)
+    layer.drawn.clear()
+    with pytest.raises(NonFiniteError) if mode == "raise" else contextlib.nullcontext():
+        model.train_on_batch(np.full_like(X, np.nan), Y)
+    assert esam.report.skipped
+    assert draw(layer) == layer.drawn[0]
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("mode", ["skip", "raise"])
+def test_a_step_that_is_not_finite_restores_the_generator_of_torch(mode):
+    """From which Dropout without a seed draws."""
+    import torch
+
+    model = noisy(keras.layers.Dropout(0.5))
+    model.compile(ESAM("sgd", beta=1.0, on_nonfinite=mode), cross_entropy())
+    model.train_on_batch(X, Y)
+    before = torch.get_rng_state()
+    with pytest.raises(NonFiniteError) if mode == "raise" else contextlib.nullcontext():
+        model.train_on_batch(np.full_like(X, np.nan), Y)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("kind", ["random", "numpy", "an own Generator"])

@@ -13,6 +13,7 @@ from esam_keras import (
     Momentum,
     Only,
     Part,
+    Previous,
     Proportional,
     RandomSuffix,
     Suffix,
@@ -86,6 +87,23 @@ def test_weights_of_a_model_trained_without_esam(tmp_path, optimizer):
         second.load_weights(tmp_path / "m.weights.h5")
     same(weights(first), weights(second))
     second.fit(X, Y, verbose=0)
+
+
+def test_weights_from_before_the_first_step_forget_the_direction(tmp_path):
+    """The next step is a base step, and not perturbed along a gradient of later steps."""
+
+    def perturbed(again):
+        model = mlp()
+        model.compile(ESAM("sgd", beta=1.0, gamma=1.0, ascend=Previous()), cross_entropy())
+        model.save_weights(path := tmp_path / "start.weights.h5")
+        model.fit(*data(), batch_size=4, verbose=0)
+        if again:
+            model.load_weights(path)
+        model.train_on_batch(*data())
+        return model.optimizer.report.perturbed
+
+    assert perturbed(again=False)
+    assert perturbed(again=True) == ()
 
 
 def test_loading_without_compiling(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from tests.keras.scene import close, data, same, weights
 
 from esam_core import ESAMRuntimeError
-from esam_keras import ESAM
+from esam_keras import ESAM, Previous
 
 pytestmark = pytest.mark.backends("torch")
 
@@ -111,3 +111,17 @@ def test_a_reference_to_the_value_of_a_keras_weight_is_refused():
     model.compile(ESAM(sgd()), "mse")
     with pytest.raises(ESAMRuntimeError, match=r"a reference to .*own/kernel"):
         model.train_on_batch(X, TARGETS)
+
+
+def test_a_module_in_half_precision_with_an_earlier_direction():
+    """The direction is in float32; the weights keep their dtype while they are perturbed."""
+    import torch
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 1, dtype=torch.bfloat16)
+    wrapper = keras.layers.TorchModuleWrapper(linear, dtype="bfloat16")
+    model = keras.Sequential([keras.Input((6,)), wrapper])
+    model.compile(ESAM("sgd", beta=1.0, gamma=1.0, ascend=Previous()), "mse")
+    for _ in range(2):
+        model.train_on_batch(X, TARGETS)
+    assert model.optimizer.report.perturbed

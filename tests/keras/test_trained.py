@@ -173,3 +173,15 @@ def test_freezing_after_compile_is_refused(settings, train):
     same(trainable(model), before)
     model.compile(ESAM(sgd(), **settings), "mse")
     model.train_on_batch(X, TARGETS)
+
+
+def test_a_frozen_model_and_a_loss_without_values_per_sample():
+    """Keras does nothing, so we do."""
+    model = mlp()
+    model.trainable = False
+    before = weights(model)
+    loss = lambda y, outputs: keras.ops.mean(keras.ops.square(outputs - y))  # noqa: E731
+    model.compile(ESAM("sgd", gamma=1.0), loss)
+    with pytest.warns(UserWarning, match="no trainable weights"):
+        model.fit(data()[0], np.ones((12, 3)), verbose=0)
+    same(weights(model), before)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from esam_core.samplers import RandomSuffix, Sampler, Suffix
+from esam_core.samplers import Only, RandomSuffix, Sampler, Suffix
+from esam_core.schedules import Between, Every, Sometimes
 from esam_core.units import Unit, block_order
 
 __all__ = ["reach_warning", "reachable", "uses_costs", "why_idle", "why_short"]
@@ -112,8 +113,11 @@ def uses_costs(sampler: Sampler) -> bool:
     """
     if isinstance(sampler, Suffix | RandomSuffix):
         return any(True for _ in _shares(sampler))
-    inner = getattr(sampler, "inner", None)
-    return sampler.needs_blocks if inner is None else uses_costs(inner)
+    if isinstance(sampler, Only) and not callable(sampler.kind):
+        return uses_costs(sampler.inner)
+    if isinstance(sampler, Every | Between | Sometimes):
+        return uses_costs(sampler.inner)
+    return sampler.needs_blocks
 
 
 def _shares(sampler: Sampler) -> Iterator[float]:

@@ -264,8 +264,8 @@ def inclusion_probabilities(
     certain (pi_i = 1), and the other samples share the remainder.
 
     Args:
-        scores: (b,); negative ones count as 0. If all are 0, or one is not finite, the draw is
-            uniform.
+        scores: (b,); negative ones, also -inf, count as 0. If all are 0, or their mean is not
+            finite, the draw is uniform.
         k: how many samples are drawn, 1 <= k <= b.
         floor: added to each score, as a multiple of the mean score, > 0.
 

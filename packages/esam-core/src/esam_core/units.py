@@ -177,7 +177,7 @@ def cache_for_units(
 
     @functools.wraps(function)
     def wrapper(what: _What, units: Sequence[Unit]) -> _Result:
-        if not isinstance(units, tuple):
+        if not (isinstance(units, tuple) and isinstance(what, Hashable)):
             return function(what, units)
         found = kept.get((what, id(units)))
         if found is not None and found[0] is units:

@@ -71,8 +71,16 @@ def _wrap_compile(owner: Any) -> None:
         esam = find_esam(bound.arguments.get("optimizer"))
         if esam is not None:
             _check(self, esam, bound.arguments)
+        before = vars(self).get(ATTRIBUTE)
+        try:
+            original(*bound.args, **bound.kwargs)
+        except BaseException:
+            # Keras sets the optimizer first: then our step must not run with another one.
+            if before is not None and find_esam(self.optimizer) is not before.esam:
+                _detach(self)
+                self.train_function = None
+            raise
         _detach(self)
-        original(*bound.args, **bound.kwargs)
         # Read it from the model: a subclass may set its optimizer in its own way.
         esam = find_esam(self.optimizer)
         if esam is not None:
@@ -96,6 +104,7 @@ def _check(model: Any, esam: ESAM, arguments: dict[str, Any]) -> None:
     if (
         arguments.get("loss") is None
         and not has_own(model, "compute_loss")
+        and esam.config.rho > 0.0
         and esam.config.uses_subsets
     ):
         raise ESAMValueError(

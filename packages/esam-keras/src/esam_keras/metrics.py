@@ -6,7 +6,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from esam_core.selectors import subset_size
 from esam_keras import compat
 from esam_keras.evaluation import Variables, batch_size
 from esam_keras.rows import rows_of_batch
@@ -63,13 +62,12 @@ def logs_if(
     }
 
 
-def log_sums(before: list[Tensor], report: dict[str, Tensor], gamma: float, b: Any) -> list[Tensor]:
+def log_sums(before: list[Tensor], report: dict[str, Tensor], b: Any) -> list[Tensor]:
     """Return the sums for the means after a step.
 
     Args:
         before: the sums before it: sharpness, steps with sharpness, sample shares, steps.
         report: the step's report.
-        gamma: the selector's share.
         b: the batch size.
     """
     total, number, share, steps = before
@@ -78,7 +76,7 @@ def log_sums(before: list[Tensor], report: dict[str, Tensor], gamma: float, b: A
         total, number = total + ops.cast(rise, "float32"), number + 1.0
     kept: Any = 1.0
     if "indices" in report:
-        k = subset_size(gamma, b) if isinstance(b, int) else ops.shape(report["indices"])[0]
+        k = ops.shape(report["indices"])[0]
         kept = ops.cast(k, "float32") / ops.cast(b, "float32")
     return [total, number, share + kept, steps + 1.0]
 

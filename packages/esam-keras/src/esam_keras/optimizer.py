@@ -19,7 +19,6 @@ from esam_core import (
     StepReport,
 )
 from esam_core.config import OnNonfinite
-from esam_core.directions import check_saved_direction
 from esam_core.perturbation import Norm
 from esam_core.validation import flag
 from esam_keras import compat
@@ -33,13 +32,10 @@ from esam_keras.bases import (
 from esam_keras.devices import on_the_host
 from esam_keras.directions import Earlier, check_moment, earlier_direction
 from esam_keras.handover import require_step
+from esam_keras.saved import LOG_SUMS, load_own
 from esam_keras.scope import PassScope
-from esam_keras.warning import warn_user
 
 __all__ = ["ESAM", "find_esam"]
-
-#: The sums for the logged means, in the order of the variables.
-LOG_SUMS = ("sharpness_total", "sharpness_count", "share_total", "share_count")
 
 
 @keras.saving.register_keras_serializable(package="esam_keras")
@@ -363,23 +359,7 @@ class ESAM(compat.BaseAverages, keras.optimizers.Optimizer):
         Raises:
             ESAMValueError: the direction is of another model.
         """
-        own = compat.own_variables(self)
-        always = 1 + len(LOG_SUMS)
-        found = [store[str(i)] for i in range(len(store.keys()))]
-        if len(found) not in (len(own), always) or any(v.shape for v in found[:always]):
-            warn_user(
-                f"The state of ESAM was not loaded: it has {len(own)} variables of its own"
-                f"{'' if self.built else ' before the first step'}. Received: {len(found)} saved "
-                "variables. If the file is of a model trained with ESAM, load it with "
-                "`keras.saving.load_model`, or build the optimizer first."
-            )
-            return
-        directions = list(zip(own, found, strict=False))[always:]
-        check_saved_direction(
-            {v.path: value.shape for v, value in directions}, {v.path: v.shape for v in own}
-        )
-        for variable, value in zip(own, found, strict=False):
-            variable.assign(value)
+        load_own(compat.own_variables(self), store, built=self.built)
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """Set all of `variables`, including the base optimizer's."""

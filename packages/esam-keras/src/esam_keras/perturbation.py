@@ -69,21 +69,21 @@ def perturb(
         directions = _mask(directions, masks)
         if config.norm != "full":
             lengths = _mask(lengths, masks)
+    squares = _squares(lengths)
     known = not ops.is_tensor(scale)
     if known:
-        factors: Any = [scale[t] for t in places]
+        factors = ops.convert_to_tensor([scale[t] for t in places], dtype=squares.dtype)
     else:  # Keras on JAX takes a list for floating-point numbers if floatx is bfloat16
-        factors = ops.take(scale, ops.convert_to_tensor(places, dtype="int32"), axis=0)
-
-    squares = _squares(lengths)
+        indices = ops.convert_to_tensor(places, dtype="int32")
+        factors = ops.cast(ops.take(scale, indices, axis=0), squares.dtype)
     length = ops.sqrt(ops.sum(_weigh(squares, norm_weights(factors, config.norm))))
     finite = ops.isfinite(length)
     common = radius_per_norm(rho, length, config)
 
-    steps = _as(factors, common.dtype) * common
+    steps = factors * common
     climbed = list(parameters)
     for i, t in enumerate(places):
-        if known and factors[i] == 0.0:
+        if known and scale[t] == 0.0:
             continue
         epsilon = ops.cast(steps[i], directions[i].dtype) * directions[i]
         climbed[t] = parameters[t] + ops.cast(epsilon, parameters[t].dtype)
@@ -120,10 +120,6 @@ def norm_weights(factors: Any, norm: str) -> Any:
         factors: m_t / p_t of each unit: a list of numbers, or a tensor.
         norm: see `esam_core.perturbation.NORMS`.
     """
-    if isinstance(factors, list):
-        if norm == "full":
-            return [1.0] * len(factors)
-        return factors if norm == "estimated" else [float(s > 0.0) for s in factors]
     if norm == "full":
         return ops.ones_like(factors)
     return factors if norm == "estimated" else ops.cast(factors > 0, factors.dtype)
@@ -140,13 +136,6 @@ def wide_floatx() -> str:
     return keras.backend.result_type(keras.config.floatx(), "float32")
 
 
-def _as(numbers: Any, dtype: Any) -> Tensor:
-    """Return numbers, or a tensor, in a dtype; a list must not be converted to float32 first."""
-    if isinstance(numbers, list):
-        return ops.convert_to_tensor(numbers, dtype=dtype)
-    return ops.cast(numbers, dtype)
-
-
 def _mask(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors with 0 where a mask is False, even for non-finite values."""
     return [ops.where(m, x, ops.zeros_like(x)) for x, m in zip(tensors, masks, strict=True)]
@@ -161,5 +150,4 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
 
 def _weigh(squares: Tensor, weights: Any) -> Tensor:
     """Return squares times weights; a weight of 0 gives 0 even for non-finite values."""
-    weights = _as(weights, squares.dtype)
     return ops.where(weights > 0, squares * weights, ops.zeros_like(squares))

@@ -92,7 +92,7 @@ def prepare(
         )
     return Prepared(
         planner=planner,
-        route=find_route(trial, config.uses_subsets),
+        route=find_route(trial, takes_rows),
         fixed=frozenset(t for t, v in enumerate(trained) if is_stored(v)),
         variables=_identities(trained),
         has_statistics=has_moving_statistics(model),

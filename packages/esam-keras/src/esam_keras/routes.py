@@ -24,7 +24,7 @@ __all__ = ["check_row_counts", "check_rows", "find_route"]
 TRIED = 4
 
 #: Keras's functions that compute each sample's value from its own row.
-SEPARATE = frozenset(
+SEPARATE = tuple(
     getattr(keras.losses, name)
     for name in (
         *("binary_crossentropy", "binary_focal_crossentropy", "categorical_crossentropy"),

@@ -88,10 +88,8 @@ def _inclusion_probabilities(
     the next sample gets a probability of at most 1.
     """
     clipped = ops.maximum(scores, ops.zeros_like(scores))
-    clipped = ops.where(ops.isfinite(clipped), clipped, ops.zeros_like(clipped))
-    sound = ops.all(ops.isfinite(scores))
     mean = ops.mean(clipped)
-    usable = ops.logical_and(mean > 0, sound)
+    usable = ops.logical_and(mean > 0, mean < float("inf"))
     q = ops.where(usable, clipped + floor * mean, ops.ones_like(clipped))
     order = ops.argsort(-q)
     descending = ops.take(q, order, axis=0)

@@ -148,14 +148,14 @@ def follow(
     chosen = batches or run.problem.batches
     for i in range(steps):
         batch = chosen[i % len(chosen)]
-        where = f"{run.problem.name}, {_call_text(run.esam)}, step {i}"
+        where = f"{run.problem.name}, {call_text(run.esam)}, step {i}"
         shown, wanted = actual.step(batch), expected.step(batch)
         compare_observed(adapter, where, shown, wanted, dtype)
         compare_state(where, actual, expected, dtype, kind)
     return actual, expected
 
 
-def _call_text(esam: Mapping[str, Any] | None) -> str:
+def call_text(esam: Mapping[str, Any] | None) -> str:
     """Return hyperparameters as in a Python call."""
     if esam is None:
         return "base optimizer"

@@ -51,8 +51,7 @@ class AssigningBackend(Backend):
             outcome = replace(outcome, gradients=hooked)
             left = outcome.left
             before = [self.value(v) for v in esam.log_variables]
-            gamma = esam.config.select.gamma
-            sums = log_sums(before, outcome.report, gamma, batch_size(batch[0]))
+            sums = log_sums(before, outcome.report, batch_size(batch[0]))
             assigned = [
                 *zip(variables.trainable, entry.trainable, left.state.trainable, strict=True),
                 *zip(
@@ -78,6 +77,8 @@ class AssigningBackend(Backend):
 
             ok = None if esam.config.on_nonfinite == "propagate" else self._is_finite(outcome)
             self._run_if(ok, update)
+            if ok is not None and not self.is_tracing() and not bool(ok):
+                unknown.restore_random_state()
         # As in Keras, the metrics see the model and the optimizer after the update.
         logs, measured = metrics_after(model, variables, outcome, batch, self.without_gradient)
 

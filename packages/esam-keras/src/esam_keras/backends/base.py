@@ -85,6 +85,10 @@ class Unknown:
         """Set the generators to their state after the pass that records."""
         self._noise.keep()
 
+    def restore_random_state(self) -> None:
+        """Restore the generators to their state at entry."""
+        self._noise.restore()
+
     def keep_buffers(self) -> None:
         """Set the buffers to their values after the pass that records."""
 

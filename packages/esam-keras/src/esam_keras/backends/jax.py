@@ -122,8 +122,12 @@ class JaxBackend(Backend):
         state, data = arguments
         step = _step_of(training, plan, inputs, state, data)
         outcome = step.run()
-        step.evaluator.unknown.keep_random_state()
-        return _after(training, outcome, state, data)
+        unknown = step.evaluator.unknown
+        unknown.keep_random_state()
+        result, report = _after(training, outcome, state, data)
+        if "ok" in report and not self.is_tracing(report) and not bool(report["ok"]):
+            unknown.restore_random_state()
+        return result, report
 
     def eager_step(self, training: ModelTraining, *arguments: Any) -> Any:
         state, data = arguments
@@ -163,13 +167,7 @@ class JaxBackend(Backend):
         def train_function(state: Any, iterator: Iterator[Any]) -> tuple[dict[str, Any], Any]:
             logs = None
             try:
-                for _ in range(model.steps_per_execution):
-                    try:
-                        data = next(iterator)
-                    except StopIteration:
-                        if logs is None:
-                            raise
-                        break
+                for _, data in zip(range(model.steps_per_execution), iterator, strict=False):
                     training.prepare(data, state)
                     place = _places(training)[0]
                     count = counter.read(state[2][place])
@@ -183,7 +181,9 @@ class JaxBackend(Backend):
                 compat.hold_jax_state(model, dict(zip(STATE, state, strict=True)))
                 model.jax_state_sync()
                 raise
-            return logs or {}, state
+            if logs is None:
+                raise StopIteration
+            return logs, state
 
         return train_function
 
@@ -305,8 +305,7 @@ def _after(
             )
     places = _places(training)
     own = [optimizer_variables[place] for place in places]
-    gamma = esam.config.select.gamma
-    sums = log_sums(own[1:], outcome.report, gamma, batch_size(batch[0]))
+    sums = log_sums(own[1:], outcome.report, batch_size(batch[0]))
     updated = list(updated)
     for place, value, before in zip(places, [own[0] + 1, *sums], own, strict=True):
         updated[place] = jnp.asarray(value, dtype=before.dtype)

@@ -47,8 +47,8 @@ class TorchBackend(AssigningBackend):
             # Keras's scopes are per thread; checkpointed parts must run again in the same thread.
             with again(leaves), torch.autograd.set_multithreading_enabled(False):
                 wanted = leaves + [leaf for _, leaf in more]
-                found: list[Tensor | None] = list(
-                    torch.autograd.grad(value, wanted, allow_unused=True)
+                found: list[Tensor | None] = (
+                    list(torch.autograd.grad(value, wanted, allow_unused=True)) if wanted else []
                 )
         for (place, _), g in zip(more, found[len(leaves) :], strict=True):
             if g is not None:
@@ -72,30 +72,31 @@ class TorchBackend(AssigningBackend):
     ) -> Perturbation:
         """Like `esam_keras.perturbation.perturb`, with one call for all tensors."""
         places = [t for t, g in enumerate(gradients) if g is not None]
-        alike = {(g.dtype, g.device) for g in gradients if g is not None}
+        both: list[Any] = [x for t in places for x in (gradients[t], parameters[t])]
+        alike = {(x.dtype, x.device) for x in both}
         if weight_masks is not None or isinstance(scale, torch.Tensor) or len(alike) != 1:
             return perturb(gradients, parameters, scale, rho, config, weight_masks)
         ((dtype, device),) = alike
         if dtype.itemsize < 4:
             return perturb(gradients, parameters, scale, rho, config, weight_masks)
         with torch.no_grad():
-            factors = [scale[t] for t in places]
+            factors = torch.tensor([scale[t] for t in places], dtype=dtype, device=device)
             theta = [parameters[t] for t in places]
             directions: Any = [gradients[t] for t in places]
             lengths = directions
             if config.adaptive:
                 lengths = torch._foreach_mul(theta, directions)
                 directions = torch._foreach_mul(theta, lengths)
-            weights = torch.tensor(norm_weights(factors, config.norm), dtype=dtype, device=device)
+            weights = norm_weights(factors, config.norm)
             norms = torch.stack(torch._foreach_norm(lengths))
             length = torch.where(weights > 0, norms * weights.sqrt(), 0.0).norm()
             finite = torch.isfinite(length)
             common = radius_per_norm(rho, length, config)
-            steps = torch.tensor(factors, dtype=dtype, device=device) * common
+            steps = factors * common
             if config.adaptive:
                 norms = torch.stack(torch._foreach_norm(directions))
             size = torch.where(steps != 0, norms * steps, 0.0).norm()
-            moved = [i for i, factor in enumerate(factors) if factor > 0.0]
+            moved = [i for i, t in enumerate(places) if scale[t] > 0.0]
             epsilons = torch._foreach_mul([directions[i] for i in moved], [steps[i] for i in moved])
             climbed = list(parameters)
             sums = torch._foreach_add([theta[i] for i in moved], epsilons)

@@ -199,7 +199,7 @@ class UnknownState(Unknown):
 
     def restore_random_state(self) -> None:
         """Restore the generators to their state at entry."""
-        self._noise.restore()
+        super().restore_random_state()
         self._set_random_state(self._entry)
 
     def put_back(self) -> None:

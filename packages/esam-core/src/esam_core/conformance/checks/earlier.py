@@ -6,15 +6,20 @@ from typing import Any
 import numpy as np
 
 from esam_core.conformance.adapter import Adapter, Fault
+from esam_core.conformance.by_hand import mean_gradient, peak_gradient
+from esam_core.conformance.checks.limits import require_base_steps
 from esam_core.conformance.checks.registry import check
-from esam_core.conformance.checks.restoring import InjectedError, make_failing_step
-from esam_core.conformance.compare import close, close_all, equal, require
-from esam_core.conformance.problems import batchnorm, linear, mlp, softmax, with_nan
+from esam_core.conformance.checks.restoring import (
+    InjectedError,
+    make_failing_step,
+    steps_beside_reference,
+)
+from esam_core.conformance.compare import close, close_all, equal
+from esam_core.conformance.problems import batchnorm, linear, mlp, softmax
 from esam_core.conformance.trace import SGD, Run, compare_state, follow, same_state, shows
 from esam_core.directions import Batch, Direction, Momentum, Part, Previous
 from esam_core.problem import Base
 from esam_core.reference.network import Network
-from esam_core.reference.step import mean_weights
 from esam_core.samplers import Bernoulli, Suffix
 from esam_core.schedules import Between, Every
 from esam_core.selectors import All, Proportional, Random, TopIncrease, TopLoss
@@ -27,20 +32,9 @@ _EARLIER: tuple[Direction, ...] = (Previous(), Momentum())
 @check("ascend")
 def check_first_step_is_a_base_step(adapter: Adapter) -> None:
     """Without an earlier step there is no direction: a base step, at its cost."""
-    problem = batchnorm()
     for ascend in _EARLIER:
         esam = {"rho": 0.5, "beta": 1.0, "gamma": 0.5, "ascend": ascend}
-        ours = Run(problem=problem, esam=esam).on(adapter)
-        base = Run(problem=problem, esam=None).on(adapter)
-        shown = ours.step(problem.batches[0])
-        base.step(problem.batches[0])
-        if shows(adapter, "passes"):
-            equal(f"{ascend}, first step: samples per pass", shown.passes, (8,))
-        if shows(adapter, "perturbation_norm"):
-            equal(f"{ascend}, first step: perturbation_norm", shown.perturbation_norm, 0.0)
-        same_state(
-            f"{ascend}, first step, against the base optimizer's", ours, base, adapter.dtypes[0]
-        )
+        require_base_steps(adapter, esam, steps=1)
 
 
 @check("ascend")
@@ -61,14 +55,12 @@ def check_climb_along_the_previous_gradient(adapter: Adapter) -> None:
         before: dict[str, Any] = {}
         for i, batch in enumerate(problem.batches[:4]):
             session.step(batch)
-            start = {name: a.copy() for name, a in theta.items()}
             if before:
-                length = np.sqrt(sum(np.sum(a * a) for a in before.values()))
-                for name in theta:
-                    theta[name] += sign * rho * before[name] / length
-            before = network.evaluate(batch).gradient(mean_weights(len(batch.targets)))
-            for name in theta:
-                theta[name][...] = start[name] - lr * before[name]
+                before = peak_gradient(network, batch, before, sign * rho)
+            else:
+                before = mean_gradient(network, batch)
+            for name, g in before.items():
+                theta[name] -= lr * g
             close_all(
                 f"Previous({sign}), step {i}: weights",
                 session.weights(),
@@ -161,20 +153,9 @@ def check_passes_without_an_ascent(adapter: Adapter) -> None:
 @check("ascend")
 def check_rho_zero_with_any_direction(adapter: Adapter) -> None:
     """With rho = 0 a step is a base step, for every direction."""
-    problem = batchnorm()
     directions: tuple[Direction, ...] = (Batch(), Part(0.5), *_EARLIER)
     for ascend in directions:
-        esam = {"rho": 0.0, "beta": 1.0, "gamma": 0.5, "ascend": ascend}
-        ours = Run(problem=problem, esam=esam).on(adapter)
-        base = Run(problem=problem, esam=None).on(adapter)
-        for i, batch in enumerate(problem.batches[:3]):
-            shown = ours.step(batch)
-            base.step(batch)
-            if shows(adapter, "passes"):
-                equal(f"{ascend}, step {i}: samples per pass", shown.passes, (8,))
-            same_state(
-                f"{ascend}, step {i}, against the base optimizer's", ours, base, adapter.dtypes[0]
-            )
+        require_base_steps(adapter, {"rho": 0.0, "beta": 1.0, "gamma": 0.5, "ascend": ascend})
 
 
 @check("ascend", "backward")
@@ -284,17 +265,7 @@ def check_nonfinite_steps_with_any_direction(adapter: Adapter) -> None:
                 "ascend": ascend,
                 "on_nonfinite": mode,
             }
-            run = Run(problem=problem, esam=esam)
-            actual, expected = run.on(adapter), run.on_reference(adapter)
-            good = problem.batches
-            for i, batch in enumerate((good[0], with_nan(good[1], 2), good[2], good[3])):
-                for session in (actual, expected):
-                    try:
-                        session.step(batch)
-                    except FloatingPointError:
-                        require(mode == "raise" and i == 1, f"{ascend}, {mode}, step {i} raised.")
-                where = f"{ascend}, {mode}, step {i}"
-                compare_state(where, actual, expected, adapter.dtypes[0])
+            steps_beside_reference(adapter, esam, problem)
 
 
 CHECKS = (

@@ -1,12 +1,16 @@
 """Special cases in which ESAM equals the base optimizer or SAM."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from esam_core.conformance.adapter import Adapter
+from esam_core.conformance.by_hand import mean_gradient, peak_gradient
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.problems import batchnorm, mlp
-from esam_core.conformance.trace import SGD, Run, same_state, shows
+from esam_core.conformance.trace import SGD, Run, call_text, same_state, shows
 from esam_core.problem import Base
 from esam_core.reference.network import Network
 from esam_core.schedules import Between
@@ -14,16 +18,16 @@ from esam_core.schedules import Between
 __all__ = ["CHECKS"]
 
 
-def _is_base(adapter: Adapter, esam: dict[str, object]) -> None:
-    """Require that ESAM with these settings equals the backend's base optimizer."""
+def require_base_steps(adapter: Adapter, esam: Mapping[str, Any], steps: int = 3) -> None:
+    """Require that ESAM's first steps with these settings are the base optimizer's, at its cost."""
     dtype = adapter.dtypes[0]
     problem = batchnorm()
     ours = Run(problem=problem, esam=esam).on(adapter)
     base = Run(problem=problem, esam=None).on(adapter)
-    for i, batch in enumerate(problem.batches[:3]):
+    for i, batch in enumerate(problem.batches[:steps]):
         shown = ours.step(batch)
         base.step(batch)
-        where = f"step {i}"
+        where = f"{call_text(esam)}, step {i}"
         if shows(adapter, "passes"):
             equal(f"{where}: samples per pass", shown.passes, (len(batch.targets),))
         if shows(adapter, "perturbed"):
@@ -39,13 +43,13 @@ def _is_base(adapter: Adapter, esam: dict[str, object]) -> None:
 @check()
 def check_rho_zero_is_the_base_optimizer(adapter: Adapter) -> None:
     """With rho = 0 a step is a base step on the whole batch, at its cost."""
-    _is_base(adapter, {"rho": 0.0, "beta": 0.6, "gamma": 0.5})
+    require_base_steps(adapter, {"rho": 0.0, "beta": 0.6, "gamma": 0.5})
 
 
 @check()
 def check_empty_mask_is_a_base_step(adapter: Adapter) -> None:
     """A step that perturbs nothing is a base step on the whole batch, at its cost."""
-    _is_base(adapter, {"rho": 0.5, "perturb": Between(50), "gamma": 0.5})
+    require_base_steps(adapter, {"rho": 0.5, "perturb": Between(50), "gamma": 0.5})
 
 
 @check()
@@ -59,16 +63,9 @@ def check_everything_is_sam(adapter: Adapter) -> None:
     theta = network.parameters
     for i, batch in enumerate(problem.batches[:3]):
         session.step(batch)
-        b = len(batch.targets)
-        even = np.full(b, 1.0 / b)
-        g = network.evaluate(batch).gradient(even)
-        length = np.sqrt(sum(np.sum(a * a) for a in g.values()))
-        start = {name: a.copy() for name, a in theta.items()}
-        for name in theta:
-            theta[name] += rho * g[name] / length
-        at_peak = network.evaluate(batch).gradient(even)
-        for name in theta:
-            theta[name][...] = start[name] - lr * at_peak[name]
+        ascent = mean_gradient(network, batch)
+        for name, g in peak_gradient(network, batch, ascent, rho).items():
+            theta[name] -= lr * g
         close_all(
             f"step {i}: weights against SAM's",
             session.weights(),

@@ -5,12 +5,14 @@ from typing import Any
 import numpy as np
 
 from esam_core.conformance.adapter import Adapter
+from esam_core.conformance.by_hand import mean_gradient, peak_gradient
+from esam_core.conformance.checks.passes import require_statistics_at_theta
 from esam_core.conformance.checks.registry import check
-from esam_core.conformance.compare import close, close_all, equal, equal_all, require
+from esam_core.conformance.compare import close_all, equal, equal_all, require
 from esam_core.conformance.problems import batchnorm, dropout, mlp, softmax
 from esam_core.conformance.trace import Run, follow, same_state
 from esam_core.directions import Batch, Momentum, Part, Previous
-from esam_core.problem import Base, BatchNorm, Dense
+from esam_core.problem import Base
 from esam_core.reference.network import Network
 from esam_core.reference.step import subset
 from esam_core.samplers import Bernoulli, Suffix
@@ -52,14 +54,9 @@ def check_climb_along_a_part(adapter: Adapter) -> None:
             part = random_indices(8, n, seed=seed, count=i)
             where = f"Part({share}), step {i}"
             equal(f"{where}: part", shown.part, part)
-            g = network.evaluate(subset(batch, part)).gradient(np.full(n, 1.0 / n))
-            length = np.sqrt(sum(np.sum(a * a) for a in g.values()))
-            start = {name: a.copy() for name, a in theta.items()}
-            for name in theta:
-                theta[name] += rho * g[name] / length
-            descent = network.evaluate(batch).gradient(np.full(8, 1.0 / 8))
-            for name in theta:
-                theta[name][...] = start[name] - lr * descent[name]
+            ascent = mean_gradient(network, subset(batch, part))
+            for name, g in peak_gradient(network, batch, ascent, rho).items():
+                theta[name] -= lr * g
             close_all(f"{where}: weights", session.weights(), theta, kind="weights", dtype=dtype)
 
 
@@ -146,22 +143,8 @@ def check_statistics_with_a_part(adapter: Adapter) -> None:
 
     With a negligible perturbation they are then those of the whole batch at theta.
     """
-    dtype, problem = adapter.dtypes[0], batchnorm()
-    first, norm = problem.layers[0], problem.layers[1]
-    if not (isinstance(first, Dense) and isinstance(norm, BatchNorm)):
-        raise TypeError("The problem must start with a dense layer and a BatchNorm.")
-    mean, variance, new = norm.mean, norm.variance, norm.momentum
     esam = {"rho": 1e-30, "beta": 1.0, "gamma": 1.0, "ascend": Part(0.5)}
-    session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
-    for i, batch in enumerate(problem.batches[:3]):
-        session.step(batch)
-        x = batch.inputs @ first.weight
-        unbiased = int(adapter.conventions.unbiased_running_variance)
-        mean = (1 - new) * mean + new * x.mean(axis=0)
-        variance = (1 - new) * variance + new * x.var(axis=0, ddof=unbiased)
-        found = session.buffers()
-        for name, wanted in (("norm.mean", mean), ("norm.variance", variance)):
-            close(f"step {i}: {name}", found[name], wanted, kind="buffers", dtype=dtype)
+    require_statistics_at_theta(adapter, esam)
 
 
 @check("ascend")

@@ -1,6 +1,8 @@
 """State shared by the passes: running statistics, noise, random generators."""
 
 import random
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +10,7 @@ from esam_core.conformance.adapter import Adapter, Session
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.problems import batchnorm, convolution, dropout, mlp
-from esam_core.conformance.trace import Run, follow, shows
+from esam_core.conformance.trace import Run, call_text, follow, shows
 from esam_core.directions import Batch, Part, Previous
 from esam_core.problem import Base, BatchNorm, Dense, Problem
 from esam_core.reference.step import subset
@@ -22,31 +24,29 @@ __all__ = ["CHECKS"]
 @check()
 def check_running_statistics_are_updated_once(adapter: Adapter) -> None:
     """They are updated once per step, by the ascent pass, at theta, on the whole batch."""
+    for gamma in (0.5, 1.0):
+        require_statistics_at_theta(adapter, {"rho": 2.0, "beta": 1.0, "gamma": gamma})
+
+
+def require_statistics_at_theta(adapter: Adapter, esam: Mapping[str, Any]) -> None:
+    """Require that the running statistics are those of one forward of each whole batch at theta."""
     dtype, problem = adapter.dtypes[0], batchnorm()
     first, norm = problem.layers[0], problem.layers[1]
     if not (isinstance(first, Dense) and isinstance(norm, BatchNorm)):
         raise TypeError("The problem must start with a dense layer and a BatchNorm.")
-    for gamma in (0.5, 1.0):
-        mean, variance = norm.mean, norm.variance
-        esam = {"rho": 2.0, "beta": 1.0, "gamma": gamma}
-        session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
-        for i, batch in enumerate(problem.batches[:3]):
-            session.step(batch)
-            x = batch.inputs @ first.weight
-            unbiased = adapter.conventions.unbiased_running_variance
-            new = norm.momentum
-            mean = (1 - new) * mean + new * x.mean(axis=0)
-            variance = (1 - new) * variance + new * x.var(axis=0, ddof=int(unbiased))
-            found = session.buffers()
-            for name, wanted in (("norm.mean", mean), ("norm.variance", variance)):
-                require(name in found, f"buffers: {name!r} is missing in {sorted(found)}.")
-                close(
-                    f"gamma={gamma}, step {i}: {name}",
-                    found[name],
-                    wanted,
-                    kind="buffers",
-                    dtype=dtype,
-                )
+    mean, variance, new = norm.mean, norm.variance, norm.momentum
+    session = Run(problem=problem, esam=esam, base=Base("sgd", lr=0.0)).on(adapter)
+    for i, batch in enumerate(problem.batches[:3]):
+        session.step(batch)
+        x = batch.inputs @ first.weight
+        unbiased = adapter.conventions.unbiased_running_variance
+        mean = (1 - new) * mean + new * x.mean(axis=0)
+        variance = (1 - new) * variance + new * x.var(axis=0, ddof=int(unbiased))
+        found = session.buffers()
+        for name, wanted in (("norm.mean", mean), ("norm.variance", variance)):
+            require(name in found, f"buffers: {name!r} is missing in {sorted(found)}.")
+            where = f"{call_text(esam)}, step {i}: {name}"
+            close(where, found[name], wanted, kind="buffers", dtype=dtype)
 
 
 @check()

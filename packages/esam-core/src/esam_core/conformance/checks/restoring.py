@@ -206,7 +206,7 @@ def check_nonfinite_values_leave_theta_alone(adapter: Adapter) -> None:
     _require_nonfinite("gradients after a loss that is NaN", session.gradients())
 
 
-def _steps_beside_reference(adapter: Adapter, esam: Mapping[str, Any], problem: Problem) -> None:
+def steps_beside_reference(adapter: Adapter, esam: Mapping[str, Any], problem: Problem) -> None:
     """Run a good, a bad and two good steps on both sides; the bad one must have no effect."""
     dtype = adapter.dtypes[0]
     run = Run(problem=problem, esam=esam)
@@ -239,7 +239,7 @@ def _raises_nonfinite(session: Session, batch: Any) -> bool:
 def check_nonfinite_steps_are_skipped(adapter: Adapter) -> None:
     """`on_nonfinite="skip"`: a skipped step changes no weights, momenta or running statistics."""
     esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "skip"}
-    _steps_beside_reference(adapter, esam, batchnorm())
+    steps_beside_reference(adapter, esam, batchnorm())
 
 
 @check("backward")
@@ -258,7 +258,7 @@ def check_a_skipped_backward_keeps_the_gradients(adapter: Adapter) -> None:
 def check_nonfinite_steps_raise(adapter: Adapter) -> None:
     """`on_nonfinite="raise"`: a FloatingPointError, and everything is restored."""
     esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "raise"}
-    _steps_beside_reference(adapter, esam, batchnorm())
+    steps_beside_reference(adapter, esam, batchnorm())
     if shows(adapter, "dropout") and shows(adapter, "random"):
         session = Run(problem=dropout(), esam=esam).on(adapter)
         before = np.asarray(session.random_probe())
