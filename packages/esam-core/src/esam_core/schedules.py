@@ -12,6 +12,7 @@ from esam_core import validation
 from esam_core.draws import uniforms
 from esam_core.errors import ESAMTypeError, ESAMValueError
 from esam_core.samplers import Everything, Sampler, check_sampler, distinct
+from esam_core.selectors import intended_fraction
 from esam_core.units import Mask, Unit
 
 __all__ = ["Between", "Every", "Sometimes"]
@@ -187,8 +188,7 @@ def _shares(start: float, stop: float) -> tuple[Fraction, Fraction]:
         raise ESAMValueError(
             f"`stop` must be in [start, 1]. Received: start={start!r}, stop={stop!r}."
         )
-    first, last = (Fraction(value).limit_denominator(10**6) for value in (start, stop))
-    return first, last
+    return intended_fraction(start), intended_fraction(stop)
 
 
 def _running_sums(

@@ -216,10 +216,15 @@ def subset_size(gamma: float, batch_size: int) -> int:
     return _ceiling(gamma, validation.count_number("batch_size", batch_size, least=1))
 
 
+def intended_fraction(share: float) -> Fraction:
+    """Return the fraction that a share is meant to be: 7 / 100 for 0.07, which is a bit larger."""
+    return Fraction(share).limit_denominator(10**6)
+
+
 @functools.lru_cache(maxsize=1024)
 def _ceiling(gamma: float, batch_size: int) -> int:
     """Return max(1, ceil(gamma b)) for valid arguments."""
-    product = Fraction(gamma).limit_denominator(10**6) * batch_size
+    product = intended_fraction(gamma) * batch_size
     return max(1, -(-product.numerator // product.denominator))
 
 

@@ -104,9 +104,7 @@ def direct_layers(model: Any) -> list[Any]:
 
     Not every class that trains is a `keras.Model`: a layer can have Keras's trainer as a mixin.
     """
-    if hasattr(model, "layers"):
-        return list(model.layers)
-    return list(model._flatten_layers(include_self=False, recursive=False))
+    return list(model.layers) if hasattr(model, "layers") else sublayers(model)
 
 
 def sublayers(layer: Any) -> list[Any]:
@@ -301,10 +299,9 @@ def attributes(layer: Any) -> dict[str, Any]:
 
 def is_checkpointed(layer: Any) -> bool:
     """Return whether a layer's calls are checkpointed by a `keras.RematScope` for whole layers."""
-    scope = getattr(layer, "_remat_mode", None)
-    if scope is None or scope.mode != "list_of_layers":
-        return scope is not None and scope.mode == "full"
-    return layer.name in scope.layer_names
+    scope: Any = getattr(layer, "_remat_mode", None)
+    mode = getattr(scope, "mode", None)
+    return mode == "full" or (mode == "list_of_layers" and layer.name in scope.layer_names)
 
 
 def is_part(graph: Any) -> bool:

@@ -13,6 +13,7 @@ from keras import ops
 from esam_core import Direction, ESAMValueError, Momentum, Previous
 from esam_keras import compat
 from esam_keras.perturbation import widen
+from esam_keras.units import is_stored
 
 __all__ = ["Earlier", "Given", "check_moment", "earlier_direction", "update_inputs"]
 
@@ -81,21 +82,24 @@ def check_moment(base: keras.optimizers.Optimizer) -> None:
     Raises:
         ESAMValueError: there is none; the message names the optimizer.
     """
-    for optimizer in _each(base):
-        name = type(optimizer).__name__
-        attribute = compat.moments_name(optimizer)
-        if attribute is not None:
-            if not (isinstance(optimizer, keras.optimizers.SGD) and not optimizer.momentum):
-                if not optimizer.built or isinstance(getattr(optimizer, attribute, None), list):
-                    continue
-                name += f" of Keras {keras.__version__}"
-            else:
-                name = "SGD with momentum=0"
+    for name in filter(None, map(_without_moment, _each(base))):
         raise ESAMValueError(
             "`ascend=Momentum()` needs a base optimizer whose first moment ESAM knows: SGD with "
             f"momentum > 0, or {', '.join(list(compat.MOMENTS)[1:])} and their subclasses. "
             f"`ascend=Previous()` works with every base optimizer. Received: {name}."
         )
+
+
+def _without_moment(optimizer: Any) -> str | None:
+    """Return the name of an optimizer that has no known first moment; None if it has one."""
+    name, attribute = type(optimizer).__name__, compat.moments_name(optimizer)
+    if attribute is None:
+        return name
+    if isinstance(optimizer, keras.optimizers.SGD) and not optimizer.momentum:
+        return "SGD with momentum=0"
+    if optimizer.built and not isinstance(getattr(optimizer, attribute, None), list):
+        return f"{name} of Keras {keras.__version__}"
+    return None
 
 
 def _each(base: Any) -> list[Any]:
@@ -273,7 +277,7 @@ def _shares(
     several = _is_several(optimizer)
     shares: dict[int, tuple[Any, list[int]]] = {}
     for place, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
-        if gradient is None or getattr(variable, "overwrite_with_gradient", False):
+        if gradient is None or is_stored(variable):
             continue
         own = compat.optimizer_of(optimizer, variable) if several else optimizer
         shares.setdefault(id(own), (own, []))[1].append(place)

@@ -29,8 +29,8 @@ Tensor = Any
 Batch = tuple[Any, Any, Any]
 
 ADVICE = (
-    "Without one, no samples can be selected: use gamma=1.0 without ascend=Part(...), so that "
-    "steps use the whole batch, or a loss with one value per sample."
+    "Without one loss per sample, no samples can be selected: use gamma=1.0 without "
+    "ascend=Part(...), so that steps use the whole batch, or a loss with one value per sample."
 )
 
 

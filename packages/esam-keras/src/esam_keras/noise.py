@@ -1,8 +1,8 @@
 """Random numbers that layers draw outside of Keras's seed generators.
 
 Every pass of a step must draw the same ones. Generators of the host, which are Python's and NumPy's
-global ones and those that layers hold, are set back before each pass. Those of a framework are the
-matter of its backend.
+global ones and those that layers hold, are set back before each pass. Each
+backend handles its framework's own generators.
 """
 
 import sys
@@ -14,7 +14,7 @@ import keras
 
 from esam_core import generators as host
 from esam_keras import compat
-from esam_keras.units import torch_wrappers
+from esam_keras.units import torch_modules
 from esam_keras.warning import warn_user
 
 __all__ = ["Noise", "StepNoise", "global_noise_kept"]
@@ -123,8 +123,7 @@ def global_noise_kept() -> Iterator[None]:
 def _generators(model: keras.Model) -> list[Any]:
     """Return the host's global generators, and those that are attributes of a model's layers."""
     layers = compat.flat_layers(model)
-    parts = [part for layer in torch_wrappers(layers) for part in layer.module.modules()]
-    own = (value for part in (*layers, *parts) for value in _values(part))
+    own = (value for part in (*layers, *torch_modules(layers)) for value in _values(part))
     values = {id(value): value for value in (*host.GLOBAL, *own)}.values()
     return [value for value in values if _state_of(value) is not None]
 

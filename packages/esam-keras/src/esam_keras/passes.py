@@ -5,7 +5,6 @@ nothing can fail any more.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,7 +114,7 @@ class Passes:
         found, evaluated = self._backend.gradients(
             scaled_loss,
             arguments,
-            again=lambda values: self._again(state(values), ascent.part_alone),
+            again=lambda values: self.evaluator.again(state(values), running=ascent.part_alone),
         )
         if not self._backend.keeps_assigned:
             kept = evaluated.state._replace(trainable=self.state.trainable)
@@ -171,7 +170,7 @@ class Passes:
             return self.evaluator.evaluate(state, arguments[0]).loss, None
 
         (derivative,), _ = self._backend.gradients(
-            loss, [_ones(b)], again=lambda _: self._again(state)
+            loss, [_ones(b)], again=lambda _: self.evaluator.again(state, running=False)
         )
         return self._per_sample(derivative, b, scaled=False)
 
@@ -222,7 +221,9 @@ class Passes:
         gradients, evaluated = self._backend.gradients(
             scaled_loss,
             arguments,
-            again=lambda values: self._again(rest._replace(trainable=values[:count]), running),
+            again=lambda values: self.evaluator.again(
+                rest._replace(trainable=values[:count]), running=running
+            ),
         )
         losses = self._per_sample(gradients.pop(), b) if len(arguments) > count else None
         if losses is not None and selected is not None:
@@ -271,10 +272,6 @@ class Passes:
                     f"Received: ascend={self.config.ascend!r}."
                 )
         return evaluated._replace(state=evaluated.state._replace(trainable=trainable))
-
-    def _again(self, state: State, running: bool = False) -> AbstractContextManager[Any]:
-        """Return the context in which checkpointed parts find the values of their forward."""
-        return self.evaluator.again(state, running=running)
 
     def _cut(self, cut: Cut, chosen: Sequence[int]) -> Cut:
         """Return a cut for the chosen variables, by their indices in the model."""

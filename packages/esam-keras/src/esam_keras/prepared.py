@@ -13,9 +13,9 @@ from esam_keras.plan import Planner
 from esam_keras.routes import check_row_counts, check_rows, find_route
 from esam_keras.rows import first_input
 from esam_keras.trial import Trial
-from esam_keras.units import has_moving_statistics
+from esam_keras.units import has_moving_statistics, is_stored
 
-__all__ = ["Prepared", "batch_size", "build", "first_axis", "is_stored", "prepare"]
+__all__ = ["Prepared", "batch_size", "build", "first_axis", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,6 @@ def build(model: keras.Model, data: Any, *, own_train_step: bool) -> None:
             "`train_step`. Make them in the data, `fit(x, y)`, or in your own `compute_loss`. "
             "Received: a batch without targets."
         ) from error
-
-
-def is_stored(variable: Any) -> bool:
-    """Return whether a variable's gradient is a value to be stored, as in float8 training."""
-    return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def _identities(trained: Sequence[Any]) -> tuple[int, ...]:

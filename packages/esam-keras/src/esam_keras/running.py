@@ -6,9 +6,8 @@ from typing import Any
 
 import keras
 
-from esam_keras import compat
 from esam_keras.methods import replace_methods
-from esam_keras.units import statistics_layers, torch_wrappers
+from esam_keras.units import statistics_layers, torch_norms
 
 __all__ = ["running_statistics"]
 
@@ -24,21 +23,11 @@ def running_statistics(model: keras.Model, *, when: bool) -> Iterator[None]:
             layers = statistics_layers(model)
             methods = [(layer, "call", _inference(layer)) for layer in layers]
             stack.enter_context(replace_methods(methods))
-            for part in _torch_norms(model):
+            for part in torch_norms(model):
                 stack.callback(part.register_forward_pre_hook(_to_inference).remove)
                 after = part.register_forward_hook(_to_training, always_call=True)
                 stack.callback(after.remove)
         yield
-
-
-def _torch_norms(model: keras.Model) -> list[Any]:
-    """Return the parts of wrapped torch modules that normalise by batch statistics."""
-    return [
-        part
-        for layer in torch_wrappers(compat.flat_layers(model))
-        for part in layer.module.modules()
-        if compat.is_torch_batchnorm(part)
-    ]
 
 
 def _inference(layer: Any) -> Any:

@@ -1,7 +1,6 @@
 """Data selection on the device, in Keras operations; see `esam_core.selectors.select`."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, cast
 
 from keras import ops
@@ -26,7 +25,7 @@ def subset_size(gamma: float, b: int | Tensor) -> int | Tensor:
     """Return k = max(1, ceil(gamma b)), exactly; a tensor if b is only known at run time."""
     if isinstance(b, int):
         return selectors.subset_size(gamma, b)
-    share = Fraction(gamma).limit_denominator(10**6)
+    share = selectors.intended_fraction(gamma)
     wide = ops.cast(b, "int64")
     ceiling = (wide * share.numerator + (share.denominator - 1)) // share.denominator
     return ops.cast(ops.maximum(ceiling, 1), "int32")

@@ -185,7 +185,7 @@ class Step(Passes):
         if selected is not None:
             report["indices"] = selected.indices
             report["sample_weights"] = selected.weights * ops.cast(poison, selected.weights.dtype)
-        # One of the two records.
+        # Either the pass at theta or the descent pass keeps its state.
         left = cast(Evaluated, climb.at_theta if descent.evaluated is None else descent.evaluated)
         return Outcome(
             descent.gradients,

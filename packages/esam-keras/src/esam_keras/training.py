@@ -18,13 +18,13 @@ from esam_keras.metrics import log_means
 from esam_keras.noise import Noise
 from esam_keras.optimizer import ESAM
 from esam_keras.plan import Drawn, Plan, Planner
-from esam_keras.prepared import Prepared, batch_size, build, first_axis, is_stored, prepare
+from esam_keras.prepared import Prepared, batch_size, build, first_axis, prepare
 from esam_keras.report import step_report
 from esam_keras.routes import check_row_counts
 from esam_keras.scope import PassScope
 from esam_keras.trial import predictions
 from esam_keras.under_way import UnderWay, step_under_way, under_way
-from esam_keras.units import records_of, without_costs
+from esam_keras.units import is_stored, records_of, without_costs
 from esam_keras.warning import warn_user
 
 __all__ = ["Training", "train_step"]

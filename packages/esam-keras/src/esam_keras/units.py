@@ -18,8 +18,11 @@ from esam_keras.positions import parts, positions
 
 __all__ = [
     "has_moving_statistics",
+    "is_stored",
     "records_of",
     "statistics_layers",
+    "torch_modules",
+    "torch_norms",
     "torch_wrappers",
     "without_costs",
 ]
@@ -128,13 +131,26 @@ def torch_wrappers(layers: Iterable[Any]) -> list[Any]:
     return [layer for layer in layers if isinstance(layer, keras.layers.TorchModuleWrapper)]
 
 
+def torch_modules(layers: Iterable[Any]) -> list[Any]:
+    """Return the torch modules that layers wrap, and the modules inside them."""
+    return [part for layer in torch_wrappers(layers) for part in layer.module.modules()]
+
+
+def torch_norms(model: keras.Model) -> list[Any]:
+    """Return the wrapped torch modules of a model that normalise by batch statistics."""
+    return [p for p in torch_modules(compat.flat_layers(model)) if compat.is_torch_batchnorm(p)]
+
+
 def has_moving_statistics(model: keras.Model) -> bool:
     """Return whether training updates moving statistics: in layers of Keras or wrapped modules."""
     return any(layer.trainable for layer in statistics_layers(model)) or any(
-        compat.is_torch_batchnorm(part) and part.track_running_stats
-        for layer in torch_wrappers(compat.flat_layers(model))
-        for part in layer.module.modules()
+        part.track_running_stats for part in torch_norms(model)
     )
+
+
+def is_stored(variable: Any) -> bool:
+    """Return whether a variable's gradient is a value to be stored, as in float8 training."""
+    return bool(getattr(variable, "overwrite_with_gradient", False))
 
 
 def _blocks(model: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

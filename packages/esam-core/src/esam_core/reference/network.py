@@ -108,7 +108,7 @@ class Network:
         dtype: the dtype of all arrays. Default float64.
         seed: the seed of the dropout noise. Default 0.
         frozen: names of parameters that are not trained; they have no unit and no gradient.
-        unbiased_running_variance: see `esam_core.conformance.adapter.Conventions`.
+        unbiased_running_variance: see `esam_core.problem.Conventions`.
 
     Example:
         >>> import numpy as np

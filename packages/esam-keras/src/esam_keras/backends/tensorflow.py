@@ -208,5 +208,5 @@ def _without_optionals(data: Any) -> Any:
     )
 
 
-#: The one of its kind.
+#: The only instance.
 BACKEND = TensorFlowBackend()

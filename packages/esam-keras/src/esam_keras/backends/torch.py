@@ -225,5 +225,5 @@ def _detach(rest: Any, variables: Sequence[Tensor], leaves: Sequence[Tensor]) ->
     )
 
 
-#: The one of its kind.
+#: The only instance.
 BACKEND = TorchBackend()

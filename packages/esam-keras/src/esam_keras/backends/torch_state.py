@@ -18,7 +18,7 @@ from esam_core import ESAMRuntimeError
 from esam_keras import compat
 from esam_keras.backends.base import Unknown
 from esam_keras.noise import Noise
-from esam_keras.units import torch_wrappers
+from esam_keras.units import torch_modules, torch_wrappers
 
 __all__ = ["UnknownState"]
 
@@ -241,7 +241,7 @@ def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def _places_of_parameters(wrappers: Sequence[Any]) -> list[_ParameterPlace]:
     """Return the places of the parameters of wrapped modules that are variables of Keras."""
     variables = {id(compat.torch_parameter(v)): v for layer in wrappers for v in layer.variables}
-    modules = {module for layer in wrappers for module in layer.module.modules()}
+    modules = set(torch_modules(wrappers))
     return [
         _ParameterPlace(holder, key, variables[id(held)])
         for module in modules
