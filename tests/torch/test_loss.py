@@ -114,7 +114,7 @@ def test_a_second_backward_is_refused(options):
     loss.backward(retain_graph=True)
     before = Snapshot(model, optimizer)
     with pytest.raises(
-        ESAMRuntimeError, match=r"must be called once.*optimizer\.loss\(\.\.\.\) ag"
+        ESAMRuntimeError, match=r"must be called only once.*optimizer\.loss\(\.\.\.\) ag"
     ):
         loss.backward()
     before.check()
