@@ -9,8 +9,11 @@ from typing import Any, NamedTuple, cast
 import keras
 from keras import ops
 
-from esam_keras.evaluation import Evaluated, batch_size
-from esam_keras.passes import Passes
+from esam_keras.backends.base import Backend, ModelTraining, Unknown
+from esam_keras.evaluation import Evaluated, Evaluator, State, Variables, batch_size
+from esam_keras.losses import Batch
+from esam_keras.passes import Passes, loss_scale
+from esam_keras.plan import Plan
 from esam_keras.selection import Selected, select
 
 __all__ = ["Ascended", "Climb", "Outcome", "Seen", "Step"]
@@ -89,6 +92,36 @@ class Outcome:
 @dataclass(frozen=True)
 class Step(Passes):
     """One step: see `Passes` for its arguments."""
+
+    @classmethod
+    def of(
+        cls,
+        training: ModelTraining,
+        backend: Backend,
+        plan: Plan,
+        inputs: dict[str, Tensor],
+        batch: Batch,
+        variables: Variables,
+        state: State,
+        unknown: Unknown,
+    ) -> "Step":
+        """Return the step of a model that is prepared.
+
+        The optimizer's variables have their values at the start of the step: on JAX in a
+        `PassScope`.
+        """
+        model, esam, prepared = training.model, training.esam, training.prepared
+        with_rows = prepared.outputs_with_rows
+        return cls(
+            Evaluator(backend, unknown, model, prepared.route, variables, batch, with_rows),
+            esam.config,
+            plan,
+            inputs,
+            state,
+            loss_scale(model.optimizer),
+            prepared.fixed,
+            esam.direction(variables.trainable) if plan.ascent.of == "earlier" else (),
+        )
 
     def run(self) -> Outcome:
         """Return the gradients for the update, the state to keep, and the report."""

@@ -15,11 +15,9 @@ import keras
 from keras import ops
 
 from esam_keras.backends.base import Backend, ModelTraining, Unknown
-from esam_keras.evaluation import Evaluator, State, Variables, batch_size
+from esam_keras.evaluation import State, Variables, batch_size
 from esam_keras.handover import StepVariables
-from esam_keras.losses import Batch
 from esam_keras.metrics import log_sums, logs_if, metrics_after
-from esam_keras.passes import loss_scale
 from esam_keras.plan import Plan
 from esam_keras.step import Outcome, Step
 
@@ -44,7 +42,8 @@ class AssigningBackend(Backend):
         variables = Variables.split(model, self.trained(model))
         entry = State(*([self.value(v) for v in group] for group in variables))
         with self.whole_step(training, variables) as unknown:
-            outcome = self._passes(training, plan, inputs, batch, variables, entry, unknown)
+            step = Step.of(training, self, plan, inputs, batch, variables, entry, unknown)
+            outcome = step.run()
             training.has_run = True
             unknown.keep_random_state()
             hooked = self.run_hooks(outcome.gradients, variables.trainable)
@@ -133,31 +132,6 @@ class AssigningBackend(Backend):
             logs, report = step(drawn.plan, drawn.inputs, data)
             training.finish(count, drawn, report)
         return logs
-
-    def _passes(
-        self,
-        training: ModelTraining,
-        plan: Plan,
-        inputs: dict[str, Tensor],
-        batch: Batch,
-        variables: Variables,
-        entry: State,
-        unknown: Unknown,
-    ) -> Outcome:
-        """Run the passes of a step, which assign to no variable."""
-        model, esam, prepared = training.model, training.esam, training.prepared
-        earlier = esam.direction(variables.trainable) if plan.ascent.of == "earlier" else ()
-        with_rows = prepared.outputs_with_rows
-        return Step(
-            Evaluator(self, unknown, model, prepared.route, variables, batch, with_rows),
-            esam.config,
-            plan,
-            inputs,
-            entry,
-            loss_scale(model.optimizer),
-            prepared.fixed,
-            earlier,
-        ).run()
 
     def _is_finite(self, outcome: Outcome) -> Tensor:
         """Return whether the passes and all gradients are finite."""

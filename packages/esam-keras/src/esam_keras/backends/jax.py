@@ -20,10 +20,9 @@ import keras
 from esam_core import ESAMRuntimeError, ESAMTypeError
 from esam_keras import compat
 from esam_keras.backends.base import Backend, Cut, ModelTraining, Unknown
-from esam_keras.evaluation import Evaluated, Evaluator, State, Variables, batch_size
+from esam_keras.evaluation import Evaluated, State, Variables, batch_size
 from esam_keras.handover import applying
 from esam_keras.metrics import log_sums, logs_if, metrics_after
-from esam_keras.passes import loss_scale
 from esam_keras.perturbation import perturb
 from esam_keras.plan import Drawn, Plan
 from esam_keras.scope import PassScope
@@ -261,29 +260,14 @@ def _restore_shared(state: Any, ascended: Ascended) -> Ascended:
 
 def _step_of(training: ModelTraining, plan: Plan, inputs: Any, state: Any, data: Any) -> Step:
     """Return the step on a batch, from a state."""
-    model, prepared = training.model, training.prepared
     trainable, non_trainable, optimizer_variables, metrics = state
-    optimizer = model.optimizer
-    values = zip(optimizer.variables, optimizer_variables, strict=True)
-    variables = Variables.of(model)
-    with PassScope({id(v): value for v, value in values}):
-        scale = loss_scale(optimizer)
-        earlier: Sequence[Tensor | None] = ()
-        if plan.ascent.of == "earlier":
-            earlier = training.esam.direction(variables.trainable)
+    values = zip(training.model.optimizer.variables, optimizer_variables, strict=True)
     batch = keras.utils.unpack_x_y_sample_weight(data)
-    with_rows = prepared.outputs_with_rows
-    unknown = Unknown(model, training.noise)
-    return Step(
-        Evaluator(BACKEND, unknown, model, prepared.route, variables, batch, with_rows),
-        training.esam.config,
-        plan,
-        inputs,
-        State(trainable, non_trainable, metrics),
-        scale,
-        prepared.fixed,
-        earlier,
-    )
+    entry = State(trainable, non_trainable, metrics)
+    unknown = Unknown(training.model, training.noise)
+    with PassScope({id(v): value for v, value in values}):
+        variables = Variables.of(training.model)
+        return Step.of(training, BACKEND, plan, inputs, batch, variables, entry, unknown)
 
 
 def _after(
