@@ -17,11 +17,17 @@ def drops():
     return not torch.equal(F.dropout(ONES, 0.5), ONES)
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    yield
+def leave_modes():
+    """Leave all modes: after an interrupt, one that does nothing may remain."""
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()
+
+
+@pytest.fixture(autouse=True)
+def no_modes():
+    leave_modes()
+    yield
+    leave_modes()
 
 
 def test_it_begins_and_ends():

@@ -51,6 +51,7 @@ class SampleCounter:
             if samples in self._counted:
                 self._note("size", _COUNTED)
             self._counted.add(samples)
+            samples.check(batch, len(values))  # so that the size of the next batch can be read
         return len(values)
 
     def look_at_one_loss(self, config: ESAMConfig, batch: Batch) -> None:
