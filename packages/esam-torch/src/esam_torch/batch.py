@@ -20,8 +20,9 @@ from esam_torch.containers import (
 )
 from esam_torch.entries import Index, describe, entries, items
 from esam_torch.functions import code_of
+from esam_torch.lookups import length_of
 from esam_torch.marks import WAYS_OUT, Mark, Rows, Whole
-from esam_torch.reading import Reader, Reading, length_of, refuse_used_up
+from esam_torch.reading import Reader, Reading, refuse_used_up
 
 __all__ = ["Batch", "Samples", "is_marked", "row_counts"]
 

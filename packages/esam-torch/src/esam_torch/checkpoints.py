@@ -14,7 +14,7 @@ from esam_torch.directions import Memory
 from esam_torch.groups import options_of
 from esam_torch.inspection import Parameter, parameters_of
 from esam_torch.run import Run
-from esam_torch.sharded import is_sharded
+from esam_torch.sharded import any_sharded
 from esam_torch.spending import CHOSEN
 
 __all__ = ["load_state", "read_entry", "state_of"]
@@ -139,7 +139,7 @@ def read_entry(
 
 def _sharded(run: Run) -> bool:
     """Return whether parameters are sharded over ranks."""
-    return any(is_sharded(p) for group in run.base.param_groups for p in group["params"])
+    return any_sharded(p for group in run.base.param_groups for p in group["params"])
 
 
 def _noted(run: Run, group: dict[str, Any]) -> dict[str, Any]:

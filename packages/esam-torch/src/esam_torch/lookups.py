@@ -5,7 +5,7 @@ A dictionary with `__getattr__ = dict.__getitem__` raises a KeyError, for exampl
 
 from typing import Any
 
-__all__ = ["attribute", "defines"]
+__all__ = ["attribute", "defines", "length_of"]
 
 
 def attribute(x: Any, name: str, default: Any = None) -> Any:
@@ -14,6 +14,14 @@ def attribute(x: Any, name: str, default: Any = None) -> Any:
         return getattr(x, name, default)
     except Exception:  # see above
         return default
+
+
+def length_of(x: Any) -> int | None:
+    """Return the length of an object; None if there is none, or asking for it is an error."""
+    try:
+        return len(x)
+    except Exception:
+        return None
 
 
 def defines(x: Any, *names: str) -> bool:

@@ -22,10 +22,10 @@ from torch.nn.utils.rnn import PackedSequence
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.containers import is_container, is_list, is_tensor_collection, parts
 from esam_torch.entries import describe
-from esam_torch.lookups import attribute
+from esam_torch.lookups import attribute, length_of
 from esam_torch.marks import WAYS_OUT, Mark
 
-__all__ = ["Reader", "Reading", "length_of"]
+__all__ = ["Reader", "Reading", "refuse_used_up"]
 
 #: A list of up to this many numbers may contain sizes or coefficients instead of one number per
 #: sample; a list of up to this many tensors may be a record of different values.
@@ -304,14 +304,6 @@ class Reader:
             f"{type(x).__name__}. Pass the padded tensor and the lengths, and pack or nest them "
             "within `losses`; or pass take=function(batch, indices) to ESAM."
         )
-
-
-def length_of(x: Any) -> int | None:
-    """Return the length of something, or None."""
-    try:
-        return len(x)
-    except Exception:  # no length, or an error
-        return None
 
 
 def _is_number(x: Any) -> bool:

@@ -22,7 +22,7 @@ from torch.utils.data import (
 
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.devices import widest
-from esam_torch.sharded import Shards, is_sharded
+from esam_torch.sharded import Shards, any_sharded
 
 __all__ = [
     "SharedOrder",
@@ -74,7 +74,7 @@ def _leave() -> None:
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model, wrapped in DistributedDataParallel if there are other ranks."""
-    if Shards.of(model) is not None or any(map(is_sharded, model.parameters())):
+    if Shards.of(model) is not None or any_sharded(model.parameters()):
         raise ESAMTypeError(
             "`model` must not be sharded: fit trains replicas. With fully_shard or tensor "
             "parallelism, write the loop around optimizer.step(losses, ...)."

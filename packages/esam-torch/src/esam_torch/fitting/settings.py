@@ -14,6 +14,7 @@ import torch
 from esam_core import ESAMValueError
 from esam_core.config import component_from_dict
 from esam_torch.bases import SideBySide
+from esam_torch.lookups import length_of
 from esam_torch.optimizer import ESAM
 from esam_torch.spending import CHOSEN
 
@@ -49,9 +50,9 @@ def data_of(loader: Any, accumulate: int) -> dict[str, Any]:
     data = getattr(loader, "dataset", None)
     return {
         "`accumulate`": accumulate,
-        "`len(loader)`": _length(loader),
+        "`len(loader)`": length_of(loader),
         "`loader.batch_size`": getattr(loader, "batch_size", None),
-        "`len(loader.dataset)`": _length(data),
+        "`len(loader.dataset)`": length_of(data),
         "the class of `loader.sampler`": _kind(getattr(loader, "sampler", None)),
     }
 
@@ -108,12 +109,4 @@ def _text(value: Any) -> str | None:
     try:
         return json.dumps(value, default=lambda x: x.tolist())  # tensors, and NumPy's numbers
     except (TypeError, ValueError, AttributeError):
-        return None
-
-
-def _length(sized: Any) -> int | None:
-    """Return the length of an object, or None if it has none."""
-    try:
-        return len(sized)
-    except (TypeError, NotImplementedError):
         return None
