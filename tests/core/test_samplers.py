@@ -1,7 +1,6 @@
 """Samplers: masks derived by hand, inclusion probabilities over many draws, and purity."""
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -202,25 +201,6 @@ def test_random_suffix_of_arrays():
     )
     assert RandomSuffix(np.array([0.25, 0.5])) == RandomSuffix((0.25, 0.5))
     assert RandomSuffix(np.float32([0.61, 0.5])) == RandomSuffix((0.61, 0.5))
-
-
-@dataclass
-class Larger:
-    """A choice of units that is not hashable, so that its results cannot be cached."""
-
-    size: int
-
-    def __call__(self, unit):
-        return unit.size > self.size
-
-
-def test_only_with_an_object_that_is_not_hashable():
-    masks = [Only(kind).draw(tuple(UNITS), seed=0, count=0) for kind in (Larger(6), _is_large)]
-    assert masks[0] == masks[1]
-
-
-def _is_large(unit):
-    return unit.size > 6
 
 
 def test_only():

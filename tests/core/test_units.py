@@ -1,11 +1,11 @@
 """Masks are validated, and results for a model's units are cached."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
-from esam_core import ESAMTypeError, ESAMValueError, Mask, Unit
+from esam_core import ESAMTypeError, ESAMValueError, Mask, Only, Unit
 from esam_core.units import cache_for_units, names_a_norm
 
 
@@ -73,3 +73,20 @@ def test_invalid_masks_are_refused(arguments, error, message):
 )
 def test_names_of_normalisation_layers(name, expected):
     assert names_a_norm(name) is expected
+
+
+@dataclass
+class Larger:
+    """A choice of units that is not hashable, so that its results cannot be cached."""
+
+    size: int
+
+    def __call__(self, unit):
+        return unit.size > self.size
+
+
+def test_a_choice_that_is_not_hashable():
+    units = (Unit("a", (1,)), Unit("b", (7,)))
+    mask = Only(Larger(6)).draw(units, seed=0, count=0)
+    assert mask == Only(lambda unit: unit.size > 6).draw(units, seed=0, count=0)
+    assert mask.perturbed == (False, True)
