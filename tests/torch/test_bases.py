@@ -358,3 +358,15 @@ def test_a_distributed_state_of_several_optimizers_is_refused():
     base = SideBySide(torch.optim.SGD([model.weight]), torch.optim.AdamW([model.bias]))
     with pytest.raises(ESAMTypeError, match="Received: a SideBySide"):
         DistributedState(model, ESAM(base, model))
+
+
+def test_a_scheduler_that_changes_momentum_beside_an_optimizer_without():
+    """Torch's error says what to do; it was a KeyError."""
+    model = net()
+    both = SideBySide(
+        torch.optim.SGD(model.conv.parameters(), lr=0.1),
+        torch.optim.AdamW(model.hidden.parameters(), lr=0.1),
+    )
+    with pytest.raises(ValueError, match="cycle_momentum"):
+        torch.optim.lr_scheduler.OneCycleLR(both, 0.1, total_steps=4)
+    torch.optim.lr_scheduler.OneCycleLR(both, 0.1, total_steps=4, cycle_momentum=False)

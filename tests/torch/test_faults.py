@@ -10,7 +10,7 @@ from tests.torch.scene import Snapshot, batch, losses_of, net, same, sgd
 import esam_torch.step
 import esam_torch.task
 from esam_core import Proportional
-from esam_torch import ESAM, Everything, Part, Previous, Suffix
+from esam_torch import ESAM, Every, Everything, Part, Previous, Suffix
 from esam_torch.batch import Samples
 from esam_torch.forwards import Forward
 from esam_torch.guards import Weights
@@ -304,3 +304,30 @@ def test_an_interrupt_at_any_line(options, only, every):
             assert set(vars(module)) == clean[name], (name, interrupt.line)
             assert not module._forward_hooks and not module._forward_pre_hooks, interrupt.line
     assert lines >= 20
+
+
+@pytest.mark.parametrize(
+    "options", [{"perturb": Every(2, Suffix(0.5))}, {"ascend": Previous()}, {"rho": 0.0}], ids=str
+)
+def test_in_the_backward_of_a_base_step(options):
+    """A step that perturbs nothing can be repeated too, as with a smaller batch."""
+    model, failing = net(), [True]
+    optimizer = ESAM(sgd(model), model, **options)
+    if isinstance(options.get("perturb"), Every):
+        optimizer.step(losses_of(model), *batch())
+    before = Snapshot(model, optimizer)
+
+    def losses(x, y):
+        found = losses_of(model)(x, y)
+        found.register_hook(lambda _: _raise() if failing else None)
+        return found
+
+    with pytest.raises(BrokenError):
+        optimizer.backward(losses, *batch())
+    before.check()
+    failing.clear()
+    optimizer.step(losses, *batch(4))
+
+
+def _raise():
+    raise BrokenError

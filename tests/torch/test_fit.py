@@ -1,5 +1,7 @@
 """The training loop: with ESAM, SAM and a base optimizer; its measurements and errors."""
 
+import math
+
 import pytest
 import torch
 from tests.torch.fitted import (
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from esam_core import ESAMTypeError
-from esam_torch import ESAM, SideBySide, accuracy, evaluate, fit
+from esam_torch import ESAM, Rows, SideBySide, Whole, accuracy, evaluate, fit
 from esam_torch.fitting import ranks
 from esam_torch.fitting.data import move_batch
 
@@ -296,3 +298,36 @@ def test_batch_samplers_that_do_not_know_about_ranks_are_refused(kind, monkeypat
                 ranks.split(loader, training=True)
         else:
             assert ranks.split(loader, training=True) is loader
+
+
+@pytest.mark.parametrize("kind", ["esam", "base"])
+def test_marked_values_in_batches(kind):
+    """`Rows` and `Whole` are for ESAM; losses get the values, also in an evaluation."""
+    model = make_model()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ESAM(base, model) if kind == "esam" else base
+
+    def losses(model, x, y, weight):
+        return F.cross_entropy(model(x), y, weight, reduction="none")
+
+    data = [(x, Rows(y), Whole(torch.ones(3))) for x, y in make_batches()]
+    history = fit(model, optimizer, losses, data, epochs=1, eval_loader=data, progress=False)
+    assert history.last["eval_loss"] == evaluate(model, losses, data)["loss"]
+
+
+def test_an_optimizer_that_sets_its_own_learning_rate():
+    class Own(torch.optim.SGD):
+        """As transformers' Adafactor, whose groups have lr=None."""
+
+        def step(self):
+            for group in self.param_groups:
+                group["lr"] = 0.1
+            super().step()
+            for group in self.param_groups:
+                group["lr"] = None
+
+    model = make_model()
+    optimizer = Own(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    history = fit(model, optimizer, model_losses, make_batches(), epochs=1, progress=False)
+    assert math.isnan(history.last["learning_rate"])

@@ -189,6 +189,40 @@ def test_weights_of_classes_with_soft_labels(transformers):  # noqa: ARG001 need
         F.cross_entropy(logits, hard, weights)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda y: 1 - y, lambda y: -y, torch.log1p, torch.sqrt, lambda y: y**2, lambda y: y > 0.5],
+)
+def test_labels_that_a_model_changes_by_element(transformers, change):  # noqa: ARG001
+    from esam_torch.integrations.row_losses import RowLosses
+
+    outputs, labels = torch.randn(3, 4), torch.rand(3, 4)
+    rows = RowLosses([labels])
+    with rows:
+        found = rows.check(F.mse_loss(outputs, change(labels).float()), "a model")
+    wanted = F.mse_loss(outputs, change(labels).float(), reduction="none").mean(1)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_one_sample_does_not_check_a_model(transformers):  # noqa: ARG001
+    """It is always its own mean."""
+    from esam_torch.integrations.transformers import per_sample_losses
+
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 1)
+
+        def forward(self, x, labels):
+            return {"loss": F.mse_loss(self.linear(x)[:, 0], labels).sqrt()}
+
+    torch.manual_seed(0)
+    model, x, y = Root(), torch.randn(8, 4), torch.randn(8)
+    per_sample_losses(model, {"x": x[:1], "labels": y[:1]})
+    with pytest.raises(ValueError, match="mean of the losses per sample must equal"):
+        per_sample_losses(model, {"x": x, "labels": y})
+
+
 def test_labels_that_are_moved_by_name(transformers):  # noqa: ARG001
     """As reshape(input=labels, ...): a model's call, of which torch knows both forms."""
     from esam_torch.integrations.row_losses import RowLosses

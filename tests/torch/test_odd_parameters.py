@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from esam_core.perturbation import perturbations
-from esam_torch import ESAM, Bernoulli, Everything
+from esam_torch import ESAM, Bernoulli, Everything, Suffix
 
 
 class Buffered(nn.Module):
@@ -179,3 +179,25 @@ def test_one_gradient_for_two_parameters(seen_many_times):
     optimizer.backward(losses, torch.ones(2))
     step = torch.full((4,), 8.0**-0.5)
     torch.testing.assert_close(seen[1], (step, 1.0 + step))
+
+
+@pytest.mark.parametrize(
+    "options", [{"perturb": Suffix(0.5), "gamma": 1.0}, {"budget": 1.9}], ids=str
+)
+def test_parameters_without_elements(options):
+    """As of a layer for a table without such columns."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    model.register_parameter("columns", nn.Parameter(torch.zeros(0, 3)))
+    optimizer = ESAM(sgd(model), model, **options)
+    assert optimizer.step(losses_of(model), torch.randn(6, 4), torch.arange(6) % 3).perturbed
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_weights_that_hooks_compute_do_not_end_pruning(norm):
+    """They are attributes with a graph, but no terms that a script would add to the loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(4, 8)), nn.Tanh(), norm(nn.Linear(8, 3)))
+    optimizer = ESAM(sgd(model), model, rho=0.1, perturb=Suffix("2"), gamma=1.0)
+    for _ in range(4):  # warnings are errors
+        optimizer.step(losses_of(model), torch.randn(6, 4), torch.arange(6) % 3)

@@ -151,6 +151,9 @@ class SideBySide(torch.optim.Optimizer):
         defaults: dict[str, Any] = {}
         for optimizer in reversed(optimizers):  # the first one's value wins where they differ
             defaults.update(optimizer.defaults)
+        shared = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers))
+        for name in {"betas", "momentum"} - shared:  # schedulers would look for it in every group
+            defaults.pop(name, None)
         self.__setstate__({"defaults": defaults})
 
     @property

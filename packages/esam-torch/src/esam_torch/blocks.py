@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.attention import without_graphs
 from esam_torch.compat import original_name
-from esam_torch.flops import RECURRENT
+from esam_torch.flops import FORMULAS
 from esam_torch.sharded import reshard
 from esam_torch.wrappers import bare_model, is_compiled
 
@@ -209,7 +209,7 @@ def find_blocks(
     modules = dict(inner.named_modules())
     fixed = None if chosen is None else _chosen_names(chosen, names, modules)
     watch = _Watch()
-    counter = FlopCounterMode(display=False, custom_mapping=RECURRENT)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     # The counter's module tracker hooks into every backward, so a gradient computed within `losses`
     # would fail. Our own hooks attribute the operations to modules.
     counter.mod_tracker = _Untracked()  # type: ignore[assignment]
@@ -367,7 +367,7 @@ def _costs(
         children = _called_below(name, tuple(watch.flops))
         own = watch.flops.get(name, 0) - sum(watch.flops[child] for child in children)
         matrices = [p for p in parameters if p.dim() > 1] or parameters
-        size = sum(p.numel() for p in matrices)
+        size = sum(p.numel() for p in matrices) or 1
         for matrix in matrices:
             costs[id(matrix)] = own * matrix.numel() / size
     for place, name in enumerate(blocks):

@@ -49,6 +49,7 @@ def _entry(run: Run) -> dict[str, Any]:
         # If the budget is spent, its sampler and selector are in the configuration.
         "budget": run.budget,
         "spent": run.spent,
+        "blocks": run.measured,
     }
 
 
@@ -79,7 +80,10 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     if own is None:  # a bare optimizer's groups have none of ESAM's options
         for group, kept in zip(run.base.param_groups, options, strict=True):
             group.update({**kept, **options_of(group)})
-    run.resume(config, count, budget, plan, memory, spent=spent)
+        measured = run.measured
+    else:
+        measured = own.get("blocks")
+    run.resume(config, count, budget, plan, memory, spent=spent, measured=measured)
     for after in hooks["after loading"]:
         after(optimizer)
     if replaced:

@@ -21,6 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.overrides import TorchFunctionMode
 
 __all__ = [
+    "ATTENTION_KERNELS",
     "BATCH_NORM",
     "COMPILED_MODELS_SEE_REQUIRES_GRAD",
     "COMPILED_NODE",
@@ -145,6 +146,17 @@ RECURRENT_KERNELS = (
     torch.ops.aten._cudnn_rnn,
     torch.ops.aten.miopen_rnn,
     torch.ops.aten._lstm_mps,
+)
+
+#: The kernels of attention that torch's counter of operations does not know.
+ATTENTION_KERNELS = tuple(
+    getattr(torch.ops.aten, name)
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+        "_scaled_dot_product_attention_math_for_mps",
+    )
+    if hasattr(torch.ops.aten, name)
 )
 
 #: The name of compiled code in an autograd graph.

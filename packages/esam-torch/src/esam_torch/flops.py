@@ -1,12 +1,17 @@
-"""Floating-point operations that torch's counter does not count: recurrent layers in one kernel."""
+"""Floating-point operations that torch's counter does not count.
+
+These are recurrent layers in one kernel, and attention on CPUs and Apple GPUs.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
-from esam_torch.compat import RECURRENT_KERNELS
+from torch.utils.flop_counter import sdpa_flop_count
 
-__all__ = ["RECURRENT"]
+from esam_torch.compat import ATTENTION_KERNELS, RECURRENT_KERNELS
+
+__all__ = ["FORMULAS"]
 
 _Shape = Sequence[int]
 
@@ -36,11 +41,20 @@ def _weights_third(inputs: _Shape, _: Any, weights: Sequence[_Shape], *__: Any, 
     return _multiplied(inputs, weights)
 
 
+def _attention(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    """Return the operations of `scaled_dot_product_attention`, as torch counts them on a GPU."""
+    count: Callable[..., int] = sdpa_flop_count  # which has no annotations
+    return count(query, key, value)
+
+
 #: Formulas for `FlopCounterMode`, which passes shapes in place of tensors.
-RECURRENT: dict[Any, Callable[..., int]] = dict(
-    zip(
-        RECURRENT_KERNELS,
-        (_one_layer, _weights_second, _weights_second, _weights_third),
-        strict=True,
-    )
-)
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **dict(
+        zip(
+            RECURRENT_KERNELS,
+            (_one_layer, _weights_second, _weights_second, _weights_third),
+            strict=True,
+        )
+    ),
+    **dict.fromkeys(ATTENTION_KERNELS, _attention),
+}

@@ -21,6 +21,7 @@ from esam_torch.compat import original_name, registered_parameters
 from esam_torch.devices import devices_of
 from esam_torch.forwards import Forward
 from esam_torch.guards import RandomState
+from esam_torch.measured import blocks_from, blocks_to_data
 from esam_torch.notes import ACCUMULATES, ASKS, KEPT, WITHOUT_A_GRAPH, note_errors
 from esam_torch.registrations import registered_modules
 from esam_torch.sharded import Shards, mesh_groups, reshard
@@ -35,6 +36,7 @@ __all__ = [
     "find_leaves",
     "lay_out",
     "parameters_of",
+    "strange_leaves",
     "without_side_effects",
 ]
 
@@ -130,6 +132,11 @@ class Layout:
     def everything(self) -> Sequence[Tensor]:
         """All parameters, in the optimizer or not."""
         return (*self.tensors, *self.others)
+
+    def measured(self, model: nn.Module) -> dict[str, Any] | None:
+        """Return the measured blocks as data, None if there are none; `model` is this layout's."""
+        trained = {id(tensor) for tensor in self.tensors if tensor.requires_grad}
+        return None if self.blocks is None else blocks_to_data(model, self.blocks, trained)
 
     def trained(self) -> list[Tensor]:
         """Return all parameters that have a gradient now, in the optimizer or not."""
@@ -288,6 +295,14 @@ def find_leaves(forward: Callable[[], Tensor], model: nn.Module, layout: Layout)
         return {id(leaf) for leaf in graph_leaves(forward())}
 
 
+def strange_leaves(mean: Tensor, leaves: list[Tensor], layout: Layout) -> list[Tensor]:
+    """Return the leaves of the loss that belong to neither the model nor the batch."""
+    known = layout.ids.union(map(id, leaves)) if leaves else layout.ids
+    if layout.shards is not None:
+        known = known.union(map(id, layout.shards.gathered()))
+    return [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]
+
+
 def lay_out(
     model: nn.Module,
     groups: list[dict[str, Any]],
@@ -296,6 +311,7 @@ def lay_out(
     *,
     chosen: Sequence[nn.Module | str] | None,
     watch: bool,
+    measured: dict[str, Any] | None = None,
 ) -> Layout:
     """Return the layout of a model, with blocks and costs if they are needed.
 
@@ -306,6 +322,7 @@ def lay_out(
         forward: runs the model once on a batch; called only to find the blocks.
         chosen: the user's blocks, or None.
         watch: find the blocks even if the sampler does not need them.
+        measured: blocks that have been measured before; see `esam_torch.measured`.
     """
     parameters = parameters_of(model, groups)
     known = {id(p.tensor) for p in parameters}
@@ -314,9 +331,11 @@ def lay_out(
     writes = Writes(model, [p.tensor for p in parameters], weights=shards is None)
     blocks = None
     if watch or chosen is not None or sampler.needs_blocks:
-        with without_side_effects(model, devices, writes):
-            trained = {id(p.tensor) for p in parameters if p.tensor.requires_grad}
-            blocks = find_blocks(model, forward, trained, chosen)
+        trained = {id(p.tensor) for p in parameters if p.tensor.requires_grad}
+        blocks = blocks_from(measured, model, trained, chosen)
+        if blocks is None:
+            with without_side_effects(model, devices, writes):
+                blocks = find_blocks(model, forward, trained, chosen)
         parameters = parameters_of(model, groups, blocks)
     return Layout(
         groups=[(group, tuple(group["params"])) for group in groups],

@@ -19,7 +19,6 @@ from esam_core import (
     StepReport,
 )
 from esam_core.budget import Plan
-from esam_torch.ascent import graph_leaves
 from esam_torch.batch import Batch, Samples, is_marked
 from esam_torch.compat import (
     count_compiled_frames,
@@ -33,7 +32,7 @@ from esam_torch.earlier import EarlierStep
 from esam_torch.groups import check_groups
 from esam_torch.guards import without_autocast
 from esam_torch.inputs import call_apart
-from esam_torch.inspection import Layout, lay_out, parameters_of
+from esam_torch.inspection import Layout, lay_out, parameters_of, strange_leaves
 from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
 from esam_torch.notes import CLOSURE, LATE, PLAIN
@@ -94,6 +93,8 @@ class Run:
         self.counter = SampleCounter(samples, self.notices.add)
         self._blocks = None if blocks is None else list(blocks)
         self._losses_computed = 0
+        self.measured: dict[str, Any] | None = None  # the blocks of steps, as data
+        self._measured: dict[str, Any] | None = None  # those of a layout without a step
         self.set_model(model)
 
     def set_model(self, model: nn.Module) -> None:
@@ -117,10 +118,12 @@ class Run:
         memory: Memory,
         *,
         spent: bool,
+        measured: dict[str, Any] | None,
     ) -> None:
         """Resume from a checkpoint."""
         self.config, self.count, self.memory = config, count, memory
         self.budget, self.spent, self.plan = budget, spent, plan
+        self.measured = measured
         self.forget_layout()  # the sampler may be different
         self.pending = self.skipped = False
 
@@ -140,8 +143,10 @@ class Run:
         losses: LossFunction,
         batch: Batch,
         before_descent: Callable[[], None] = nothing,
+        *,
+        whole: bool = False,
     ) -> tuple[Step, Tensor]:
-        """Return a step that has run the forward of its ascent pass, and its loss."""
+        """Return a step after its first forward, and its loss; `whole`: only `backward` uses it."""
         self._losses_computed += 1
         check_losses(losses, *batch)
         check_groups(self.base.param_groups, self.base.defaults)
@@ -159,20 +164,22 @@ class Run:
                 self.notices.add("late", LATE)
             if step.batch_size == 1 and task.perturbs:
                 self.counter.look_at_one_loss(self.config, batch)
-            return step, self._seam(step, mean, leaves)
+            return step, self._seam(step, mean, leaves, whole=whole)
         except BaseException:
             step.undo()
             raise
 
-    def _seam(self, step: Step, mean: Tensor, leaves: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _seam(self, step: Step, mean: Tensor, leaves: list[Any], *, whole: bool) -> Tensor:
         """Return the loss at theta with a backward that runs the rest of the step."""
         task, value = step.task, step.value
-        natural = not task.perturbs and self.config.on_nonfinite == "propagate" and not leaves
-        if natural:  # an ordinary step: the existing graph gives its gradient
+        plain = not (task.perturbs or leaves or whole)
+        if (
+            plain and self.config.on_nonfinite == "propagate"
+        ):  # an ordinary step: the existing graph gives its gradient
             return loss_with_backward(value, [mean], once(lambda scale: self._base(step, scale)))
         trained = task.layout.trained()
         inner = [leaf for _, leaf in leaves]
-        strangers = _strangers(mean, inner, task.layout)
+        strangers = strange_leaves(mean, inner, task.layout)
         inputs = [*trained, *strangers, *inner]
         outer = [*trained, *strangers, *(given for given, _ in leaves)]
         if not self._ranks.looks_for_unused:
@@ -203,7 +210,7 @@ class Run:
         with torch.enable_grad():
             step: Step | None = None
             try:
-                step, loss = self._begun(losses, batch, before_descent)
+                step, loss = self._begun(losses, batch, before_descent, whole=True)
                 with without_autocast(step.task.layout.devices):
                     torch.autograd.backward(loss)
             except BaseException:
@@ -279,6 +286,7 @@ class Run:
     def _note(self, result: StepResult) -> None:
         """Record a step."""
         self.report = result.report
+        self.measured, self._measured = self._measured or self.measured, None
         self.pending = self.pending or not result.report.skipped
         self.skipped = self.skipped or result.report.skipped
         if result.rounded is not None:
@@ -357,7 +365,7 @@ class Run:
                     self.notices.add("reach", self.plan.warning)
             if (short := layout.reach_warning(self.config)) is not None:
                 self.notices.add("reach", short)
-            self._layout = layout
+            self._layout, self._measured = layout, layout.measured(self.model)
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:
@@ -375,6 +383,7 @@ class Run:
             forward,
             chosen=self._blocks,
             watch=watch,
+            measured=None if watch else self.measured,
         )
         if layout.blocks is not None and layout.blocks.warning is not None:
             self.notices.add("early", layout.blocks.warning)
@@ -389,11 +398,3 @@ class Run:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.forget_layout()
-
-
-def _strangers(mean: Tensor, leaves: list[Tensor], layout: Layout) -> list[Tensor]:
-    """Return the leaves of the loss that belong to neither the model nor the batch."""
-    known = layout.ids.union(map(id, leaves)) if leaves else layout.ids
-    if layout.shards is not None:
-        known = known.union(map(id, layout.shards.gathered()))
-    return [leaf for leaf in graph_leaves(mean) if id(leaf) not in known]

@@ -240,7 +240,11 @@ class Writes:
     def find_graphs(self) -> None:
         """Find whether the last forward, with all gradients, has left graphs in attributes."""
         if self._places and not self.keeps_graphs:
-            places = (place for key, place in self._places.items() if key not in self._values)
+            places = (
+                place
+                for key, place in self._places.items()
+                if key not in self._values and not _is_computed_weight(place)
+            )
             self.keeps_graphs = any(t.requires_grad for t in _tensors(places))
 
     def set_idle(self, candidates: Iterable[Candidate]) -> None:
@@ -296,6 +300,13 @@ def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:
     """Yield the tensors in some places."""
     for names, name in places:
         yield from tensors_in(names.get(name))
+
+
+def _is_computed_weight(place: Place) -> bool:
+    """Return whether a hook computes a weight before each forward, as with weight_norm or prune."""
+    names, name = place
+    own = names.get("_parameters") or {}
+    return f"{name}_orig" in own or f"{name}_v" in own
 
 
 def _keeps_statistics(module: nn.Module, written: Sequence[Place]) -> bool:

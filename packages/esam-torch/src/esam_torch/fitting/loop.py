@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -353,8 +354,9 @@ def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
 
 
 def _rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate of the first group."""
-    return float(optimizer.param_groups[0]["lr"])
+    """Return the learning rate of the first group; NaN if the optimizer sets its own."""
+    rate = optimizer.param_groups[0].get("lr")
+    return math.nan if rate is None else float(rate)
 
 
 def _step_scheduler(scheduler: Any, row: Mapping[str, float]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import ESAMTypeError, ESAMValueError, StepReport
+from esam_torch.batch import Samples
 from esam_torch.fitting.data import Arguments, arguments, move_batch
 from esam_torch.fitting.ranks import sum_over_ranks
 from esam_torch.losses import per_sample
@@ -211,7 +212,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for batch in loader:
-                inputs = arguments(move_batch(batch, place))
+                inputs, _ = Samples().bare((arguments(move_batch(batch, place)), {}))
                 values, outputs = per_sample(losses(model, *inputs))
                 means.update(values, Seen(values, outputs, inputs))
     finally:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_core import StepReport
+from esam_torch.batch import Samples
 from esam_torch.fitting.checks import check_arguments
 from esam_torch.fitting.data import Arguments
 from esam_torch.fitting.measures import ModelLosses, Seen
@@ -115,7 +116,7 @@ class Update:
         if esam is not None:
             loss = esam.loss(self._losses, *batch)
         else:
-            values, seen = self._losses(*batch)
+            values, seen = self._losses(*Samples().bare((batch, {}))[0])
             loss = values.mean()
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
         if esam is not None and esam.report is not None:

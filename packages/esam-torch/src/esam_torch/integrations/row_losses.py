@@ -39,6 +39,11 @@ _CHANGES = (
     *("add", "bfloat16", "bool", "clamp", "clamp_max", "clamp_min", "clip", "clone", "contiguous"),
     *("cpu", "cuda", "detach", "div", "double", "float", "half", "int", "long", "masked_fill"),
     *("mul", "nan_to_num", "sub", "to", "type", "type_as", "where"),
+    *("abs", "bitwise_not", "ceil", "eq", "exp", "expm1", "floor", "floor_divide", "ge", "gt"),
+    *("le", "log", "log10", "log1p", "log2", "logical_not", "lt", "ne", "neg", "pow"),
+    *("reciprocal", "remainder", "round", "rsub", "sigmoid", "sign", "sqrt", "square", "tanh"),
+    *("true_divide", "__floordiv__", "__pow__", "__rdiv__", "__rfloordiv__", "__rpow__"),
+    *("__rsub__", "__rtruediv__"),
 )
 
 #: Loss functions whose mean is divided by the class weights, if they have any.

@@ -200,7 +200,8 @@ class ESAMTrainer(Trainer):
         labels = labels_of(inputs, self.label_names)
         rows = RowLosses(labels, **options, checking=bool(self._unchecked))
         losses = losses_by_row(lambda rows: self._mean_loss(model, inputs, rows), rows, model)
-        self._unchecked.clear()
+        if len(losses) > 1:  # one sample is always its own mean
+            self._unchecked.clear()
         return losses
 
     def _mean_loss(
