@@ -186,8 +186,17 @@ def test_one_gradient_for_two_parameters(seen_many_times):
 )
 def test_parameters_without_elements(options):
     """As of a layer for a table without such columns."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
-    model.register_parameter("columns", nn.Parameter(torch.zeros(0, 3)))
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.numbers, self.columns = nn.Linear(4, 4), nn.Parameter(torch.zeros(0, 4))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.numbers(x)) + self.columns.sum(0))
+
+    model = Table()
     optimizer = ESAM(sgd(model), model, **options)
     assert optimizer.step(losses_of(model), torch.randn(6, 4), torch.arange(6) % 3).perturbed
 
