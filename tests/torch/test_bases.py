@@ -370,3 +370,11 @@ def test_a_scheduler_that_changes_momentum_beside_an_optimizer_without():
     with pytest.raises(ValueError, match="cycle_momentum"):
         torch.optim.lr_scheduler.OneCycleLR(both, 0.1, total_steps=4)
     torch.optim.lr_scheduler.OneCycleLR(both, 0.1, total_steps=4, cycle_momentum=False)
+
+
+def test_side_by_side_does_not_nest():
+    model = net()
+    both = beside(model)
+    other = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ESAMTypeError, match="must not contain another one: pass all optimizers"):
+        SideBySide(both, other)

@@ -22,6 +22,7 @@ from tests.torch.fitted import (
     run_fit,
 )
 
+from esam_core import ESAMTypeError
 from esam_torch import History, accuracy, fit
 
 
@@ -302,3 +303,31 @@ def test_numbers_of_numpy_in_a_checkpoint_are_loaded(tmp_path):
 
     run(1)
     assert run(2, resume=True).count == 2
+
+
+@pytest.mark.parametrize("part", ["model", "scheduler"])
+def test_a_checkpoint_that_could_not_be_loaded_is_refused_when_it_is_written(part, tmp_path):
+    """Not when the run resumes, after a night of training."""
+
+    class Extra(torch.nn.Identity):
+        def get_extra_state(self):
+            return table
+
+    table = np.linspace(0.1, 0.0, 4)
+
+    class Scheduler(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer):
+            self.table = table if part == "scheduler" else None
+            super().__init__(optimizer)
+
+        def get_lr(self):
+            return self.base_lrs
+
+    model = make_model()
+    if part == "model":
+        model.append(Extra())
+    optimizer = make_optimizer("esam", model)
+    options = {"scheduler": Scheduler(optimizer), "folder": tmp_path, "progress": False}
+    with pytest.raises(ESAMTypeError, match=rf"in the state of {part}\. Turn NumPy arrays"):
+        fit(model, optimizer, model_losses, make_batches(), epochs=2, **options)
+    assert not (tmp_path / "last.pt").exists()

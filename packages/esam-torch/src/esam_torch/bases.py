@@ -141,6 +141,11 @@ class SideBySide(torch.optim.Optimizer):
             )
         for optimizer in optimizers:
             check_base(optimizer)
+            if isinstance(optimizer, SideBySide):
+                raise ESAMTypeError(
+                    "`SideBySide` must not contain another one: pass all optimizers to it. "
+                    f"Received: {optimizer!r}."
+                )
         known = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
         if len(known) != len(set(known)):
             raise ESAMValueError(

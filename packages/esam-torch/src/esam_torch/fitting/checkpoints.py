@@ -1,5 +1,6 @@
 """Checkpoints from which training resumes exactly."""
 
+import io
 import math
 import os
 from collections import Counter, OrderedDict
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from esam_core import ESAMValueError
+from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import Means
 from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
@@ -87,6 +88,7 @@ class Checkpoints:
         self._smallest = smallest
         self.history = History()
         self._settings: dict[str, str] = {}
+        self._loads = False
         if self._folder is not None:
             if parts["optimizer"] not in trained:  # otherwise they are not those of the code
                 self._settings = settings_of(parts["optimizer"], parts["scheduler"])
@@ -184,9 +186,17 @@ class Checkpoints:
             self._write({"model": self._model.state_dict(), "row": self.history.last}, _BEST)
 
     def _write(self, state: Mapping[str, Any], name: str) -> None:
-        """Write a state to a file of the folder."""
+        """Write a state to a file of the folder.
+
+        Raises:
+            ESAMTypeError: it could not be loaded; this is checked once.
+        """
         with self._replacing(name) as path:
-            torch.save(_plain(state), path)
+            plain = _plain(state)
+            torch.save(plain, path)
+            if name == _LAST and not self._loads:
+                _check_loads(plain, path)
+                self._loads = True
 
     @contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
@@ -265,6 +275,30 @@ def _read(path: Path) -> dict[str, Any]:
             f"Received: {path}, of an earlier version or of another program. {_ANEW}"
         )
     return entries
+
+
+def _check_loads(state: Mapping[str, Any], path: Path) -> None:
+    """Raise if a state that has been saved to a file cannot be loaded from it."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises errors of many kinds
+        names = [name for name, value in state.items() if not _is_loadable(value)]
+        raise ESAMTypeError(
+            "States in a checkpoint must contain only tensors, numbers, strings and containers of "
+            "them, because it is loaded without running code. Received: other values in the state "
+            f"of {', '.join(names)}. Turn NumPy arrays into tensors or lists."
+        ) from error
+
+
+def _is_loadable(value: Any) -> bool:
+    """Return whether a value can be saved and loaded without running code."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    try:
+        torch.load(io.BytesIO(file.getvalue()), map_location="cpu", weights_only=True)
+    except Exception:  # torch raises errors of many kinds
+        return False
+    return True
 
 
 def _plain(state: Any) -> Any:
