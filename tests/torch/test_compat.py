@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tests.torch.distributed_cases.launch import SHARDS_ON_CPUS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from esam_torch import compat
 from esam_torch.devices import default_device
@@ -184,6 +184,28 @@ def test_kernels_of_recurrent_layers_exist():
     """test_flops.py tests their arguments."""
     for kernel in compat.RECURRENT_KERNELS:
         assert kernel.default._schema.arguments[0].name == "input"
+
+
+def test_kernels_of_attention_exist():
+    for kernel in compat.ATTENTION_KERNELS:
+        names = [argument.name for argument in kernel.default._schema.arguments]
+        assert names[:3] == ["query", "key", "value"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(nn.utils.weight_norm, nn.utils.spectral_norm),
+        lambda layer: prune.l1_unstructured(layer, "weight", 2),
+    ],
+)
+def test_weights_that_hooks_compute(change):
+    layer = change(nn.Linear(3, 3))
+    assert compat.is_computed_weight(vars(layer), "weight")
+    assert not compat.is_computed_weight(vars(layer), "bias")
+    assert not compat.is_computed_weight(vars(nn.Linear(3, 3)), "weight")
+    assert not compat.is_computed_weight({}, "weight")  # as the attributes of another object
 
 
 def test_compiled_code_in_a_graph_has_a_name():

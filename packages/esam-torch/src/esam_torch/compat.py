@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ __all__ = [
     "fsdp_reshards",
     "is_active",
     "is_compiled_function",
+    "is_computed_weight",
     "original_name",
     "parametrizations_are_cached",
     "registered_parameters",
@@ -172,6 +173,17 @@ def compiled_original(module: Any) -> nn.Module | None:
 def original_name(name: str) -> str:
     """Return the name of a module or parameter without the parts that torch.compile adds."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
+
+
+def is_computed_weight(names: Mapping[str, Any], name: str) -> bool:
+    """Return whether a hook computes a weight before each forward, as of weight_norm or prune.
+
+    Args:
+        names: the attributes of a module.
+        name: one of them.
+    """
+    own = names.get("_parameters") or {}
+    return f"{name}_orig" in own or f"{name}_v" in own
 
 
 def compiled_call(module: nn.Module) -> bool:

@@ -12,7 +12,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from esam_core.generators import HostRandomState
 from esam_core.units import names_a_norm
-from esam_torch.compat import MODULE_ATTRIBUTES, NORM_LAYERS, buffers_by_name, count_writes
+from esam_torch.compat import (
+    MODULE_ATTRIBUTES,
+    NORM_LAYERS,
+    buffers_by_name,
+    count_writes,
+    is_computed_weight,
+)
 from esam_torch.values import (
     Place,
     PlaceKey,
@@ -243,7 +249,7 @@ class Writes:
             places = (
                 place
                 for key, place in self._places.items()
-                if key not in self._values and not _is_computed_weight(place)
+                if key not in self._values and not is_computed_weight(*place)
             )
             self.keeps_graphs = any(t.requires_grad for t in _tensors(places))
 
@@ -300,13 +306,6 @@ def _tensors(places: Iterable[Place]) -> Iterator[Tensor]:
     """Yield the tensors in some places."""
     for names, name in places:
         yield from tensors_in(names.get(name))
-
-
-def _is_computed_weight(place: Place) -> bool:
-    """Return whether a hook computes a weight before each forward, as with weight_norm or prune."""
-    names, name = place
-    own = names.get("_parameters") or {}
-    return f"{name}_orig" in own or f"{name}_v" in own
 
 
 def _keeps_statistics(module: nn.Module, written: Sequence[Place]) -> bool:
