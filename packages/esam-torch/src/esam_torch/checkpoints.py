@@ -67,7 +67,7 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     if "param_groups" in state:
         own, state["param_groups"] = _read_groups(run, own, state["param_groups"])
     config, count, memory = run.config, run.count, run.memory
-    budget, spent, plan = run.budget, run.spent, run.plan
+    budget, spent, plan, measured = run.budget, run.spent, run.plan, run.measured
     options, replaced = [options_of(group) for group in run.base.param_groups], []
     if own is not None:  # check everything before changing anything
         parameters = parameters_of(run.model, run.base.param_groups)
@@ -75,14 +75,12 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
         count, budget, spent = int(own["count"]), own.get("budget"), own.get("spent", False)
         if "spent" not in own and budget is None:  # of an earlier version, which kept only unspent
             budget, spent = run.budget, run.budget is not None
+        measured = own.get("blocks")
         plan, replaced = None, _differences(run, config, budget, spent=spent)
     run.base.load_state_dict(state)
     if own is None:  # a bare optimizer's groups have none of ESAM's options
         for group, kept in zip(run.base.param_groups, options, strict=True):
             group.update({**kept, **options_of(group)})
-        measured = run.measured
-    else:
-        measured = own.get("blocks")
     run.resume(config, count, budget, plan, memory, spent=spent, measured=measured)
     for after in hooks["after loading"]:
         after(optimizer)

@@ -142,7 +142,8 @@ class Step:
         # A base step instead of one with an earlier direction. The latter needs the samples before
         # its first pass; here they are known anyway.
         first = isinstance(task.config.ascend, Previous | Momentum)
-        if (task.perturbs or first) and self._selected < self.batch_size:
+        checks = task.climb.part is None and (task.perturbs or first)
+        if checks and self._selected < self.batch_size:
             task.samples.check(self._batch, self.batch_size)
         return self._values.mean()
 
