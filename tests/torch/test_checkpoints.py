@@ -191,15 +191,19 @@ def test_a_state_that_cannot_be_loaded_changes_nothing():
     optimizer.backward(losses_of(model), *batch())
     optimizer.step()
     good = copy.deepcopy(optimizer.state_dict())
-    config = good["esam"]["config"]
-    bad_entries = {
-        "`rho` must be finite": {"count": 3, "config": {**config, "rho": -1.0}},
-        "`name` must be one of": {"count": 3, "config": {**config, "perturb": {"name": "Nothing"}}},
-        "`on_nonfinite` must be": {"count": 3, "config": {**config, "on_nonfinite": "ignore"}},
-        r"written\. Received: \{'count': 3\}": {"count": 3},
-        r"written\. Received: \{'config'": {"config": config},
-        r"written\. Received: \[3\]": [3],
+    own = good["esam"]
+    changes = {
+        "`rho` must be finite": {"rho": -1.0},
+        "`name` must be one of": {"perturb": {"name": "Nothing"}},
+        "`on_nonfinite` must be": {"on_nonfinite": "ignore"},
     }
+    bad_entries = {
+        match: {**own, "count": 3, "config": {**own["config"], **change}}
+        for match, change in changes.items()
+    }
+    for missing in own:
+        bad_entries[rf"written\. (?!.*'{missing}')"] = {k: own[k] for k in own if k != missing}
+    bad_entries[r"written\. Received: \[3\]"] = [3]
     before = Snapshot(model, optimizer)
     for match, entry in bad_entries.items():
         state = copy.deepcopy(good)
@@ -337,19 +341,6 @@ def test_a_hook_may_change_what_is_loaded():
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.count))
     optimizer.load_state_dict(state)
     assert optimizer.count == 12 and seen == [12] and state["esam"]["count"] == 0
-
-
-def test_a_spent_budget_of_an_earlier_version_is_that_of_the_code(recwarn):
-    model = net()
-    optimizer = ESAM(sgd(model), model, budget=2.0)
-    optimizer.step(losses_of(model), *batch())
-    state = optimizer.state_dict()
-    state["esam"] = {**state["esam"], "budget": None}
-    del state["esam"]["spent"]
-    other = ESAM(sgd(model), model, budget=2.0)
-    other.load_state_dict(state)
-    assert not recwarn and other.config == optimizer.config and other.count == 1
-    assert other.state_dict()["esam"]["budget"] == 2.0
 
 
 def test_an_entry_in_the_groups_alone_is_loaded():

@@ -84,3 +84,25 @@ def test_ranks_stay_equal_if_an_accumulated_batch_is_skipped(results, place):
     first, second = (found[f"skipped {place}"] for found in results)
     assert first == second
     assert first[1] != results[0]["reduced"][1]
+
+
+def test_an_epoch_is_kept_if_on_epoch_ends_training(results):
+    for rank, found in enumerate(results):
+        assert found["ended by all"] == ["StopIteration", "", 3, 2]
+        kind, text, *saved = found["ended by one"]
+        assert saved == [3, 2]
+        assert kind == ("StopIteration" if rank == 1 else "ESAMRuntimeError")
+        if rank == 0:
+            assert "Received: an exception in 1 of 2 processes" in text
+
+
+def test_a_folder_that_ranks_do_not_share_is_refused_by_all(results):
+    for found in results:
+        assert found["not shared"].startswith("`folder` must be on a disk that all processes can")
+        assert "in which 1 of 2 processes find last.pt" in found["not shared"]
+
+
+def test_a_base_optimizer_sharded_over_the_ranks_resumes_exactly(results):
+    (whole, resumed), other = (found["sharded base"] for found in results)
+    assert whole == resumed
+    assert [whole, resumed] == other

@@ -1,7 +1,6 @@
 """`DistributedState` in one process: what it refuses, and what it keeps."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -162,20 +161,6 @@ def test_parameters_with_different_options_must_not_be_joined():
     with pytest.raises(ESAMValueError, match=r"must be in different groups.*norm.weight had {}"):
         DistributedState(model, optimizer).load_state_dict(state)
     before.check()
-
-
-def test_a_checkpoint_that_kept_options_elsewhere_says_so():
-    state = DistributedState(*run_of()).state_dict()
-    own = json.loads(state["esam"])
-    del own["options"]
-    state["esam"] = json.dumps(own)
-    model, optimizer = run_of(
-        seed=9, groups=lambda m: [{**sgd(m).param_groups[0], "esam_rho": 0.3}]
-    )
-    with pytest.warns(UserWarning, match="earlier version.*given in code are kept") as caught:
-        DistributedState(model, optimizer).load_state_dict(state)
-    assert caught[0].filename == __file__
-    assert options_of(optimizer) == [{"esam_rho": 0.3}]
 
 
 # -- torch's own functions -------------------------------------------------------------------------

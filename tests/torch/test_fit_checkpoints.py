@@ -242,9 +242,9 @@ FILES = {"last.pt", "best.pt", "history.csv", "history.json"}
     [
         (b"", r"last\.pt, which cannot be read \(EOFError: "),
         (b"half a checkpoint", r"last\.pt, which cannot be read \("),
-        ({"model": {}}, r"last\.pt, of an earlier version or of another program\."),
-        ({"settings": {}}, r"last\.pt, of an earlier version or of another program\."),
-        ([1], r"last\.pt, of an earlier version or of another program\."),
+        ({"model": {}}, r"last\.pt, of another version or program\."),
+        ({"settings": {}}, r"last\.pt, of another version or program\."),
+        ([1], r"last\.pt, of another version or program\."),
     ],
 )
 def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(written, words, tmp_path):

@@ -315,10 +315,10 @@ def test_the_generator_of_the_evaluation_data_is_resumed(tmp_path):
     assert len(set(history["eval_loss"])) == 3
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path):
     train(tmp_path, 1)
     state = torch.load(tmp_path / "last.pt")
     del state["ranks"][0]["samples"]
     torch.save(state, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match=r"Received: .*last\.pt, of an earlier version"):
+    with pytest.raises(ValueError, match=r"Received: .*last\.pt, of another version"):
         train(tmp_path, 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -177,6 +178,53 @@ def reduced(accumulate, bad=None, **options):
     return [sum(calls), hashlib.sha256(weights).hexdigest()]
 
 
+def ended(folder, *stopping):
+    """End training after the second of three epochs on these ranks; return what each rank sees."""
+
+    def on_epoch(row):
+        if row["epoch"] == 2 and torch.distributed.get_rank() in stopping:
+            raise StopIteration
+
+    try:
+        trained(folder, on_epoch=on_epoch)
+    except Exception as error:
+        last = torch.load(folder / "last.pt", weights_only=True)
+        return [type(error).__name__, str(error), last["epoch"], len(last["history"])]
+
+
+def resumed_without_a_shared_folder(folder):
+    own = folder / str(torch.distributed.get_rank())
+    trained(own, epochs=1)
+    try:
+        trained(own, resume=True)
+    except ValueError as error:
+        return str(error)
+
+
+def sharded_base(folder):
+    """With a base optimizer whose state is sharded over the ranks: whole, and resumed."""
+
+    def run(where, **options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+        fit(
+            *(model, ESAM(base, model), losses, DataLoader(data(32), 8, shuffle=True)),
+            device="cpu",
+            folder=folder / where,
+            progress=False,
+            **options,
+        )
+        return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
+
+    def losses(model, inputs, targets):
+        return F.cross_entropy(model(inputs), targets, reduction="none")
+
+    whole = run("whole", epochs=3)
+    run("parts", epochs=1)
+    return [whole.hexdigest(), run("parts", epochs=3, resume=True).hexdigest()]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
@@ -191,5 +239,9 @@ if __name__ == "__main__":
         "tiny": tiny_evaluation(),
         "skipped first": reduced(3, bad=0, on_nonfinite="skip"),
         "skipped last": reduced(3, bad=5, on_nonfinite="skip"),
+        "ended by all": ended(folder / "ended by all", 0, 1),
+        "ended by one": ended(folder / "ended by one", 1),
+        "not shared": resumed_without_a_shared_folder(folder / "not shared"),
+        "sharded base": sharded_base(folder / "sharded base"),
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))

@@ -257,8 +257,8 @@ class ESAMConfig:
         """Return the configuration described by the output of `to_dict`.
 
         Args:
-            data: "perturb" and "select", as `component_to_dict` writes them, and any other fields.
-                A missing "ascend" (old checkpoints) means Batch().
+            data: "perturb" and "select", as `component_to_dict` writes them, and any other fields;
+                those that are missing have their defaults.
 
         Raises:
             ESAMTypeError: `data` is not a mapping.

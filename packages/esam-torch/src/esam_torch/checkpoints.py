@@ -23,6 +23,9 @@ __all__ = ["load_state", "read_entry", "state_of"]
 #: torch raises "Missing key" and this text.
 _IN_GROUPS = "esam: count, seed, hyperparameters"
 
+#: The keys of ESAM's entry, without those of a direction and of groups.
+_ENTRY = {"count", "config", "budget", "spent", "blocks"}
+
 
 def state_of(optimizer: torch.optim.Optimizer, run: Run) -> dict[str, Any]:
     """Return the base optimizer's state dict with ESAM's entry; run the state dict hooks."""
@@ -72,10 +75,8 @@ def load_state(optimizer: torch.optim.Optimizer, run: Run, state_dict: dict[str,
     if own is not None:  # check everything before changing anything
         parameters = parameters_of(run.model, run.base.param_groups)
         config, memory = read_entry(own, config, parameters)
-        count, budget, spent = int(own["count"]), own.get("budget"), own.get("spent", False)
-        if "spent" not in own and budget is None:  # of an earlier version, which kept only unspent
-            budget, spent = run.budget, run.budget is not None
-        measured = own.get("blocks")
+        count, budget, spent = int(own["count"]), own["budget"], own["spent"]
+        measured = own["blocks"]
         plan, replaced = None, _differences(run, config, budget, spent=spent)
     run.base.load_state_dict(state)
     if own is None:  # a bare optimizer's groups have none of ESAM's options
@@ -129,7 +130,7 @@ def read_entry(
     Raises:
         ESAMValueError: the entry is invalid, or belongs to another model.
     """
-    if not isinstance(own, Mapping) or not {"count", "config"} <= own.keys():
+    if not isinstance(own, Mapping) or not own.keys() >= _ENTRY:
         raise ESAMValueError(
             'The entry "esam" of the state must be one that `ESAM.state_dict()` has written. '
             f"Received: {own!r}."

@@ -1,7 +1,6 @@
 """State for `torch.distributed.checkpoint`: the model, the base optimizer and ESAM's entry."""
 
 import json
-import warnings
 from typing import Any
 
 import torch
@@ -19,11 +18,6 @@ __all__ = ["DistributedState"]
 #: The key of the direction. torch raises "Missing key in checkpoint state_dict: run.direction of
 #: ascend=Previous().0.weight" if the checkpoint has none, before it calls any code of ours.
 _DIRECTION = "direction of ascend=Previous()"
-
-_EARLIER = (
-    "The checkpoint was written by an earlier version, which saved the groups' `esam_...` options "
-    "in another place: those given in code are kept."
-)
 
 
 class DistributedState:
@@ -153,10 +147,7 @@ class DistributedState:
             ESAMValueError: parameters that are now in one group had different options.
         """
         groups = self._optimizer.param_groups
-        saved = entry.pop("options", None)
-        if saved is None:
-            warnings.warn(_EARLIER, stacklevel=3)
-            return [options_of(group) for group in groups]
+        saved = entry.pop("options")
         found: dict[int, dict[str, Any]] = {}
         for p in self._parameters():
             options = saved.get(p.unit.name, {})

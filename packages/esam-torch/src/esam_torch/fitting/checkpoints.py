@@ -18,8 +18,9 @@ from esam_core import ESAMTypeError, ESAMValueError
 from esam_torch.fitting.history import History
 from esam_torch.fitting.measures import Means
 from esam_torch.fitting.randomness import generators_of, load_random_state, random_state
-from esam_torch.fitting.ranks import SharedOrder, world
+from esam_torch.fitting.ranks import SharedOrder, sum_over_ranks, world
 from esam_torch.fitting.settings import check_settings, settings_of, trained
+from esam_torch.optimizer import ESAM
 from esam_torch.wrappers import bare_model
 
 __all__ = ["Checkpoints", "Place"]
@@ -149,6 +150,8 @@ class Checkpoints:
         if size > 1:
             ranks = [None] * size
             torch.distributed.all_gather_object(ranks, mine)
+        for part in self._parts.values():
+            _collect_state(part)
         if rank == 0:
             state = {
                 "model": self._model.state_dict(),
@@ -217,10 +220,20 @@ class Checkpoints:
         Returns:
             The position in the data and the random state there; None without a file.
         """
-        if self._folder is None or not (self._folder / _LAST).exists():
+        if self._folder is None:
+            return None
+        rank, size = world()
+        exists = (self._folder / _LAST).exists()
+        found = sum_over_ranks([float(exists)], self._device)[0]
+        if 0 < found < size:  # on all ranks, so that none waits for another
+            raise ESAMValueError(
+                "`folder` must be on a disk that all processes can access. Received: "
+                f"folder={str(self._folder)!r}, in which {found:.0f} of {size} processes find "
+                f"{_LAST}."
+            )
+        if not exists:
             return None
         state = _read(self._folder / _LAST)
-        rank, size = world()
         if len(state["ranks"]) != size:
             raise ESAMValueError(
                 "Training must resume with as many processes as wrote the checkpoint, "
@@ -230,11 +243,11 @@ class Checkpoints:
             check_settings(state["settings"], self._settings)
         self._settings = state["settings"]
         mine = state["ranks"][rank]
-        wanted, found = len(mine["start"]["loader"]), len(generators_of(self._loaders))
-        if found != wanted:
+        wanted, generators = len(mine["start"]["loader"]), len(generators_of(self._loaders))
+        if generators != wanted:
             raise ESAMValueError(
                 "`loader` and `eval_loader` must have as many generators as when the checkpoint "
-                f"was written, {wanted}. Received: {found}."
+                f"was written, {wanted}. Received: {generators}."
             )
         missing = [name for name in self._parts if name not in state]
         if missing:
@@ -254,6 +267,14 @@ class Checkpoints:
         return place, mine["now"]
 
 
+def _collect_state(part: Any) -> None:
+    """Move the whole state of an optimizer that shards it over ranks to rank 0, which saves it."""
+    inner = part.base_optimizer if isinstance(part, ESAM) else part
+    collect = getattr(inner, "consolidate_state_dict", None)  # of ZeroRedundancyOptimizer
+    if collect is not None:
+        collect(0)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Return the state in a checkpoint.
 
@@ -269,10 +290,10 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}, which cannot be read ({type(error).__name__}: {reason}). {_ANEW}"
         ) from error
     entries = state if isinstance(state, dict) else {}
-    if "samples" not in (entries.get("ranks") or [{}])[0]:  # which earlier ones lack
+    if "samples" not in (entries.get("ranks") or [{}])[0]:
         raise ESAMValueError(
             "The checkpoint to resume from must be a file that this version of `fit` has written. "
-            f"Received: {path}, of an earlier version or of another program. {_ANEW}"
+            f"Received: {path}, of another version or program. {_ANEW}"
         )
     return entries
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esam_core import ESAMValueError
+from esam_core import ESAMRuntimeError, ESAMValueError
 from esam_core.validation import choice, count_number, positive
 from esam_torch.fitting.boards import board
 from esam_torch.fitting.checkpoints import Checkpoints, Place
@@ -84,7 +84,9 @@ def fit(
     draws; any other iterable, and one with a sampler of its own, is the process's share.
 
     Args:
-        model: the model to train. It is moved to `device` and left there, in evaluation mode.
+        model: the model to train. It is moved to `device` and left there, in evaluation mode. In
+            each epoch all of its modules are in training mode; one that must not be, such as a
+            frozen BatchNorm, overrides `train`.
         optimizer: an `ESAM`, or any other optimizer.
         losses: a function of the model and a batch that returns one loss per sample, a tensor of
             shape (b,), or (losses, outputs). A tuple or list is passed as several arguments,
@@ -126,7 +128,7 @@ def fit(
             per epoch. False: nothing. Or one of "rich", "tqdm" and "plain".
         title: text before the progress bar. Default "".
         on_epoch: called with each epoch's row, in every process. If it raises an exception,
-            training ends after the epoch's checkpoint is written. Default none.
+            training ends in all processes after the epoch's checkpoint is written. Default none.
 
     Returns:
         A `History`: for each epoch "epoch" (from 1), "learning_rate", "train_loss", "train_..." and
@@ -238,14 +240,11 @@ def fit(
             history.rows.append(row)
             shown.finish(row)
             write(row)
-            try:
-                if on_epoch is not None:
-                    on_epoch(row)
-            except BaseException:  # the epoch is kept; several ranks might wait for each other
-                if world()[1] == 1:
-                    checkpoints.save_after(epoch, training.means)
-                raise
+            error = _call_back(on_epoch, row, place)
             checkpoints.save_after(epoch, training.means)  # with what on_epoch has changed
+            if error is not None:
+                sum_over_ranks([0.0], place)  # torchrun ends rank 0 too, which may still be writing
+                raise error
         _mode(called, optimizer, training=False)
     return history
 
@@ -343,6 +342,29 @@ def _wrap(
         yield called
     finally:
         optimizer.model = own
+
+
+def _call_back(
+    on_epoch: Callable[[dict[str, float]], None] | None, row: dict[str, float], device: torch.device
+) -> BaseException | None:
+    """Call `on_epoch`, and return the exception that ends training in this process, or None.
+
+    If it ends in another process, it ends in this one too, which would wait for the other forever.
+    """
+    error: BaseException | None = None
+    try:
+        if on_epoch is not None:
+            on_epoch(row)
+    except BaseException as raised:  # raised again when the epoch's checkpoint is written
+        error = raised
+    ended = sum_over_ranks([float(error is not None)], device)[0]
+    if error is None and ended:
+        return ESAMRuntimeError(
+            "`on_epoch` must end training in every process or in none. Received: an exception in "
+            f"{ended:.0f} of {world()[1]} processes, so training ends in all of them. The epoch's "
+            "checkpoint is written."
+        )
+    return error
 
 
 def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:

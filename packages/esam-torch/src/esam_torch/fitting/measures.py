@@ -161,7 +161,7 @@ class Means:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load saved sums."""
         self._sums = {name: total.to(self._device) for name, total in state["sums"].items()}
-        self._numbers = dict(state.get("numbers", {}))  # older checkpoints: in `sums`
+        self._numbers = dict(state["numbers"])
         self._counts = dict(state["counts"])
 
 
