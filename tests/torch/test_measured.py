@@ -55,6 +55,23 @@ def saved_and_loaded(optimizer):
     return other
 
 
+@pytest.mark.parametrize("kind", ["names", "modules"])
+def test_chosen_blocks_are_kept(kind):
+    def chosen():
+        model = network()
+        blocks = ["0", "2", "6", "8"]
+        if kind == "modules":
+            blocks = [model.get_submodule(name) for name in blocks]
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        return ESAM(base, model, rho=0.2, blocks=blocks, **OPTIONS)
+
+    whole, resumed = chosen(), chosen()
+    step(whole, 4)
+    resumed.load_state_dict(whole.state_dict())
+    assert step(resumed, 32) == step(whole, 32)
+    assert step(chosen(), 32) != step(whole, 32)
+
+
 @pytest.mark.parametrize(
     "again",
     [saved_and_loaded, copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))],

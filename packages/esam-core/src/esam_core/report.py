@@ -88,25 +88,26 @@ class StepReport:
         only those losses are known. With `Previous` and `Momentum`, if no losses at theta are
         known, it is the mean loss of the descent pass, at theta + epsilon.
         """
-        return self.perturbed_losses.mean() if self.losses is None else self.losses.mean()
+        seen = self.perturbed_losses if self.losses is None else self.losses
+        return None if seen is None else self._mean(seen)
 
     @property
     def perturbed_loss(self) -> Any:
         """Mean loss at theta + epsilon, or None."""
-        return None if self.perturbed_losses is None else self.perturbed_losses.mean()
+        return None if self.perturbed_losses is None else self._mean(self.perturbed_losses)
 
     @property
     def increases(self) -> Any:
         """(b,) per-sample sharpness: the increase of each loss under the perturbation, or None."""
         if self.losses is None or self.perturbed_losses is None:
             return None
-        return self.perturbed_losses - self.losses
+        return self._difference(self.perturbed_losses, self.losses)
 
     @property
     def sharpness(self) -> Any:
         """R_B: mean per-sample sharpness (equation 7), or None."""
         increases = self.increases
-        return None if increases is None else increases.mean()
+        return None if increases is None else self._mean(increases)
 
     @property
     def selected_sharpness(self) -> Any:
@@ -114,7 +115,7 @@ class StepReport:
         increases = self.increases
         if increases is None or self.indices is None:
             return None
-        return increases[self.indices].mean()
+        return self._mean(self._take(increases, self.indices))
 
     @property
     def rejected_sharpness(self) -> Any:
@@ -123,7 +124,8 @@ class StepReport:
         if increases is None or self.indices is None:
             return None
         rejected = len(self.losses) - len(self.indices)
-        return (increases.sum() - increases[self.indices].sum()) / rejected
+        chosen = self._take(increases, self.indices)
+        return (self._sum(increases) - self._sum(chosen)) / rejected
 
     @property
     def threshold(self) -> Any:
@@ -131,9 +133,24 @@ class StepReport:
         increases = self.increases
         if increases is None or self.indices is None:
             return None
-        place = len(self.losses) - len(self.indices)
-        # Keep the index in an array: torch would copy a scalar index to the host and wait for it.
-        return increases[increases.argsort()[place : place + 1]][0]
+        return self._sorted(increases)[len(self.losses) - len(self.indices)]
+
+    # Operations on arrays. `esam-keras` replaces them, because TensorFlow's tensors lack methods.
+
+    def _difference(self, a: Any, b: Any) -> Any:
+        return a - b
+
+    def _mean(self, values: Any) -> Any:
+        return values.mean()
+
+    def _sum(self, values: Any) -> Any:
+        return values.sum()
+
+    def _take(self, values: Any, indices: Any) -> Any:
+        return values[indices]
+
+    def _sorted(self, values: Any) -> Any:
+        return values[values.argsort()]
 
 
 @dataclass

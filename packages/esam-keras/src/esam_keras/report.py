@@ -15,50 +15,26 @@ __all__ = ["KerasReport", "step_report"]
 
 @dataclass(frozen=True)
 class KerasReport(StepReport):
-    """A `StepReport` with properties computed by `keras.ops`: TensorFlow tensors lack methods.
+    """A `StepReport` whose properties `keras.ops` computes.
 
     They are in float32 or wider, so that means over steps are too: `RunningMeans` cannot widen
     TensorFlow's tensors. `losses` and `loss` are None if the loss has no value per sample.
     """
 
-    @property
-    def loss(self) -> Any:
-        seen = self.perturbed_losses if self.losses is None else self.losses
-        return None if seen is None else ops.mean(widen(seen))
+    def _difference(self, a: Any, b: Any) -> Any:
+        return widen(a) - widen(b)
 
-    @property
-    def perturbed_loss(self) -> Any:
-        return None if self.perturbed_losses is None else ops.mean(widen(self.perturbed_losses))
+    def _mean(self, values: Any) -> Any:
+        return ops.mean(widen(values))
 
-    @property
-    def increases(self) -> Any:
-        if self.losses is None or self.perturbed_losses is None:
-            return None
-        return widen(self.perturbed_losses) - widen(self.losses)
+    def _sum(self, values: Any) -> Any:
+        return ops.sum(values)
 
-    @property
-    def sharpness(self) -> Any:
-        return None if self.increases is None else ops.mean(self.increases)
+    def _take(self, values: Any, indices: Any) -> Any:
+        return ops.take(values, indices, axis=0)
 
-    @property
-    def selected_sharpness(self) -> Any:
-        if self.increases is None or self.indices is None:
-            return None
-        return ops.mean(ops.take(self.increases, self.indices, axis=0))
-
-    @property
-    def rejected_sharpness(self) -> Any:
-        if self.increases is None or self.indices is None:
-            return None
-        rejected = len(self.losses) - len(self.indices)
-        chosen = ops.take(self.increases, self.indices, axis=0)
-        return (ops.sum(self.increases) - ops.sum(chosen)) / rejected
-
-    @property
-    def threshold(self) -> Any:
-        if self.increases is None or self.indices is None:
-            return None
-        return ops.sort(self.increases)[len(self.losses) - len(self.indices)]
+    def _sorted(self, values: Any) -> Any:
+        return ops.sort(values)
 
 
 def step_report(

@@ -22,7 +22,7 @@ from esam_torch.flops import FORMULAS
 from esam_torch.sharded import reshard
 from esam_torch.wrappers import bare_model, is_compiled
 
-__all__ = ["Blocks", "find_blocks"]
+__all__ = ["Blocks", "chosen_names", "find_blocks"]
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,8 @@ def find_blocks(
             f"Received: {scripted[0]!r}, a torch.jit module. Use torch.compile instead, or "
             "a sampler that needs no blocks, such as Bernoulli."
         )
-    names = {id(module): name for name, module in inner.named_modules()}
     modules = dict(inner.named_modules())
-    fixed = None if chosen is None else _chosen_names(chosen, names, modules)
+    fixed = None if chosen is None else chosen_names(chosen, modules)
     watch = _Watch()
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     # The counter's module tracker hooks into every backward, so a gradient computed within `losses`
@@ -279,10 +278,18 @@ def _early_uses(
     )
 
 
-def _chosen_names(
-    chosen: Sequence[nn.Module | str], names: dict[int, str], modules: dict[str, nn.Module]
-) -> list[str]:
-    """Check the user's blocks and return their names."""
+def chosen_names(chosen: Sequence[nn.Module | str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names of the user's blocks.
+
+    Args:
+        chosen: modules of the model, or their names.
+        modules: all modules of the model, by name.
+
+    Raises:
+        ESAMValueError: one is not a module of the model, or contains another.
+        ESAMTypeError: one is neither a module nor a name.
+    """
+    names = {id(module): name for name, module in modules.items()}
     found: list[str] = []
     for block in chosen:
         if isinstance(block, str):

@@ -58,6 +58,7 @@ class Layout:
         groups: the parameter groups, each with its parameters at that time.
         parameters: all parameters in the model's order.
         blocks: the model's blocks, or None if they are not used.
+        measured: the blocks as data for a checkpoint, or None.
         others: parameters of the model that are not in the optimizer.
         writes: tracks what its forwards write.
         attributes: tracks what the user changes between the passes of a step.
@@ -74,6 +75,7 @@ class Layout:
     groups: Sequence[tuple[dict[str, Any], tuple[Any, ...]]]
     parameters: Sequence[Parameter]
     blocks: Blocks | None
+    measured: dict[str, Any] | None
     others: Sequence[Tensor]
     writes: Writes
     attributes: Attributes
@@ -132,11 +134,6 @@ class Layout:
     def everything(self) -> Sequence[Tensor]:
         """All parameters, in the optimizer or not."""
         return (*self.tensors, *self.others)
-
-    def measured(self, model: nn.Module) -> dict[str, Any] | None:
-        """Return the measured blocks as data, None if there are none; `model` is this layout's."""
-        trained = {id(tensor) for tensor in self.tensors if tensor.requires_grad}
-        return None if self.blocks is None else blocks_to_data(model, self.blocks, trained)
 
     def trained(self) -> list[Tensor]:
         """Return all parameters that have a gradient now, in the optimizer or not."""
@@ -329,7 +326,7 @@ def lay_out(
     devices = devices_of(model)
     shards = Shards.of(model)
     writes = Writes(model, [p.tensor for p in parameters], weights=shards is None)
-    blocks = None
+    blocks = kept = None
     if watch or chosen is not None or sampler.needs_blocks:
         trained = {id(p.tensor) for p in parameters if p.tensor.requires_grad}
         blocks = blocks_from(measured, model, trained, chosen)
@@ -337,10 +334,12 @@ def lay_out(
             with without_side_effects(model, devices, writes):
                 blocks = find_blocks(model, forward, trained, chosen)
         parameters = parameters_of(model, groups, blocks)
+        kept = blocks_to_data(model, blocks, trained)
     return Layout(
         groups=[(group, tuple(group["params"])) for group in groups],
         parameters=parameters,
         blocks=blocks,
+        measured=kept,
         others=[p for p in model.parameters() if id(p) not in known],
         writes=writes,
         attributes=Attributes(model, writes),

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from esam_torch.blocks import Blocks
+from esam_torch.blocks import Blocks, chosen_names
 from esam_torch.compat import original_name
 from esam_torch.wrappers import bare_model
 
@@ -53,8 +53,12 @@ def blocks_from(
         trained: ids of the parameters that the optimizer trains.
         chosen: the user's blocks, or None.
     """
-    if data is None or not (chosen is None or set(chosen) == set(data["names"])):
+    if data is None:
         return None
+    if chosen is not None:
+        names = chosen_names(chosen, dict(bare_model(model).named_modules()))
+        if set(map(original_name, names)) != set(data["names"]):
+            return None
     rows = data["parameters"]
     keys = _keys(model, trained)
     if {name: key for name, _, key in keys} != {name: row[:2] for name, row in rows.items()}:

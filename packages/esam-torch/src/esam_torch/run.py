@@ -365,7 +365,7 @@ class Run:
                     self.notices.add("reach", self.plan.warning)
             if (short := layout.reach_warning(self.config)) is not None:
                 self.notices.add("reach", short)
-            self._layout, self._measured = layout, layout.measured(self.model)
+            self._layout, self._measured = layout, layout.measured
         return self._layout
 
     def lay_out(self, losses: LossFunction, batch: Any, *, watch: bool) -> Layout:

@@ -9,7 +9,16 @@ from esam_core.conformance.compare import close, close_all, equal, require
 from esam_core.conformance.numpy_adapter import NumpyAdapter
 from esam_core.problem import Base, Batch, Problem
 
-__all__ = ["SGD", "Run", "compare_observed", "compare_state", "follow", "same_state", "shows"]
+__all__ = [
+    "SGD",
+    "Run",
+    "compare_observed",
+    "compare_state",
+    "follow",
+    "resume",
+    "same_state",
+    "shows",
+]
 
 #: The base optimizer of most checks: a wrong momentum buffer is visible in the second step.
 SGD = Base("sgd", lr=0.1, momentum=0.9)
@@ -153,6 +162,30 @@ def follow(
         compare_observed(adapter, where, shown, wanted, dtype)
         compare_state(where, actual, expected, dtype, kind)
     return actual, expected
+
+
+def resume(adapter: Adapter, run: Run) -> None:
+    """Require that a run, saved after two steps and loaded in a new session, resumes exactly.
+
+    Args:
+        adapter: the backend.
+        run: the run; its problem has at least four batches.
+    """
+    batches = run.problem.batches
+    whole, first = run.on(adapter), run.on(adapter)
+    for batch in batches[:2]:
+        whole.step(batch)
+        first.step(batch)
+    saved: Any = first.state()
+    first.step(batches[2])  # a saved state must not change later
+    second = run.on(adapter)
+    second.load(saved)
+    for i, batch in enumerate(batches[2:4]):
+        where = f"{call_text(run.esam)}, step {i} after resuming"
+        shown, wanted = second.step(batch), whole.step(batch)
+        if shows(adapter, "perturbed"):
+            equal(f"{where}: perturbed", shown.perturbed, wanted.perturbed)
+        same_state(where, second, whole, adapter.dtypes[0])
 
 
 def call_text(esam: Mapping[str, Any] | None) -> str:

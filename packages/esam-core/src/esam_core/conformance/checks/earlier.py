@@ -16,7 +16,7 @@ from esam_core.conformance.checks.restoring import (
 )
 from esam_core.conformance.compare import close, close_all, equal
 from esam_core.conformance.problems import batchnorm, linear, mlp, softmax
-from esam_core.conformance.trace import SGD, Run, compare_state, follow, same_state, shows
+from esam_core.conformance.trace import SGD, Run, compare_state, follow, resume, same_state, shows
 from esam_core.directions import Batch, Direction, Momentum, Part, Previous
 from esam_core.problem import Base
 from esam_core.reference.network import Network
@@ -189,23 +189,11 @@ def check_one_direction_an_update(adapter: Adapter) -> None:
 @check("ascend", "state")
 def check_direction_is_saved(adapter: Adapter) -> None:
     """A saved and loaded run resumes with the same direction, for every direction."""
-    problem = batchnorm()
     directions: tuple[Direction, ...] = (Part(0.5), *_EARLIER)
     for ascend in directions:
         esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "ascend": ascend}
-        run = Run(problem=problem, esam=esam, base=Base("adamw", lr=0.01, weight_decay=0.1))
-        whole, first = run.on(adapter), run.on(adapter)
-        for batch in problem.batches[:2]:
-            whole.step(batch)
-            first.step(batch)
-        saved: Any = first.state()
-        first.step(problem.batches[2])  # a saved state must not change later
-        second = run.on(adapter)
-        second.load(saved)
-        for i, batch in enumerate(problem.batches[2:4]):
-            second.step(batch)
-            whole.step(batch)
-            same_state(f"{ascend}, step {i} after resuming", second, whole, adapter.dtypes[0])
+        adamw = Base("adamw", lr=0.01, weight_decay=0.1)
+        resume(adapter, Run(problem=batchnorm(), esam=esam, base=adamw))
 
 
 @check("ascend", "state")
