@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from esam_core import (
@@ -210,3 +211,15 @@ def test_invalid_data_are_refused(read, data, error, message):
 def test_data_may_omit_defaults():
     assert component_from_dict({"name": "Every", "n": 2}) == Every(2)
     assert ESAMConfig.from_dict(BOTH) == ESAMConfig(perturb=Everything(), select=All())
+
+
+def test_strings_are_pythons_own():
+    """A checkpoint with NumPy's could not be loaded."""
+    text = np.str_
+    found = [
+        *(ESAMConfig(norm=text("full")).norm, ESAMConfig(on_nonfinite=text("skip")).on_nonfinite),
+        *(Only(text("norm")).kind, Bernoulli(0.5, unit=text("weight")).unit),
+        Proportional(0.5, score=text("increase")).score,
+    ]
+    assert found == ["full", "skip", "norm", "weight", "increase"]
+    assert {type(value) for value in found} == {str}

@@ -330,3 +330,9 @@ class TestReference:
                 small = replace(batch, inputs=batch.inputs[:size], targets=batch.targets[:size])
                 shown = session.step(small)
                 assert all(np.isfinite(g).all() for g in shown.gradient.values())
+
+
+@pytest.mark.parametrize("sign", [np.array([1, 2]), "1", True, 2])
+def test_other_signs_are_refused(sign):
+    with pytest.raises(ESAMValueError, match="`sign` must be 1 or -1"):
+        Previous(sign)

@@ -1,5 +1,6 @@
 """The parts of the kit: comparisons that can fail, runner, declared gaps, pytest decorator."""
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -86,6 +87,23 @@ class TestComparisons:
                 equal_all("w", {"a": other}, {"a": ONES})
         with pytest.raises(ConformanceError):
             equal_all("w", {"a": np.array([-0.0])}, {"a": np.array([0.0])})
+
+    @pytest.mark.parametrize(
+        ("actual", "message"),
+        [
+            ({"w": [1.0, 1.0, 1.0]}, "x 'w': expected a NumPy array, got list."),
+            (None, "x: expected arrays by name, got NoneType."),
+            ([ONES], "x: expected arrays by name, got list."),
+        ],
+    )
+    def test_equal_all_names_other_types(self, actual, message):
+        with pytest.raises(ConformanceError, match=re.escape(message)):
+            equal_all("x", actual, {"w": ONES})
+
+    def test_indices_are_integers(self):
+        equal("x", np.array([0, 2], np.uint8), np.array([0, 2]))
+        with pytest.raises(ConformanceError, match=r"x: expected integers, got \[0.0, 2.0\]"):
+            equal("x", np.array([0.0, 2.0]), np.array([0, 2]))
 
     def test_has_nonfinite(self):
         found = has_nonfinite({"a": ONES, "b": np.array([np.inf]), "c": np.array([np.nan])})
@@ -212,6 +230,18 @@ class TestRunner:
 
         result = run_check(Incomplete(), "check_backward_adds_the_descent_gradient")
         assert result.reason.startswith("the session has no `zero_gradients`: implement it, or")
+
+    def test_no_session_is_named(self):
+        class Forgetful(NumpyAdapter):
+            def session(self, *args, **options):
+                super().session(*args, **options)
+
+        result = run_check(Forgetful(), "check_suffix")
+        assert result.reason == "session: expected a session, got None."
+
+    def test_unknown_checks_are_refused(self):
+        with pytest.raises(ESAMValueError, match=r"names of checks.*Received: check_nothing\."):
+            list(run_checks(NumpyAdapter(), ["check_suffix", "check_nothing"]))
 
     def test_an_error_of_the_backend_is_a_failure_with_its_place(self):
         class Crashing(NumpyAdapter):

@@ -56,16 +56,16 @@ def test_the_warning_names_the_sampler_and_the_kinds():
 )
 def test_suffixes_with_less_than_half_of_the_share(sampler, short):
     """The head has 20 % of the cost, and the stem the rest."""
-    assert (why_short(sampler, UNITS) is not None) == short
-    assert reach_warning(sampler, UNITS, ALL) == why_short(sampler, UNITS)
+    assert (why_short(sampler, UNITS, ALL) is not None) == short
+    assert reach_warning(sampler, UNITS, ALL) == why_short(sampler, UNITS, ALL)
 
 
 def test_a_single_block_is_not_short():
-    assert why_short(Suffix(0.5), UNITS[:2]) is None
+    assert why_short(Suffix(0.5), UNITS[:2], ALL[:2]) is None
 
 
 def test_the_warning_names_a_longer_suffix():
-    text = why_short(Suffix(0.5), UNITS)
+    text = why_short(Suffix(0.5), UNITS, ALL)
     assert "perturbs only 20 %" in text and "from 'head' on" in text
     assert text.endswith("Suffix('stem') perturbs 100 %.")
 
@@ -85,3 +85,20 @@ def test_the_warning_names_a_longer_suffix():
 )
 def test_samplers_that_use_costs(sampler, uses):
     assert uses_costs(sampler) == uses
+
+
+def test_a_suffix_with_all_that_is_trained_is_not_short():
+    """As in fine-tuning: a longer suffix would perturb nothing more."""
+    assert why_short(Suffix(0.5), UNITS, (False, False, True)) is None
+    assert reach_warning(Suffix(0.5), UNITS, (False, False, True)) is None
+
+
+def test_a_longer_suffix_is_one_that_perturbs_more():
+    units = (
+        Unit("a", (1,), block="stem", cost=1.0),
+        Unit("b", (1,), block="body", cost=8.0, depth=1, trained=False),
+        Unit("c", (1,), block="head", cost=1.0, depth=2),
+    )
+    text = why_short(Suffix(0.5), units, (True, False, True))
+    assert "only 10 % of the network" in text and "before it, 'body', is not divided" in text
+    assert text.endswith("Suffix('stem') perturbs 20 %.")

@@ -140,3 +140,9 @@ def test_updating_converts_nothing_to_a_python_number():
 def test_a_report_is_frozen():
     with pytest.raises(AttributeError):
         report().count = 3
+
+
+def test_reports_are_compared_by_identity():
+    report = StepReport(count=0, losses=np.ones(3))
+    assert report == report and report != StepReport(count=0, losses=np.ones(3))
+    assert len({report}) == 1

@@ -311,3 +311,29 @@ def test_every_selector(selector):
 def test_errors_name_the_requirement_and_the_value(make, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize("floor", [5e-324, 1e-7, 1e7, 1e308])
+def test_a_floor_that_sums_cannot_hold_is_refused(floor):
+    with pytest.raises(ESAMValueError, match=r"`floor` must be in \[1e-06, 1e\+06\]"):
+        Proportional(0.5, floor=floor)
+
+
+@pytest.mark.parametrize("floor", [1e-6, 1e6])
+def test_the_least_and_the_largest_floor(floor):
+    for scores in ([0.0, 0.0, 8.0, 0.0], [1e-300, 0.0, 0.0, 1e300], [1.0, 2.0, 3.0, 4.0]):
+        pi = inclusion_probabilities(np.array(scores), 2, floor)
+        assert pi.sum() == pytest.approx(2.0) and (pi > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("losses", "perturbed"), [((4,), (1,)), ((4,), (4, 1)), ((4, 1), (4, 1)), ((), None)]
+)
+def test_losses_of_other_shapes_are_refused(losses, perturbed):
+    with pytest.raises(ESAMValueError, match=r"must have the same shape, \(b,\)"):
+        select(
+            *(TopIncrease(0.5), np.zeros(losses)),
+            None if perturbed is None else np.zeros(perturbed),
+            seed=0,
+            count=0,
+        )

@@ -1,11 +1,13 @@
 """Masks are validated, and results for a model's units are cached."""
 
 import re
+import sys
+import threading
 from dataclasses import dataclass, replace
 
 import pytest
 
-from esam_core import ESAMTypeError, ESAMValueError, Mask, Only, Unit
+from esam_core import ESAMTypeError, ESAMValueError, Mask, Only, Suffix, Unit
 from esam_core.units import cache_for_units, names_a_norm
 
 
@@ -90,3 +92,33 @@ def test_a_choice_that_is_not_hashable():
     mask = Only(Larger(6)).draw(units, seed=0, count=0)
     assert mask == Only(lambda unit: unit.size > 6).draw(units, seed=0, count=0)
     assert mask.perturbed == (False, True)
+
+
+def test_the_size_of_a_huge_shape():
+    assert Unit("w", (2**40, 2**40)).size == 2**80
+
+
+def test_masks_are_drawn_in_many_threads_at_a_time():
+    """Each draw adds to the cache, which is full."""
+    before, errors = sys.getswitchinterval(), []
+    samplers = [Suffix(f"b{i}") for i in range(0, 40, 7)]
+
+    def draw():
+        for _ in range(60):
+            units = tuple(Unit(f"w{i}", (1,), block=f"b{i}", depth=i) for i in range(40))
+            try:
+                for sampler in samplers:
+                    sampler.draw(units, seed=0, count=0)
+            except Exception as error:
+                errors.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=draw) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors

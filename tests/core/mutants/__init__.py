@@ -8,8 +8,10 @@ from tests.core.mutants import (
     earlier,
     masks,
     nonfinite,
+    observing,
     parts,
     passes,
+    pending,
     perturbation,
     selection,
     sessions,
@@ -34,6 +36,8 @@ MUTANTS: tuple[Mutant, ...] = tuple(
         parts,
         earlier,
         sessions,
+        observing,
+        pending,
     )
     for mutant in module.MUTANTS
 )

@@ -1,6 +1,6 @@
 """Wrong ascent directions from earlier steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -261,3 +261,20 @@ class LoadingKeepsTheDirection(NumpySession):
         """Replace the direction only by another one."""
         kept = dict(self.esam.memory.previous) if self.esam else {}
         super().load({**state, "direction": state["direction"] or kept})
+
+
+@MUTANTS.caught_by("check_a_nan_loss_beside_a_finite_direction")
+class NaNLossesPerturbNothing(Step):
+    """If a loss at theta is NaN, a finite direction does not perturb."""
+
+    flawed = False
+
+    def scoring_pass(self, batch: Any, part: Array, losses: Array | None) -> Array:
+        """Look at the losses."""
+        found = super().scoring_pass(batch, part, losses)
+        self.flawed = not bool(np.isfinite(found).all())
+        return found
+
+    def perturbation(self, g: Sequence[Array | None], scale: Sequence[Any]) -> list[Array]:
+        """Return zeros for non-finite losses."""
+        return [e * (not self.flawed) for e in super().perturbation(g, scale)]

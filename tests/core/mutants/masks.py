@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tests.core.mutants.registry import Mutants
 
 from esam_core.conformance.numpy_adapter import NumpySession, WatchedNetwork
-from esam_core.reference.network import Evaluation
+from esam_core.reference.network import Evaluation, Network
 from esam_core.reference.step import Step
 from esam_core.samplers import Bernoulli, Only, RandomSuffix, Suffix
 from esam_core.schedules import Sometimes
@@ -271,3 +271,20 @@ class SeedOf32Bits(Step):
 
     def __init__(self, model: Any, config: Any, *others: Any) -> None:
         super().__init__(model, replace(config, seed=config.seed % 2**32), *others)
+
+
+@MUTANTS.caught_by("check_frozen_parameters")
+class FrozenUnitsDrawn(Step):
+    """Random masks are drawn for frozen parameters too, so that those of the others move."""
+
+    def mask(self) -> Mask:
+        """Draw for all parameters, and keep those that are trained."""
+        units = Network(self.model.layers).units
+        config = self.config
+        drawn = config.perturb.draw(units, seed=config.seed, count=self.count)
+        trained = {unit.name for unit in self.model.units}
+        places = [i for i, unit in enumerate(units) if unit.name in trained]
+        kept = [(drawn.perturbed[i], drawn.probability[i]) for i in places]
+        return replace(
+            drawn, perturbed=tuple(m for m, _ in kept), probability=tuple(p for _, p in kept)
+        )

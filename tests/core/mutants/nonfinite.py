@@ -80,3 +80,17 @@ class RaisingAdvancesTheGenerator(Step):
         """Remember the random state."""
         self.after = self.model.forward_state
         return super().nonfinite_result(report)
+
+
+@MUTANTS.caught_by("check_nonfinite_steps_are_skipped")
+class BaseStepsNeverSkipped(Step):
+    """`on_nonfinite` has no effect in base steps."""
+
+    def is_finite(self, gradient: Any, report: StepReport) -> bool:
+        """Look at steps that perturb alone."""
+        return not report.perturbed or super().is_finite(gradient, report)
+
+
+@MUTANTS.caught_by("check_nonfinite_steps_raise")
+class BaseStepsNeverRaise(BaseStepsNeverSkipped):
+    """`on_nonfinite="raise"` has no effect in base steps."""

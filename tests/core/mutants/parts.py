@@ -224,3 +224,13 @@ class PartByFloatCeiling(_OtherSize):
     def size(self, share: float, b: int) -> int:
         """Round up the float product."""
         return math.ceil(share * b)
+
+
+@MUTANTS.caught_by("check_climb_along_a_part")
+class PartSeedCut(Step):
+    """The seed of the part is cut to 32 bits."""
+
+    def ascent_indices(self, b: int) -> Array:
+        """Use the lower bits."""
+        seed = self.config.seed % 2**32
+        return directions.climbing_indices(self.config.ascend, b, seed=seed, count=self.count)

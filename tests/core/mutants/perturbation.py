@@ -282,3 +282,33 @@ class RadiusOfZeroInTheNorm(Step):
         """Leave out only what perturb=False excludes."""
         drawn = self.config.perturb.draw(self.model.units, seed=self.config.seed, count=self.count)
         return drawn.within(self.perturb) if any(self.rho) else super().mask()
+
+
+@MUTANTS.caught_by("check_groups")
+class FullNormOfPerturbableUnits(Step):
+    """`norm="full"` leaves out parameters with `perturb=False`."""
+
+    def masked_gradients(self, gradient: Any, mask: Mask) -> list[Array | None]:
+        """Drop their gradients."""
+        found = super().masked_gradients(gradient, mask)
+        return [g if p else None for g, p in zip(found, self.perturb, strict=True)]
+
+
+@MUTANTS.caught_by("check_groups")
+class GroupRhoIgnoredByEstimated(Step):
+    """With `norm="estimated"`, a parameter's own rho is overwritten."""
+
+    def __init__(self, model: Any, config: Any, settings: Any = None, base: Any = None) -> None:
+        super().__init__(model, config, settings, base)
+        if config.norm == "estimated":
+            self.rho = [config.rho] * len(self.rho)
+
+
+@MUTANTS.caught_by("check_groups_without_a_radius")
+class RhoOfTheConfigDecides(Step):
+    """With rho = 0 every step is a base step, whatever a parameter's own rho is."""
+
+    def mask(self) -> Mask:
+        """Perturb nothing."""
+        mask = super().mask()
+        return mask if self.config.rho else mask.within([False] * len(mask.perturbed))

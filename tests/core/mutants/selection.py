@@ -359,3 +359,20 @@ class RandomSelectionOneStepLate(Step):
             return super().selection(losses, perturbed_losses)
         finally:
             self.count -= 1
+
+
+@MUTANTS.caught_by("check_random_selection_is_that_of_the_step")
+class SelectionSeedCut(Step):
+    """The seed of the selection is cut to 32 bits."""
+
+    def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
+        """Use the lower bits."""
+        seed = self.config.seed % 2**32
+        return selectors.select(
+            self.config.select, losses, perturbed_losses, seed=seed, count=self.count
+        )
+
+
+@MUTANTS.caught_by("check_proportional_selection")
+class ProportionalSeedCut(SelectionSeedCut):
+    """The seed of `Proportional` is cut to 32 bits."""

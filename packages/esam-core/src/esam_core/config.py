@@ -174,11 +174,12 @@ class ESAMConfig:
         selectors.check_selector("select", self.select)
         directions.check_direction("ascend", self.ascend)
         validation.flag("adaptive", self.adaptive)
-        validation.choice("norm", self.norm, NORMS)
+        object.__setattr__(self, "norm", validation.choice("norm", self.norm, NORMS))
         object.__setattr__(self, "norm_eps", validation.positive("norm_eps", self.norm_eps))
         seed = validation.count_number("seed", self.seed, most=2**63 - 1)
         object.__setattr__(self, "seed", seed)
-        validation.choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        chosen = validation.choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        object.__setattr__(self, "on_nonfinite", chosen)
 
     @property
     def climbs_on_part(self) -> bool:

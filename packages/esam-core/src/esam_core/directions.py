@@ -13,6 +13,7 @@ conclusion of Du et al., ICLR 2022 (arXiv 2110.03141). `Momentum`: Becker, Altro
 (MSAM, arXiv 2401.12033).
 """
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ Direction = Batch | Part | Previous | Momentum
 def _check_sign(direction: Previous | Momentum) -> None:
     """Raise ESAMValueError if the sign is neither 1 nor -1."""
     sign = direction.sign
-    if isinstance(sign, bool) or sign not in (1, -1):
+    if isinstance(sign, bool) or not isinstance(sign, numbers.Real) or sign not in (1, -1):
         raise ESAMValueError(f"`sign` must be 1 or -1. Received: sign={sign!r}.")
     object.__setattr__(direction, "sign", int(sign))
 

@@ -20,7 +20,7 @@ def reach_warning(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[boo
         units: T records, at least one.
         allowed: T booleans, whether the unit is trained and may be perturbed.
     """
-    return why_idle(sampler, units, allowed) or why_short(sampler, units)
+    return why_idle(sampler, units, allowed) or why_short(sampler, units, allowed)
 
 
 def reachable(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -> tuple[bool, ...]:
@@ -67,36 +67,42 @@ def why_idle(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -
     )
 
 
-def why_short(sampler: Sampler, units: Sequence[Unit]) -> str | None:
+def why_short(sampler: Sampler, units: Sequence[Unit], allowed: Sequence[bool]) -> str | None:
     """Return a warning if a suffix has less than half of the share that was asked for, else None.
 
-    Blocks are not divided, so a suffix is short if the block before it is large.
+    Blocks are not divided, so a suffix is short if the block before it is large. There is no
+    warning if the suffix already contains everything that may be perturbed.
 
     Args:
         sampler: any; only suffixes with a share as their start are looked at.
         units: T records, at least one.
+        allowed: T booleans, whether the unit is trained and may be perturbed.
 
     Example:
         >>> units = [Unit("a", (2,), block="stem", cost=9.0), Unit("b", (2,), block="head", cost=1)]
-        >>> print(why_short(Suffix(0.5), units))
+        >>> print(why_short(Suffix(0.5), units, [True, True]))
         perturb=Suffix(start=0.5) perturbs only 10 % of the network (of its forward cost), from\
  'head' on, because the block before it, 'stem', is not divided. Suffix('stem') perturbs 100 %.
     """
     for start in _shares(sampler):
         perturbed = Suffix(start).draw(units, seed=0, count=0).perturbed
-        total = sum(unit.cost for unit in units)
-        share = sum(u.cost for u, p in zip(units, perturbed, strict=True) if p) / (total or 1.0)
-        if share >= _SHORT * start or all(perturbed):
-            continue
-        inside = {unit.block for unit, p in zip(units, perturbed, strict=True) if p}
+        total = sum(unit.cost for unit in units) or 1.0
+        reach = sum(u.cost for u, p in zip(units, perturbed, strict=True) if p) / total
         blocks = block_order(units)
-        cut = next(i for i, block in enumerate(blocks) if block in inside)
-        first, before = blocks[cut], blocks[cut - 1]
-        longer = share + sum(unit.cost for unit in units if unit.block == before) / total
+        inside = {unit.block for unit, p in zip(units, perturbed, strict=True) if p}
+        may = [unit for unit, a in zip(units, allowed, strict=True) if a]
+        outside = {unit.block for unit in may} - inside
+        if reach >= _SHORT * start or not outside:
+            continue
+        first = next(block for block in blocks if block in inside)
+        before = blocks[blocks.index(first) - 1]
+        other = next(block for block in reversed(blocks) if block in outside)
+        share = sum(unit.cost for unit in may if unit.block in inside) / total
+        longer = sum(u.cost for u in may if blocks.index(u.block) >= blocks.index(other)) / total
         return (
             f"perturb={sampler!r} perturbs only {100.0 * share:.2g} % of the network (of its "
             f"forward cost), from {first!r} on, because the block before it, {before!r}, is not "
-            f"divided. Suffix({before!r}) perturbs {100.0 * longer:.3g} %."
+            f"divided. Suffix({other!r}) perturbs {100.0 * longer:.3g} %."
         )
     return None
 

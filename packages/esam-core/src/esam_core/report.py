@@ -28,7 +28,7 @@ REPORTED_MEANS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepReport:
     """The report of one ESAM step. Fields that the step did not need to compute are None.
 
@@ -43,7 +43,8 @@ class StepReport:
         sample_weights: (k,) weights of these samples in the descent pass; None if all were
             selected.
         perturbation_norm: ||epsilon||, a scalar; 0.0 for a base step.
-        gradient_norm: ||g|| of the ascent, as `norm` defines it; None for a base step.
+        gradient_norm: ||g|| of the ascent, as `norm` defines it (that of "masked" with "none");
+            None for a base step.
         perturbed: names of the perturbed units.
         weight_share: share of the perturbable scalar weights that were perturbed, in [0, 1].
         sample_share: share of the batch in the descent pass (the second gradient), in (0, 1].

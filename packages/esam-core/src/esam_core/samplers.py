@@ -86,7 +86,8 @@ class Bernoulli:
                 "`beta` must be at least 2**-23 (1.2e-07), the smallest that backends can draw. "
                 f"Received: beta={self.beta!r}."
             )
-        validation.choice("unit", self.unit, ("tensor", "weight"))
+        unit = validation.choice("unit", self.unit, ("tensor", "weight"))
+        object.__setattr__(self, "unit", unit)
 
     @property
     def needs_blocks(self) -> bool:
@@ -267,7 +268,9 @@ def _suffix_masks(sampler: RandomSuffix, units: Sequence[Unit]) -> tuple[Mask, .
     suffixes = [_in_suffix(start, units) for start in sampler.starts]
     probability = tuple(
         # Rounding may give slightly more than 1 if every suffix contains the unit.
-        min(1.0, sum(p for p, s in zip(sampler.probabilities, suffixes, strict=True) if s[t]))
+        min(
+            1.0, sum((p for p, s in zip(sampler.probabilities, suffixes, strict=True) if s[t]), 0.0)
+        )
         for t in range(len(units))
     )
     return tuple(Mask(suffix, probability) for suffix in suffixes)
@@ -305,6 +308,8 @@ class Only:
                 f"`kind` must be one of {', '.join(map(repr, KINDS))}, a name pattern or a "
                 f"function of a Unit. Received: kind={self.kind!r}."
             )
+        if isinstance(self.kind, str):
+            object.__setattr__(self, "kind", str(self.kind))  # torch does not load NumPy's
         check_sampler("inner", self.inner)
 
     @property

@@ -142,9 +142,9 @@ class Proportional:
         gamma: share of the batch that is selected, in (0, 1]. Default 0.5.
         score: "loss" (default; free) or "increase" (costs the selection pass). Negative scores
             count as 0.
-        floor: added to each score, as a multiple of the mean score, > 0. With the default, 1.0,
-            every sample is at least half as likely as under uniform sampling, so that no weight
-            exceeds 2/k.
+        floor: added to each score, as a multiple of the mean score, in [1e-6, 1e6]. With the
+            default, 1.0, every sample is at least half as likely as under uniform sampling, so that
+            no weight exceeds 2/k.
 
     Example:
         >>> import numpy as np
@@ -161,8 +161,14 @@ class Proportional:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gamma", validation.open_unit("gamma", self.gamma))
-        validation.choice("score", self.score, ("loss", "increase"))
-        object.__setattr__(self, "floor", validation.positive("floor", self.floor))
+        score = validation.choice("score", self.score, ("loss", "increase"))
+        object.__setattr__(self, "score", score)
+        floor = validation.positive("floor", self.floor)
+        if not 1e-6 <= floor <= 1e6:  # sums of such floors are exact enough in float32
+            raise ESAMValueError(
+                f"`floor` must be in [1e-06, 1e+06]. Received: floor={self.floor!r}."
+            )
+        object.__setattr__(self, "floor", floor)
 
 
 @dataclass(frozen=True)
@@ -328,7 +334,16 @@ def select(
 
     Returns:
         A `Selection`. With k = b all samples are selected with weights 1/b, for every selector.
+
+    Raises:
+        ESAMValueError: the losses are not one number per sample, or perturbed losses are missing.
     """
+    shapes = [np.shape(a) for a in (losses, perturbed_losses) if a is not None]
+    if len(shapes[0]) != 1 or any(shape != shapes[0] for shape in shapes):
+        raise ESAMValueError(
+            "`losses` and `perturbed_losses` must have the same shape, (b,). Received: "
+            f"{', '.join(map(str, shapes))}."
+        )
     b = len(losses)
     k = subset_size(selector.gamma, b)
     increase = None if perturbed_losses is None else perturbed_losses - losses

@@ -7,12 +7,12 @@ Source: Du et al., ICLR 2022 (arXiv 2110.03141), section 3.2 and equation 6.
 """
 
 import functools
+import math
 import re
+import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
-
-import numpy as np
 
 from esam_core import validation
 from esam_core.errors import ESAMValueError
@@ -77,7 +77,7 @@ class Unit:
     @property
     def size(self) -> int:
         """Number of scalar weights."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return int(math.prod(self.shape))
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,9 @@ def cache_for_units(
     """Cache the results of a function of an object and a tuple of units.
 
     Backends call such functions in every step with the same tuple. The cache compares the tuple by
-    identity, which is faster than comparing its units.
+    identity, which is faster than comparing its units. Several threads may call them at a time.
     """
+    lock = threading.Lock()
     kept: dict[tuple[_What, int], tuple[Sequence[Unit], _Result]] = {}
 
     @functools.wraps(function)
@@ -183,9 +184,10 @@ def cache_for_units(
         if found is not None and found[0] is units:
             return found[1]
         result = function(what, units)
-        while len(kept) >= _KEPT:
-            del kept[next(iter(kept))]
-        kept[what, id(units)] = units, result
+        with lock:
+            while len(kept) >= _KEPT:
+                del kept[next(iter(kept))]
+            kept[what, id(units)] = units, result
         return result
 
     return wrapper

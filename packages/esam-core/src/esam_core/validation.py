@@ -69,11 +69,11 @@ def count_number(name: str, value: Any, *, least: int = 0, most: int | None = No
 
 
 def choice(name: str, value: Any, options: Collection[str]) -> str:
-    """Return `value` if it is one of `options`."""
+    """Return `value`, as Python's own string, if it is one of `options`."""
     if not isinstance(value, str) or value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ESAMValueError(f"`{name}` must be one of {listed}. Received: {name}={value!r}.")
-    return value
+    return str(value)  # torch does not load NumPy's
 
 
 def sequence(name: str, value: Any, must: str) -> list[Any]:

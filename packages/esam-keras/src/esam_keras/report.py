@@ -13,7 +13,7 @@ from esam_keras.plan import Drawn
 __all__ = ["KerasReport", "step_report"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KerasReport(StepReport):
     """A `StepReport` whose properties `keras.ops` computes.
 

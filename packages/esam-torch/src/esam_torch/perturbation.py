@@ -26,8 +26,7 @@ class Ascent:
     """The perturbation of a step.
 
     Args:
-        perturbations: epsilon_t for each perturbed parameter; 0 if a loss or gradient is not
-            finite.
+        perturbations: epsilon_t for each perturbed parameter; 0 if a gradient is not finite.
         gradient_norm: 0-d, the ||g|| of equation 2 as `norm` defines it; that of "masked" with
             norm="none".
         perturbation_norm: 0-d, ||epsilon||.
@@ -95,8 +94,7 @@ def perturb(
             idle.clear()
         else:
             length = masked_norm
-        # The norm is finite only if all gradients are.
-        flaw = flaw_in(losses) + length * 0.0
+        flaw = length * 0.0  # the norm is finite only if all gradients are
         magnitude = on_device(scale, device).to(length.dtype).abs()
         length = length / magnitude
         divisor = torch.ones_like(length) if norm == "none" else length + norm_eps
@@ -125,7 +123,7 @@ def perturb(
             for some in targets.by_kind(perturbations):
                 zero_unless(usable, some)
             size = torch.where(usable, size, 0.0)
-        return Ascent(perturbations, length, size, flaw)
+        return Ascent(perturbations, length, size, flaw + flaw_in(losses))
 
 
 def draw_weight_masks(mask: Mask, like: Sequence[Tensor]) -> list[Tensor] | None:

@@ -101,7 +101,7 @@ class Observed:
         sample_weights: (k,) or None.
         perturbed: names (see the module) of the perturbed parameters.
         perturbation_norm: 0.0 for a base step.
-        gradient_norm: None for a base step.
+        gradient_norm: None for a base step; with norm="none", that of "masked".
         part: (n,) integers or None.
         gradient: by name, the gradients that the base optimizer's update used (for `step`) or that
             this call added (for `backward`).
@@ -164,7 +164,10 @@ class Session(Protocol):
         ...
 
     def state(self) -> Any:
-        """Return the contents of a checkpoint: weights, buffers and the optimizer's state."""
+        """Return the contents of a checkpoint: weights, buffers and the optimizer's state.
+
+        Later steps must not change it.
+        """
         ...
 
     def load(self, state: Any) -> None:

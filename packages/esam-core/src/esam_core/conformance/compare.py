@@ -95,6 +95,8 @@ def equal(what: str, actual: Any, expected: Any) -> None:
         require(actual is expected, f"{what}: expected {_short(expected)}, got {_short(actual)}.")
         return
     found, wanted = np.asarray(actual), np.asarray(expected)
+    if wanted.dtype.kind in "iu" and found.size:
+        require(found.dtype.kind in "iu", f"{what}: expected integers, got {_short(actual)}.")
     same = found.shape == wanted.shape and bool(np.array_equal(found, wanted))
     require(same, f"{what}: expected exactly {_short(expected)}, got {_short(actual)}.")
 
@@ -104,6 +106,10 @@ def equal_all(what: str, actual: Mapping[str, Any], expected: Mapping[str, Any])
     _same_names(what, actual, expected)
     for name, wanted in expected.items():
         found = actual[name]
+        require(
+            isinstance(found, np.ndarray),
+            f"{what} {name!r}: expected a NumPy array, got {type(found).__name__}.",
+        )
         require(
             found.dtype == wanted.dtype and found.shape == wanted.shape,
             f"{what} {name!r}: {found.dtype}{found.shape} instead of {wanted.dtype}{wanted.shape}.",
@@ -122,6 +128,10 @@ def has_nonfinite(arrays: Mapping[str, Any]) -> dict[str, bool]:
 
 def _same_names(what: str, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Require the same set of names."""
+    require(
+        isinstance(actual, Mapping),
+        f"{what}: expected arrays by name, got {type(actual).__name__}.",
+    )
     missing, strange = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     require(
         not missing and not strange,

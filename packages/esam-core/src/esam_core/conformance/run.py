@@ -101,5 +101,11 @@ def _reason(error: Exception) -> str:
 def run_checks(adapter: Adapter, names: Iterable[str] | None = None) -> Iterator[Result]:
     """Run checks, by default all of them, and yield their results."""
     check_adapter(adapter)
-    for name in CHECKS if names is None else names:
+    chosen = list(CHECKS if names is None else names)
+    unknown = [name for name in chosen if name not in CHECKS]
+    if unknown:
+        raise ESAMValueError(
+            f"`names` must be names of checks: keys of `CHECKS`. Received: {', '.join(unknown)}."
+        )
+    for name in chosen:
         yield run_check(adapter, name)

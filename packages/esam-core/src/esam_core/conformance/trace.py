@@ -42,7 +42,7 @@ class Run:
 
     def on(self, adapter: Adapter, dtype: str | None = None) -> Session:
         """Return this run on a backend, by default in its first dtype."""
-        return adapter.session(
+        session = adapter.session(
             self.problem,
             self.base,
             self.esam,
@@ -51,6 +51,8 @@ class Run:
             groups=self.groups,
             seed=self.seed,
         )
+        require(session is not None, "session: expected a session, got None.")
+        return session
 
     def on_reference(self, adapter: Adapter) -> Session:
         """Return this run on the float64 reference with a backend's conventions."""

@@ -6,6 +6,7 @@ from esam_core.conformance.checks import (
     limits,
     masks,
     momentum,
+    observing,
     parts,
     passes,
     perturbation,
@@ -24,6 +25,7 @@ __all__ = ["CHECKS", "Check", "check", "missing", "needs_of"]
 CHECKS: dict[str, Check] = {
     function.__name__: function
     for module in (
+        observing,
         limits,
         masks,
         single_weights,

@@ -12,10 +12,11 @@ from esam_core.conformance.checks.registry import check
 from esam_core.conformance.checks.restoring import (
     InjectedError,
     make_failing_step,
+    require_nonfinite,
     steps_beside_reference,
 )
 from esam_core.conformance.compare import close, close_all, equal
-from esam_core.conformance.problems import batchnorm, linear, mlp, softmax
+from esam_core.conformance.problems import batchnorm, linear, mlp, softmax, with_nan
 from esam_core.conformance.trace import SGD, Run, compare_state, follow, resume, same_state, shows
 from esam_core.directions import Batch, Direction, Momentum, Part, Previous
 from esam_core.problem import Base
@@ -256,6 +257,21 @@ def check_nonfinite_steps_with_any_direction(adapter: Adapter) -> None:
             steps_beside_reference(adapter, esam, problem)
 
 
+@check("ascend", "perturbation_norm")
+def check_a_nan_loss_beside_a_finite_direction(adapter: Adapter) -> None:
+    """With `Previous` a loss that is NaN reaches every gradient; its direction still perturbs."""
+    problem, rho = mlp(), 0.3
+    for select in (TopLoss(0.5), TopIncrease(0.5)):
+        esam = {"rho": rho, "beta": 1.0, "select": select, "ascend": Previous(), "norm_eps": 1e-30}
+        session = Run(problem=problem, esam=esam).on(adapter)
+        session.step(problem.batches[0])  # a base step: there is no direction yet
+        shown = session.step(with_nan(problem.batches[1], 5))
+        where = f"{select}, a loss is NaN"
+        length, dtype = shown.perturbation_norm, adapter.dtypes[0]
+        close(f"{where}: perturbation_norm", length, rho, kind="norms", dtype=dtype)
+        require_nonfinite(where, session.weights())
+
+
 CHECKS = (
     check_first_step_is_a_base_step,
     check_climb_along_the_previous_gradient,
@@ -268,4 +284,5 @@ CHECKS = (
     check_loading_replaces_the_direction,
     check_a_failed_step_keeps_the_direction,
     check_nonfinite_steps_with_any_direction,
+    check_a_nan_loss_beside_a_finite_direction,
 )

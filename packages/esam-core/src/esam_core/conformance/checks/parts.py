@@ -35,8 +35,8 @@ def check_climb_along_a_part(adapter: Adapter) -> None:
 
     The part is that of (seed, count), with the same draws as `Random`.
     """
-    dtype, problem, rho, lr, seed = adapter.dtypes[0], mlp(), 0.3, 0.1, 5
-    for share in (0.25, 0.5, 0.01):
+    dtype, problem, rho, lr = adapter.dtypes[0], mlp(), 0.3, 0.1
+    for share, seed in ((0.25, 5), (0.5, 5), (0.01, 5), (0.5, 2**62 + 3)):
         esam = {
             "rho": rho,
             "beta": 1.0,

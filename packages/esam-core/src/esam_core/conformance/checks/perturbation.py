@@ -114,7 +114,10 @@ def check_zero_gradient(adapter: Adapter) -> None:
 
 @check("groups")
 def check_groups(adapter: Adapter) -> None:
-    """Parameters may have their own rho, adaptive and perturb, with one norm over all of them."""
+    """Parameters may have their own rho, adaptive and perturb, with one norm over all of them.
+
+    With `norm="full"`, it includes the gradients of those with `perturb=False`.
+    """
     groups: dict[str, dict[str, Any]] = {
         "first.weight": {"rho": 0.6},
         "first.bias": {"rho": 0.6},
@@ -123,15 +126,22 @@ def check_groups(adapter: Adapter) -> None:
         "head.weight": {"perturb": False},
         "head.bias": {"perturb": False},
     }
-    run = Run(problem=mlp(), esam={"rho": 0.2, "beta": 1.0, "gamma": 0.5}, groups=groups)
-    follow(adapter, run, steps=3)
+    for beta, norm in ((1.0, "masked"), *((0.5, norm) for norm in NORMS)):
+        esam = {"rho": 0.2, "beta": beta, "gamma": 0.5, "norm": norm, "seed": 3}
+        follow(adapter, Run(problem=mlp(), esam=esam, groups=groups), steps=3)
 
 
 @check("groups")
 def check_groups_without_a_radius(adapter: Adapter) -> None:
-    """A parameter with rho = 0 of its own is not perturbed, and not in the norm."""
+    """A parameter with rho = 0 of its own is not perturbed, and not in the norm.
+
+    If rho is 0, a parameter with a rho of its own is perturbed.
+    """
     groups = {name: {"rho": 0.0} for name in ("first.bias", "second.weight", "second.bias")}
     run = Run(problem=mlp(), esam={"rho": 0.2, "beta": 1.0, "gamma": 0.5}, groups=groups)
+    follow(adapter, run, steps=2)
+    own = {name: {"rho": 0.2} for name in ("second.weight", "second.bias")}
+    run = Run(problem=mlp(), esam={"rho": 0.0, "beta": 1.0, "gamma": 0.5}, groups=own)
     follow(adapter, run, steps=2)
 
 

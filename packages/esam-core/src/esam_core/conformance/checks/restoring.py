@@ -18,9 +18,11 @@ from esam_core.conformance.compare import (
 from esam_core.conformance.problems import PEAK_RHO, batchnorm, dropout, mlp, peak, with_nan
 from esam_core.conformance.trace import Run, compare_state, same_state, shows
 from esam_core.problem import Base, Batch, Dense, Problem, Tanh
+from esam_core.samplers import Bernoulli
+from esam_core.schedules import Every
 from esam_core.selectors import Proportional, Random, TopIncrease, random_indices
 
-__all__ = ["CHECKS", "InjectedError", "make_failing_step"]
+__all__ = ["CHECKS", "InjectedError", "make_failing_step", "require_nonfinite"]
 
 
 class InjectedError(Exception):
@@ -151,7 +153,7 @@ def check_nonfinite_values_propagate(adapter: Adapter) -> None:
         session = Run(problem=mlp(), esam=esam).on(adapter)
         batch, sample = _bad_batch(0)
         shown = session.step(batch)
-        _require_nonfinite(f"{select}: sample {sample} is NaN", session.weights())
+        require_nonfinite(f"{select}: sample {sample} is NaN", session.weights())
         if shows(adapter, "perturbation_norm"):
             equal(
                 f"{select}: perturbation_norm of a non-finite ascent",
@@ -175,7 +177,7 @@ def check_overflows_propagate(adapter: Adapter) -> None:
         run = Run(problem=Problem("steep", layers, (steep,)), esam={"beta": 1.0, "gamma": 0.5})
         session = run.on(adapter, dtype)
         session.step(steep)
-        _require_nonfinite(f"{dtype}: an ascent gradient overflows", session.weights())
+        require_nonfinite(f"{dtype}: an ascent gradient overflows", session.weights())
         for seed in range(4):
             esam = {
                 "rho": PEAK_RHO[dtype],
@@ -186,10 +188,10 @@ def check_overflows_propagate(adapter: Adapter) -> None:
             session = Run(problem=peak(), esam=esam).on(adapter, dtype)
             session.step(peak().batches[0])
             where = f"{dtype}, seed {seed}: a perturbed loss overflows"
-            _require_nonfinite(where, session.weights())
+            require_nonfinite(where, session.weights())
 
 
-def _require_nonfinite(where: str, arrays: Mapping[str, Any]) -> None:
+def require_nonfinite(where: str, arrays: Mapping[str, Any]) -> None:
     """Require that no array, of gradients or updated weights, is finite."""
     spared = [name for name, bad in has_nonfinite(arrays).items() if not bad]
     require(not spared, f"{where}, and {spared} are finite: it was hidden.")
@@ -203,7 +205,7 @@ def check_nonfinite_values_leave_theta_alone(adapter: Adapter) -> None:
     session.zero_gradients()
     session.backward(_bad_batch(0)[0])
     equal_all("weights after a non-finite backward", session.weights(), before)
-    _require_nonfinite("gradients after a loss that is NaN", session.gradients())
+    require_nonfinite("gradients after a loss that is NaN", session.gradients())
 
 
 def steps_beside_reference(adapter: Adapter, esam: Mapping[str, Any], problem: Problem) -> None:
@@ -237,9 +239,13 @@ def _raises_nonfinite(session: Session, batch: Any) -> bool:
 
 @check()
 def check_nonfinite_steps_are_skipped(adapter: Adapter) -> None:
-    """`on_nonfinite="skip"`: a skipped step changes no weights, momenta or running statistics."""
-    esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "skip"}
-    steps_beside_reference(adapter, esam, batchnorm())
+    """`on_nonfinite="skip"`: a skipped step changes no weights, momenta or running statistics.
+
+    The second step is skipped: one that perturbs, and a base step.
+    """
+    for perturb in (Bernoulli(0.5), Every(2)):
+        esam = {"rho": 0.3, "perturb": perturb, "gamma": 0.5, "seed": 3, "on_nonfinite": "skip"}
+        steps_beside_reference(adapter, esam, batchnorm())
 
 
 @check("backward")
@@ -257,8 +263,9 @@ def check_a_skipped_backward_keeps_the_gradients(adapter: Adapter) -> None:
 @check()
 def check_nonfinite_steps_raise(adapter: Adapter) -> None:
     """`on_nonfinite="raise"`: a FloatingPointError, and everything is restored."""
-    esam = {"rho": 0.3, "beta": 0.5, "gamma": 0.5, "seed": 3, "on_nonfinite": "raise"}
-    steps_beside_reference(adapter, esam, batchnorm())
+    for perturb in (Every(2), Bernoulli(0.5)):
+        esam = {"rho": 0.3, "perturb": perturb, "gamma": 0.5, "seed": 3, "on_nonfinite": "raise"}
+        steps_beside_reference(adapter, esam, batchnorm())
     if shows(adapter, "dropout") and shows(adapter, "random"):
         session = Run(problem=dropout(), esam=esam).on(adapter)
         before = np.asarray(session.random_probe())

@@ -148,24 +148,29 @@ def check_selectors(adapter: Adapter) -> None:
 
 @check("indices")
 def check_random_selection_is_that_of_the_step(adapter: Adapter) -> None:
-    """`Random` draws from (seed, count) on the host: the same samples on every backend."""
+    """`Random` draws from (seed, count) on the host: the same samples on every backend.
+
+    A seed may have up to 63 bits.
+    """
     problem = mlp()
-    session = Run(
-        problem=problem, esam={"rho": 0.1, "beta": 1.0, "select": Random(0.5), "seed": 9}
-    ).on(adapter)
-    for count, batch in enumerate(problem.batches):
-        equal(
-            f"step {count}: indices",
-            session.step(batch).indices,
-            random_indices(8, 4, seed=9, count=count),
-        )
+    for seed in (9, 2**62 + 3):
+        esam = {"rho": 0.1, "beta": 1.0, "select": Random(0.5), "seed": seed}
+        session = Run(problem=problem, esam=esam).on(adapter)
+        for count, batch in enumerate(problem.batches):
+            wanted = random_indices(8, 4, seed=seed, count=count)
+            equal(f"seed {seed}, step {count}: indices", session.step(batch).indices, wanted)
 
 
 @check("indices", "sample_weights", "losses", "perturbed_losses")
 def check_proportional_selection(adapter: Adapter) -> None:
     """`Proportional` draws exactly k samples by score, with weights 1 / (b pi)."""
-    dtype, problem, seed = adapter.dtypes[0], mlp(), 7
-    for selector in (Proportional(0.5), Proportional(0.5, score="increase", floor=0.5)):
+    dtype, problem = adapter.dtypes[0], mlp()
+    cases = (
+        (Proportional(0.5), 7),
+        (Proportional(0.5, score="increase", floor=0.5), 7),
+        (Proportional(0.5), 2**62 + 3),
+    )
+    for selector, seed in cases:
         esam = {"rho": 0.3, "beta": 1.0, "select": selector, "seed": seed}
         run = Run(problem=problem, esam=esam)
         session = run.on(adapter)

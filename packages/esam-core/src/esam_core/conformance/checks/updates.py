@@ -2,10 +2,12 @@
 
 from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.checks.registry import check
-from esam_core.conformance.compare import close_all, equal_all, require
+from esam_core.conformance.compare import close_all, equal, equal_all, require
 from esam_core.conformance.problems import batchnorm, mlp
 from esam_core.conformance.trace import Run, compare_state, follow, resume, shows
+from esam_core.directions import Part
 from esam_core.problem import Base
+from esam_core.selectors import Random
 
 __all__ = ["CHECKS"]
 
@@ -65,9 +67,28 @@ def check_backward_adds_the_descent_gradient(adapter: Adapter) -> None:
     compare_state("after the update", actual, expected, dtype)
 
 
+@check("backward", "indices")
+def check_each_backward_draws_its_own_samples(adapter: Adapter) -> None:
+    """Each `backward` has its own count, also without an update: `Random` and `Part` draw again."""
+    ascend = {"ascend": Part(0.25)} if shows(adapter, "ascend") else {}
+    esam = {"rho": 0.3, "beta": 0.5, "select": Random(0.5), "seed": 3, **ascend}
+    run = Run(problem=mlp(), esam=esam)
+    actual, expected = run.on(adapter), run.on_reference(adapter)
+    for session in (actual, expected):
+        session.zero_gradients()
+    for i, batch in enumerate(run.problem.batches[:3]):
+        shown, wanted = actual.backward(batch), expected.backward(batch)
+        equal(f"micro-batch {i}: indices", shown.indices, wanted.indices)
+        if ascend:
+            equal(f"micro-batch {i}: part", shown.part, wanted.part)
+
+
 @check("backward")
 def check_step_refuses_pending_gradients(adapter: Adapter) -> None:
-    """A whole `step` zeroes gradients, so it raises if gradients of a `backward` are pending."""
+    """A whole `step` zeroes gradients, so it raises if gradients of a `backward` are pending.
+
+    They are until an update, or until they are zeroed.
+    """
     problem = mlp()
     session = Run(problem=problem, esam=_ESAM).on(adapter)
     session.zero_gradients()
@@ -81,6 +102,15 @@ def check_step_refuses_pending_gradients(adapter: Adapter) -> None:
     require(refused, "step with a batch after a backward: expected a RuntimeError, got none.")
     equal_all("weights after the refusal", session.weights(), weights)
     equal_all("gradients after the refusal", session.gradients(), gradients)
+    for name, settle in (("apply", session.apply), ("zero_gradients", session.zero_gradients)):
+        settle()
+        raised: Exception | None = None
+        try:
+            session.step(problem.batches[1])
+        except RuntimeError as error:
+            raised = error
+        require(raised is None, f"step with a batch after {name}: expected none, got {raised!r}.")
+        session.backward(problem.batches[0])
 
 
 @check("state")
@@ -94,6 +124,7 @@ CHECKS = (
     check_base_optimizers,
     check_paper_settings,
     check_backward_adds_the_descent_gradient,
+    check_each_backward_draws_its_own_samples,
     check_step_refuses_pending_gradients,
     check_resuming,
 )
