@@ -43,7 +43,7 @@ def main() -> int:
     if name not in BENCHMARKS:
         names = ", ".join((*BENCHMARKS, "all"))
         print(f"usage: python -m benchmarks NAME [OPTIONS]\nNAME: {names}")
-        return 2
+        return 0 if name in ("-h", "--help") else 2
     run(name, arguments)
     return 0
 

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.arguments import (
     at_least,
+    check_place,
     count_number,
     method_name,
     not_negative,
@@ -38,17 +39,27 @@ __all__ = ["accuracy_rows", "add_run_options", "main", "runs_of", "write_accurac
 COLUMNS = ("method", "rho", "norm", "final %", "best %", "FLOPs / SGD")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are fields of a `Run`."""
+def add_run_options(
+    parser: argparse.ArgumentParser, *, data: str | None = "digits", model: str | None = "resnet20"
+) -> None:
+    """Add the options that are fields of a `Run`.
+
+    Args:
+        parser: the parser.
+        data: the default of `--data`; None for no such option.
+        model: the default of `--model`; None for no such option.
+    """
     run = Run(method="sgd", data="digits", model="resnet20")
     add = parser.add_argument
-    add(
-        "--data",
-        default="digits",
-        help="digits, synthetic, cifar10, cifar100, fashion in "
-        "$ESAM_DATA or ./data, or a folder (default: digits)",
-    )
-    add("--model", default="resnet20", choices=list(MODELS), help="(default: resnet20)")
+    if data is not None:
+        add(
+            "--data",
+            default=data,
+            help="digits, synthetic, cifar10, cifar100, fashion in "
+            f"$ESAM_DATA or ./data, or a folder (default: {data})",
+        )
+    if model is not None:
+        add("--model", default=model, choices=list(MODELS), help=f"(default: {model})")
     add("--width", type=count_number, help="width of the model (default: the published one)")
     add("--epochs", type=count_number, default=run.epochs, help=f"(default: {run.epochs})")
     add("--batch", type=count_number, default=run.batch, help=f"(default: {run.batch})")
@@ -63,7 +74,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--sharp-weight-decay",
         type=not_negative,
-        help="weight decay of all methods except SGD; the paper doubles it (default: the same)",
+        help="weight decay of methods other than the base optimizer; the paper doubles it "
+        "(default: the same)",
     )
     add(
         "--optimizer", default="sgd", choices=["sgd", "adamw"], help="base optimizer (default: sgd)"
@@ -232,6 +244,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             out=Path("benchmarks/out/accuracy"),
         )
         options = parser.parse_args(arguments)
+    check_place(parser, options.device, options.data)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     runs = runs_of(options)

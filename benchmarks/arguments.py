@@ -8,11 +8,14 @@ import argparse
 import math
 from collections.abc import Callable
 
+import torch
+
+from benchmarks.data.source import check_images
 from benchmarks.methods import parse_method
 
 __all__ = [
-    *("at_least", "count_number", "method_name", "not_negative", "open_share", "partial_share"),
-    *("positive", "seed_number", "whole_share"),
+    *("at_least", "check_place", "count_number", "method_name", "not_negative", "open_share"),
+    *("partial_share", "positive", "seed_number", "whole_share"),
 ]
 
 
@@ -73,6 +76,16 @@ def open_share(text: str) -> float:
 def partial_share(text: str) -> float:
     """Return a number in [0, 1)."""
     return _number(text, "in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def check_place(parser: argparse.ArgumentParser, device: str, *data: str) -> None:
+    """Exit with the parser's error unless the device and the named images are there."""
+    try:
+        torch.zeros(1, device=device)
+        for name in data:
+            check_images(name)
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        parser.error(str(error))
 
 
 def method_name(text: str) -> str:

@@ -59,7 +59,7 @@ def scatter(
             "o",
             color="0.7",
             markersize=5,
-            label=f"{len(others)} other methods",
+            label=f"{len(others)} other method{'s' if len(others) > 1 else ''}",
         )
     shown = [i for i in range(len(labels)) if i not in others]
     for i, at in enumerate(shown):

@@ -18,7 +18,7 @@ __all__ = ["provenance"]
 
 
 def _processor() -> str:
-    """Return the processor's name and the number of usable cores."""
+    """Return the processor's name."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -63,7 +63,7 @@ def provenance() -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a subclass, which torch.load refuses
             "numpy": np.__version__,
             "esam-core": esam_core.__version__,
             "esam-torch": esam_torch.__version__,

@@ -5,6 +5,7 @@ until it is freed. The result is exact, and counts tensors, not the process.
 """
 
 import argparse
+import gc
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.arguments import at_least, count_number, method_name
+from benchmarks.arguments import at_least, check_place, count_number, method_name
 from benchmarks.machine import provenance
 from benchmarks.methods import METHODS, make_stepper, parse_method
 from benchmarks.models import MODELS, build
@@ -111,6 +112,12 @@ class Meter:
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
+def _allocate_workspaces(device: torch.device) -> None:
+    """Run the first matrix products: on a GPU they allocate workspaces, which no method needs."""
+    matrix = torch.randn(64, 64, device=device, requires_grad=True)
+    (matrix @ matrix).sum().backward()
+
+
 def measure(
     method: str, model: nn.Module, model_name: str, x: Tensor, y: Tensor
 ) -> dict[str, float]:
@@ -136,6 +143,7 @@ def measure(
         stepper.step(losses, x, y)
         base.zero_grad()
 
+    gc.collect()  # a model that is freed later would count as memory that this one freed
     meter = Meter(x.device)
     meter.peak(step)  # finds blocks and creates momenta
     result = {"kept": float(meter.now), "peak": float(meter.peak(step))}
@@ -168,21 +176,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--threads", type=count_number, help="CPU threads (default: torch's choice)"
     )
     parser.add_argument(
-        "--out", type=Path, help="output folder (default: benchmarks/results/memory)"
+        "--out",
+        type=Path,
+        help="output folder (default: benchmarks/results/memory, or memory-cuda for a GPU)",
     )
     parser.add_argument("--quick", action="store_true", help="a narrow network")
     options = parser.parse_args(arguments)
-    out = (
-        options.out or Path("benchmarks/out" if options.quick else "benchmarks/results") / "memory"
-    )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    check_place(parser, options.device)
     device = torch.device(options.device)
+    name = "memory" if device.type == "cpu" else f"memory-{device.type}"
+    out = options.out or Path("benchmarks/out" if options.quick else "benchmarks/results") / name
     width = 8 if options.quick and options.width is None else options.width
     x = torch.randn(options.batch, 3, options.size, options.size, device=device)
     y = torch.randint(options.classes, (options.batch,), device=device)
     found: dict[str, dict[str, float]] = {}
     weights = 0
+    _allocate_workspaces(device)
     for name in dict.fromkeys(["sgd", "peer-sam", *options.methods]):
         torch.manual_seed(0)
         model = build(
@@ -205,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     title = (
         f"Memory of a step in addition to the weights: {options.model}, batch {options.batch}, "
-        f"weights of {weights / 2**20:.2f} MiB"
+        f"weights of {weights / 2**20:.2f} MiB, {device.type}"
     )
     write_tables(out, "memory", title, COLUMNS, rows)
     write_json(out / "memory.json", {"needs": found, **provenance()})

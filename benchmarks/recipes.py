@@ -1,4 +1,4 @@
-"""The paper's training recipes (its tables 7 and 8).
+"""The paper's training recipes (its tables 7 and 8), and one for ViT-S/16, which it does not print.
 
 rho, beta and gamma are from `esam_core.presets`. On ResNet-18 and WideResNet the paper uses twice
 SGD's weight decay for SAM and ESAM; `sharp_weight_decay=None` uses the same for all.

@@ -28,7 +28,8 @@ class Run:
         optimizer: the base optimizer, "sgd" (momentum .9) or "adamw".
         m: samples per perturbation, as with one shard per device; None is the batch.
         weight_decay: weight decay of the base optimizer.
-        sharp_weight_decay: weight decay of all other methods; None is the same.
+        sharp_weight_decay: weight decay of methods other than the base optimizer, with or without
+            averaged weights; None is the same.
         smoothing: label smoothing.
         rho: the radius if the method names none.
         beta: for random masks.

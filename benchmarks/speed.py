@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.arguments import at_least, count_number, method_name
+from benchmarks.arguments import at_least, check_place, count_number, method_name
 from benchmarks.costs import counted_steps, predicted_ratio
 from benchmarks.figures import scatter
 from benchmarks.machine import provenance
@@ -315,12 +315,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     )
     add("--repeats", type=count_number, default=9, help="measured rounds (default: 9)")
     add("--warmup", type=at_least(0), default=2, help="warm-up rounds (default: 2)")
-    add(
-        "--masks",
-        type=count_number,
-        default=100,
-        help="random masks to average FLOPs over (100)",
-    )
+    add("--masks", type=count_number, default=100, help="random masks to average FLOPs over (100)")
     add(
         "--clock",
         choices=["wall", "cpu"],
@@ -352,6 +347,9 @@ def main(arguments: Sequence[str] = ()) -> None:
             out=Path("benchmarks/out/speed"),
         )
         options = parser.parse_args(arguments)
+    check_place(parser, options.device)
+    if options.clock == "cpu" and (options.device, options.threads) != ("cpu", 1):
+        parser.error("--clock cpu needs --device cpu and --threads 1: it adds up all threads.")
     if options.narrow is None:
         options.narrow = options.device == "cpu"
     if options.threads is not None:

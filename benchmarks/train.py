@@ -41,10 +41,12 @@ def train(
     Args:
         run: the options.
         folder: where runs.jsonl gets a line at the end, and checkpoints/NAME.pt is kept until then.
+            If a run was resumed elsewhere (machine, versions, revision or command), the record
+            lists the other places.
         checkpoint_every: epochs between checkpoints.
         stop_after: epochs in this call, as if killed after them; None trains to the end.
         probe: observes each step, and adds measurements to each epoch's row.
-        keep_weights: write the trained weights to weights/NAME.pt. A run whose weights are missing,
+        keep_weights: write the tested weights to weights/NAME.pt. A run whose weights are missing,
             because only its record was kept, is trained again.
         say: called with a message for each epoch.
 
@@ -63,13 +65,17 @@ def train(
         say(f"{stem}: already done, but its weights are missing: training again")
     trainer = Trainer(run, observe=None if probe is None else probe.observe)
     history: list[dict[str, Any]] = []
+    places: list[dict[str, Any]] = []
     if saved.exists():
-        state = torch.load(saved, map_location=trainer.device, weights_only=True)
+        # On the host: a probe's tensors stay there, and the trainer moves its own to the device.
+        state = torch.load(saved, map_location="cpu", weights_only=True)
         trainer.load(state)
-        history = state["history"]
+        history, places = state["history"], state.get("places", [])
         if probe is not None:
             probe.load(state["probe"])
         say(f"{stem}: resumed after epoch {len(history)}")
+    here = {name: value for name, value in provenance().items() if name != "time"}
+    places = [*(place for place in places if place != here), here]
     first = len(history)
     for epoch in range(first, run.epochs):
         row: dict[str, Any] = {"epoch": epoch + 1, **trainer.train_epoch(epoch)}
@@ -86,13 +92,14 @@ def train(
         stopping = stop_after is not None and epoch + 1 - first >= stop_after
         if stopping or (epoch + 1) % checkpoint_every == 0:
             kept = {} if probe is None else probe.state()
-            _save({**trainer.state(), "probe": kept, "history": history}, saved)
+            state = {**trainer.state(), "probe": kept, "history": history, "places": places}
+            _save(state, saved)
         if stopping:
             break
-    record = _record(trainer, history, options)
+    record = {**_record(trainer, history, options), "earlier_places": places[:-1]}
     if len(history) == run.epochs:
         if keep_weights:
-            _save(trainer.model.state_dict(), weights)
+            _save(trainer.tested.state_dict(), weights)
         store.add(record)
         saved.unlink(missing_ok=True)
     return record

@@ -80,7 +80,11 @@ class Trainer:
         return sample_losses(logits.float(), y, smoothing=self.run.smoothing)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train for one epoch; return its mean loss (at theta) and its duration in seconds."""
+        """Train for one epoch; return its mean loss and its duration in seconds.
+
+        The loss is that of the first pass of each step: at the weights, of the part of the batch
+        that this pass sees, or at the perturbed weights if there is no pass at the weights.
+        """
         self.model.train()
         total = torch.zeros((), device=self.device)
         warmup = self.run.warmup * self.source.steps
@@ -99,7 +103,7 @@ class Trainer:
             for group in self.stepper.base.param_groups:
                 group["lr"] = lr
             report = self.stepper.step(losses, x, y)
-            total += seen[0].mean()  # the first pass is at theta
+            total += seen[0].mean()
             if self.observe is not None:
                 self.observe(epoch, report)
         self._synchronise()

@@ -1,4 +1,4 @@
-"""Train with SGD, SAM and ESAM from the same initial weights, and compare cost and result."""
+"""Train with four methods from the same initial weights, and compare cost and result."""
 
 import copy
 import sys
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     batches = Batches(data, batch=BATCH, seed=options.seed, device=options.device)
     console.print(
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images, "
-        f"{data.classes} classes; {options.epochs} epochs with each method"
+        f"{data.classes} classes; epochs with each method: {options.epochs}"
     )
     if options.device == "cpu" and len(data.train) > 10_000:
         console.print(

@@ -30,8 +30,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     """Return the options, or exit with a message that explains what is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m demo",
-        description="Train a small convolutional network with SGD, SAM and ESAM from the same "
-        "initial weights, and compare cost and result.",
+        description="Train a small convolutional network with SGD, SAM, the paper's ESAM and "
+        "Suffix(0.5) with Part(0.25) from the same initial weights, and compare cost and result.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -72,7 +72,9 @@ def draw_landscapes(grids: Mapping[str, NDArray[np.float64]], path: Path) -> Non
     axes[0].set_ylabel("direction 2 / filter norm")
     bar = figure.colorbar(shown, ax=axes, label="mean training loss", shrink=0.85)
     # Only levels inside the bar, as plain numbers.
-    ticks = [t for t in (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0) if low <= t <= high]
+    digits = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 1.5, 2, 3, 5, 7)]
+    inside = [tick for tick in digits if low <= tick <= high]
+    ticks = inside[:: max(1, -(-len(inside) // 8))]
     bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
     figure.suptitle("Training loss around the final weights (+), in the same two random directions")
     figure.savefig(path, dpi=110)
@@ -84,9 +86,10 @@ def draw_curves(histories: Mapping[str, History], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
     for (name, history), colour in zip(histories.items(), COLOURS, strict=True):
         epochs = history["epoch"]
-        left.plot(epochs, history["train_loss"], color=colour, label=name)
+        marker = "o" if len(epochs) < 5 else None  # a line needs two epochs
+        left.plot(epochs, history["train_loss"], color=colour, marker=marker, label=name)
         error = [100 * (1 - value) for value in history["eval_accuracy"]]
-        right.plot(epochs, error, color=colour, label=name)
+        right.plot(epochs, error, color=colour, marker=marker, label=name)
     left.set(xlabel="epoch", ylabel="mean training loss", yscale="log", title="Training loss")
     right.set(xlabel="epoch", ylabel="test error (%)", yscale="log", title="Test error")
     right.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -95,7 +98,7 @@ def draw_curves(histories: Mapping[str, History], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True, min_n_ticks=1))
     left.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

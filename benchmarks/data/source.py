@@ -14,7 +14,7 @@ from benchmarks.data.files import READERS, detect, digits, synthetic
 from benchmarks.data.folders import ImageFolder
 from benchmarks.data.text import Passages, reference_text
 
-__all__ = ["Source", "load_images", "load_source"]
+__all__ = ["Source", "check_images", "load_images", "load_source"]
 
 
 class Source(Protocol):
@@ -41,6 +41,18 @@ class Source(Protocol):
     def test(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
+def _image_folder(name: str) -> Path | None:
+    """Return the folder in ImageNet's layout that a name means, or None."""
+    folder = Path(name.removeprefix("imagenet:"))
+    return folder if (folder / "train").is_dir() and (folder / "val").is_dir() else None
+
+
+def check_images(name: str) -> None:
+    """Raise a ValueError unless the name is that of images on this machine."""
+    if _image_folder(name) is None:
+        load_images(name)
+
+
 def load_images(name: str) -> ImageSet:
     """Return the set of images with this name.
 
@@ -65,6 +77,13 @@ def load_images(name: str) -> ImageSet:
             f"  imagenet: train/ and val/ with one folder a class\nReceived: {name!r}."
         )
     return found
+
+
+def _refuse_options(what: str, *options: tuple[str, object]) -> None:
+    """Raise if options are given that data of this kind do not have."""
+    given = [f"`{name}`" for name, value in options if value]
+    if given:
+        raise ValueError(f"{what} has no option {', '.join(given)}.")
 
 
 def load_source(
@@ -100,17 +119,22 @@ def load_source(
         channels_last: memory format of the images.
     """
     if name == "pydoc":
+        _refuse_options(
+            "A text",
+            *(("classes", classes), ("first_class", first_class), ("spare", spare)),
+            *(("noise", noise), ("augment", not augment)),
+        )
         length = {} if size is None else {"length": size}
         bytes_of_text = images or 131072
         text = reference_text()
         return Passages(text, batch=batch, seed=seed, size=bytes_of_text, device=device, **length)
-    folder = Path(name.removeprefix("imagenet:"))
-    if (folder / "train").is_dir() and (folder / "val").is_dir():
-        if images is not None or classes is not None or first_class or noise:
-            raise ValueError(
-                "A folder in ImageNet's layout takes no `images`, `classes`, `first_class`, "
-                "`noise`."
-            )
+    folder = _image_folder(name)
+    if folder is not None:
+        _refuse_options(
+            "A folder in ImageNet's layout",
+            *(("images", images), ("classes", classes), ("first_class", first_class)),
+            *(("spare", spare), ("noise", noise), ("augment", not augment)),
+        )
         return ImageFolder(
             folder,
             batch=batch,
@@ -119,6 +143,8 @@ def load_source(
             size=size or 224,
             channels_last=channels_last,
         )
+    if spare and images is None:
+        raise ValueError("`spare` needs `images`: without it, no training images are unused.")
     data = balanced_subset(
         load_images(name), images=images, classes=classes, first_class=first_class, spare=spare
     )

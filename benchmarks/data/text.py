@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["Passages", "reference_text"]
 
-#: Bytes of the test text, which follows the training text.
+#: Bytes of the test text: the end of the text.
 TESTED = 65536
 
 
@@ -33,7 +33,7 @@ class Passages:
     (seed, epoch), as does the order of the passages.
 
     Args:
-        text: training text, then `TESTED` bytes to test on.
+        text: its beginning is the training text, and its last `TESTED` bytes are the test text.
         batch: passages per step. A smaller last batch is dropped.
         seed: the seed of offset and order.
         size: bytes of the training text, from the beginning of the text.
@@ -60,6 +60,11 @@ class Passages:
         self.name = "pydoc"
         self.batch, self.seed, self.length = batch, seed, length
         self.device = torch.device(device)
+        if (size - 1) // length - 1 < batch:
+            raise ValueError(
+                f"`images` must be the bytes of at least {batch} passages of {length} bytes. "
+                f"Received: {size}."
+            )
         self._train = content[:size].astype(np.int64)
         self._test = content[-TESTED:].astype(np.int64)
         digest = hashlib.sha256(content.tobytes()).hexdigest()[:12]

@@ -61,24 +61,25 @@ class _AveragingStepper(_BaseStepper):
     recomputing them in another pass over the data would cost a third of an epoch.
     """
 
-    averaged: AveragedModel
+    averaged: nn.Module
 
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module, share: float) -> None:
         super().__init__(base)
         self._model = model
         average = get_ema_multi_avg_fn(1 - share)
-        self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.averaged = self._average.module
 
     def step(self, losses: Losses, x: Tensor, y: Tensor) -> None:
         super().step(losses, x, y)
-        self.averaged.update_parameters(self._model)
+        self._average.update_parameters(self._model)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"base": super().state_dict(), "averaged": self.averaged.state_dict()}
+        return {"base": super().state_dict(), "averaged": self._average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state["base"])
-        self.averaged.load_state_dict(state["averaged"])
+        self._average.load_state_dict(state["averaged"])
 
 
 class _ESAMStepper:

@@ -15,8 +15,8 @@ from benchmarks.train import train
 __all__ = ["compare", "is_steadily_timed"]
 
 COLUMNS = (
-    *("data, model, method", "accuracy %", "paper %", "images/s", "the paper's"),
-    *("% of SAM's speed", "the paper's", "FLOPs / SGD"),
+    *("data, model, method", "final %", "best %", "the paper's best %", "images/s"),
+    *("the paper's", "% of SAM's speed", "the paper's", "FLOPs / SGD"),
 )
 
 
@@ -24,15 +24,24 @@ def is_steadily_timed(records: Iterable[dict[str, Any]]) -> bool:
     """Return whether the images per second of sequential runs can be compared.
 
     They can on a GPU used by one process, and on a CPU if measured in the process's own time, which
-    excludes other work on the machine. Older records have a CPU's wall time, which does not.
+    excludes other work on the machine, with one thread: it is the sum over threads. Older records
+    have a CPU's wall time, which includes other work.
     """
     return all(
-        record["machine"]["accelerator"] is not None or record.get("clock") == "processor time"
+        record["machine"]["accelerator"] is not None
+        or (record.get("clock") == "processor time" and record["machine"]["threads"] == 1)
         for record in records
     )
 
 
-def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namespace) -> None:
+def compare(
+    name: str,
+    title: str,
+    runs: Sequence[Run],
+    options: argparse.Namespace,
+    *,
+    real: bool = True,
+) -> None:
     """Train the runs; write a JSON for each and one for all, the table and the figure.
 
     Args:
@@ -40,6 +49,8 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
         title: the title of its table and figure.
         runs: the runs to train; finished ones are read.
         options: the command's options.
+        real: whether the data are the paper's. Its figures are shown only beside runs on all of
+            them, at full size.
     """
     records = [train(run, options.out, checkpoint_every=5) for run in runs]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -54,16 +65,18 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
         relative = None
         if speed is not None and sam is not None:
             relative = speed / mean(r["images_per_second"] for r in sam)
-        paper = published(name, data, model, method)
+        whole = real and not group[0]["data"]["note"]
+        paper = published(name, data, model, method) if whole else None
         paper_sam = published(name, data, model, "sam")
         their_speed = ""
         if paper is not None and paper_sam is not None:
             their_speed = f"{100 * paper.images_per_second / paper_sam.images_per_second:.0f}%"
-        finals = [r["final"] for r in group]
+        finals, bests = [r["final"] for r in group], [r["best"] for r in group]
         rows.append(
             [
                 f"{data}, {model}, {group[0]['title']}",
                 mean_and_error(finals),
+                mean_and_error(bests),
                 str(paper or ""),
                 "" if speed is None else f"{speed:.0f}",
                 "" if paper is None else f"{paper.images_per_second}",
@@ -79,7 +92,7 @@ def compare(name: str, title: str, runs: Sequence[Run], options: argparse.Namesp
                 "method": method,
                 "title": group[0]["title"],
                 "final": finals,
-                "best": [r["best"] for r in group],
+                "best": bests,
                 "images_per_second": speed,
                 "relative_speed": relative,
                 "flops_ratio": mean(r["flops_ratio"] for r in group),
@@ -116,7 +129,7 @@ def _draw(
                     cell["paper_accuracy"],
                     color=colour,
                     linestyle=":",
-                    label=f"{cell['title']}: the paper's accuracy",
+                    label=f"{cell['title']}: the paper's best accuracy",
                 )
         label = "training images per second" if timed else "FLOPs of the run / SGD's"
         axis.set(title=f"{data}, {model}", xlabel=label)

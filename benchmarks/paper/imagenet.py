@@ -42,6 +42,7 @@ def _table(
         add=add_own,
         full={"size": 224},
         quick={**small, "models": list(models)[:1], "epochs": 1, "lr": 0.01},
+        own_data=True,
     )
     # A fixed folder for the generated images: the name of the data is part of a run, and the same
     # command must find its runs again.
@@ -50,7 +51,8 @@ def _table(
     sizes = sorted({run.m or run.batch for run in runs})
     sharpness = f"m-sharpness {' and '.join(str(size) for size in sizes)}"
     suffix = "" if options.folder else " (generated images: a test of the code only)"
-    compare(name, f"{title}, {sharpness}{suffix}", runs, options)
+    given = options.folder is not None
+    compare(name, f"{title}, {sharpness}{suffix}", runs, options, real=given)
 
 
 def table2(arguments: Sequence[str] = ()) -> None:

@@ -141,7 +141,7 @@ def _draw(name: str, title: str, axis: str, grids: dict[str, Any], ends: Tensor,
     for place, (method, grid) in zip(axes[0], grids.items(), strict=False):
         surface = np.array(grid).T
         drawn = place.contourf(ends, ends, surface, levels=levels, cmap="viridis", norm=shades)
-        place.plot(0, 0, "w*", label="trained weights")
+        place.plot(0, 0, "w*", markeredgecolor="black", label="trained weights")
         place.set(title=method, xlabel=f"first {axis}", ylabel=f"second {axis}")
         place.legend(fontsize=8, loc="upper right")
     figure.colorbar(drawn, ax=axes[0][count - 1], label="mean training loss", format="%.3g")

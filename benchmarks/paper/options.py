@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import add_run_options
-from benchmarks.arguments import count_number, seed_number
+from benchmarks.arguments import check_place, count_number, seed_number
 from benchmarks.recipes import RECIPES
 from benchmarks.run import Run
 
@@ -38,6 +38,7 @@ def parse(
     full: dict[str, Any] | None = None,
     quick: dict[str, Any] | None = None,
     check: Callable[[argparse.Namespace], object] | None = None,
+    own_data: bool = False,
 ) -> argparse.Namespace:
     """Return the options of a table or figure.
 
@@ -49,6 +50,7 @@ def parse(
         full: its own defaults; the command line takes precedence.
         quick: its defaults with --quick, in addition to the common ones.
         check: raises a ValueError if the options are inconsistent; the parser reports it.
+        own_data: whether it has its own options for data and models, instead of --data and --model.
     """
     # No abbreviations: given options are looked up by their full name, to override the recipe.
     parser = argparse.ArgumentParser(
@@ -65,15 +67,18 @@ def parse(
         action="store_true",
         help="use SGD's weight decay for SAM and ESAM; the paper doubles it on ResNet-18 and WRN",
     )
-    add_run_options(parser)
+    add_run_options(
+        parser, data=None if own_data else "cifar10", model=None if own_data else "resnet18"
+    )
     if add is not None:
         add(parser)
-    parser.set_defaults(model="resnet18", data="cifar10", **(full or {}))
+    parser.set_defaults(**(full or {}))
     options = parser.parse_args(arguments)
     if options.quick:
         # The output folder of a quick run is ignored by git: such figures only test the code.
         parser.set_defaults(**{**QUICK, "out": Path("benchmarks/out") / name, **(quick or {})})
         options = parser.parse_args(arguments)
+    check_place(parser, options.device, *(() if own_data else (options.data,)))
     if check is not None:
         try:
             check(options)

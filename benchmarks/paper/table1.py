@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         add=_add,
         full={"seeds": [0, 1, 2]},
         quick={"models": ["resnet8"], "sets": ["digits"], "seeds": [0, 1]},
+        own_data=True,
     )
     runs = recipe_runs(options, options.models, options.sets, options.methods, arguments)
     compare("table1", "Table 1: SGD, SAM and ESAM", runs, options)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import count_number
+from benchmarks.arguments import check_place, count_number
 from benchmarks.store import Store
 from benchmarks.study.pictures import cell_text
 from benchmarks.study.planning import make_plan
 from benchmarks.study.settings import QUICK, SETTINGS, Cell, Setting
 from benchmarks.study.tables import write_report
-from benchmarks.study.workers import folder_of, work
+from benchmarks.study.workers import FailedRunsError, folder_of, work
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     )
     add("--plan", action="store_true", help="print the missing runs and exit")
     add("--report", action="store_true", help="write tables and figure and exit")
-    add("--quick", action="store_true", help="make two small runs, in seconds")
+    add("--quick", action="store_true", help="make two small runs per process, in seconds")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.settings) - set(SETTINGS))
     if unknown:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     if options.quick:
         parser.set_defaults(runs=2, out=Path("benchmarks/out"))
         options, settings = parser.parse_args(arguments), [QUICK]
-    out = options.out or Path("benchmarks/results")
+    out = options.out
     if options.plan:
         for setting in settings:
             _show_plan(setting, out)
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] = ()) -> None:
         for setting in settings:
             print(write_report(setting, folder_of(setting, out)))
         return
+    for setting in settings:
+        data = setting.shared["data"]
+        check_place(parser, setting.shared["device"], *(() if data == "pydoc" else (data,)))
     call = (settings, out, options.threads, options.runs)
     if options.jobs == 1:
         _work(*call)
@@ -85,4 +88,7 @@ def _show_plan(setting: Setting, out: Path) -> None:
 
 def _work(settings: Sequence[Setting], out: Path, threads: int, most: int | None) -> None:
     torch.set_num_threads(threads)
-    work(settings, out, most=most, say=lambda text: print(text, flush=True))
+    try:
+        work(settings, out, most=most, say=lambda text: print(text, flush=True))
+    except FailedRunsError as error:
+        raise SystemExit(str(error)) from None

@@ -74,7 +74,8 @@ def _label(setting: Setting, method: str, epochs: int) -> str:
 def draw_differences(path: Path, setting: Setting, points: Sequence[Point]) -> None:
     """Draw each method's difference from the base optimizer's best at the main budget.
 
-    Differences that are certain after Holm's correction have a colour.
+    Differences that are certain after Holm's correction have a colour. The base optimizer's own
+    runs, which are not tested, are hollow.
 
     Args:
         path: of the figure; not written without such differences.
@@ -95,13 +96,16 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point]) -> N
     ps = corrected_ps(setting, points, "sgd")
     figure, axes = plt.subplots(figsize=(7, 1.3 + 0.5 * len(rows)))
     for place, (found, point) in enumerate(rows):
-        colour = COLOURS[2] if found.mean > 0.0 else COLOURS[1]
+        colour, p = COLOURS[2] if found.mean > 0.0 else COLOURS[1], ps.get(point.method)
+        if p is None or p >= SIGNIFICANT:
+            colour = "black" if p is None else "0.5"
         axes.errorbar(
             found.mean,
             place,
             xerr=found.half if isfinite(found.half) else 0.0,
             fmt="o",
-            color=colour if ps.get(point.method, 1.0) < SIGNIFICANT else "0.5",
+            color=colour,
+            markerfacecolor="white" if p is None else colour,
             capsize=4,
             markersize=8,
         )
@@ -113,6 +117,7 @@ def draw_differences(path: Path, setting: Setting, points: Sequence[Point]) -> N
     axes.set_xlabel(
         f"points of test accuracy above {setting.base}'s best ({epochs} epochs), 95 % interval; "
         "grey: not significant"
+        + ("; hollow: not tested" if any(p.method not in ps for _, p in rows) else "")
     )
     settled = is_settled(setting, points, setting.main, setting.methods)
     seeds = _seeds_text(setting, [found.seeds for found, _ in rows], settled=settled)
@@ -185,8 +190,9 @@ def draw_frontier(path: Path, setting: Setting, points: Sequence[Point]) -> None
     counts, most = [len(p.finals) for p in drawn], len(setting.seeds)
     seeds = _seeds_text(setting, counts, settled=settled)
     hollow = f"; hollow: fewer than {most}" if min(counts) < most else ""
-    tuned = "; each method tuned at each compute" if setting.tuning_seeds else ""
-    axes.set_title(f"{setting.words}{tuned}\n{seeds}{hollow}", fontsize=10)
+    best = f"; tuned at each compute ({setting.base} and SAM: their best configuration)"
+    tuned = best if setting.tuning_seeds else ""
+    axes.set_title(f"{setting.words}\n{seeds}{hollow}{tuned}", fontsize=10)
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axes.grid(alpha=0.3)
     save(figure, path)

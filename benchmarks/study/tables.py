@@ -89,13 +89,18 @@ def write_report(setting: Setting, folder: Path) -> str:
 
 
 def _places(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the processors, torch versions and revisions that the runs were made with."""
+    """Return the processors or GPUs, torch versions and revisions that made the runs."""
+    every = [place for r in records for place in (r, *r.get("earlier_places", ()))]
     places = {
-        (r["machine"]["processor"], r["machine"]["threads"], r["versions"]["torch"])
-        for r in records
+        (
+            place["machine"]["accelerator"] or place["machine"]["processor"],
+            place["machine"]["threads"],
+            place["versions"]["torch"],
+        )
+        for place in every
     }
-    revisions = sorted({r["revision"] for r in records})
-    made = "; ".join(f"{cpu}, {n} thread, torch {torch}" for cpu, n, torch in sorted(places))
+    revisions = sorted({place["revision"] for place in every})
+    made = "; ".join(f"{name}, {n} thread, torch {torch}" for name, n, torch in sorted(places))
     return f"Made with: {made or 'nothing yet'}. Revisions: {', '.join(revisions) or 'none'}."
 
 

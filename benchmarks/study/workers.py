@@ -7,6 +7,7 @@ the next one resumes from its checkpoint.
 
 import fcntl
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,11 @@ from benchmarks.study.planning import make_plan
 from benchmarks.study.settings import Setting
 from benchmarks.train import train
 
-__all__ = ["claim_run", "folder_of", "work"]
+__all__ = ["FailedRunsError", "claim_run", "folder_of", "work"]
+
+
+class FailedRunsError(RuntimeError):
+    """Some runs raised exceptions; all others have been made."""
 
 
 def folder_of(setting: Setting, results: Path) -> Path:
@@ -64,8 +69,13 @@ def work(
         most: the most runs to make; None for no limit.
         wait: seconds to wait if other processes are making all the runs that can be made.
         say: a function that is called with a line of text after each epoch.
+
+    Raises:
+        FailedRunsError: runs raised exceptions. They are not tried again; all others are made
+            first.
     """
     made = 0
+    failed: dict[tuple[Path, str], str] = {}
     while most is None or made < most:
         plans = [
             (folder_of(setting, results), make_plan(setting, _records(setting, results)))
@@ -73,10 +83,23 @@ def work(
         ]
         if all(plan.done for _, plan in plans):
             break
-        if any(_make(run, folder, say) for folder, plan in plans for run in plan.runs):
-            made += 1
+        runs = [(folder, run) for folder, plan in plans for run in plan.runs]
+        left = [(folder, run) for folder, run in runs if (folder, run.key(FIT)) not in failed]
+        if not left:
+            break
+        for folder, run in left:
+            try:
+                if _make(run, folder, say):
+                    made += 1
+                    break
+            except Exception:  # such as too little memory: the other runs do not depend on it
+                failed[folder, run.key(FIT)] = run.file_name(FIT)
+                say(f"{run.file_name(FIT)}: failed\n{traceback.format_exc()}")
+                break
         else:
             time.sleep(wait)
+    if failed:
+        raise FailedRunsError(f"{len(failed)} runs failed: {', '.join(failed.values())}")
     return made
 
 

@@ -1,5 +1,7 @@
 """Command lines that are refused before training, and the common options."""
 
+from pathlib import Path
+
 import pytest
 from benchmarks import __main__ as runner
 from benchmarks.__main__ import BENCHMARKS
@@ -93,3 +95,38 @@ def test_meaningless_numbers_are_refused(
     said = _refused(capsys, name, *arguments)
     assert f"argument {arguments[0]}: must be " in said
     assert must in said
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("accuracy", ["--data", "nowhere"], "`data` must be digits, synthetic, or a folder"),
+        ("accuracy", ["--data", "pydoc"], "`data` must be digits, synthetic, or a folder"),
+        ("accuracy", ["--device", "gpu"], "gpu"),
+        ("fig5", ["--data", "nowhere"], "`data` must be digits, synthetic, or a folder"),
+        ("speed", ["--device", "gpu"], "gpu"),
+        ("speed", ["--clock", "cpu"], "--clock cpu needs --device cpu and --threads 1"),
+        ("memory", ["--device", "gpu"], "gpu"),
+        ("table1", ["--data", "digits"], "unrecognized arguments: --data digits"),
+        ("table2", ["--model", "resnet8"], "unrecognized arguments: --model resnet8"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    command: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in _refused(capsys, command, *options)
+
+
+def test_the_study_says_that_its_data_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ESAM_DATA", str(tmp_path))
+    found = _refused(capsys, "study", "small", "--out", str(tmp_path))
+    assert "cifar100: cifar-100-python" in found
+
+
+def test_help_names_the_default_data(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, data in (("accuracy", "digits"), ("fig5", "cifar10")):
+        with pytest.raises(SystemExit):
+            runner.run(command, ["--help"])
+        assert f"(default: {data})" in " ".join(capsys.readouterr().out.split())

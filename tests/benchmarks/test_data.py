@@ -3,11 +3,13 @@
 import gzip
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from benchmarks.data import Batches, balanced_subset, folders, load_source, noisy_labels, shrunk
+from benchmarks.data.arrays import ImageSet, Split
 from benchmarks.data.batches import crop_and_flip
 from benchmarks.data.files import digits, synthetic
 from benchmarks.data.folders import ImageFolder, write_small_folder
@@ -183,3 +185,32 @@ def test_crops_of_a_folder_differ_between_epochs(tmp_path: Path) -> None:
     for epoch in range(200):
         list(folder.epoch(epoch))
     assert 70 < sum(mirrored) < 130
+
+
+def test_moments_are_those_of_the_pixels() -> None:
+    """Bit for bit, after rounding to float32: they are computed from counts."""
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 8, 8), dtype=np.uint8)
+    images[:, 1] //= 7
+    split = Split(images, np.arange(50) % 3)
+    data = ImageSet("noise", 3, split, split, padding=1, flip=True)
+    pixels = images.astype(np.float64) / 255
+    batches = Batches(data, batch=10, seed=0)
+    for found, wanted in ((batches._mean, pixels.mean), (batches._std, pixels.std)):
+        assert found.flatten().tolist() == wanted((0, 2, 3)).astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pydoc", {"noise": 0.1, "classes": 3}, "A text has no option `classes`, `noise`"),
+        ("folder", {"images": 3, "augment": False}, "layout has no option `images`, `augment`"),
+        ("digits", {"spare": True}, "`spare` needs `images`"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    if name == "folder":
+        name = str(write_small_folder(tmp_path, train=2, test=2))
+    with pytest.raises(ValueError, match=message):
+        load_source(name, batch=2, seed=0, **options)

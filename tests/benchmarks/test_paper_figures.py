@@ -131,7 +131,7 @@ def test_a_comparison_shows_speed_relative_to_sam(
     def train(run: Run, _folder: Path, **_: Any) -> dict[str, Any]:
         return {
             "run": dataclasses.asdict(run),
-            "data": {"name": run.data},
+            "data": {"name": run.data, "note": "1000 images" if run.images else ""},
             "title": run.method.upper(),
             "machine": {"accelerator": "a GPU"},
             "final": 95.0,
@@ -152,8 +152,17 @@ def test_a_comparison_shows_speed_relative_to_sam(
     assert shown == {"sgd": 2.0, "sam": 1.0, "esam": 1.3}
     lines = (tmp_path / "table1.md").read_text().splitlines()
     rows = {line.split()[3]: line for line in lines if line.startswith("| cifar10")}
-    assert rows["ESAM"].split("|")[4:8] == [" 130 ", " 2409 ", " 130% ", " 140% "]  # ours first
-    assert rows["SGD"].split("|")[4:8] == [" 200 ", " 3387 ", " 200% ", " 197% "]
+    assert rows["ESAM"].split("|")[5:9] == [" 130 ", " 2409 ", " 130% ", " 140% "]  # ours first
+    assert rows["SGD"].split("|")[5:9] == [" 200 ", " 3387 ", " 200% ", " 197% "]
+    shown = [cell.split()[0] for cell in rows["SGD"].split("|")[2:5]]
+    assert shown == ["95.00", "96.00", "95.41"]  # final, best, and the paper's best
+    part = [dataclasses.replace(run, images=1000) for run in runs]
+    for real, ours in ((True, part), (False, runs)):
+        out = argparse.Namespace(out=tmp_path)
+        comparison.compare("table1", "a title", ours, out, real=real)
+        lines = (tmp_path / "table1.md").read_text().splitlines()
+        cells = next(line for line in lines if "cifar10" in line).split("|")
+        assert (cells[4].strip(), cells[6].strip()) == ("", "")  # not the paper's data
 
 
 @pytest.mark.parametrize("name", ["table4", "table5"])

@@ -289,3 +289,25 @@ def test_the_plan_is_shown_without_running_it(
     command.main(["small", "--plan", "--out", str(tmp_path)])
     assert "small: 67 runs can be made now" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = make_plan(QUICK, []).runs
+    made: list[str] = []
+
+    def record(run: Run, folder: Path, **_: Any) -> None:
+        if run == planned[0]:
+            raise RuntimeError("out of memory")
+        made.append(run.method)
+        Store(folder).add({"run": dataclasses.asdict(run), "probe": FIT, "final": 50.0})
+
+    monkeypatch.setattr(workers, "train", record)
+    said: list[str] = []
+    name = planned[0].file_name(FIT)
+    with pytest.raises(workers.FailedRunsError, match=f"^1 runs failed: {name}"):
+        work([QUICK], tmp_path, wait=0.0, say=said.append)
+    assert len(made) >= len(planned) - 1
+    (text,) = said
+    assert "out of memory" in text and "Traceback" in text

@@ -67,7 +67,8 @@ def test_sgd_is_shown_at_its_best_at_each_budget_and_with_its_best_so_far(axes: 
         "SAM": [40.0, 45.0],
         "Suffix(0.5), Part(0.25): half of the network, ascent on a quarter of the batch": [44, 47],
     }
-    assert axes[0].get_title() == "some digits; each method tuned at each compute\n4 seeds"
+    tuned = "tuned at each compute (SGD and SAM: their best configuration)"
+    assert axes[0].get_title() == f"some digits\n4 seeds; {tuned}"
 
 
 def test_points_with_missing_seeds_are_hollow_and_no_frontier(axes: list[Any]) -> None:
@@ -83,8 +84,8 @@ def test_points_with_missing_seeds_are_hollow_and_no_frontier(axes: list[Any]) -
     ]
     assert hollow == [45.0]
     assert axes[0].get_title() == (
-        "some digits; each method tuned at each compute\n"
-        "3 to 4 of 4 seeds; interim: some runs are missing; hollow: fewer than 4"
+        "some digits\n3 to 4 of 4 seeds; interim: some runs are missing; hollow: fewer than 4; "
+        "tuned at each compute (SGD and SAM: their best configuration)"
     )
 
 
@@ -117,8 +118,15 @@ def test_differences_say_from_what_and_of_how_many_epochs(axes: list[Any]) -> No
         "half of the network, ascent on a quarter of the batch\nSuffix(0.5), Part(0.25), 17 epochs",
     ]
     assert drawn.get_xlabel() == (
-        "points of test accuracy above SGD's best (10 epochs), 95 % interval; grey: not significant"
+        "points of test accuracy above SGD's best (10 epochs), 95 % interval; "
+        "grey: not significant; hollow: not tested"
     )
+    colours = {
+        label.get_text(): container.lines[0].get_markerfacecolor()
+        for label, container in zip(drawn.get_yticklabels(), drawn.containers, strict=True)
+    }
+    assert colours["SGD, 20 epochs"] == "white"
+    assert "white" not in [colours[name] for name in colours if not name.startswith("SGD")]
     assert drawn.get_title() == "some digits\nthe compute of 20 epochs of SGD; 4 seeds"
     means = [container.lines[0].get_xdata()[0] for container in drawn.containers]
     assert means == pytest.approx([-3.0, -1.0, 1.0, 3.0])

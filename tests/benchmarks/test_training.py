@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from benchmarks import accuracy
 from benchmarks.accuracy import accuracy_rows
 from benchmarks.costs import counted_steps
+from benchmarks.machine import provenance
 from benchmarks.methods import METHODS, parse_method
 from benchmarks.run import Run
 from benchmarks.store import Store
-from benchmarks.train import train
+from benchmarks.train import train, weights_path
 from benchmarks.training import Trainer, learning_rate
 
 SMALL = {"data": "digits", "model": "resnet8", "width": 2, "epochs": 3, "batch": 128, "lr": 0.1}
@@ -182,7 +184,7 @@ def test_averaged_weights_follow_the_recursion_and_are_tested() -> None:
             if expected is None:
                 expected = now
             expected = [0.75 * a + 0.25 * b for a, b in zip(expected, now, strict=True)]
-    averaged = trainer.stepper.averaged.module.state_dict()
+    averaged = trainer.stepper.averaged.state_dict()
     for (name, got), value in zip(averaged.items(), expected, strict=True):
         if got.is_floating_point():  # weights and BatchNorm's running statistics
             torch.testing.assert_close(got.double(), value, rtol=1e-4, atol=1e-6, msg=name)
@@ -198,3 +200,37 @@ def test_averaging_does_not_change_training() -> None:
     for trainer in (one, other):
         trainer.train_epoch(0)
     assert torch.equal(one.model.head.weight, other.model.head.weight)
+
+
+def test_a_checkpoint_is_loaded_on_the_host_and_lists_its_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe's tensors stay on the host, also on a GPU."""
+    run = Run(method="sgd", **SMALL)
+    train(run, tmp_path, stop_after=1, say=_say)
+    loaded = []
+    real = torch.load
+
+    def load(path: Any, **options: Any) -> Any:
+        loaded.append(options["map_location"])
+        return real(path, **options)
+
+    monkeypatch.setattr(torch, "load", load)
+    elsewhere = {**provenance(), "revision": "elsewhere"}
+    monkeypatch.setattr("benchmarks.train.provenance", lambda: elsewhere)
+    record = train(run, tmp_path, stop_after=1, say=_say)
+    assert [place["revision"] for place in record["earlier_places"]] == [provenance()["revision"]]
+    record = train(run, tmp_path, say=_say)  # at the same place again
+    assert record["revision"] == "elsewhere" and len(record["earlier_places"]) == 1
+    assert loaded == ["cpu", "cpu"]
+
+
+def test_the_weights_that_are_kept_are_those_that_are_tested(tmp_path: Path) -> None:
+    run = Run(method="sgd-ema", **{**SMALL, "epochs": 1})
+    train(run, tmp_path, keep_weights=True, say=_say)
+    kept = torch.load(weights_path(run, tmp_path), weights_only=True)
+    trainer = Trainer(run)
+    trainer.train_epoch(0)
+    for name, value in trainer.tested.state_dict().items():
+        assert torch.equal(kept[name], value)
+    assert not torch.equal(kept["head.weight"], trainer.model.state_dict()["head.weight"])
