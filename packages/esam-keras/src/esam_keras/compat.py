@@ -94,9 +94,9 @@ def build_from(model: keras.Model, data: Any) -> None:
     model._symbolic_build(data_batch=data)
 
 
-def flat_layers(layer: Any, include_self: bool = True) -> list[Any]:
+def flat_layers(layer: Any) -> list[Any]:
     """Return a layer and all nested layers."""
-    return list(layer._flatten_layers(include_self=include_self))
+    return list(layer._flatten_layers())
 
 
 def direct_layers(model: Any) -> list[Any]:

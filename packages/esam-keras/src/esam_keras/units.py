@@ -27,15 +27,11 @@ __all__ = [
     "without_costs",
 ]
 
-_NORMS = tuple(
-    getattr(keras.layers, name)
-    for name in (
-        "BatchNormalization",
-        "LayerNormalization",
-        "GroupNormalization",
-        "RMSNormalization",
-    )
-    if hasattr(keras.layers, name)  # RMSNormalization exists since Keras 3.9
+_NORMS = (
+    keras.layers.BatchNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.RMSNormalization,
 )
 
 

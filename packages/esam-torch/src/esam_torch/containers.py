@@ -115,8 +115,6 @@ class NestedTooDeepError(ESAMTypeError):
 
 def detach_tree(tree: Any) -> Any:
     """Return the same nested containers with every tensor detached; unknown types are kept."""
-    if tree is None:
-        return None
 
     def visit(x: Any, _: str) -> Any:
         return x.detach() if isinstance(x, Tensor) or is_tensor_collection(x) else INSIDE

@@ -37,7 +37,7 @@ from esam_torch.leaves import with_own_leaves
 from esam_torch.losses import LossFunction, check_losses, per_sample
 from esam_torch.notes import CLOSURE, LATE, PLAIN
 from esam_torch.notices import Notices, recurrent_dropout_warning, rounding_warning
-from esam_torch.seam import loss_with_backward, once
+from esam_torch.seam import loss_with_backward
 from esam_torch.spending import spend
 from esam_torch.step import Step
 from esam_torch.synchronisation import Ranks
@@ -176,16 +176,14 @@ class Run:
         if (
             plain and self.config.on_nonfinite == "propagate"
         ):  # an ordinary step: the existing graph gives its gradient
-            return loss_with_backward(value, [mean], once(lambda scale: self._base(step, scale)))
+            return loss_with_backward(value, [mean], lambda scale: self._base(step, scale))
         trained = task.layout.trained()
         inner = [leaf for _, leaf in leaves]
         strangers = strange_leaves(mean, inner, task.layout)
         inputs = [*trained, *strangers, *inner]
         outer = [*trained, *strangers, *(given for given, _ in leaves)]
         if not self._ranks.looks_for_unused:
-            return loss_with_backward(
-                value, outer, once(lambda scale: self._finish(step, scale, inputs))
-            )
+            return loss_with_backward(value, outer, lambda scale: self._finish(step, scale, inputs))
 
         # The forward of the descent pass has marked its unused parameters for the ranks, and a
         # backward through this loss would reach these too.
@@ -197,7 +195,7 @@ class Run:
             return [None, *found[len(trained) :]]
 
         reached = torch.zeros((), requires_grad=True)
-        return loss_with_backward(value, [reached, *outer[len(trained) :]], once(gradients))
+        return loss_with_backward(value, [reached, *outer[len(trained) :]], gradients)
 
     def backward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 from esam_core import ESAMRuntimeError
 from esam_torch.compat import call_untraced
 
-__all__ = ["loss_with_backward", "once"]
+__all__ = ["loss_with_backward"]
 
 
 class _Seam(torch.autograd.Function):
@@ -46,7 +46,8 @@ def loss_with_backward(
     """Return a differentiable 0-d tensor whose gradient a function computes in the backward.
 
     Autograd handles these gradients like those of any operation: it accumulates them into `.grad`,
-    runs hooks, and lets DistributedDataParallel reduce them.
+    runs hooks, and lets DistributedDataParallel reduce them. The function is called once: a second
+    backward raises an error.
 
     Args:
         value: 0-d, without a graph.
@@ -54,11 +55,11 @@ def loss_with_backward(
         gradients: from the gradient with respect to the returned tensor, 0-d, to those with respect
             to the inputs.
     """
-    result: Tensor = _Seam.apply(gradients, value, *inputs)  # type: ignore[no-untyped-call]
+    result: Tensor = _Seam.apply(_once(gradients), value, *inputs)  # type: ignore[no-untyped-call]
     return result
 
 
-def once(
+def _once(
     gradients: Callable[[Tensor], Sequence[Tensor | None]],
 ) -> Callable[[Tensor], Sequence[Tensor | None]]:
     """Return a function that can be called once, and then releases its references."""
