@@ -278,3 +278,14 @@ class NaNLossesPerturbNothing(Step):
     def perturbation(self, g: Sequence[Array | None], scale: Sequence[Any]) -> list[Array]:
         """Return zeros for non-finite losses."""
         return [e * (not self.flawed) for e in super().perturbation(g, scale)]
+
+
+@MUTANTS.caught_by("check_random_state_with_an_earlier_direction")
+class DescentAdvancesTheGenerator(Step):
+    """After a pass over the whole batch, the random state is that of the descent pass."""
+
+    def records_at_theta(self, b: int) -> bool:
+        """Record in the descent pass."""
+        return not isinstance(self.config.ascend, directions.Previous) and super().records_at_theta(
+            b
+        )

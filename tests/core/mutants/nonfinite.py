@@ -94,3 +94,15 @@ class BaseStepsNeverSkipped(Step):
 @MUTANTS.caught_by("check_nonfinite_steps_raise")
 class BaseStepsNeverRaise(BaseStepsNeverSkipped):
     """`on_nonfinite="raise"` has no effect in base steps."""
+
+
+@MUTANTS.caught_by("check_nonfinite_values_propagate")
+class NoNormPerturbsNaN(Step):
+    """With `norm="none"`, a non-finite gradient perturbs."""
+
+    def perturbation(self, g: Any, scale: Any) -> list[Array]:
+        """Multiply without a look at the gradient."""
+        if self.config.norm != "none":
+            return super().perturbation(g, scale)
+        rows = zip(g, scale, self.rho, self.theta, strict=True)
+        return [np.zeros_like(t) if a is None else s * r * a for a, s, r, t in rows]

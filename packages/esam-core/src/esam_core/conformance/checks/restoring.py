@@ -148,15 +148,19 @@ def check_nonfinite_values_propagate(adapter: Adapter) -> None:
 
     Otherwise a gradient scaler would not detect it, and only some ranks would skip the step.
     """
-    for select in (Random(0.5), TopIncrease(0.5), TopIncrease(1.0)):
-        esam = {"rho": 0.3, "beta": 1.0, "select": select, "seed": 9}
+    cases = (
+        *((Random(0.5), "masked"), (TopIncrease(0.5), "masked"), (TopIncrease(1.0), "masked")),
+        (Random(0.5), "none"),
+    )
+    for select, norm in cases:
+        esam = {"rho": 0.3, "beta": 1.0, "select": select, "norm": norm, "seed": 9}
         session = Run(problem=mlp(), esam=esam).on(adapter)
         batch, sample = _bad_batch(0)
         shown = session.step(batch)
         require_nonfinite(f"{select}: sample {sample} is NaN", session.weights())
         if shows(adapter, "perturbation_norm"):
             equal(
-                f"{select}: perturbation_norm of a non-finite ascent",
+                f"{select}, norm={norm!r}: perturbation_norm of a non-finite ascent",
                 shown.perturbation_norm,
                 0.0,
             )
