@@ -92,6 +92,8 @@ def draw_curves(histories: Mapping[str, History], path: Path) -> None:
         right.plot(epochs, error, color=colour, marker=marker, label=name)
     left.set(xlabel="epoch", ylabel="mean training loss", yscale="log", title="Training loss")
     right.set(xlabel="epoch", ylabel="test error (%)", yscale="log", title="Test error")
+    left.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    left.yaxis.set_minor_formatter(mpl.ticker.LogFormatter())
     right.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     right.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     right.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
