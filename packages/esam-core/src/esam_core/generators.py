@@ -59,15 +59,15 @@ def state_of(value: Any) -> bytes | None:
         >>> generator.random() == first, state_of(random.SystemRandom()), state_of(3)
         (True, None, None)
     """
+    if not (isinstance(value, _KINDS) or value is random or value is np.random):
+        return None
     if isinstance(value, np.random.Generator):
         return pickle.dumps(value.bit_generator.state)
     if value is np.random or isinstance(value, np.random.RandomState):
         return pickle.dumps(value.get_state(legacy=False))
     if isinstance(value, random.SystemRandom):
         return None
-    if value is random or isinstance(value, random.Random):
-        return pickle.dumps(value.getstate())
-    return None
+    return pickle.dumps(value.getstate())
 
 
 def set_state(generator: Any, state: bytes) -> None:

@@ -51,9 +51,13 @@ def gradients_of(
             except RuntimeError as error:
                 _refuse_reentrant(loss, error)
                 raise
-        rows = iter(found)
-        given = [next(rows) if t.requires_grad else None for t in tensors]
-        return [_sum(g, own.get(id(t))) for g, t in zip(given, tensors, strict=True)], bool(own)
+        given: list[Tensor | None] = list(found)
+        if len(live) < len(tensors):
+            rows = iter(found)
+            given = [next(rows) if t.requires_grad else None for t in tensors]
+        if not own:
+            return given, False
+        return [_sum(g, own.get(id(t))) for g, t in zip(given, tensors, strict=True)], True
     with without_hooks(every, accumulating=True), own_backward():
         aside = [p.grad for p in every]
         for parameter in every:
@@ -80,7 +84,8 @@ def dense_shards(
         ESAMRuntimeError: a gradient is None, and the loss was computed through a reentrant
             checkpoint.
     """
-    if any(gradient is None for gradient in found):
+    missing = [tensor for tensor, gradient in zip(tensors, found, strict=True) if gradient is None]
+    if missing:
         _refuse_reentrant(loss)
     gradients = [
         torch.zeros_like(tensor.detach())

@@ -114,8 +114,9 @@ class Layout:
             if list(model.modules()) != self.modules:
                 return False
             self._registered = registered_modules()
-        if any(registered.get(name) is not old for registered, name, old in self._places):
-            return False  # as after load_state_dict(..., assign=True)
+        for registered, name, old in self._places:
+            if registered.get(name) is not old:
+                return False  # as after load_state_dict(..., assign=True)
         if self.tensors and self.tensors[0].device != self.device:  # a model moves as a whole
             return False
         return len(groups) == len(self.groups) and all(
