@@ -266,11 +266,10 @@ class RandomSuffix:
 def _suffix_masks(sampler: RandomSuffix, units: Sequence[Unit]) -> tuple[Mask, ...]:
     """Return the masks of a `RandomSuffix`, one for each start."""
     suffixes = [_in_suffix(start, units) for start in sampler.starts]
+    drawn = list(zip(sampler.probabilities, suffixes, strict=True))
     probability = tuple(
         # Rounding may give slightly more than 1 if every suffix contains the unit.
-        min(
-            1.0, sum((p for p, s in zip(sampler.probabilities, suffixes, strict=True) if s[t]), 0.0)
-        )
+        min(1.0, sum((p for p, suffix in drawn if suffix[t]), 0.0))
         for t in range(len(units))
     )
     return tuple(Mask(suffix, probability) for suffix in suffixes)

@@ -240,11 +240,20 @@ def fit(
             history.rows.append(row)
             shown.finish(row)
             write(row)
-            error = _call_back(on_epoch, row, place)
-            checkpoints.save_after(epoch, training.means)  # with what on_epoch has changed
-            if error is not None:
-                sum_over_ranks([0.0], place)  # torchrun ends rank 0 too, which may still be writing
-                raise error
+            kept = (checkpoints, epoch, training.means, place)  # with what on_epoch has changed
+            try:
+                if on_epoch is not None:
+                    on_epoch(row)
+            except BaseException:
+                _save_together(*kept, ending=True)
+                raise
+            ended = _save_together(*kept, ending=False)
+            if ended:  # this process would wait for the others forever
+                raise ESAMRuntimeError(
+                    "`on_epoch` must end training in every process or in none. Received: an "
+                    f"exception in {ended} of {world()[1]} processes, so training ends in all of "
+                    "them. The epoch's checkpoint is written."
+                )
         _mode(called, optimizer, training=False)
     return history
 
@@ -344,27 +353,23 @@ def _wrap(
         optimizer.model = own
 
 
-def _call_back(
-    on_epoch: Callable[[dict[str, float]], None] | None, row: dict[str, float], device: torch.device
-) -> BaseException | None:
-    """Call `on_epoch`, and return the exception that ends training in this process, or None.
+def _save_together(
+    checkpoints: Checkpoints, epoch: int, means: Means, device: torch.device, *, ending: bool
+) -> int:
+    """Write an epoch's checkpoint, and return how many processes end training after it.
 
-    If it ends in another process, it ends in this one too, which would wait for the other forever.
+    Args:
+        checkpoints: writes the state.
+        epoch: the epoch.
+        means: the measurements.
+        device: the device on which the processes communicate.
+        ending: whether this process ends.
     """
-    error: BaseException | None = None
-    try:
-        if on_epoch is not None:
-            on_epoch(row)
-    except BaseException as raised:  # raised again when the epoch's checkpoint is written
-        error = raised
-    ended = sum_over_ranks([float(error is not None)], device)[0]
-    if error is None and ended:
-        return ESAMRuntimeError(
-            "`on_epoch` must end training in every process or in none. Received: an exception in "
-            f"{ended:.0f} of {world()[1]} processes, so training ends in all of them. The epoch's "
-            "checkpoint is written."
-        )
-    return error
+    count = int(sum_over_ranks([float(ending)], device)[0])
+    checkpoints.save_after(epoch, means)
+    if count:
+        sum_over_ranks([0.0], device)  # torchrun ends rank 0 too, which may still be writing
+    return count
 
 
 def _mode(model: nn.Module, optimizer: Any, *, training: bool) -> None:
