@@ -244,10 +244,11 @@ def main(arguments: Sequence[str] = ()) -> None:
             out=Path("benchmarks/out/accuracy"),
         )
         options = parser.parse_args(arguments)
-    check_place(parser, options.device, options.data)
+    runs = runs_of(options)
+    if any(Store(options.out).find(run, None) is None for run in runs):
+        check_place(parser, options.device, options.data)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    runs = runs_of(options)
     for run in runs:
         train(run, options.out, checkpoint_every=options.checkpoint_every)
     write_accuracy_table(options.out, runs[0])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import add_run_options
-from benchmarks.arguments import check_place, count_number, seed_number
+from benchmarks.arguments import count_number, seed_number
 from benchmarks.recipes import RECIPES
 from benchmarks.run import Run
 
@@ -78,7 +78,6 @@ def parse(
         # The output folder of a quick run is ignored by git: such figures only test the code.
         parser.set_defaults(**{**QUICK, "out": Path("benchmarks/out") / name, **(quick or {})})
         options = parser.parse_args(arguments)
-    check_place(parser, options.device, *(() if own_data else (options.data,)))
     if check is not None:
         try:
             check(options)

@@ -103,7 +103,6 @@ def test_meaningless_numbers_are_refused(
         ("accuracy", ["--data", "nowhere"], "`data` must be digits, synthetic, or a folder"),
         ("accuracy", ["--data", "pydoc"], "`data` must be digits, synthetic, or a folder"),
         ("accuracy", ["--device", "gpu"], "gpu"),
-        ("fig5", ["--data", "nowhere"], "`data` must be digits, synthetic, or a folder"),
         ("speed", ["--device", "gpu"], "gpu"),
         ("speed", ["--clock", "cpu"], "--clock cpu needs --device cpu and --threads 1"),
         ("memory", ["--device", "gpu"], "gpu"),

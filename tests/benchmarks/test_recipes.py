@@ -33,9 +33,9 @@ def _asked(
         asked.append((run, folder))
         return {
             "run": dataclasses.asdict(run),
-            "data": {"name": run.data},
+            "data": {"name": run.data, "note": ""},
             "title": METHODS[run.method.partition("@")[0]].title,
-            "machine": {"accelerator": None},
+            "machine": {"accelerator": None, "threads": 1},
             "clock": "processor time",
             "final": 50.0,
             "best": 50.0,

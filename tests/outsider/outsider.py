@@ -233,10 +233,11 @@ class Session:
             after = model.noise.bit_generator.state if not len(part) else after
         known = np.arange(b) if scored else part
         length, epsilon = self.perturbation(g, {name: scale[name] for name in g})
-        finite = np.isfinite(length) and np.isfinite(losses[known]).all()
+        usable = bool(np.isfinite(length))
+        finite = usable and np.isfinite(losses[known]).all()
         epsilon = {name: mask.rho_factor * e for name, e in epsilon.items()}
         for name, e in epsilon.items():
-            model.theta[name] = model.theta[name] + (e if finite else 0.0)
+            model.theta[name] = model.theta[name] + (e if usable else 0.0)
 
         peak, k = None, subset_size(config.select.gamma, b)
         if needs_perturbed_losses(config.select, b):
@@ -250,7 +251,7 @@ class Session:
         descent = gradient(names, *chosen, kept.weights * hidden, running=alone)
         if at_theta:
             model.noise.bit_generator.state = after
-        size = np.sqrt(sum(np.sum(e**2) for e in epsilon.values())) if finite else 0.0
+        size = np.sqrt(sum(np.sum(e**2) for e in epsilon.values())) if usable else 0.0
         shown = {
             "losses": losses[known] if len(known) else None,
             "perturbed_losses": peak if len(known) else low,

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -203,6 +202,7 @@ def resumed_without_a_shared_folder(folder):
 
 def sharded_base(folder):
     """With a base optimizer whose state is sharded over the ranks: whole, and resumed."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # some versions warn of torch.jit
 
     def run(where, **options):
         torch.manual_seed(0)
