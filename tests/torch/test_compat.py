@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from esam_torch import compat
+from esam_torch.devices import default_device
 from esam_torch.dropout import WithoutDropout
 
 
@@ -372,6 +373,20 @@ def test_submodules():
 def test_lightnings_modules_note_which_hook_is_running():
     lightning = pytest.importorskip("lightning")
     assert compat.LIGHTNINGS_HOOK in vars(lightning.LightningModule())
+
+
+def test_the_default_device():
+    assert default_device().type == "cpu"
+    with torch.device("meta"):
+        assert default_device().type == "meta"
+        if compat.DEFAULT_DEVICE_IS_KNOWN:
+            assert torch.get_default_device().type == "meta"
+    for given, found in (("meta", "meta"), ("cpu", "cpu"), (None, "cpu")):
+        torch.set_default_device(given)
+        try:
+            assert default_device().type == found
+        finally:
+            torch.set_default_device(None)
 
 
 def test_registered_parameters():

@@ -25,6 +25,7 @@ __all__ = [
     "BATCH_NORM",
     "COMPILED_MODELS_SEE_REQUIRES_GRAD",
     "COMPILED_NODE",
+    "DEFAULT_DEVICE_IS_KNOWN",
     "HOOKS",
     "LIGHTNINGS_HOOK",
     "MODULE_ATTRIBUTES",
@@ -91,6 +92,9 @@ NORM_LAYERS = nn.modules.batchnorm._NormBase
 #: Whether a compiled model notices that weights are no longer trained. Before torch 2.13 its guards
 #: do not (2.6 and 2.8 raise an error; the versions in between have not been tested).
 COMPILED_MODELS_SEE_REQUIRES_GRAD = _VERSION >= (2, 13)
+
+#: Whether `torch.get_default_device` sees a `with torch.device(...)`. It does not in torch 2.6.
+DEFAULT_DEVICE_IS_KNOWN = _VERSION >= (2, 13)
 
 
 def buffers_by_name(module: nn.Module) -> dict[str, Tensor | None]:

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor, nn
 
+from esam_torch.compat import DEFAULT_DEVICE_IS_KNOWN
+
 __all__ = ["copies_ahead", "default_device", "devices_of", "on_device", "on_host", "widest"]
 
 
 def default_device() -> torch.device:
     """Return the device on which torch creates tensors if none is given."""
-    return torch.empty(0).device  # torch 2.6 has no call that sees `with torch.device(...)`
+    # The former dispatches no operation.
+    return torch.get_default_device() if DEFAULT_DEVICE_IS_KNOWN else torch.empty(0).device
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
