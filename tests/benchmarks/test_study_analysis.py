@@ -104,7 +104,7 @@ def _records(gain: dict[str, float]) -> list[dict[str, Any]]:
                     "flops_ratio": METHODS[run.method],
                     "history": [end],
                     "data": {"training_images": 128},
-                    "machine": {"processor": "one", "threads": 1},
+                    "machine": {"processor": "one", "threads": 1, "accelerator": None},
                     "versions": {"torch": "2"},
                 }
             )
