@@ -1,8 +1,9 @@
 """Wrong steps between updates: gradients of several backwards, and pending ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from tests.core.mutants.registry import Mutants
 
@@ -16,17 +17,24 @@ Array = NDArray[Any]
 MUTANTS = Mutants()
 
 
+@contextmanager
+def _count_of_the_update(step: Step) -> Iterator[None]:
+    """Use the count of the first of three backwards inside the context."""
+    count, step.count = step.count, step.count - step.count % 3
+    try:
+        yield
+    finally:
+        step.count = count
+
+
 @MUTANTS.caught_by("check_each_backward_draws_its_own_samples")
 class SelectionOncePerUpdate(Step):
     """`Random` selects the same positions in all backwards of an update."""
 
     def selection(self, losses: Array, perturbed_losses: Array | None) -> Selection:
         """Draw for the first of three backwards."""
-        count, self.count = self.count, self.count - self.count % 3
-        try:
+        with _count_of_the_update(self):
             return super().selection(losses, perturbed_losses)
-        finally:
-            self.count = count
 
 
 @MUTANTS.caught_by("check_each_backward_draws_its_own_samples")
@@ -35,11 +43,8 @@ class PartOncePerUpdate(Step):
 
     def ascent_indices(self, b: int) -> Array:
         """Draw for the first of three backwards."""
-        count, self.count = self.count, self.count - self.count % 3
-        try:
-            return np.asarray(super().ascent_indices(b))
-        finally:
-            self.count = count
+        with _count_of_the_update(self):
+            return super().ascent_indices(b)
 
 
 @MUTANTS.caught_by("check_step_refuses_pending_gradients")

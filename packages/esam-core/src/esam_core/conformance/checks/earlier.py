@@ -8,6 +8,7 @@ import numpy as np
 from esam_core.conformance.adapter import Adapter, Fault
 from esam_core.conformance.by_hand import mean_gradient, peak_gradient
 from esam_core.conformance.checks.limits import require_base_steps
+from esam_core.conformance.checks.passes import require_random_state_of_a_forward
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.checks.restoring import (
     InjectedError,
@@ -16,7 +17,7 @@ from esam_core.conformance.checks.restoring import (
     steps_beside_reference,
 )
 from esam_core.conformance.compare import close, close_all, equal
-from esam_core.conformance.problems import batchnorm, dropout, linear, mlp, softmax, with_nan
+from esam_core.conformance.problems import batchnorm, linear, mlp, softmax, with_nan
 from esam_core.conformance.trace import SGD, Run, compare_state, follow, resume, same_state, shows
 from esam_core.directions import Batch, Direction, Momentum, Part, Previous
 from esam_core.problem import Base
@@ -275,15 +276,8 @@ def check_a_nan_loss_beside_a_finite_direction(adapter: Adapter) -> None:
 @check("ascend", "dropout", "random")
 def check_random_state_with_an_earlier_direction(adapter: Adapter) -> None:
     """If a pass without gradients sees the whole batch, generators advance as in one forward."""
-    problem = dropout()
     esam = {"rho": 0.1, "beta": 1.0, "select": TopLoss(0.5), "ascend": Previous()}
-    ours = Run(problem=problem, esam=esam, seed=4).on(adapter)
-    base = Run(problem=problem, esam=None, seed=4).on(adapter)
-    for i, batch in enumerate(problem.batches[:3]):
-        ours.step(batch)
-        base.step(batch)
-        found, wanted = np.asarray(ours.random_probe()), np.asarray(base.random_probe())
-        equal(f"step {i}: random state", found, wanted)
+    require_random_state_of_a_forward(adapter, esam)
 
 
 CHECKS = (

@@ -6,10 +6,13 @@ import numpy as np
 
 from esam_core.conformance.adapter import Adapter
 from esam_core.conformance.by_hand import mean_gradient, peak_gradient
-from esam_core.conformance.checks.passes import require_statistics_at_theta
+from esam_core.conformance.checks.passes import (
+    require_random_state_of_a_forward,
+    require_statistics_at_theta,
+)
 from esam_core.conformance.checks.registry import check
 from esam_core.conformance.compare import close_all, equal, equal_all, require
-from esam_core.conformance.problems import batchnorm, dropout, mlp, softmax
+from esam_core.conformance.problems import batchnorm, mlp, softmax
 from esam_core.conformance.trace import Run, follow, same_state
 from esam_core.directions import Batch, Momentum, Part, Previous
 from esam_core.problem import Base
@@ -201,18 +204,8 @@ def check_passes_with_a_part(adapter: Adapter) -> None:
 @check("ascend", "dropout", "random")
 def check_random_state_with_a_part(adapter: Adapter) -> None:
     """With `Part`, random generators advance as in one forward of the whole batch."""
-    problem = dropout()
     esam = {"rho": 0.1, "beta": 1.0, "gamma": 1.0, "ascend": Part(0.25)}
-    ours = Run(problem=problem, esam=esam, seed=4).on(adapter)
-    base = Run(problem=problem, esam=None, seed=4).on(adapter)
-    for i, batch in enumerate(problem.batches[:2]):
-        ours.step(batch)
-        base.step(batch)
-        equal(
-            f"step {i}: random state",
-            np.asarray(ours.random_probe()),
-            np.asarray(base.random_probe()),
-        )
+    require_random_state_of_a_forward(adapter, esam)
 
 
 CHECKS = (

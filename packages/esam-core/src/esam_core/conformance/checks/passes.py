@@ -164,22 +164,26 @@ def check_descent_on_some_samples_sees_the_same_noise(adapter: Adapter) -> None:
 @check("dropout", "random")
 def check_random_state_after_a_step(adapter: Adapter) -> None:
     """A step advances the framework's random generators like one forward."""
-    problem = dropout()
     for gamma in (0.5, 1.0):
-        ours = Run(problem=problem, esam={"rho": 0.1, "beta": 0.5, "gamma": gamma}, seed=4).on(
-            adapter
+        require_random_state_of_a_forward(adapter, {"rho": 0.1, "beta": 0.5, "gamma": gamma})
+
+
+def require_random_state_of_a_forward(adapter: Adapter, esam: Mapping[str, Any]) -> None:
+    """Require that steps advance the random generators like one forward of each whole batch."""
+    problem = dropout()
+    ours = Run(problem=problem, esam=esam, seed=4).on(adapter)
+    base = Run(problem=problem, esam=None, seed=4).on(adapter)
+    for i, batch in enumerate(problem.batches):
+        before = np.asarray(ours.random_probe())
+        ours.step(batch)
+        base.step(batch)
+        after = np.asarray(ours.random_probe())
+        require(
+            not np.array_equal(before, after),
+            "random_probe: it must change after a step with dropout.",
         )
-        base = Run(problem=problem, esam=None, seed=4).on(adapter)
-        for i, batch in enumerate(problem.batches[:2]):
-            before = np.asarray(ours.random_probe())
-            ours.step(batch)
-            base.step(batch)
-            after = np.asarray(ours.random_probe())
-            require(
-                not np.array_equal(before, after),
-                "random_probe: it must change after a step with dropout.",
-            )
-            equal(f"gamma={gamma}, step {i}: random state", after, np.asarray(base.random_probe()))
+        where = f"{call_text(esam)}, step {i}: random state"
+        equal(where, after, np.asarray(base.random_probe()))
 
 
 @check()
